@@ -1,0 +1,404 @@
+"""The resolved configuration of a run: pydantic models, YAML files and `--set a.b=c`.
+
+Parsed before anything heavy is imported. Unknown keys are refused with the nearest known name. The paper's
+settings are in configs/*.yaml; the defaults here are those of a first run on a model of one's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dice_py.errors import UsageError
+
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are validated on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which models, and how they are held. A name is a folder or a Hugging Face id; none means the world."""
+
+    policy: str | None = Field(None, description="π_1, the DPO-tuned model; none: the synthetic world's")
+    reference: str | None = Field(None, description="the model that the policy's DPO training started from")
+    policy_revision: str | None = None
+    reference_revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU that has it, float32 elsewhere"
+    )
+    device: str = Field("auto", description="auto: the first GPU, else the CPU")
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class DataConfig(Section):
+    """Prompts for the rounds, offline preference pairs for the replay, and what is held out."""
+
+    prompts: str | None = Field(None, description="JSONL, JSON or Parquet with a prompt column")
+    replay: str | None = Field(None, description="offline pairs in TRL's format: prompt, chosen, rejected")
+    eval_prompts: str | None = Field(None, description="held-out prompts; none: a share of `prompts`")
+    eval_pairs: str | None = Field(None, description="held-out offline pairs for the reward's accuracy")
+    prompt_column: str = "prompt"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    weight_column: str | None = Field(None, description="weights of the replay draw, in the replay file")
+    prompts_per_round: Positive | None = Field(
+        None, description="a fresh slice of the shuffled prompts for each round; none: all of them each round"
+    )
+    max_prompt_tokens: Positive = Field(4096, description="longer prompts are left out, and counted")
+
+
+class VllmConfig(Section):
+    """What vLLM's engine is told beyond the sampling parameters."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    tensor_parallel_size: Positive = 1
+    enforce_eager: bool | None = Field(None, description="none: eager on the CPU, CUDA graphs on a GPU")
+    max_num_seqs: Positive | None = None
+    max_model_len: Positive | None = Field(None, description="none: longest prompt + max_new_tokens")
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="size of the key/value cache; on a CPU 1 GiB unless told"
+    )
+
+
+class GenerateConfig(Section):
+    """Sampling K responses per prompt from the current policy."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    samples: Annotated[int, Field(ge=2, le=65535)] = Field(16, description="K, responses per prompt")
+    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.9
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: off")
+    max_new_tokens: Positive = 2048
+    shard_prompts: Positive = Field(256, description="prompts per shard, the unit that a resume keeps")
+    token_budget: Positive = Field(
+        65536, description="transformers engine: padded prompt and response tokens of one batch"
+    )
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
+
+
+class ScoreConfig(Section):
+    """Log-probabilities of policy and reference over the stored token ids."""
+
+    token_budget: Positive = Field(16384, description="padded tokens of one batch")
+    logit_chunk: Positive = Field(1024, description="response positions whose logits exist at one time")
+
+
+class MineConfig(Section):
+    """Pair mining (design: the exact length penalty). The keywords of `dice_py.mine_pairs`."""
+
+    length: Literal["tokens", "chars"] = Field("tokens", description="what the penalty counts")
+    debias: Literal["none", "linear", "bucket"] = "linear"
+    alpha: Literal["auto"] | Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = "auto"
+    min_responses: Annotated[int, Field(ge=2)] = 2
+    min_length: Annotated[int, Field(ge=0)] | None = Field(1, description="inclusive")
+    max_length: Annotated[int, Field(ge=0)] | None = Field(None, description="inclusive")
+    buckets: Positive = 10
+    bucket_scale: bool = False
+
+
+class ReplayConfig(Section):
+    """The share γ of offline pairs in the training set."""
+
+    gamma: Probability = 0.5
+    total: Positive | None = Field(None, description="pairs in the training set; none: keep all mined pairs")
+    on_shortfall: Literal["error", "record"] = Field(
+        "record", description="too few offline pairs: stop, or take what there is and record the shortfall"
+    )
+
+
+class LoraConfig(Section):
+    """LoRA adapters, merged into the policy after the round so that every round ends in a whole model."""
+
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: Probability = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class TrainConfig(Section):
+    """One DPO run from the policy, with the policy itself as the reference."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 5e-7
+    lr_scheduler: str = Field("constant_with_warmup", description="a name that transformers knows")
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    max_steps: Positive | None = Field(None, description="optimizer steps; none: `epochs` over the pairs")
+    epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    batch_size: Positive = Field(32, description="pairs per optimizer step")
+    micro_batch_size: Positive = Field(4, description="pairs per forward and device")
+    sft_weight: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="weight of the NLL of the chosen, added to the loss (TRL's `sft`)"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    optim: str = "adamw_torch"
+    adam_beta2: Probability = 0.999
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    max_length: Positive | None = Field(None, description="longer pairs are left out, and counted")
+    save_steps: Positive | None = Field(100, description="checkpoints that a resume goes on from")
+    logging_steps: Positive = 10
+    report_to: list[str] = Field(default_factory=list, description="TRL's trackers: wandb, tensorboard, …")
+    step0_pairs: Positive = Field(64, description="pairs on which the loss at step 0 is checked")
+    step0_tolerance: Annotated[float, Field(gt=0.0)] = Field(
+        1e-3, description="largest |loss − ln 2| at step 0"
+    )
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size}), which it reaches by gradient accumulation"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    """What is measured after a round, always on prompts that no round trains on."""
+
+    prompts: Annotated[int, Field(ge=0)] = Field(256, description="held-out prompts; 0: no samples drawn")
+    samples: Positive = Field(1, description="responses per held-out prompt")
+    pairs: Annotated[int, Field(ge=0)] = Field(512, description="held-out offline pairs")
+
+
+class WorldConfig(Section):
+    """The synthetic world (dice_py/world.py): sizes and the seed that makes it."""
+
+    seed: int = 0
+    sft_examples: Positive = 24576
+    sft_steps: Positive = 600
+    offline_pairs: Positive = 3000
+    round_prompts: Positive = 4000
+    eval_prompts: Positive = 400
+    eval_pairs: Positive = 600
+
+
+class RunConfig(Section):
+    """Everything that decides a run's result; stored resolved as `config.yaml` in the run folder."""
+
+    rounds: Positive = 2
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    beta: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
+        0.1, description="β of the implicit reward and of DPO"
+    )
+    reward_reference: Literal["previous", "initial"] = Field(
+        "previous", description="π_ref of round t > 1: what round t−1 started from, or always the first one"
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    generate: GenerateConfig = Field(default_factory=GenerateConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    mine: MineConfig = Field(default_factory=MineConfig)
+    replay: ReplayConfig = Field(default_factory=ReplayConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    world: WorldConfig = Field(default_factory=WorldConfig)
+
+    @property
+    def is_world(self) -> bool:
+        """True when no model is named, so that the run is on the synthetic world."""
+        return self.model.policy is None
+
+    @field_validator("reward_reference", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _own_model_is_whole(self) -> RunConfig:
+        if self.is_world:
+            given = [
+                name
+                for name, value in (
+                    ("model.reference (--reference)", self.model.reference),
+                    ("data.prompts (--prompts)", self.data.prompts),
+                    ("data.replay (--replay)", self.data.replay),
+                    ("data.eval_prompts", self.data.eval_prompts),
+                    ("data.eval_pairs", self.data.eval_pairs),
+                )
+                if value is not None
+            ]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} given without model.policy (--policy); name the policy, "
+                    "or leave all of them out to run on the synthetic world"
+                )
+            return self
+        missing = [
+            name
+            for name, value in (
+                ("model.reference (--reference)", self.model.reference),
+                ("data.prompts (--prompts)", self.data.prompts),
+            )
+            if value is None
+        ]
+        if missing:
+            raise ValueError(f"a run on your own model also needs {' and '.join(missing)}")
+        if self.replay.gamma > 0 and self.data.replay is None:
+            raise ValueError(
+                f"replay.gamma is {self.replay.gamma}, but no offline pairs are named: give data.replay "
+                "(--replay FILE), or set replay.gamma=0"
+            )
+        return self
+
+
+# The embedded default: every value that differs from RunConfig's own, and nothing else. Measured on the
+# world; a run of one's own model starts from RunConfig and never sees these.
+WORLD_DEFAULTS: dict[str, Any] = {
+    "beta": 1.0,
+    "data": {"prompts_per_round": 600},
+    "generate": {
+        "samples": 8,
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "max_new_tokens": 24,
+        "shard_prompts": 200,
+    },
+    "mine": {"length": "chars"},
+    "replay": {"gamma": 0.3},
+    "train": {
+        "learning_rate": 1e-4,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 0,
+        "micro_batch_size": 32,
+        "sft_weight": 1.0,
+    },
+    "evaluate": {"prompts": 400, "samples": 4, "pairs": 600},
+}
+
+
+def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+    return into
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted names of every key, in order of definition."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for option in options:
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                names.extend(known_keys(option, f"{prefix}{name}."))
+    return names
+
+
+def _explain(error: ValidationError, source: str) -> UsageError:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "constrained")))
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, known_keys(), n=1, cutoff=0.6) or difflib.get_close_matches(
+                where.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known_keys()], n=1
+            )
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            lines.append(f"unknown key '{where}'{hint}")
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(item["input"], Section | dict) else f" (got {item['input']!r})"
+            lines.append(f"{where}: {text}{got}" if where else text)
+    return UsageError(f"{source}: " + "; ".join(dict.fromkeys(lines)))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"config file {path} is not valid YAML: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"config file {path} must hold a mapping of keys, not a {type(loaded).__name__}")
+    return loaded
+
+
+def _parse_set(assignment: str) -> dict[str, Any]:
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"--set {assignment}: write it as --set section.key=value")
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {assignment}: the value is not valid YAML: {error}") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 5e-7 as text, since it wants a point and a signed exponent; people write 5e-7.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    nested: Any = value
+    for part in reversed(name.strip().split(".")):
+        nested = {part: nested}
+    result: dict[str, Any] = nested
+    return result
+
+
+def _floats(value: Any) -> Any:
+    """The same repair of `5e-7` for YAML files."""
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def resolve(
+    files: Iterable[Path] = (),
+    assignments: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Files in order, then `overrides` (from options such as --policy), then `--set` assignments.
+
+    Raises:
+        UsageError: an unknown key (with the nearest known one), or a value out of its range.
+    """
+    given: dict[str, Any] = {}
+    for path in files:
+        _merge(given, _floats(_read_yaml(path)))
+    _merge(given, dict(overrides or {}))
+    for assignment in assignments:
+        _merge(given, _parse_set(assignment))
+    model = given.get("model")
+    named = isinstance(model, Mapping) and model.get("policy") is not None
+    base: dict[str, Any] = {} if named else _merge({}, WORLD_DEFAULTS)
+    try:
+        return RunConfig.model_validate(_merge(base, given))
+    except ValidationError as error:
+        raise _explain(error, "config") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML, every key present."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def load_resolved(path: Path) -> RunConfig:
+    """A `config.yaml` written by `dump`: nothing is added to it, not even the world's defaults."""
+    try:
+        return RunConfig.model_validate(_floats(_read_yaml(path)))
+    except ValidationError as error:
+        raise _explain(error, str(path)) from None

@@ -1,0 +1,245 @@
+"""A user's prompts and offline pairs, read from JSONL, JSON or Parquet in TRL's formats, as messages.
+
+TRL's formats: `prompt` as text or as a list of messages; `chosen` and `rejected` likewise; or, without a
+prompt column, `chosen` and `rejected` as whole conversations whose common beginning is the prompt. No
+tokenizer here: what needs one is in dice_py/models.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import polars as pl
+
+from dice_py.artefacts import MESSAGES, PROMPTS
+from dice_py.errors import DataError
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Pair(TypedDict):
+    """One offline preference: messages only, `chosen` and `rejected` are the answers alone."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where, row) for each row: `where` names file and line or row, for error messages.
+
+    Raises:
+        DataError: absent, empty, of an unknown kind, or a line that is not a JSON object.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist (or is not a file)")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty; it should hold one row per prompt")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif suffix in (".jsonl", ".ndjson"):
+        yield from _jsonl_rows(path)
+    elif suffix == ".json":
+        yield from _json_rows(path)
+    else:
+        raise DataError(f"{path}: unknown kind {suffix!r}; give .jsonl, .json or .parquet")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        frame = pl.read_parquet(path, glob=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from None
+    for index, row in enumerate(frame.iter_rows(named=True)):
+        yield f"{path}, row {index}", row
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _object(_parse(line, where), where)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+    loaded = _parse(text, str(path))
+    if not isinstance(loaded, list):
+        raise DataError(f"{path}: a .json file must hold one list of objects; one object per line is .jsonl")
+    for index, item in enumerate(loaded):
+        where = f"{path}, item {index}"
+        yield where, _object(item, where)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); fix or remove it") from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a JSON object is expected, not a {type(value).__name__}")
+    return value
+
+
+def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
+    """Text becomes one message of `role`; messages are checked and reduced to role and content."""
+    if isinstance(value, str):
+        if not value:
+            raise DataError(f"{where}: {column!r} is an empty text")
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: {column!r} must be text or a non-empty list of messages, got {value!r:.80}")
+    messages: list[Message] = []
+    for item in value:
+        if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(
+            item.get("content"), str
+        ):
+            raise DataError(f"{where}: {column!r} holds {item!r:.80}, not a message with role and content as text")
+        messages.append({"role": item["role"], "content": item["content"]})
+    return messages
+
+
+def _column(row: dict[str, Any], column: str, where: str, option: str) -> Any:
+    if column not in row:
+        raise DataError(
+            f"{where}: no column {column!r}; its columns are {', '.join(row)}. Name the right one with {option}"
+        )
+    return row[column]
+
+
+def _prompt(value: Any, where: str, column: str) -> list[Message]:
+    messages = _messages(value, "user", where, column)
+    if not any(message["role"] == "user" for message in messages):
+        raise DataError(f"{where}: the prompt has no user turn; its roles are {[m['role'] for m in messages]}")
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
+    return messages
+
+
+def read_prompts(path: Path, column: str = "prompt") -> pl.DataFrame:
+    """Prompts with `prompt_id` u32 in file order and `messages`; equal prompts count once.
+
+    A file of offline pairs serves too: without a prompt column, the common beginning of `chosen` and
+    `rejected` is the prompt.
+
+    Raises:
+        DataError: naming the file, the line and the column.
+    """
+    seen: dict[str, list[Message]] = {}
+    for where, row in read_rows(path):
+        if column not in row and "messages" in row and column == "prompt":
+            messages = _prompt(row["messages"], where, "messages")
+        elif column not in row and {"chosen", "rejected"} <= row.keys():
+            messages = _pair(row, where, column, "chosen", "rejected")["prompt"]
+        else:
+            messages = _prompt(_column(row, column, where, "--prompt-column"), where, column)
+        seen.setdefault(prompt_key(messages), messages)
+    if not seen:
+        raise DataError(f"{path} holds no prompts")
+    return prompts_frame(seen.values())
+
+
+def prompts_frame(prompts: Iterable[list[Message]]) -> pl.DataFrame:
+    """The prompts artefact: `prompt_id` counts from 0 in the given order."""
+    rows = list(prompts)
+    return pl.DataFrame({"prompt_id": range(len(rows)), "messages": rows}, schema=PROMPTS)
+
+
+def prompt_key(messages: list[Message]) -> str:
+    """Equal prompts, and only those, have equal keys."""
+    return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+
+
+def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: str) -> Pair:
+    answers = {
+        "chosen": _messages(
+            _column(row, chosen, where, "--chosen-column"), "assistant", where, chosen
+        ),
+        "rejected": _messages(
+            _column(row, rejected, where, "--rejected-column"), "assistant", where, rejected
+        ),
+    }
+    if prompt in row and row[prompt] is not None:
+        messages = _prompt(row[prompt], where, prompt)
+        # Some published sets give the prompt, and the whole conversation as the answer as well.
+        for name, answer in answers.items():
+            if answer[: len(messages)] == messages:
+                answers[name] = answer[len(messages) :]
+    else:
+        shared = 0
+        for left, right in zip(answers["chosen"], answers["rejected"], strict=False):
+            if left != right:
+                break
+            shared += 1
+        if shared == 0:
+            raise DataError(
+                f"{where}: no column {prompt!r}, and {chosen!r} and {rejected!r} have no common beginning; its "
+                f"columns are {', '.join(row)}. Name the prompt with --prompt-column"
+            )
+        messages = _prompt(answers["chosen"][:shared], where, chosen)
+        answers = {name: answer[shared:] for name, answer in answers.items()}
+    for name, answer in answers.items():
+        if [message["role"] for message in answer] != ["assistant"]:
+            raise DataError(
+                f"{where}: {name!r} must be one assistant turn after the prompt, got roles "
+                f"{[message['role'] for message in answer]}"
+            )
+    return {"prompt": messages, "chosen": answers["chosen"], "rejected": answers["rejected"]}
+
+
+def read_pairs(
+    path: Path,
+    *,
+    prompt_column: str = "prompt",
+    chosen_column: str = "chosen",
+    rejected_column: str = "rejected",
+    weight_column: str | None = None,
+) -> pl.DataFrame:
+    """Offline pairs as columns `prompt`, `chosen`, `rejected` (messages), `key` and, if named, `weight` f64.
+
+    Pairs whose answers are equal say nothing and are left out.
+
+    Raises:
+        DataError: naming the file, the line and the column.
+    """
+    pairs: list[Pair] = []
+    weights: list[float] = []
+    for where, row in read_rows(path):
+        pair = _pair(row, where, prompt_column, chosen_column, rejected_column)
+        if pair["chosen"] == pair["rejected"]:
+            continue
+        if weight_column is not None:
+            weight = _column(row, weight_column, where, "data.weight_column")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+                raise DataError(f"{where}: {weight_column!r} must be a finite number ≥ 0, got {weight!r}")
+            weights.append(float(weight))
+        pairs.append(pair)
+    if not pairs:
+        raise DataError(f"{path} holds no pairs (or only pairs whose chosen equals their rejected)")
+    frame = pairs_frame(pairs)
+    return frame.with_columns(pl.Series("weight", weights, dtype=pl.Float64)) if weight_column else frame
+
+
+def pairs_frame(pairs: list[Pair]) -> pl.DataFrame:
+    """`prompt`, `chosen`, `rejected` as messages, and `key`, which is equal for equal prompts only."""
+    frame = pl.DataFrame(pairs, schema={"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES})
+    return frame.with_columns(pl.Series("key", [prompt_key(pair["prompt"]) for pair in pairs], dtype=pl.String))

@@ -1,0 +1,243 @@
+"""Stage 6, evaluate: what a round changed, on held-out prompts and pairs that no round trains on.
+
+For any model: response length against the policy that the run started from, and how often the implicit
+reward of the new policy puts the chosen answer of a held-out pair first, beside the accuracy of length
+alone. In the synthetic world its oracle adds accuracy, win rate against the start, and the reward's accuracy
+on the new policy's own samples, where drift shows first. There is no judge for a model of one's own: bring
+the samples (they are kept, as Parquet) to yours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dice_py.artefacts import (
+    Report,
+    digest,
+    no_report,
+    parquet_key,
+    read_parquet,
+    versions,
+    write_json,
+    write_parquet,
+)
+from dice_py.config import EvaluateConfig, GenerateConfig, ModelConfig, ScoreConfig
+from dice_py.generate import generate
+from dice_py.models import encode_pairs, load_tokenizer, model_identity, stop_token_ids
+from dice_py.score import score_pairs
+
+_PAIR_LOGPS = pl.Schema({"chosen_logp": pl.Float32, "rejected_logp": pl.Float32})
+RESAMPLES = 2000
+
+
+def bootstrap_ci95(values: list[float], seed: int) -> list[float]:
+    """95 % interval of the mean by a percentile bootstrap over prompts (2000 resamples, seeded)."""
+    import numpy as np
+
+    data = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed % 2**63)
+    means = [data[rng.integers(0, len(data), len(data))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def reward_accuracy(chosen: pl.Series, rejected: pl.Series) -> float:
+    """Share of pairs whose chosen has the higher reward, equal rewards counted half."""
+    return float(((chosen > rejected).cast(pl.Float64) + 0.5 * (chosen == rejected).cast(pl.Float64)).mean())  # type: ignore[arg-type]
+
+
+def win_rate(pairs: list[tuple[list[float], list[float]]]) -> list[float]:
+    """For each prompt, the share of (ours, theirs) score pairs that ours wins, ties counted half."""
+    rates = []
+    for ours, theirs in pairs:
+        won = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in ours for b in theirs)
+        rates.append(won / (len(ours) * len(theirs)))
+    return rates
+
+
+def held_out_accuracy(
+    config: EvaluateConfig,
+    score_config: ScoreConfig,
+    models: ModelConfig,
+    *,
+    policy: Path,
+    references: dict[str, Path],
+    pairs: pl.DataFrame,
+    cache: Path,
+    report: Report = no_report,
+) -> dict[str, Any]:
+    """`implicit_reward_accuracy` for each named reference, and `length_only_accuracy`, on held-out pairs.
+
+    A model's log-probabilities of the pairs are kept under `cache`, so that each model is run over them once.
+    """
+    tokenizer = load_tokenizer(policy, models)
+    encoded = encode_pairs(pairs.head(config.pairs), tokenizer, stop_token_ids(policy, tokenizer))
+    content = digest(encoded["prompt_ids"].to_list(), encoded["chosen_ids"].to_list(), encoded["rejected_ids"].to_list())
+
+    def logps(model: Path) -> pl.DataFrame:
+        identity = model_identity(model)
+        key = digest("pair logps", identity, content, models.dtype, models.device, versions("torch", "transformers"))
+        file = cache / f"pair-logps-{identity}.parquet"
+        if parquet_key(file) != key:
+            scored = score_pairs(score_config, models, policy=model, pairs=encoded, report=report)
+            write_parquet(file, scored, key=key, schema=_PAIR_LOGPS)
+        return read_parquet(file)
+
+    ours = logps(policy)
+    found: dict[str, Any] = {"eval_pairs": encoded.height}
+    for name, folder in references.items():
+        theirs = logps(folder)
+        found[name] = reward_accuracy(
+            ours["chosen_logp"] - theirs["chosen_logp"], ours["rejected_logp"] - theirs["rejected_logp"]
+        )
+    chosen, rejected = encoded["chosen_ids"].list.len(), encoded["rejected_ids"].list.len()
+    found["length_only_accuracy"] = reward_accuracy(chosen.cast(pl.Int64), rejected.cast(pl.Int64))
+    return found
+
+
+def _oracle_metrics(
+    prompts: pl.DataFrame, ours: pl.DataFrame, theirs: pl.DataFrame, rewards: pl.Series | None, seed: int
+) -> dict[str, Any]:
+    from dice_py.world import oracle
+
+    messages = dict(prompts.select("prompt_id", "messages").iter_rows())
+
+    def by_prompt(samples: pl.DataFrame) -> dict[int, list[tuple[float, bool]]]:
+        scores: dict[int, list[tuple[float, bool]]] = {}
+        for prompt_id, text in samples.select("prompt_id", "response").iter_rows():
+            scores.setdefault(prompt_id, []).append(oracle(messages[prompt_id], text))
+        return scores
+
+    mine, start = by_prompt(ours), by_prompt(theirs)
+    rates = win_rate([([s for s, _ in mine[p]], [s for s, _ in start[p]]) for p in mine])
+    right = [sum(ok for _, ok in mine[p]) / len(mine[p]) for p in mine]
+    start_right = [sum(ok for _, ok in start[p]) / len(start[p]) for p in mine]
+    metrics: dict[str, Any] = {
+        "oracle_win_rate": sum(rates) / len(rates),
+        "oracle_win_rate_ci95": bootstrap_ci95(rates, seed),
+        "oracle_accuracy": sum(right) / len(right),
+        "oracle_accuracy_ci95": bootstrap_ci95(right, seed),
+        "start_oracle_accuracy": sum(start_right) / len(start_right),
+        "oracle_accuracy_gain_ci95": bootstrap_ci95([a - b for a, b in zip(right, start_right, strict=True)], seed),
+        "oracle_score": sum(s for p in mine for s, _ in mine[p]) / ours.height,
+        "start_oracle_score": sum(s for p in start for s, _ in start[p]) / theirs.height,
+    }
+    if rewards is not None:
+        scored = ours.select("prompt_id").with_columns(reward=rewards)
+        values: dict[int, list[float]] = {}
+        for prompt_id, reward in scored.iter_rows():
+            values.setdefault(prompt_id, []).append(reward)
+        won: list[float] = []
+        for p, scores in mine.items():
+            for i in range(len(scores)):
+                for j in range(i):
+                    if scores[i][0] != scores[j][0]:
+                        same = (values[p][i] - values[p][j]) * (scores[i][0] - scores[j][0])
+                        won.append(1.0 if same > 0 else 0.5 if same == 0 else 0.0)
+        metrics["on_policy_reward_accuracy"] = sum(won) / len(won) if won else None
+    return metrics
+
+
+def evaluate(
+    config: EvaluateConfig,
+    generate_config: GenerateConfig,
+    score_config: ScoreConfig,
+    models: ModelConfig,
+    *,
+    policy: Path,
+    start: Path,
+    reference: Path,
+    initial_reference: Path,
+    prompts: Path | None,
+    pairs: Path | None,
+    out: Path,
+    shared: Path,
+    seed: int,
+    max_prompt_tokens: int,
+    with_oracle: bool,
+    report: Report = no_report,
+) -> dict[str, Any]:
+    """Measures `policy` against `start` and writes `out/metrics.json`.
+
+    Args:
+        start: the policy that the run started from; its samples are drawn once and kept under `shared`.
+        reference: π_ref of the next round's implicit reward, whose accuracy is measured.
+        initial_reference: π_ref of round 1, for the same policy's reward against it.
+        prompts, pairs: Parquet files, held out (None: that part is not measured).
+        with_oracle: the prompts are the synthetic world's.
+
+    Returns:
+        The metrics, as written. Accuracies and rates lie in [0, 1]; lengths are in tokens and characters.
+    """
+    metrics: dict[str, Any] = {}
+    if prompts is not None and config.prompts:
+        held_out = read_parquet(prompts).head(config.prompts)
+        settings = generate_config.model_copy(update={"samples": config.samples})
+        drawn: dict[str, pl.DataFrame] = {}
+        for name, model, folder in (("start", start, shared / "start"), ("policy", policy, out / "samples")):
+            made = generate(
+                settings,
+                models,
+                policy=model,
+                prompts=held_out,
+                out=folder,
+                seed=seed,
+                round_number=0,  # the same random numbers for both, in every round
+                max_prompt_tokens=max_prompt_tokens,
+                report=report,
+            )
+            drawn[name] = pl.concat([read_parquet(file) for file in made.files])
+        ours, theirs = drawn["policy"], drawn["start"]
+        per_prompt = ours.group_by("prompt_id", maintain_order=True).agg(pl.col("response_tokens").mean())
+        metrics |= {
+            "eval_prompts": per_prompt.height,
+            "eval_samples": settings.samples,
+            "mean_response_tokens": ours["response_tokens"].mean(),
+            "mean_response_tokens_ci95": bootstrap_ci95(per_prompt["response_tokens"].to_list(), seed),
+            "start_mean_response_tokens": theirs["response_tokens"].mean(),
+            "mean_response_chars": ours["response_chars"].mean(),
+            "start_mean_response_chars": theirs["response_chars"].mean(),
+            "cut_off_share": float((ours["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
+        }
+        if with_oracle:
+            rewards = _sample_rewards(score_config, models, policy, reference, ours, report)
+            metrics |= _oracle_metrics(held_out, ours, theirs, rewards, seed)
+    if pairs is not None and config.pairs:
+        metrics |= held_out_accuracy(
+            config,
+            score_config,
+            models,
+            policy=policy,
+            references={
+                "implicit_reward_accuracy": reference,
+                "implicit_reward_accuracy_initial_reference": initial_reference,
+            },
+            pairs=read_parquet(pairs),
+            cache=shared,
+            report=report,
+        )
+    write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _sample_rewards(
+    config: ScoreConfig, models: ModelConfig, policy: Path, reference: Path, samples: pl.DataFrame, report: Report
+) -> pl.Series:
+    """log π − log π_ref of each sample (β leaves the order as it is)."""
+    from dice_py.models import load_model, release
+    from dice_py.score import sequence_logps
+
+    sums: list[list[float]] = []
+    for folder in (policy, reference):
+        model = load_model(folder, models)
+        sums.append(
+            sequence_logps(model, samples["prompt_token_ids"].to_list(), samples["token_ids"].to_list(), config)
+        )
+        device = model.device
+        del model
+        release(device)
+    report("note", text=f"rewards of {samples.height} held-out samples computed")
+    return pl.Series([a - b for a, b in zip(*sums, strict=True)])

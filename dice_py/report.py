@@ -1,0 +1,156 @@
+"""`report.html`: one plain page per run, with the tables of its rounds and the curve of length gap against α.
+
+Static HTML and inline SVG, no script and nothing fetched: it can be mailed, and opens from a file.
+"""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dice_py.artefacts import Manifest, read_json, write_text
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --accent: #2467c9; --muted: #777; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; margin: .8rem 0; } caption { text-align: left; color: var(--muted); }
+th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; }
+td { font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
+svg { max-width: 100%; height: auto; } .axis { stroke: var(--line); } .curve { stroke: var(--accent); fill: none;
+stroke-width: 2; } .chosen { fill: var(--accent); } svg text { font-size: 12px; fill: currentColor; }
+p.note { color: var(--muted); }
+"""
+
+
+def number(value: Any) -> str:
+    """A number as a person reads it: whole ones grouped, others to four significant digits."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or isinstance(value, str):
+        return str(value)
+    if isinstance(value, list):
+        return " to ".join(number(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number(item)}" for name, item in value.items() if item) or "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration as a person reads it."""
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
+    cells = "".join(
+        "<tr>" + "".join(f"<{'th' if at == 0 else 'td'}>{escape(cell)}</{'th' if at == 0 else 'td'}>" for at, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f'<div class="scroll"><table><caption>{escape(caption)}</caption><tr>{top}</tr>{cells}</table></div>'
+
+
+def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, gap: float | None) -> str:
+    """The falling step function of mean length gap against α, with the chosen α marked.
+
+    `gaps[i]` holds from `alphas[i]` to `alphas[i + 1]`.
+    """
+    points = [(a, g) for a, g in zip(alphas, gaps, strict=True) if math.isfinite(a) and math.isfinite(g)]
+    if len(points) < 2:
+        return "<p class='note'>The gap does not change with α here: there is no curve to draw.</p>"
+    # A few break points far out would flatten everything near the answer.
+    limit = max(points[-1][0] if alpha is None else min(points[-1][0], 4 * alpha), 1e-12)
+    points = [p for p in points if p[0] <= limit]
+    width, height, left, bottom, top = 640, 260, 70, 40, 15
+    low = min(0.0, *(g for _, g in points))
+    high = max(0.0, *(g for _, g in points))
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return left + value / limit * (width - left - 20)
+
+    def y(value: float) -> float:
+        return top + (high - value) / span * (height - top - bottom)
+
+    path = f"M{x(points[0][0]):.1f},{y(points[0][1]):.1f}"
+    for a, g in points[1:]:
+        path += f"H{x(a):.1f}V{y(g):.1f}"
+    path += f"H{x(limit):.1f}"
+    marked = ""
+    if alpha is not None and gap is not None and alpha <= limit:
+        marked = f'<circle class="chosen" cx="{x(alpha):.1f}" cy="{y(gap):.1f}" r="5"/>'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="mean length gap against alpha">'
+        f'<line class="axis" x1="{left}" y1="{y(0):.1f}" x2="{width - 20}" y2="{y(0):.1f}"/>'
+        f'<line class="axis" x1="{left}" y1="{top}" x2="{left}" y2="{height - bottom}"/>'
+        f'<path class="curve" d="{path}"/>{marked}'
+        f'<text x="{left - 8}" y="{y(high) + 4:.1f}" text-anchor="end">{number(high)}</text>'
+        f'<text x="{left - 8}" y="{y(0) + 4:.1f}" text-anchor="end">{"" if high == 0 else "0"}</text>'
+        f'<text x="{left - 8}" y="{y(low) + 4:.1f}" text-anchor="end">{"" if low == 0 else number(low)}</text>'
+        f'<text x="{left}" y="{height - 22}">0</text>'
+        f'<text x="{width - 20}" y="{height - 22}" text-anchor="end">{number(limit)}</text>'
+        f'<text x="{(width + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">α (reward per unit of length)</text>'
+        "</svg>"
+    )
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` from the manifest and the artefacts of a run folder."""
+    manifest = Manifest(folder / "manifest.json").data
+    rounds = sorted({name.split("/")[0] for name in manifest["stages"]})
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>DICE run {escape(folder.name)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>DICE run {escape(folder.name)}</h1>",
+        f"<p>policy at the start: {escape(manifest['policy']['folder'])}<br>"
+        f"reference of round 1: {escape(manifest['reference']['folder'])}</p>",
+    ]
+    metrics = {
+        name: read_json(folder / name / "evaluate" / "metrics.json")
+        for name in rounds
+        if (folder / name / "evaluate" / "metrics.json").is_file()
+    }
+    if metrics:
+        names = list(dict.fromkeys(key for found in metrics.values() for key in found))
+        rows = [[name, *(number(found.get(name)) for found in metrics.values())] for name in names]
+        parts += ["<h2>Evaluation</h2>", _table("on held-out prompts and pairs", ["", *metrics], rows)]
+        parts.append("<p class='note'>Intervals are 95 % percentile bootstraps over prompts.</p>")
+    for name in rounds:
+        parts.append(f"<h2>{escape(name)}</h2>")
+        stages = [(key.split("/")[1], value) for key, value in manifest["stages"].items() if key.startswith(name + "/")]
+        rows = [[stage, entry["status"], seconds(entry.get("seconds"))] for stage, entry in stages]
+        parts.append(_table("stages", ["stage", "status", "time"], rows))
+        for stage, entry in stages:
+            if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
+                rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
+                parts.append(_table(stage, ["", ""], rows))
+        mining = folder / name / "mine" / "mining.json"
+        if mining.is_file():
+            found = read_json(mining)
+            rows = [[key.replace("_", " "), number(value)] for key, value in found.items() if key != "curve"]
+            parts.append(_table(f"mine (lengths in {found['length']})", ["", ""], rows))
+            if found["curve"]["alpha"]:
+                parts.append("<p>Mean length gap, |chosen| − |rejected|, against α; the dot is the α in use.</p>")
+                parts.append(
+                    gap_curve_svg(
+                        found["curve"]["alpha"],
+                        found["curve"]["mean_length_gap"],
+                        found["alpha"],
+                        found["mean_length_gap_after"],
+                    )
+                )
+    parts.append("</body></html>")
+    path = folder / "report.html"
+    write_text(path, "\n".join(parts))
+    return path

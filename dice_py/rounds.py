@@ -1,0 +1,544 @@
+"""The loop: rounds of generate, score, mine, replay, train and evaluate, in a run folder that survives a kill.
+
+A stage runs when its key is not the manifest's, or its files are not whole; so `resume` is `run` on a folder
+that is there already. Model-holding stages run in a process of their own (dice_py/worker.py); this one
+imports neither torch nor transformers.
+
+The reference moves: in round 1 π_ref is the model that the policy's DPO training started from; in round t>1
+it is the policy that round t−1 started from (`reward_reference: previous`), or stays the first one
+(`initial`). Chen et al., arXiv 2406.09760, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dice_py.artefacts import (
+    PROMPTS,
+    Manifest,
+    Report,
+    digest,
+    file_digest,
+    no_report,
+    parquet_key,
+    read_json,
+    read_parquet,
+    seed_for,
+    versions,
+    write_parquet,
+    write_text,
+)
+from dice_py.config import RunConfig, dump, load_resolved
+from dice_py.data import prompt_key, read_pairs, read_prompts
+from dice_py.errors import DataError, InterruptedRunError, UsageError
+from dice_py.mine import mine
+from dice_py.models import model_identity, require, resolve_model
+from dice_py.report import write_report
+from dice_py.train import is_trained
+from dice_py.worker import run_stage
+from dice_py.world import World, cache_folder, find_world
+
+STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
+_HELD_OUT = 0.1  # at most this share of a user's prompts or pairs is held out when no file of them is named
+
+_REMEDIES = {
+    "world": "close other programs",
+    "generate": "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
+    "score": "lower score.token_budget",
+    "replay": "lower score.token_budget",
+    "train": "lower train.micro_batch_size, set train.gradient_checkpointing=true or train.lora.r=16",
+    "evaluate": "lower generate.token_budget and score.token_budget",
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every round reads, as artefacts in `inputs/`."""
+
+    policy: Path
+    reference: Path
+    prompts: Path
+    offline: Path | None
+    eval_prompts: Path | None
+    eval_pairs: Path | None
+
+
+class Run:
+    """One run folder: its config, manifest, events and stages."""
+
+    def __init__(self, folder: Path, config: RunConfig, report: Report = no_report) -> None:
+        self.folder = folder
+        self.config = config
+        self.manifest = Manifest(folder / "manifest.json")
+        self._listen = report
+
+    def report(self, event: str, **fields: Any) -> None:
+        """Tells the listener, and keeps what is not mere progress in `events.jsonl`."""
+        if event != "progress":
+            line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
+            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(line + "\n")
+        self._listen(event, **fields)
+
+    def stage(
+        self, name: str, key: str, whole: Callable[[dict[str, Any]], bool], work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The entry of stage `name`: the manifest's if its key is `key` and its files are whole, else made now."""
+        entry = self.manifest.stage(name)
+        if entry is not None and entry.get("key") == key and entry.get("status") == "done" and whole(entry):
+            self.report("stage", stage=name, status="kept", seconds=entry["seconds"], counts=entry["counts"])
+            return entry
+        started = time.time()
+        self.manifest.record(name, key=key, status="running", started=started, seconds=None, counts={}, files=[])
+        self.report("stage", stage=name, status="running")
+        made = work()
+        seconds = time.time() - started
+        self.manifest.record(name, status="done", seconds=seconds, **made)
+        self.report("stage", stage=name, status="done", seconds=seconds, counts=made["counts"])
+        entry = self.manifest.stage(name)
+        assert entry is not None
+        return entry
+
+    def spawn(self, stage: str, work: str, folder: Path, **arguments: Any) -> Any:
+        """Runs `work` ("module:function") in a process of its own, its output in `folder/worker.log`."""
+        return run_stage(
+            work, arguments, log=folder / "worker.log", remedy=_REMEDIES[stage], report=self.report
+        )
+
+    def path(self, name: str) -> Path:
+        """A path in the run folder, from how the manifest names it."""
+        return self.folder / name
+
+    def relative(self, path: Path) -> str:
+        """How the manifest names a path."""
+        return str(path.relative_to(self.folder))
+
+
+def new_run_folder(runs: Path) -> Path:
+    """A folder that does not exist yet, named by the time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = runs / stamp
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = runs / f"{stamp}-{number}"
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{folder} is in use by another `dice` process; wait for it, or stop it") from None
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def is_running(folder: Path) -> bool:
+    """True while a process works in this run folder."""
+    lock = folder / ".lock"
+    if not lock.exists():
+        return False
+    with lock.open("r") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    return False
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a scheduler's) ends the run as Ctrl-C does: whole shards stay, exit code 5."""
+
+    def handler(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def run(config: RunConfig, folder: Path, report: Report = no_report) -> dict[str, Any]:
+    """Runs `config` in `folder`, going on from what is whole there; returns the metrics of each round.
+
+    Raises:
+        UsageError: the folder holds a run of another config, or another process works in it.
+        InterruptedRunError: Ctrl-C or SIGTERM; `dice resume` goes on.
+        DiceError: what a stage raised.
+    """
+    stored = folder / "config.yaml"
+    if stored.exists():
+        if load_resolved(stored) != config:
+            raise UsageError(
+                f"{folder} holds a run of another config (see {stored}); give another --run-dir, or continue that "
+                f"run as it is with: dice resume {folder}"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder), _terminate_as_interrupt():
+        write_text(stored, dump(config))
+        this = Run(folder, config, report)
+        try:
+            return _rounds(this)
+        except KeyboardInterrupt:
+            this.report("interrupted")
+            raise InterruptedRunError(f"interrupted; whole shards are kept. Go on with: dice resume {folder}") from None
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                this.report("failed", text=f"{type(error).__name__}: {error}"[:2000])
+            raise
+
+
+def resume(folder: Path, report: Report = no_report) -> dict[str, Any]:
+    """Goes on with the run in `folder`: redoes nothing that is whole, reuses nothing whose key differs.
+
+    Raises:
+        UsageError: no run is there.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(f"{folder} holds no run (no config.yaml); `dice status` lists runs, `dice run` starts one")
+    return run(load_resolved(folder / "config.yaml"), folder, report)
+
+
+def _world(this: Run) -> World:
+    found = find_world(this.config.world)
+    if found is None:
+        this.report("note", text=f"making the synthetic world in {cache_folder()} (once)")
+        this.spawn("world", "dice_py.world:make_world", this.folder / "inputs", config=this.config.world)
+        found = find_world(this.config.world)
+        if found is None:
+            raise RuntimeError("the world was made, but is not in the cache")
+    return found
+
+
+def _inputs(this: Run) -> Inputs:
+    """Models resolved, data read and checked, held-out parts split off; as files in `inputs/`."""
+    config, folder = this.config, this.folder / "inputs"
+    require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
+    if config.is_world:
+        world = _world(this)
+        return Inputs(
+            policy=world.policy,
+            reference=world.reference,
+            prompts=world.prompts,
+            offline=world.offline_pairs,
+            eval_prompts=world.eval_prompts,
+            eval_pairs=world.eval_pairs,
+        )
+    model, data = config.model, config.data
+    assert model.policy is not None
+    assert model.reference is not None
+    assert data.prompts is not None
+    columns = [data.prompt_column, data.chosen_column, data.rejected_column, data.weight_column]
+    named = [data.prompts, data.replay, data.eval_prompts, data.eval_pairs]
+    files = [file_digest(Path(name)) if name else None for name in named]
+    key = digest("inputs", columns, files, config.seed, config.evaluate.model_dump(), versions("polars"))
+    outputs = {name: folder / f"{name}.parquet" for name in ("prompts", "offline", "eval_prompts", "eval_pairs")}
+    if parquet_key(outputs["prompts"]) != key:
+        _split(this, outputs, key)
+
+    def made(name: str) -> Path | None:
+        return outputs[name] if parquet_key(outputs[name]) == key else None
+
+    return Inputs(
+        policy=resolve_model(model.policy, model.policy_revision, role="model.policy (--policy)"),
+        reference=resolve_model(model.reference, model.reference_revision, role="model.reference (--reference)"),
+        prompts=outputs["prompts"],
+        offline=made("offline"),
+        eval_prompts=made("eval_prompts"),
+        eval_pairs=made("eval_pairs"),
+    )
+
+
+def _split(this: Run, outputs: dict[str, Path], key: str) -> None:
+    """Reads the user's files and writes `inputs/`; the prompts last, since their key says that all are there."""
+    config, data = this.config, this.config.data
+    assert data.prompts is not None
+
+    def pairs_of(name: str) -> pl.DataFrame:
+        return read_pairs(
+            Path(name),
+            prompt_column=data.prompt_column,
+            chosen_column=data.chosen_column,
+            rejected_column=data.rejected_column,
+            weight_column=data.weight_column if name == data.replay else None,
+        )
+
+    prompts = read_prompts(Path(data.prompts), data.prompt_column)
+    offline = pairs_of(data.replay) if data.replay else None
+    rng = random.Random(seed_for(config.seed, "held out"))
+    eval_prompts = eval_pairs = None
+    if data.eval_prompts:
+        eval_prompts = read_prompts(Path(data.eval_prompts), data.prompt_column)
+    elif config.evaluate.prompts:
+        count = min(config.evaluate.prompts, int(prompts.height * _HELD_OUT))
+        chosen = set(rng.sample(range(prompts.height), count))
+        eval_prompts = prompts.filter(pl.col("prompt_id").is_in(list(chosen))) if count else None
+    if data.eval_pairs:
+        eval_pairs = pairs_of(data.eval_pairs)
+    elif offline is not None and config.evaluate.pairs:
+        count = min(config.evaluate.pairs, int(offline.height * _HELD_OUT))
+        rows = sorted(rng.sample(range(offline.height), count))
+        eval_pairs = offline[rows] if count else None
+    held = set()
+    if eval_prompts is not None:
+        held |= {prompt_key(messages) for messages in eval_prompts["messages"].to_list()}
+    if eval_pairs is not None:
+        held |= set(eval_pairs["key"])
+    before = prompts.height
+    keys = pl.Series([prompt_key(messages) for messages in prompts["messages"].to_list()], dtype=pl.String)
+    prompts = prompts.filter(~keys.is_in(list(held)))
+    if prompts.is_empty():
+        raise DataError(f"{data.prompts}: all of its {before} prompts are held out; give more, or data.eval_prompts")
+    if offline is not None:
+        offline = offline.filter(~pl.col("key").is_in(list(held)))
+        write_parquet(outputs["offline"], offline, key=key)
+    if eval_prompts is not None:
+        write_parquet(outputs["eval_prompts"], eval_prompts, key=key, schema=PROMPTS)
+    if eval_pairs is not None:
+        write_parquet(outputs["eval_pairs"], eval_pairs, key=key)
+    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS)
+    this.report(
+        "note",
+        text=f"{prompts.height} prompts for the rounds, {0 if offline is None else offline.height} offline pairs; held "
+        f"out: {0 if eval_prompts is None else eval_prompts.height} prompts, "
+        f"{0 if eval_pairs is None else eval_pairs.height} pairs",
+    )
+
+
+def _round_prompts(this: Run, inputs: Inputs, number: int, folder: Path) -> tuple[Path, str]:
+    """The prompts of round `number` (from 1): all, or a fresh slice of the shuffled ones, going round at the end."""
+    prompts = read_parquet(inputs.prompts, ["prompt_id", "messages"])
+    per_round = this.config.data.prompts_per_round
+    if per_round is not None and per_round < prompts.height:
+        order = list(range(prompts.height))
+        random.Random(seed_for(this.config.seed, "prompts")).shuffle(order)
+        start = (number - 1) * per_round
+        rows = sorted(order[at % prompts.height] for at in range(start, start + per_round))
+        prompts = prompts[rows]
+    key = digest("prompts", prompts.to_dict(as_series=False))
+    path = folder / "prompts.parquet"
+    if parquet_key(path) != key:
+        write_parquet(path, prompts, key=key, schema=PROMPTS)
+    return path, key
+
+
+def _rounds(this: Run) -> dict[str, Any]:
+    config = this.config
+    inputs = _inputs(this)
+    # What the run stands on, for whoever reads the folder.
+    this.manifest.data["policy"] = {"folder": str(inputs.policy), "identity": model_identity(inputs.policy)}
+    this.manifest.data["reference"] = {"folder": str(inputs.reference), "identity": model_identity(inputs.reference)}
+    this.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
+    this.manifest.save()
+    policy, reference = inputs.policy, inputs.reference
+    metrics: dict[str, Any] = {}
+    for number in range(1, config.rounds + 1):
+        this.report("round", number=number, rounds=config.rounds)
+        next_policy = _round(this, inputs, number, policy, reference)
+        next_reference = policy if config.reward_reference == "previous" else inputs.reference
+        metrics[f"round-{number:02d}"] = _evaluate(this, inputs, number, next_policy, next_reference)
+        policy, reference = next_policy, next_reference
+        write_report(this.folder)
+    this.report("finished", policy=str(policy), report=str(this.folder / "report.html"))
+    return metrics
+
+
+def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> Path:
+    """Generate, score, mine, replay, train: the new policy's folder."""
+    config = this.config
+    name = f"round-{number:02d}"
+    base = this.folder / name
+    held = config.model.model_dump(include={"dtype", "device", "attn_implementation"})
+    identity, ref_identity = model_identity(policy), model_identity(reference)
+    prompts, prompts_key = _round_prompts(this, inputs, number, base / "generate")
+    libraries = versions("torch", "transformers", "vllm")
+
+    def shards_whole(entry: dict[str, Any]) -> bool:
+        return all(parquet_key(this.path(f["file"])) == f["key"] for f in entry["files"])
+
+    def generate_stage() -> dict[str, Any]:
+        made = this.spawn(
+            "generate",
+            "dice_py.generate:generate",
+            base / "generate",
+            config=config.generate,
+            models=config.model,
+            policy=policy,
+            prompts=prompts,
+            out=base / "generate",
+            seed=config.seed,
+            round_number=number,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+        )
+        files = [
+            {"file": this.relative(file), "key": key} for file, key in zip(made.files, made.keys, strict=True)
+        ]
+        return {"files": files, "counts": made.counts()}
+
+    generated = this.stage(
+        f"{name}/generate",
+        digest(
+            prompts_key, config.generate.model_dump(), held, identity, config.seed, number, libraries,
+            config.data.max_prompt_tokens,
+        ),
+        shards_whole,
+        generate_stage,
+    )  # fmt: skip
+    generations = [this.path(f["file"]) for f in generated["files"]]
+
+    score_keys = [
+        digest("score", f["key"], config.score.model_dump(), held, identity, ref_identity, config.beta, libraries)
+        for f in generated["files"]
+    ]
+
+    def score_stage() -> dict[str, Any]:
+        files = this.spawn(
+            "score",
+            "dice_py.score:score",
+            base / "score",
+            config=config.score,
+            models=config.model,
+            policy=policy,
+            reference=reference,
+            generations=generations,
+            out=base / "score",
+            keys=score_keys,
+            beta=config.beta,
+        )
+        rewards = pl.scan_parquet(files, glob=False).select(pl.col("reward")).collect()["reward"]
+        finite = rewards.filter(rewards.is_finite())
+        return {
+            "files": [{"file": this.relative(f), "key": key} for f, key in zip(files, score_keys, strict=True)],
+            "counts": {"responses": len(rewards), "mean_reward": finite.mean(), "reward_std": finite.std()},
+        }
+
+    scored = this.stage(f"{name}/score", digest(score_keys), shards_whole, score_stage)
+    scores = [this.path(f["file"]) for f in scored["files"]]
+
+    mined_key = digest("mine", score_keys, config.mine.model_dump(), versions("polars"))
+    mined_file = base / "mine" / "mined.parquet"
+
+    def mine_stage() -> dict[str, Any]:
+        counts = mine(config.mine, generations=generations, scores=scores, out=mined_file.parent, key=mined_key)
+        return {"files": [{"file": this.relative(mined_file), "key": mined_key}], "counts": counts}
+
+    this.stage(f"{name}/mine", mined_key, shards_whole, mine_stage)
+
+    replay_seed = seed_for(config.seed, number, "replay")
+    offline_key = parquet_key(inputs.offline) if inputs.offline else None
+    replay_key = digest(
+        "replay", mined_key, config.replay.model_dump(), offline_key, replay_seed, identity,
+        config.score.model_dump(), held, libraries,
+    )  # fmt: skip
+    training_set = base / "replay" / "training_set.parquet"
+
+    def replay_stage() -> dict[str, Any]:
+        counts = this.spawn(
+            "replay",
+            "dice_py.replay:replay",
+            base / "replay",
+            config=config.replay,
+            score_config=config.score,
+            models=config.model,
+            policy=policy,
+            mined=mined_file,
+            generations=generations,
+            scores=scores,
+            prompts=prompts,
+            offline=inputs.offline,
+            out=base / "replay",
+            seed=replay_seed,
+            key=replay_key,
+        )
+        return {"files": [{"file": this.relative(training_set), "key": replay_key}], "counts": counts}
+
+    this.stage(f"{name}/replay", replay_key, shards_whole, replay_stage)
+
+    train_seed = seed_for(config.seed, number, "train")
+    train_key = digest(
+        "train", replay_key, config.train.model_dump(), held, identity, config.beta, train_seed,
+        versions("torch", "transformers", "trl", "accelerate", "peft"),
+    )  # fmt: skip
+    model = base / "train" / "model"
+
+    def train_stage() -> dict[str, Any]:
+        counts = this.spawn(
+            "train",
+            "dice_py.train:train",
+            base / "train",
+            config=config.train,
+            models=config.model,
+            policy=policy,
+            training_set=training_set,
+            out=base / "train",
+            beta=config.beta,
+            seed=train_seed,
+            key=train_key,
+        )
+        return {"files": [{"file": this.relative(model), "key": train_key}], "counts": counts}
+
+    this.stage(f"{name}/train", train_key, lambda _: is_trained(model, train_key), train_stage)
+    return model
+
+
+def _evaluate(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> dict[str, Any]:
+    config = this.config
+    out = this.folder / f"round-{number:02d}" / "evaluate"
+    identities = [model_identity(m) for m in (policy, reference, inputs.policy, inputs.reference)]
+    data = [parquet_key(f) if f else None for f in (inputs.eval_prompts, inputs.eval_pairs)]
+    key = digest(
+        "evaluate", identities, data, config.evaluate.model_dump(), config.generate.model_dump(),
+        config.score.model_dump(), config.model.model_dump(include={"dtype", "device"}), config.seed,
+        versions("torch", "transformers", "vllm"),
+    )  # fmt: skip
+    file = out / "metrics.json"
+
+    def evaluate_stage() -> dict[str, Any]:
+        metrics = this.spawn(
+            "evaluate",
+            "dice_py.evaluate:evaluate",
+            out,
+            config=config.evaluate,
+            generate_config=config.generate,
+            score_config=config.score,
+            models=config.model,
+            policy=policy,
+            start=inputs.policy,
+            reference=reference,
+            initial_reference=inputs.reference,
+            prompts=inputs.eval_prompts,
+            pairs=inputs.eval_pairs,
+            out=out,
+            shared=this.folder / "evaluate",
+            seed=seed_for(config.seed, "evaluate"),
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            with_oracle=config.is_world,
+        )
+        return {"files": [{"file": this.relative(file), "key": file_digest(file)}], "counts": metrics}
+
+    def whole(entry: dict[str, Any]) -> bool:
+        return file.is_file() and file_digest(file) == entry["files"][0]["key"]
+
+    this.stage(f"round-{number:02d}/evaluate", key, whole, evaluate_stage)
+    return dict(read_json(file))

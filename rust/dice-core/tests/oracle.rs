@@ -1,0 +1,348 @@
+//! The miner against a naive oracle, which shares no code with it: rewards are whole numbers of a
+//! small unit, penalties are fractions, everything is compared in 128-bit integers, and the gap is
+//! tried at the break point of every two responses of every prompt.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Float32Type, Int64Type, UInt32Type, UInt64Type};
+use arrow_array::{ArrayRef, BooleanArray, Float32Array, Float64Array, Int64Array, RecordBatch, UInt32Array};
+use dice_core::filter::Filter;
+use dice_core::{Columns, Debias, Mined, Options, mine};
+use proptest::prelude::*;
+
+/// One unit of reward.
+const UNIT: f64 = 1.0 / (1 << 20) as f64;
+
+#[derive(Debug, Clone, PartialEq)]
+struct Row {
+    prompt: i64,
+    /// In units; `None` is null, and `i64::MAX` stands for NaN.
+    reward: Option<i64>,
+    length: Option<u32>,
+    truncated: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    min_responses: usize,
+    min_length: Option<u32>,
+    max_length: Option<u32>,
+}
+
+fn reward(units: i64) -> f64 {
+    if units == i64::MAX { f64::NAN } else { units as f64 * UNIT }
+}
+
+fn batch(rows: &[Row]) -> RecordBatch {
+    let columns: [(&str, ArrayRef); 4] = [
+        ("prompt", Arc::new(Int64Array::from_iter_values(rows.iter().map(|row| row.prompt)))),
+        ("reward", Arc::new(rows.iter().map(|row| row.reward.map(reward)).collect::<Float64Array>())),
+        ("length", Arc::new(rows.iter().map(|row| row.length).collect::<UInt32Array>())),
+        ("truncated", Arc::new(rows.iter().map(|row| Some(row.truncated)).collect::<BooleanArray>())),
+    ];
+    RecordBatch::try_from_iter_with_nullable(columns.map(|(name, array)| (name, array, true))).unwrap()
+}
+
+fn run(rows: &[Row], size: usize, debias: Debias, limits: Limits) -> Mined {
+    // Slices of one batch, so that buffers start at an offset.
+    let whole = batch(rows);
+    let starts = (0..rows.len()).step_by(size);
+    let batches = starts.map(|from| Ok(whole.slice(from, size.min(rows.len() - from))));
+    let filter = Filter { min_length: limits.min_length, max_length: limits.max_length };
+    let options = Options { debias, min_responses: limits.min_responses, filter };
+    mine(&Columns::new(batches).unwrap(), &options).unwrap()
+}
+
+/// Prompt, chosen row, rejected row.
+fn pairs(mined: &Mined) -> Vec<(i64, u64, u64)> {
+    let prompts = mined.pairs.column(0).as_primitive::<Int64Type>();
+    let chosen = mined.pairs.column(1).as_primitive::<UInt64Type>();
+    let rejected = mined.pairs.column(2).as_primitive::<UInt64Type>();
+    (0..mined.pairs.num_rows()).map(|i| (prompts.value(i), chosen.value(i), rejected.value(i))).collect()
+}
+
+// ---- the oracle
+
+type Response = (i128, i128, u64); // reward in units, length, row
+
+/// Usable responses of the prompts that have enough of them.
+fn usable(rows: &[Row], limits: Limits) -> BTreeMap<i64, Vec<Response>> {
+    let mut prompts = BTreeMap::<i64, Vec<Response>>::new();
+    for (row, number) in rows.iter().zip(0..) {
+        let (Some(units), Some(length)) = (row.reward, row.length) else { continue };
+        let fits = limits.min_length.is_none_or(|min| length >= min)
+            && limits.max_length.is_none_or(|max| length <= max);
+        if units != i64::MAX && !row.truncated && fits {
+            prompts.entry(row.prompt).or_default().push((units.into(), length.into(), number));
+        }
+    }
+    prompts.retain(|_, responses| responses.len() >= limits.min_responses);
+    prompts
+}
+
+/// Chosen and rejected at the penalty `over / under` (in units), by sorting.
+fn naive_pair(responses: &[Response], over: i128, under: i128) -> Option<(Response, Response)> {
+    let penalised = |r: &Response| r.0 * under - over * r.1;
+    let chosen = responses.iter().min_by_key(|r| (-penalised(r), r.1, r.2))?;
+    let rejected = responses.iter().min_by_key(|r| (penalised(r), -r.1, r.2))?;
+    (chosen.2 != rejected.2).then_some((*chosen, *rejected))
+}
+
+fn naive_gap(prompts: &BTreeMap<i64, Vec<Response>>, over: i128, under: i128) -> i128 {
+    let pairs = prompts.values().filter_map(|responses| naive_pair(responses, over, under));
+    pairs.map(|(chosen, rejected)| chosen.1 - rejected.1).sum()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Fraction(i128, i128);
+
+impl Ord for Fraction {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0 * other.1).cmp(&(other.0 * self.1))
+    }
+}
+
+impl PartialOrd for Fraction {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// Every penalty at which anything could change, and zero.
+fn candidates(prompts: &BTreeMap<i64, Vec<Response>>) -> Vec<Fraction> {
+    let mut found = BTreeSet::from([Fraction(0, 1)]);
+    for responses in prompts.values() {
+        for a in responses {
+            for b in responses {
+                if a.1 > b.1 && a.0 > b.0 {
+                    found.insert(Fraction(a.0 - b.0, a.1 - b.1));
+                }
+            }
+        }
+    }
+    found.into_iter().collect()
+}
+
+// ---- inputs
+
+fn rows(dense: bool) -> impl Strategy<Value = Vec<Row>> {
+    // Few values and many ties, or many values and few.
+    let (rewards, lengths) = if dense { (-3i64..4, 0u32..6) } else { (-8i64 << 20..8 << 20, 0u32..2000) };
+    let reward = prop_oneof![30 => rewards.prop_map(Some), 1 => Just(None), 1 => Just(Some(i64::MAX))];
+    let length = prop_oneof![30 => lengths.prop_map(Some), 1 => Just(None)];
+    let row = (-4i64..12, reward, length, prop::bool::weighted(0.05)).prop_map(
+        |(prompt, reward, length, truncated)| Row {
+            prompt: prompt * 1_000_000_007,
+            reward,
+            length,
+            truncated,
+        },
+    );
+    (prop::collection::vec(row, 1..90), any::<bool>()).prop_map(|(mut rows, grouped)| {
+        if grouped {
+            rows.sort_by_key(|row| row.prompt);
+        }
+        rows
+    })
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    (2usize..5, prop::option::of(0u32..3), prop::option::of(3u32..1500))
+        .prop_map(|(min_responses, min_length, max_length)| Limits { min_responses, min_length, max_length })
+}
+
+fn near(float: f64, fraction: Fraction) -> bool {
+    let value = fraction.0 as f64 * UNIT / fraction.1 as f64;
+    (float - value).abs() <= value * 1e-15
+}
+
+fn check_auto(rows: &[Row], size: usize, limits: Limits) -> Result<(), TestCaseError> {
+    let mined = run(rows, size, Debias::LinearAuto, limits);
+    let prompts = usable(rows, limits);
+    let candidates = candidates(&prompts);
+    let gaps: Vec<_> = candidates.iter().map(|f| naive_gap(&prompts, f.0, f.1)).collect();
+    // The first of the least.
+    let best = (0..gaps.len()).min_by_key(|&i| (gaps[i].abs(), i)).unwrap();
+    let (low, high) = mined.alpha_interval.unwrap();
+    prop_assert!(near(low, candidates[best]), "{low} is not {:?}", candidates[best]);
+    match (best..gaps.len()).find(|&i| gaps[i] != gaps[best]) {
+        Some(next) => prop_assert!(near(high, candidates[next]), "{high} is not {:?}", candidates[next]),
+        None => prop_assert_eq!(high, f64::INFINITY),
+    }
+    let alpha = mined.alpha.unwrap();
+    prop_assert!(alpha == 0.0 && low == 0.0 || low < alpha && alpha < high);
+    let fraction = candidates[best];
+    let expected: Vec<_> = prompts
+        .iter()
+        .filter_map(|(prompt, responses)| {
+            naive_pair(responses, fraction.0, fraction.1).map(|(c, r)| (*prompt, c.2, r.2))
+        })
+        .collect();
+    let count = expected.len() as f64;
+    prop_assert_eq!(pairs(&mined), expected);
+    if count > 0.0 {
+        prop_assert_eq!(mined.gap_after, gaps[best] as f64 / count);
+        prop_assert_eq!(mined.gap_before, gaps[0] as f64 / count);
+        for (alpha, gap) in &mined.curve {
+            let at =
+                candidates.iter().rposition(|f| f.0 as f64 * UNIT / f.1 as f64 <= *alpha * (1.0 + 1e-15));
+            prop_assert_eq!(*gap, gaps[at.unwrap()] as f64 / count);
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn best_penalty_with_many_ties(rows in rows(true), size in 1usize..40, limits in limits()) {
+        check_auto(&rows, size, limits)?;
+    }
+
+    #[test]
+    fn best_penalty_with_few_ties(rows in rows(false), size in 1usize..40, limits in limits()) {
+        check_auto(&rows, size, limits)?;
+    }
+
+    #[test]
+    fn fixed_penalty(rows in rows(true), size in 1usize..40, limits in limits(), over in 0i128..12, power in 0u32..4) {
+        // A penalty of `over / 2^power` units is a float, and lies on break points often.
+        let alpha = over as f64 * UNIT / f64::from(1u32 << power);
+        let mined = run(&rows, size, Debias::Linear(alpha), limits);
+        let prompts = usable(&rows, limits);
+        let expected: Vec<_> = prompts
+            .iter()
+            .filter_map(|(prompt, responses)| {
+                naive_pair(responses, over, 1 << power).map(|(c, r)| (*prompt, c.2, r.2))
+            })
+            .collect();
+        prop_assert_eq!(pairs(&mined), expected);
+        let (low, high) = mined.alpha_interval.unwrap();
+        prop_assert!(low <= alpha && alpha < high);
+        // The same pairs at the low end, and others at the high end and below the low one.
+        let at = |alpha: f64| {
+            let mined = run(&rows, size, Debias::Linear(alpha), limits);
+            (mined.gap_after * mined.pairs.num_rows() as f64).round() as i64
+        };
+        prop_assert_eq!(pairs(&run(&rows, size, Debias::Linear(low), limits)), pairs(&mined));
+        if high.is_finite() {
+            prop_assert!(at(high) < at(alpha));
+            prop_assert_eq!(at(high.next_down()), at(alpha));
+        }
+        if low > 0.0 {
+            prop_assert!(at(low.next_down()) > at(alpha));
+        }
+    }
+
+    #[test]
+    fn every_row_is_counted_once(rows in rows(true), size in 1usize..40, limits in limits()) {
+        let mined = run(&rows, size, Debias::None, limits);
+        let prompts = usable(&rows, limits);
+        let kept: usize = prompts.values().map(Vec::len).sum();
+        let d = mined.dropped;
+        let sum = d.null + d.not_finite + d.truncated + d.too_short + d.too_long + d.too_few_responses;
+        prop_assert_eq!(sum, (rows.len() - kept) as u64);
+        let null = rows.iter().filter(|row| row.reward.is_none() || row.length.is_none());
+        prop_assert_eq!(d.null, null.count() as u64);
+        let all: BTreeSet<_> = rows.iter().map(|row| row.prompt).collect();
+        prop_assert_eq!(mined.prompts, all.len() as u64);
+        prop_assert_eq!(mined.dropped_prompts.too_few_responses, (all.len() - prompts.len()) as u64);
+        prop_assert_eq!(mined.dropped_prompts.no_contrast, (prompts.len() - mined.pairs.num_rows()) as u64);
+    }
+
+    #[test]
+    fn order_of_rows_does_not_matter(
+        rows in rows(false),
+        size in 1usize..40,
+        limits in limits(),
+        debias in prop_oneof![
+            Just(Debias::LinearAuto),
+            Just(Debias::Bucket { buckets: 3, scale: false }),
+            Just(Debias::Bucket { buckets: 4, scale: true }),
+        ],
+        seed in any::<u64>(),
+    ) {
+        let mut shuffled: Vec<(u64, usize)> =
+            (0..rows.len()).map(|i| (seed.wrapping_add(i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15), i)).collect();
+        shuffled.sort_unstable();
+        let moved: Vec<Row> = shuffled.iter().map(|&(_, i)| rows[i].clone()).collect();
+        let (before, after) = (run(&rows, size, debias, limits), run(&moved, rows.len(), debias, limits));
+        prop_assert_eq!(before.alpha, after.alpha);
+        // Duplicates may change places, so pairs are compared by what is in the rows.
+        let content = |mined: &Mined, of: &[Row]| -> Vec<_> {
+            pairs(mined).iter().map(|pair| (of[pair.1 as usize].clone(), of[pair.2 as usize].clone())).collect()
+        };
+        prop_assert_eq!(content(&before, &rows), content(&after, &moved));
+        for column in 3..8 {
+            prop_assert_eq!(before.pairs.column(column), after.pairs.column(column));
+        }
+    }
+
+    #[test]
+    fn buckets_are_centred(rows in rows(false), size in 1usize..40, limits in limits(), buckets in 1usize..12) {
+        let mined = run(&rows, size, Debias::Bucket { buckets, scale: false }, limits);
+        let one = Limits { min_responses: 1, ..limits };
+        let mut all: Vec<Response> = usable(&rows, one).into_values().flatten().collect();
+        all.sort_by_key(|r| r.1);
+        let cuts: Vec<i128> =
+            (1..buckets).filter_map(|j| all.get((j * all.len()).div_ceil(buckets).saturating_sub(1)).map(|r| r.1)).collect();
+        let bucket = |length: i128| cuts.iter().filter(|&&cut| cut < length).count();
+        let score = |r: &Response| {
+            let same: Vec<i128> = all.iter().filter(|o| bucket(o.1) == bucket(r.1)).map(|o| o.0).collect();
+            r.0 as f64 * UNIT - same.iter().sum::<i128>() as f64 * UNIT / same.len() as f64
+        };
+        let expected: Vec<_> = usable(&rows, limits)
+            .iter()
+            .filter_map(|(prompt, responses)| {
+                let chosen = responses.iter().min_by(|a, b| {
+                    score(b).total_cmp(&score(a)).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2))
+                })?;
+                let rejected = responses.iter().min_by(|a, b| {
+                    score(a).total_cmp(&score(b)).then(b.1.cmp(&a.1)).then(a.2.cmp(&b.2))
+                })?;
+                (chosen.2 != rejected.2).then_some((*prompt, chosen.2, rejected.2))
+            })
+            .collect();
+        prop_assert_eq!(pairs(&mined), expected);
+    }
+
+    /// Any bits at all: no panic, no pair of one row, and (checked inside in a debug build) the gap that the
+    /// break points promise.
+    #[test]
+    fn any_floats(
+        of in prop::collection::vec((0u32..6, any::<f32>(), any::<u32>()), 1..60),
+        doubles in prop::option::of(any::<f64>()),
+        alpha in prop::option::of(0.0..f64::MAX),
+        bucket in any::<bool>(),
+    ) {
+        let rewards: ArrayRef = match doubles {
+            None => Arc::new(Float32Array::from_iter_values(of.iter().map(|row| row.1))),
+            Some(factor) => Arc::new(Float64Array::from_iter_values(of.iter().map(|row| f64::from(row.1) * factor))),
+        };
+        let batch = RecordBatch::try_from_iter([
+            ("prompt", Arc::new(UInt32Array::from_iter_values(of.iter().map(|row| row.0))) as ArrayRef),
+            ("reward", rewards),
+            ("length", Arc::new(UInt32Array::from_iter_values(of.iter().map(|row| row.2)))),
+        ]).unwrap();
+        let debias = match alpha {
+            _ if bucket => Debias::Bucket { buckets: 4, scale: true },
+            None => Debias::LinearAuto,
+            Some(alpha) => Debias::Linear(alpha),
+        };
+        let options = Options { debias, min_responses: 2, filter: Filter::default() };
+        let mined = mine(&Columns::new([Ok(batch)]).unwrap(), &options).unwrap();
+        let chosen = mined.pairs.column(1).as_primitive::<UInt64Type>();
+        let rejected = mined.pairs.column(2).as_primitive::<UInt64Type>();
+        for i in 0..mined.pairs.num_rows() {
+            prop_assert_ne!(chosen.value(i), rejected.value(i));
+            prop_assert!(!mined.pairs.column(5).as_primitive::<Float32Type>().value(i).is_nan());
+            prop_assert_eq!(
+                mined.pairs.column(6).as_primitive::<UInt32Type>().value(i),
+                of[chosen.value(i) as usize].2
+            );
+        }
+    }
+}
