@@ -1,9 +1,30 @@
 """Self-alignment of language models with DPO implicit rewards (DICE, arXiv 2406.09760).
 
-Importing this imports Polars and the Rust extension, and neither torch nor transformers nor vLLM.
+The library's face is the miner: `df.pipe(dice_py.mine_pairs, …)`. Each stage of the loop stands in the file
+of its name. Names are imported on first use, so that importing this package costs next to nothing.
 """
 
-from dice_py.mine import MinedPairs, mine_pairs
-from dice_py.replay import ReplayMix, mix_replay, sample_replay
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dice_py.mine import MinedPairs, mine_pairs
+    from dice_py.replay import ReplayMix, mix_replay, sample_replay
 
 __all__ = ["MinedPairs", "ReplayMix", "mine_pairs", "mix_replay", "sample_replay"]
+
+_HOME = {
+    "MinedPairs": "dice_py.mine",
+    "mine_pairs": "dice_py.mine",
+    "ReplayMix": "dice_py.replay",
+    "mix_replay": "dice_py.replay",
+    "sample_replay": "dice_py.replay",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

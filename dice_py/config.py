@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dice_py.errors import UsageError
 
@@ -176,12 +176,14 @@ class WorldConfig(Section):
     """The synthetic world (dice_py/world.py): sizes and the seed that makes it."""
 
     seed: int = 0
-    sft_examples: Positive = 24576
     sft_steps: Positive = 600
     offline_pairs: Positive = 3000
     round_prompts: Positive = 4000
     eval_prompts: Positive = 400
     eval_pairs: Positive = 600
+
+
+_ONE_STAGE = {"one_stage": True}
 
 
 class RunConfig(Section):
@@ -216,7 +218,9 @@ class RunConfig(Section):
         return value.lower() if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _own_model_is_whole(self) -> RunConfig:
+    def _own_model_is_whole(self, info: ValidationInfo) -> RunConfig:
+        if info.context == _ONE_STAGE:
+            return self
         if self.is_world:
             given = [
                 name
@@ -369,8 +373,13 @@ def resolve(
     files: Iterable[Path] = (),
     assignments: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
+    *,
+    one_stage: bool = False,
 ) -> RunConfig:
     """Files in order, then `overrides` (from options such as --policy), then `--set` assignments.
+
+    With `one_stage` the config is for a stage called alone: the world's defaults are not added, and nothing
+    is asked for that only a whole run needs.
 
     Raises:
         UsageError: an unknown key (with the nearest known one), or a value out of its range.
@@ -383,9 +392,9 @@ def resolve(
         _merge(given, _parse_set(assignment))
     model = given.get("model")
     named = isinstance(model, Mapping) and model.get("policy") is not None
-    base: dict[str, Any] = {} if named else _merge({}, WORLD_DEFAULTS)
+    base: dict[str, Any] = {} if named or one_stage else _merge({}, WORLD_DEFAULTS)
     try:
-        return RunConfig.model_validate(_merge(base, given))
+        return RunConfig.model_validate(_merge(base, given), context=_ONE_STAGE if one_stage else None)
     except ValidationError as error:
         raise _explain(error, "config") from None
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from dice_py.config import GenerateConfig, ModelConfig
 from dice_py.generate import Request, Sample
-from dice_py.models import load_model
+from dice_py.models import load_model, release
 from dice_py.score import batches_by_budget
 
 
@@ -94,6 +94,12 @@ class TransformersEngine:
                 samples[row] = sample
             on_done(len(rows))
         return [samples[row] for row in range(len(requests))]
+
+    def close(self) -> None:
+        """Gives the memory of the model back; nothing is sampled afterwards."""
+        device = self.model.device
+        del self.model
+        release(device)
 
     def _batch(self, requests: list[Request]) -> list[Sample]:
         device = self.model.device

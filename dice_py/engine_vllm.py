@@ -27,11 +27,11 @@ from typing import Any
 from dice_py.config import GenerateConfig, ModelConfig
 from dice_py.errors import DataError, DiceError, OutOfMemoryError, UsageError
 from dice_py.generate import Request, Sample
-from dice_py.models import Placement, placement
+from dice_py.models import Placement, placement, release
 from dice_py.worker import is_out_of_memory
 
 _ENVIRONMENT = {
-    # The engine in this process: nothing is left behind when the stage's process ends or is killed.
+    # The engine in this process: no child is left behind when the stage's process is killed.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -128,7 +128,8 @@ def _explain(error: Exception, policy: Path, config: GenerateConfig, where: Plac
             f"vLLM is installed but does not load ({text}); install it again with the torch that it was "
             "built for, or set generate.engine=transformers"
         )
-    if isinstance(error, ValueError | NotImplementedError):
+    # "Unsupported CPU attention configuration" comes at the first step, as a RuntimeError.
+    if isinstance(error, ValueError | NotImplementedError) or text.startswith("Unsupported"):
         return DataError(
             f"vLLM cannot run the model in {policy}: {text}; choose another model, or set "
             "generate.engine=transformers"
@@ -137,7 +138,7 @@ def _explain(error: Exception, policy: Path, config: GenerateConfig, where: Plac
 
 
 class VllmEngine:
-    """vLLM's `LLM` in this process; it holds the model and the key/value cache until the process ends.
+    """vLLM's `LLM` in this process; it holds the model and the key/value cache until it is closed.
 
     Args:
         policy: a model folder with config.json and weights; its tokenizer is not used.
@@ -281,6 +282,18 @@ class VllmEngine:
         if len(outputs) != len(requests):
             raise RuntimeError(f"vLLM answered {len(outputs)} of {len(requests)} requests")
         return [_sample(output.outputs[0]) for output in outputs]
+
+    def close(self) -> None:
+        """Gives the memory of the model and of the key/value cache back; nothing is sampled afterwards.
+
+        Without it a second engine, or a model that is scored next, would find the GPU full: vLLM keeps its
+        objects from the garbage collector until it is shut down.
+        """
+        import torch
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        release(torch.device(self.where.device))
 
 
 def _sample(completion: Any) -> Sample:

@@ -7,6 +7,7 @@ sample_id), so that a retry or another layout of shards draws the same random nu
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -58,6 +59,10 @@ class Engine(Protocol):
 
     def sample(self, requests: Sequence[Request], on_done: Callable[[int], None]) -> list[Sample]:
         """One sample for each request, in order. Calls `on_done` with counts of finished responses."""
+        ...
+
+    def close(self) -> None:
+        """Gives the memory of the model back; nothing is sampled afterwards."""
         ...
 
 
@@ -233,36 +238,40 @@ def generate(
         report("progress", stage="generate", done=done, total=total, unit="responses")
 
     engine: Engine | None = None
-    for shard, file, key in zip(shards, files, keys, strict=True):
-        if parquet_key(file) == key:
-            on_done(len(shard) * config.samples)
-            continue
-        if engine is None:
-            engine = _build(engine_name, config, models, policy, stops, longest, int(tokenizer.pad_token_id))
-        rows = [(prompt_id, sample, ids) for prompt_id, ids in shard for sample in range(config.samples)]
-        requests = [Request(ids, seed_for(seed, round_number, p, s)) for p, s, ids in rows]
-        samples = engine.sample(requests, on_done)
-        texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
-        frame = pl.DataFrame(
-            {
-                "prompt_id": [row[0] for row in rows],
-                "sample_id": [row[1] for row in rows],
-                "prompt_token_ids": [row[2] for row in rows],
-                "token_ids": [sample.token_ids for sample in samples],
-                "response": texts,
-                "response_tokens": [len(sample.token_ids) for sample in samples],
-                "response_chars": [len(text) for text in texts],
-                "finish_reason": [sample.finish_reason for sample in samples],
-                "sampled_logp": [sample.logp for sample in samples],
-            },
-            schema=GENERATIONS,
-        )
-        meta = {
-            "cut_off": sum(sample.finish_reason == "length" for sample in samples),
-            "response_tokens": sum(len(sample.token_ids) for sample in samples),
-        }
-        write_parquet(file, frame, key=key, schema=GENERATIONS, meta=meta)
-        report("shard", file=file.name, key=key, rows=frame.height)
+    with contextlib.ExitStack() as stack:
+        for shard, file, key in zip(shards, files, keys, strict=True):
+            if parquet_key(file) == key:
+                on_done(len(shard) * config.samples)
+                continue
+            if engine is None:
+                pad = int(tokenizer.pad_token_id)
+                engine = _build(engine_name, config, models, policy, stops, longest, pad)
+                stack.callback(engine.close)
+            rows = [(prompt_id, sample, ids) for prompt_id, ids in shard for sample in range(config.samples)]
+            requests = [Request(ids, seed_for(seed, round_number, p, s)) for p, s, ids in rows]
+            samples = engine.sample(requests, on_done)
+            token_ids = [sample.token_ids for sample in samples]
+            texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+            frame = pl.DataFrame(
+                {
+                    "prompt_id": [row[0] for row in rows],
+                    "sample_id": [row[1] for row in rows],
+                    "prompt_token_ids": [row[2] for row in rows],
+                    "token_ids": token_ids,
+                    "response": texts,
+                    "response_tokens": [len(ids) for ids in token_ids],
+                    "response_chars": [len(text) for text in texts],
+                    "finish_reason": [sample.finish_reason for sample in samples],
+                    "sampled_logp": [sample.logp for sample in samples],
+                },
+                schema=GENERATIONS,
+            )
+            meta = {
+                "cut_off": sum(sample.finish_reason == "length" for sample in samples),
+                "response_tokens": sum(len(ids) for ids in token_ids),
+            }
+            write_parquet(file, frame, key=key, schema=GENERATIONS, meta=meta)
+            report("shard", file=file.name, key=key, rows=frame.height)
     for stale in out.glob("generations-*.parquet"):
         if stale not in files:
             stale.unlink()

@@ -13,6 +13,7 @@ that step function, not on a grid.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import polars as pl
 
 from dice_py import _native
-from dice_py.artefacts import MINED, write_json, write_parquet
+from dice_py.artefacts import MINED, digest, file_digest, write_json, write_parquet
 from dice_py.config import MineConfig
 from dice_py.errors import DataError, UsageError
 
@@ -215,59 +216,60 @@ def _select(
     frame: Frame, named: dict[str, str], truncated_column: str | None
 ) -> tuple[pl.DataFrame, pl.Expr | None]:
     """The columns that are needed, and an expression for the truncated rows."""
-    lazy = _lazy(frame)
-    schema = lazy.collect_schema()
+    auto = truncated_column == "auto"
+    flag = "finish_reason" if auto else truncated_column
+    wanted = dict.fromkeys(named.values()) | ({} if flag is None else {flag: None})
+    lazy, columns = _open(frame, wanted)
     for role, name in named.items():
-        if name not in schema:
-            option = f"{role}_column=/--{role}-column"
-            raise DataError(_missing(name, schema, option))
-    names = list(dict.fromkeys(named.values()))
-    truncated = None
-    if truncated_column == "auto":
-        if "finish_reason" in schema:
-            truncated_column = "finish_reason"
-            truncated = pl.col("finish_reason").cast(pl.String) == "length"
-    elif truncated_column is not None:
-        if truncated_column not in schema:
-            raise DataError(_missing(truncated_column, schema, "truncated_column="))
-        if schema[truncated_column] != pl.Boolean:
-            raise DataError(
-                f"column '{truncated_column}' has dtype {schema[truncated_column]}, but truncated_column= "
-                "must name a boolean column"
-            )
-        truncated = pl.col(truncated_column)
-    if truncated is None or truncated_column is None:
-        return lazy.select(names).collect(), None
-    names = list(dict.fromkeys([*names, truncated_column]))
-    return lazy.select(names).collect(), truncated
+        if name not in columns:
+            raise DataError(_missing(name, columns, f"{role}_column=/--{role}-column"))
+    if flag is None or (auto and flag not in columns):
+        return lazy.select(list(dict.fromkeys(named.values()))).collect(), None
+    if flag not in columns:
+        raise DataError(_missing(flag, columns, "truncated_column="))
+    narrow = lazy.select(list(wanted)).collect()
+    if auto:
+        return narrow, pl.col(flag).cast(pl.String) == "length"
+    if narrow.schema[flag] != pl.Boolean:
+        raise DataError(
+            f"column '{flag}' has dtype {narrow.schema[flag]}, but truncated_column= must name a boolean "
+            "column"
+        )
+    return narrow, pl.col(flag)
 
 
-def _missing(name: str, schema: pl.Schema, option: str) -> str:
-    return f"column '{name}' not found in the frame; columns are {', '.join(schema)}; name it with {option}"
+def _missing(name: str, columns: list[str], option: str) -> str:
+    return f"column '{name}' not found in the frame; columns are {', '.join(columns)}; name it with {option}"
 
 
-def _lazy(frame: Frame) -> pl.LazyFrame:
+def _open(frame: Frame, wanted: Iterable[str]) -> tuple[pl.LazyFrame, list[str]]:
+    """The frame and the names of all its columns. Of Arrow input only the wanted columns are kept."""
     if isinstance(frame, pl.LazyFrame):
-        return frame
+        return frame, frame.collect_schema().names()
     if isinstance(frame, pl.DataFrame):
-        return frame.lazy()
+        return frame.lazy(), frame.columns
     import pyarrow as pa
 
     if isinstance(frame, pa.RecordBatch):
-        table = pa.Table.from_batches([frame])
-    elif isinstance(frame, pa.Table):
-        table = frame
+        frame = pa.Table.from_batches([frame])
+    if isinstance(frame, pa.Table):
+        reader = frame.to_reader()
     elif isinstance(frame, pa.RecordBatchReader):
-        table = frame.read_all()
+        reader = frame
     elif hasattr(frame, "__arrow_c_stream__"):
-        table = pa.RecordBatchReader.from_stream(frame).read_all()
+        reader = pa.RecordBatchReader.from_stream(frame)
     else:
         raise UsageError(
             f"cannot mine a {type(frame).__name__}: give a Polars DataFrame or LazyFrame, a pyarrow Table, "
             "or anything with __arrow_c_stream__"
         )
+    names = reader.schema.names
+    kept = [name for name in wanted if name in names]
+    schema = pa.schema([reader.schema.field(name) for name in kept])
+    # Batch by batch, so that text columns of a stream are never all in memory.
+    table = pa.Table.from_batches([batch.select(kept) for batch in reader], schema)
     # Not rechunked: that would copy every column.
-    return pl.DataFrame(pl.from_arrow(table, rechunk=False)).lazy()
+    return pl.DataFrame(pl.from_arrow(table, rechunk=False)).lazy(), names
 
 
 def _key(narrow: pl.DataFrame, name: str) -> tuple[pl.Expr, bool]:
@@ -352,3 +354,21 @@ def mine(
     write_json(out / "mining.json", summary)
     write_parquet(out / "mined.parquet", mined.pairs, key=key, schema=MINED)
     return {name: value for name, value in summary.items() if name != "curve"}
+
+
+def mine_file(scored: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Mines one Parquet file of a user's own into `out`, with the keywords of `mine_pairs`; returns the summary.
+
+    Raises:
+        DataError: the file is absent, not Parquet, empty, or lacks a column.
+    """
+    if not scored.is_file():
+        raise DataError(f"{scored} does not exist (or is not a file)")
+    try:
+        mined = mine_pairs(pl.scan_parquet(scored, glob=False), **options)
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{scored} cannot be read as Parquet: {error}") from None
+    except DataError as error:
+        raise DataError(f"{scored}: {error}") from None
+    write_parquet(out, mined.pairs, key=digest("mine", file_digest(scored), options), meta=mined.summary())
+    return mined.summary()

@@ -279,10 +279,10 @@ def replay(
     models: ModelConfig,
     *,
     policy: Path,
-    mined: Path,
+    mined: Path | None,
     generations: list[Path],
     scores: list[Path],
-    prompts: Path,
+    prompts: Path | None,
     offline: Path | None,
     out: Path,
     seed: int,
@@ -296,26 +296,34 @@ def replay(
     trainer shuffles).
 
     Args:
-        prompts: the prompts that were sampled on.
+        mined, generations, scores, prompts: the mined pairs, the shards that their row numbers count through,
+            and the prompts that were sampled on. None and empty: the training set is of offline pairs alone.
         offline: Parquet with `prompt`, `chosen`, `rejected` (messages), `key` and perhaps `weight`
             (dice_py.data.read_pairs); None only where gamma is 0.
 
     Returns:
         The summary of the mix: counts, requested and reached share, shortfall.
     """
-    pairs = read_parquet(mined)
-    asked = read_parquet(prompts, ["prompt_id", "messages"]).join(pairs.select("prompt_id"), on="prompt_id", how="semi")
-    keys = asked.select("prompt_id", key=pl.col("messages").map_elements(_message_key, return_dtype=pl.String))
-    keyed = pairs.select("prompt_id").join(keys, on="prompt_id", how="left", maintain_order="left")
     pool = read_parquet(offline) if offline is not None else pl.DataFrame(schema={"key": pl.String})
+    if mined is None or prompts is None:
+        pairs = asked = pl.DataFrame(schema={"prompt_id": pl.UInt32})
+        keyed = pl.DataFrame(schema={"key": pl.String})
+        gamma, total = 1.0, config.total or pool.height
+    else:
+        pairs = read_parquet(mined)
+        asked = read_parquet(prompts, ["prompt_id", "messages"])
+        asked = asked.join(pairs.select("prompt_id"), on="prompt_id", how="semi")
+        keys = asked.select("prompt_id", key=pl.col("messages").map_elements(_message_key, return_dtype=pl.String))
+        keyed = pairs.select("prompt_id").join(keys, on="prompt_id", how="left", maintain_order="left")
+        gamma, total = config.gamma, config.total
     mix = mix_replay(
         keyed,
         pool,
-        gamma=config.gamma,
+        gamma=gamma,
         seed=seed,
         key_column="key",
         weight_column="weight" if "weight" in pool.columns else None,
-        total=config.total,
+        total=total,
         on_shortfall=config.on_shortfall,
     )
     parts = []
@@ -338,7 +346,7 @@ def replay(
     if any(mix.shortfall.values()):
         report(
             "note",
-            text=f"too few pairs for a share of {config.gamma}: short of {mix.shortfall['replay']} offline and "
+            text=f"too few pairs for a share of {gamma}: short of {mix.shortfall['replay']} offline and "
             f"{mix.shortfall['mined']} mined ones; the share reached is {mix.reached_share:.3f}",
         )
     training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")

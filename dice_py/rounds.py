@@ -53,7 +53,7 @@ from dice_py.world import World, cache_folder, find_world
 STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
 _HELD_OUT = 0.1  # at most this share of a user's prompts or pairs is held out when no file of them is named
 
-_REMEDIES = {
+REMEDIES = {
     "world": "close other programs",
     "generate": "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
     "score": "lower score.token_budget",
@@ -114,7 +114,7 @@ class Run:
     def spawn(self, stage: str, work: str, folder: Path, **arguments: Any) -> Any:
         """Runs `work` ("module:function") in a process of its own, its output in `folder/worker.log`."""
         return run_stage(
-            work, arguments, log=folder / "worker.log", remedy=_REMEDIES[stage], report=self.report
+            work, arguments, log=folder / "worker.log", remedy=REMEDIES[stage], report=self.report
         )
 
     def path(self, name: str) -> Path:

@@ -209,6 +209,8 @@ def score(
     out: Path,
     keys: list[str],
     beta: float,
+    prompt_column: str = "prompt_token_ids",
+    response_column: str = "token_ids",
     report: Report = no_report,
 ) -> list[Path]:
     """Scores shards of generations: one file of scores for each, row-aligned with it.
@@ -218,7 +220,7 @@ def score(
     shard whose file already carries its key is left as it is.
 
     Args:
-        generations: Parquet files with `prompt_token_ids` and `token_ids`.
+        generations: Parquet files with token ids, in `prompt_column` and `response_column`.
         out: folder for `scores-NNNNN.parquet`, columns `logp`, `ref_logp`, `reward` (f32).
         keys: one key for each shard.
         beta: β of the implicit reward.
@@ -226,8 +228,8 @@ def score(
     Raises:
         DataError: a shard that lacks its columns or whose tokens the models do not know.
     """
-    outputs = [out / file.name.replace("generations", "scores") for file in generations]
-    halves = [out / file.name.replace("generations", "policy-logps") for file in generations]
+    outputs = [out / f"scores-{number:05d}.parquet" for number in range(len(generations))]
+    halves = [out / f"policy-logps-{number:05d}.parquet" for number in range(len(generations))]
     open_shards = [i for i, file in enumerate(outputs) if parquet_key(file) != keys[i]]
     total = sum(2 * parquet_rows(generations[i]) for i in open_shards)
     done = 0
@@ -242,13 +244,19 @@ def score(
             return
         model = load_model(folder, models)
         for i in shards:
-            frame = read_parquet(generations[i], ["prompt_token_ids", "token_ids"])
-            lengths = frame["token_ids"].list.len().to_list()
+            frame = read_parquet(generations[i], [prompt_column, response_column])
+            for column, dtype in frame.schema.items():
+                if not (isinstance(dtype, pl.List) and dtype.inner.is_integer()):  # type: ignore[union-attr]
+                    raise DataError(
+                        f"{generations[i]}: column {column!r} is {dtype}, not a list of token ids; the scorer takes "
+                        "the tokens as they were sampled, and never tokenises text again"
+                    )
+            lengths = frame[response_column].list.len().to_list()
             # A response of no tokens has nothing to sum; the miner drops it as too short.
-            answered = frame.filter(pl.col("token_ids").list.len() > 0)
+            answered = frame.filter(pl.col(response_column).list.len() > 0)
             sums = iter(
                 sequence_logps(
-                    model, answered["prompt_token_ids"].to_list(), answered["token_ids"].to_list(), config, on_batch
+                    model, answered[prompt_column].to_list(), answered[response_column].to_list(), config, on_batch
                 )
             )
             finish(i, [next(sums) if length else 0.0 for length in lengths])

@@ -261,19 +261,18 @@ def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, 
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from dice_py.models import encode_prompt, encode_response
+    from dice_py.models import encode_prompt
 
     tokenizer = _make_tokenizer()
-    stops = [int(tokenizer.eos_token_id)]
     rng = random.Random(f"{config.seed} sft")
+    drawn = [rng.choice(prompts) for _ in range(config.sft_steps * _SFT["batch"])]
+    before = {prompt_key(messages): encode_prompt(tokenizer, messages) for messages in prompts}
+    answers = [sft_response(rng, *parse_prompt(messages)) + EOS for messages in drawn]
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for _ in range(config.sft_steps * _SFT["batch"]):
-        messages = rng.choice(prompts)
-        text = sft_response(rng, *parse_prompt(messages))
-        before = encode_prompt(tokenizer, messages)
-        after = encode_response(tokenizer, messages, [{"role": "assistant", "content": text}], stops)
-        rows["input_ids"].append(before + after)
-        rows["labels"].append([-100] * len(before) + after)
+    for messages, after in zip(drawn, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
+        prompt = before[prompt_key(messages)]
+        rows["input_ids"].append(prompt + after)
+        rows["labels"].append([-100] * len(prompt) + after)
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -1,17 +1,19 @@
 """Real vLLM on the CPU: what it samples, what it says of it, and what decides it.
 
 vLLM takes long to import and leaves state in its process (thread counts, torch.distributed, environment
-variables), so one spawned process makes every engine that these tests need, one after the other, and sends home
-plain data; the tests look at that.
+variables), so one spawned process makes every engine that these tests need, one after the other, and sends
+home plain data; the tests look at that.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import re
 import socket
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ import polars as pl
 import pytest
 import torch
 from test_engine_transformers import chi_square
-from tiny_models import make_llama, make_mistral, make_qwen2, set_generation_config
+from tiny_models import make_llama, make_mistral, set_generation_config
 
 from dice_py.artefacts import parquet_key, seed_for
 from dice_py.config import GenerateConfig, ModelConfig, ScoreConfig
@@ -40,13 +42,6 @@ PLAIN = GenerateConfig.model_validate(
 # 128 tokens are a block of vLLM's cache on a CPU: the last one fills a block and shares it between samples.
 QUESTIONS = ["hello there", "hi", "what is the tallest mountain on this planet? " * 4]
 
-needs_vllm = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="measured with vLLM's CPU build, and a GPU is here"),
-]
-
 
 @dataclass
 class Seen:
@@ -61,6 +56,8 @@ class Seen:
     scored: dict[str, list[float]] = field(default_factory=dict)
     told: list[int] = field(default_factory=list)
     prompts_at_vllm: list[list[int]] = field(default_factory=list)
+    preemptions: int = 0
+    models_left: int = -1
     firsts: list[int] = field(default_factory=list)
     errors: dict[str, Exception] = field(default_factory=dict)
     connections: list[str] = field(default_factory=list)
@@ -139,33 +136,35 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
     engine.config = _changed(config, temperature=0.9, top_p=0.7, top_k=20, max_new_tokens=1)
     many = [Request(seen.prompts[0], seed_for(3, n)) for n in range(4000)]
     seen.firsts = [sample.token_ids[0] for sample in engine.sample(many, lambda _: None)]
-    del engine, step
+    crossing = [Request(seen.prompts[2][:120], seed_for(9, n)) for n in range(16)]
+    engine.config = config
+    seen.samples["roomy"] = engine.sample(crossing, lambda _: None)
+    engine.close()
 
     # A key/value cache of a few blocks: requests are thrown out in the middle and taken up again.
-    ends_in_two_blocks = encode_prompt(
-        load_tokenizer(llama, FLOAT32), [{"role": "user", "content": "x" * (120 - len(seen.prompts[1]) + 2)}]
-    )
-    crossing = [Request(ends_in_two_blocks, seed_for(9, n)) for n in range(16)]
-    for name, gib in (("roomy", 0.25), ("cramped", 0.001)):
-        engine = VllmEngine(
-            llama, _changed(PLAIN, vllm={"kv_cache_gib": gib}), FLOAT32, stops=seen.stops, longest_prompt=120
-        )
-        seen.samples[name] = engine.sample(crossing, lambda _: None)
-        del engine
+    cramped = _changed(PLAIN, vllm={"kv_cache_gib": 0.001})
+    engine = VllmEngine(llama, cramped, FLOAT32, stops=seen.stops, longest_prompt=120)
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    preempt = scheduler._preempt_request
 
-    opinionated = VllmEngine(
-        models["opinionated"], config, FLOAT32, stops=seen.stops, longest_prompt=longest
-    )
+    def counting_preempt(*arguments: Any, **named: Any) -> Any:
+        seen.preemptions += 1
+        return preempt(*arguments, **named)
+
+    scheduler._preempt_request = counting_preempt
+    seen.samples["cramped"] = engine.sample(crossing, lambda _: None)
+    engine.close()
+
+    opinionated = VllmEngine(models["opinionated"], config, FLOAT32, stops=seen.stops, longest_prompt=longest)
     seen.samples["opinionated"] = opinionated.sample(seen.requests, lambda _: None)
-    del opinionated
+    opinionated.close()
 
-    for name in ("mistral", "qwen2"):
-        prompts, stops = _prompts(models[name])
-        other = VllmEngine(models[name], config, FLOAT32, stops=stops, longest_prompt=max(map(len, prompts)))
-        requests = [replace(request, prompt_token_ids=prompts[n % 3]) for n, request in enumerate(seen.requests)]
-        seen.samples[name] = other.sample(requests, lambda _: None)
-        seen.scored[name] = _score(models[name], requests, seen.samples[name])
-        del other
+    prompts, stops = _prompts(models["mistral"])
+    other = VllmEngine(models["mistral"], config, FLOAT32, stops=stops, longest_prompt=max(map(len, prompts)))
+    requests = [Request(prompts[n % 3], request.seed) for n, request in enumerate(seen.requests)]
+    seen.samples["mistral"] = other.sample(requests, lambda _: None)
+    seen.scored["mistral"] = _score(models["mistral"], requests, seen.samples["mistral"])
+    other.close()
 
     for call in ("first", "second"):
         generate(
@@ -185,23 +184,29 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
             report=lambda event, call=call, **fields: report(event, **fields, call=call),
         )
 
-    def refused(name: str, **changed: Any) -> None:
-        settings = _changed(PLAIN, vllm=changed.pop("vllm", {}))
-        folder = changed.pop("folder", llama)
+    gc.collect()
+    seen.models_left = [type(thing).__name__ for thing in gc.get_objects()].count("LlamaForCausalLM")
+
+    def refused(name: str, folder: Path = llama, **vllm: Any) -> None:
+        settings = _changed(PLAIN, vllm=vllm)
         try:
-            VllmEngine(folder, settings, FLOAT32, stops=seen.stops, longest_prompt=changed.pop("longest", longest))
+            engine = VllmEngine(folder, settings, FLOAT32, stops=seen.stops, longest_prompt=longest)
+            try:
+                engine.sample(seen.requests[:1], lambda _: None)
+            finally:
+                engine.close()
         except Exception as error:
             seen.errors[name] = error
 
-    refused("small cache", vllm={"kv_cache_gib": 1e-5})
-    refused("huge cache", vllm={"kv_cache_gib": 1e5})
-    refused("adapter", folder=models["adapter"])
-    refused("head", folder=models["head"])
+    refused("small cache", kv_cache_gib=1e-5)
+    refused("huge cache", kv_cache_gib=1e5)
+    refused("adapter", models["adapter"])
+    refused("head", models["head"])
     with mock.patch("vllm.platforms.current_platform", SimpleNamespace(device_type="cuda")):
         refused("platform")
     seen.environment = {
         name: os.environ.get(name)
-        for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "VLLM_ENABLE_V1_MULTIPROCESSING")
+        for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
     }
     return seen
 
@@ -212,7 +217,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {
         "llama": make_llama(root / "llama"),
         "mistral": make_mistral(root / "mistral"),
-        "qwen2": make_qwen2(root / "qwen2"),
         "opinionated": make_llama(root / "opinionated"),
         "head": make_llama(root / "head", head_dim=24),
         "adapter": root / "adapter",
@@ -253,3 +257,206 @@ def seen(folders: dict[str, Path], out: Path, events: list[tuple[str, dict[str, 
     )
     assert isinstance(result, Seen)
     return result
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measured with vLLM's CPU build, and a GPU is here")
+class TestOnTheCpu:
+    """What the one process with vLLM saw."""
+
+    def test_token_ids_and_finish_reasons(self, seen: Seen) -> None:
+        samples = seen.samples["whole"]
+        assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+        for sample in samples:
+            stops_in_it = [token for token in sample.token_ids if token in seen.stops]
+            if sample.finish_reason == "stop":
+                assert stops_in_it == [sample.token_ids[-1]]
+                assert len(sample.token_ids) <= MAX_NEW
+            else:
+                assert stops_in_it == []
+                assert len(sample.token_ids) == MAX_NEW
+        ended_by = {sample.token_ids[-1] for sample in samples if sample.finish_reason == "stop"}
+        assert ended_by == set(seen.stops)
+        assert len({tuple(sample.token_ids) for sample in samples}) > 90
+
+    @pytest.mark.parametrize("name", ["whole", "warped", "mistral"])
+    def test_sum_is_raw_and_equals_transformers(self, seen: Seen, name: str) -> None:
+        ours = [sample.logp for sample in seen.samples[name]]
+        apart = max(abs(one - other) for one, other in zip(ours, seen.scored[name], strict=True))
+        print(f"{name}: largest difference of a response's sum {apart:.3g}")
+        assert apart < 1e-4
+
+    @pytest.mark.parametrize("layout", ["again", "backwards", "alone"])
+    def test_layout_changes_nothing(self, seen: Seen, layout: str) -> None:
+        other = seen.samples[layout]
+        whole = seen.samples["whole"][: len(other)]
+        assert [s.token_ids for s in other] == [s.token_ids for s in whole]
+        assert [s.finish_reason for s in other] == [s.finish_reason for s in whole]
+        assert [s.logp for s in other] == pytest.approx([s.logp for s in whole], abs=1e-4)
+
+    def test_preemption_changes_nothing(self, seen: Seen) -> None:
+        assert seen.preemptions > 0
+        roomy, cramped = seen.samples["roomy"], seen.samples["cramped"]
+        assert [s.token_ids for s in cramped] == [s.token_ids for s in roomy]
+        assert [s.logp for s in cramped] == pytest.approx([s.logp for s in roomy], abs=1e-4)
+
+    def test_model_generation_config_is_ignored(self, seen: Seen) -> None:
+        assert [s.token_ids for s in seen.samples["opinionated"]] == [
+            s.token_ids for s in seen.samples["whole"]
+        ]
+
+    def test_prompt_arrives_as_given(self, seen: Seen) -> None:
+        assert seen.prompts_at_vllm == [seen.prompts[n % 3] for n in range(6)]
+        assert [ids.count(1) for ids in seen.prompts_at_vllm] == [1] * 6  # one BOS
+
+    def test_first_token_follows_transformers_distribution(
+        self, seen: Seen, folders: dict[str, Path]
+    ) -> None:
+        model = load_model(folders["llama"], FLOAT32)
+        prompt = torch.tensor([seen.prompts[0]])
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=1,
+            do_sample=True,
+            temperature=0.9,
+            top_p=0.7,
+            top_k=20,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        exact = output.scores[0][0].softmax(dim=-1)
+        counts = torch.bincount(torch.tensor(seen.firsts), minlength=len(exact))
+        assert chi_square(counts, exact) < 4
+        assert bool((counts[exact > 5e-3] > 0).all())
+
+    def test_every_response_is_reported_once_and_early(self, seen: Seen) -> None:
+        assert sum(seen.told) == len(seen.requests)
+        assert len(seen.told) > 3
+
+    def test_stage_writes_shards_and_keeps_them(
+        self, seen: Seen, out: Path, events: list[tuple[str, dict[str, Any]]]
+    ) -> None:
+        files = sorted(out.glob("*.parquet"))
+        assert [file.name for file in files] == ["generations-00000.parquet", "generations-00001.parquet"]
+        written = [fields for event, fields in events if event == "shard"]
+        assert [fields["key"] for fields in written] == [parquet_key(file) for file in files]
+        assert {fields["call"] for fields in written} == {"first"}
+        frame = pl.concat([pl.read_parquet(file) for file in files])
+        assert frame["prompt_id"].to_list() == [n for n in (3, 1, 2) for _ in range(4)]
+        assert frame["prompt_token_ids"].to_list() == [ids for ids in seen.prompts for _ in range(4)]
+        assert frame["token_ids"].n_unique() == 12
+        notes = [fields["text"] for event, fields in events if event == "note"]
+        assert "engine: vllm (as configured)" in notes
+
+    def test_nothing_reaches_the_network_or_is_left_behind(self, seen: Seen) -> None:
+        assert [where for where in seen.connections if not where.startswith("AF_UNIX")] == []
+        assert seen.children == []
+        assert seen.models_left == 0
+        assert seen.environment == {
+            "VLLM_CPU_KVCACHE_SPACE": None,
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+        }
+
+    @pytest.mark.parametrize(
+        ("name", "kind", "says"),
+        [
+            ("small cache", OutOfMemoryError, r"raise generate\.vllm\.kv_cache_gib \(now 1e-05\)"),
+            ("huge cache", OutOfMemoryError, r"lower generate\.vllm\.kv_cache_gib \(now 100000\)"),
+            ("adapter", DataError, r"has no config\.json \(an adapter\?\)"),
+            ("head", DataError, r"vLLM cannot run the model in .*generate\.engine=transformers"),
+            ("platform", UsageError, r"runs on cuda, but the model is to be on cpu"),
+        ],
+    )
+    def test_refusals(self, seen: Seen, name: str, kind: type[Exception], says: str) -> None:
+        error = seen.errors[name]
+        print(error)
+        assert type(error) is kind
+        assert re.search(says, str(error))
+
+    def test_figures(self, seen: Seen) -> None:
+        print(f"start {seen.start_seconds:.1f} s, {seen.tokens_per_second:.0f} tokens/s")
+        assert seen.tokens_per_second > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "device", "says"),
+    [
+        ({"temperature": 2.5}, "cpu", r"generate\.temperature is 2\.5, but vLLM samples between 0\.01 and 2"),
+        ({"temperature": 0.001}, "cpu", r"generate\.temperature is 0\.001"),
+        (
+            {"vllm": {"tensor_parallel_size": 2}},
+            "cpu",
+            r"tensor_parallel_size is 2, but model\.device is cpu",
+        ),
+        ({}, "cuda:1", r"CUDA_VISIBLE_DEVICES=1 and model\.device=auto"),
+        ({"vllm": {"tensor_parallel_size": 99}}, "cuda:0", r"tensor_parallel_size is 99, but only \d+ GPU"),
+    ],
+)
+def test_settings_that_vllm_does_not_have(changed: dict[str, Any], device: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        _check_settings(_changed(PLAIN, **changed), Placement(device, "float32"))
+
+
+def test_context() -> None:
+    assert max_model_len(PLAIN, 100) == 100 + MAX_NEW
+    assert max_model_len(_changed(PLAIN, vllm={"max_model_len": 200}), 100) == 200
+    with pytest.raises(UsageError, match=r"generate\.vllm\.max_model_len is 120, .*data\.max_prompt_tokens"):
+        max_model_len(_changed(PLAIN, vllm={"max_model_len": 120}), 100)
+
+
+# As vLLM 0.32 words them (v1/core/kv_cache_utils.py, v1/worker/utils.py); a CPU's are met for real above.
+CACHE_TOO_SMALL = (
+    "To serve at least one request with the model's max seq len (6144), (3.0 GiB KV cache is needed, which "
+    "is larger than the available KV cache memory (1.2 GiB). Based on the available memory, the estimated "
+    "maximum model length is 2400. Try increasing `gpu_memory_utilization` or decreasing `max_model_len`."
+)
+NO_BLOCKS = "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."
+GPU_TAKEN = (
+    "Free memory on device cuda:0 (10.0/79.1 GiB) on startup is less than desired GPU memory utilization "
+    "(0.9, 71.2 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "vllm", "kind", "says"),
+    [
+        (
+            ValueError(CACHE_TOO_SMALL),
+            {},
+            OutOfMemoryError,
+            "raise generate.vllm.gpu_memory_utilization (now 0.9)",
+        ),
+        (
+            ValueError(CACHE_TOO_SMALL),
+            {"kv_cache_gib": 1},
+            OutOfMemoryError,
+            "raise generate.vllm.kv_cache_gib (now 1)",
+        ),
+        (ValueError(NO_BLOCKS), {}, OutOfMemoryError, "raise generate.vllm.gpu_memory_utilization"),
+        (ValueError(GPU_TAKEN), {}, OutOfMemoryError, "lower generate.vllm.gpu_memory_utilization (now 0.9)"),
+        (torch.OutOfMemoryError("CUDA out of memory."), {}, OutOfMemoryError, "generate.vllm.max_num_seqs"),
+        (
+            ValueError("Model architectures ['X'] are not supported"),
+            {},
+            DataError,
+            "generate.engine=transformers",
+        ),
+        (ImportError("undefined symbol"), {}, UsageError, "does not load (undefined symbol)"),
+    ],
+    ids=["small", "small, sized", "none", "taken", "torch", "architecture", "import"],
+)
+def test_errors_say_what_to_do(
+    error: Exception, vllm: dict[str, Any], kind: type[Exception], says: str
+) -> None:
+    explained = _explain(error, Path("model"), _changed(PLAIN, vllm=vllm), Placement("cuda:0", "bfloat16"))
+    assert type(explained) is kind
+    assert says in str(explained)
+    assert "`gpu_memory_utilization`" not in str(explained)  # vLLM's names are not ours
+
+
+def test_a_bug_stays_a_bug() -> None:
+    assert _explain(RuntimeError("assertion"), Path("model"), PLAIN, Placement("cpu", "float32")) is None

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from dice_py import generate as stage
 from dice_py.artefacts import GENERATIONS, parquet_key
 from dice_py.config import GenerateConfig, ModelConfig
+from dice_py.engine_transformers import TransformersEngine
 from dice_py.errors import DataError, UsageError
 from dice_py.generate import Generations, choose_engine, generate
 from dice_py.models import Placement
@@ -235,6 +236,18 @@ def test_interrupted_call_keeps_whole_shards(run: Stage, monkeypatch: pytest.Mon
     monkeypatch.undo()
     run()
     assert run.written() == [shard(1), shard(2)]
+
+
+def test_engine_is_closed_whatever_happens(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    close = TransformersEngine.close
+    monkeypatch.setattr(TransformersEngine, "close", lambda self: (closed.append(True), close(self)))
+    run()
+    assert closed == [True]
+    monkeypatch.setattr(TransformersEngine, "sample", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(seed=1)
+    assert closed == [True, True]
 
 
 def test_too_long_prompts_are_left_out_and_counted(run: Stage) -> None:

@@ -1,6 +1,7 @@
 """Real data: what the DICE authors' published mining code gives on the responses of AlpacaEval 2.
 
-The files are not part of the repository (their licence is CC BY-NC 4.0): ../shared/README.md says what they are.
+The files are not part of the repository (their licence is CC BY-NC 4.0); ../shared/README.md says what
+they are.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,7 @@ def test_rows_and_chunks_may_move(debias: Any, scale: bool, data: st.DataObject)
     moved = original[data.draw(st.permutations(range(len(rows))))]
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=6)))
     edges = [0, *cuts, len(rows)]
-    chunked = pl.concat([moved[a:b] for a, b in zip(edges, edges[1:], strict=False)], rechunk=False)
+    chunked = pl.concat([moved[a:b] for a, b in pairwise(edges)], rechunk=False)
     one, other = (mine_pairs(f, debias=debias, bucket_scale=scale, buckets=3) for f in (original, chunked))
     assert content(one).equals(content(other))
     assert one.summary() == other.summary()
@@ -167,11 +168,12 @@ def test_grouped_descending_and_interleaved_agree() -> None:
 class Capsule:
     """Knows the PyCapsule interface and nothing else."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: Any) -> None:
         self.table = table
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
-        return self.table.__arrow_c_stream__(requested_schema)
+        stream: object = self.table.__arrow_c_stream__(requested_schema)
+        return stream
 
 
 def test_every_kind_of_frame() -> None:
@@ -189,6 +191,15 @@ def test_every_kind_of_frame() -> None:
     for kind in kinds[:-1]:
         assert mine_pairs(kind).pairs.equals(expected), type(kind)
     assert mine_pairs(kinds[-1]).pairs.drop("chosen_row", "rejected_row").equals(content(mine_pairs(data)))
+
+
+def test_arrow_frames_name_all_their_columns() -> None:
+    table = small(text=["x"] * 6).to_arrow()
+    for kind in (table, table.to_reader(), Capsule(table)):
+        with pytest.raises(DataError, match="columns are prompt_id, reward, response_tokens, text; name it"):
+            mine_pairs(kind, reward_column="score")
+    with pytest.raises(DataError, match="no rows"):
+        mine_pairs(table.schema.empty_table())
 
 
 def test_lazy_frames_collect_only_what_is_needed() -> None:
@@ -470,6 +481,6 @@ def test_other_threads_run_meanwhile() -> None:
 
 
 def test_importing_is_light() -> None:
-    code = "import sys, dice_py; print([m for m in ('torch', 'transformers', 'vllm', 'trl') if m in sys.modules])"
+    code = "import sys, dice_py; print({'torch', 'transformers', 'vllm', 'trl'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    assert ran.stdout.strip() == "set()"

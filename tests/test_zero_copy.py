@@ -32,11 +32,14 @@ def table(rows: int = 1000, chunks: int = 3) -> pa.Table:
 
 def addresses(data: pa.Table) -> list[tuple[int, ...]]:
     """Where the values of each chunk start."""
-    found = []
-    for batch in data.to_batches():
-        columns = [batch[name] for name in COLUMNS]
-        found.append(tuple(c.buffers()[1].address + c.offset * c.type.bit_width // 8 for c in columns))
-    return found
+
+    def address(column: Any) -> int:
+        start: int = column.buffers()[1].address
+        width: int = column.type.bit_width // 8
+        offset: int = column.offset
+        return start + offset * width
+
+    return [tuple(address(batch[name]) for name in COLUMNS) for batch in data.to_batches()]
 
 
 def seen_by_rust(monkeypatch: pytest.MonkeyPatch, frame: Any) -> list[tuple[int, ...]]:

@@ -6,9 +6,10 @@ Three families that differ in what usually breaks: the template, the stop tokens
     make_mistral  Mistral, `[INST] … [/INST]`, a template that refuses a system turn, no padding token
     make_qwen2    Qwen2 (attention biases, tied embeddings), ChatML without any BOS
 
-The weights are random, so nothing they say means anything; but they are drawn wide enough that the
-next-token distribution is far from flat, and the stop tokens are raised to a few per cent, so that samples
-end both ways ("stop" and "length"). The head size is 32, the smallest that vLLM's CPU attention knows.
+`changes` are keywords of the family's config class. The weights are random, so nothing they say means
+anything; but they are drawn wide enough that the next-token distribution is far from flat, and the stop
+tokens are raised to a few per cent, so that samples end both ways ("stop" and "length"). The head size is 32,
+the smallest that vLLM's CPU attention knows (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def make_tokenizer(style: Style = "chatml") -> PreTrainedTokenizerFast:
     return fast
 
 
-def _shape(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _shape(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -104,6 +105,7 @@ def _shape(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "initializer_range": 0.2,
+        **changes,
     }
 
 
@@ -129,30 +131,30 @@ def _save(
     return folder
 
 
-def make_llama(folder: Path, seed: int = 0) -> Path:
+def make_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A Llama with a ChatML-like template; `<|im_end|>` and `</s>` both end a response. Returns `folder`."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer("chatml")
-    model = LlamaForCausalLM(LlamaConfig(**_shape(tokenizer), tie_word_embeddings=False))
+    model = LlamaForCausalLM(LlamaConfig(**_shape(tokenizer, tie_word_embeddings=False, **changes)))
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</s>")]
     return _save(model, tokenizer, folder, stops, raise_by=1.5)
 
 
-def make_mistral(folder: Path, seed: int = 0) -> Path:
+def make_mistral(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A Mistral with `[INST] … [/INST]`, `</s>` the only stop token, no padding token. Returns `folder`."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer("mistral")
     model = MistralForCausalLM(
-        MistralConfig(**_shape(tokenizer), sliding_window=None, tie_word_embeddings=False)
+        MistralConfig(**_shape(tokenizer, sliding_window=None, tie_word_embeddings=False, **changes))
     )
     return _save(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
 
 
-def make_qwen2(folder: Path, seed: int = 0) -> Path:
+def make_qwen2(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A Qwen2 with ChatML, no BOS and tied embeddings. Returns `folder`."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer("qwen")
-    model = Qwen2ForCausalLM(Qwen2Config(**_shape(tokenizer), tie_word_embeddings=True))
+    model = Qwen2ForCausalLM(Qwen2Config(**_shape(tokenizer, tie_word_embeddings=True, **changes)))
     return _save(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
 
 

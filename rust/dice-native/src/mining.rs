@@ -62,7 +62,7 @@ pub fn mine(
         }
     };
     let options = Options { debias, min_responses, filter: Filter { min_length, max_length } };
-    let mined = (|| core_mine(&Columns::new(stream.0)?, &options))().map_err(to_python)?;
+    let mined = py.detach(|| core_mine(&Columns::new(stream.0)?, &options)).map_err(to_python)?;
     let (dropped, prompts) = (mined.dropped, mined.dropped_prompts);
     let summary = MineSummary {
         alpha: mined.alpha,

@@ -1,0 +1,59 @@
+# `make help` lists the targets. Everything is set up in .venv, by a uv that .venv brings along.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
+RUN_ARGS ?= --rounds 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint test-rust test-python bench lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(UV):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.requirements: requirements/dev.txt | $(UV)
+	$(UV) pip install --python $(BIN)/python --no-deps --require-hashes -r requirements/dev.txt
+	touch $@
+
+$(VENV)/.extension: $(VENV)/.requirements pyproject.toml $(RUST)
+	VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin develop --release --uv --skip-install
+	$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+setup: $(VENV)/.extension ## .venv with all dependencies and the extension, in release mode
+
+run: setup ## two rounds on the embedded world: the main job (RUN_ARGS adds options)
+	$(BIN)/dice run $(RUN_ARGS)
+
+test: lint test-rust test-python ## everything that CI checks
+
+lint: setup ## formats, clippy, ruff, mypy, stubtest
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest dice_py._native
+
+test-rust: ## Rust's tests
+	cargo test --workspace --release --quiet
+
+test-python: setup ## Python's tests
+	$(BIN)/python -m pytest
+
+bench: ## criterion's benches
+	cargo bench
+
+lock: $(UV) ## requirements/dev.txt from requirements/*.in
+	$(UV) pip compile requirements/dev.in --override requirements/overrides.txt --python-version 3.11 --universal \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/dev.txt
+
+clean: ## remove what was built (not the runs)
+	rm -rf $(VENV) target dice_py/_native*.so

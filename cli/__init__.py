@@ -1,0 +1,1 @@
+"""The command line. Parses and prints; what it decides stands in dice_py."""
