@@ -1,20 +1,22 @@
 """What a person sees while a stage works: a bar with rate and time left, or plain lines where no terminal is.
 
-Everything here goes to stderr; stdout is for results.
+Everything that `Display` shows goes to stderr; stdout is for results.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from dice_py.report import number, seconds
 
 PLAIN_EVERY = 10.0  # seconds between two lines of one stage's progress
+_PLAIN_WIDTH = 1000  # so that a pipe or a file gets each row of a table on one line
 
 _HIGHLIGHTS = {
     "generate": ("responses", "response_tokens", "cut_off", "engine"),
@@ -26,28 +28,39 @@ _HIGHLIGHTS = {
 }
 
 
-class Display:
-    """Listens to a run's events (`Display.__call__` is a dice_py.artefacts.Report). Use as a context manager."""
+class _Pace(ProgressColumn):
+    """Count, rate and time left; "starting" until the stage has told how much there is to do."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        if task.total is None:
+            return Text("starting")
+        return Text(_pace(int(task.completed), int(task.total), task.fields["unit"], task.fields["speed"]))
+
+
+def _pace(done: int, total: int, unit: str, speed: float) -> str:
+    left = f", {seconds((total - done) / speed)} left" if speed and done < total else ""
+    return f"{done:,}/{total:,} {unit}" + (f", {speed:,.1f}/s" if speed else "") + left
+
+
+class Display:
+    """Listens to a run's events: a dice_py.artefacts.Report, and a context manager."""
+
+    def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
-        self.quiet = quiet
         self.progress: Progress | None = None
         self.task: TaskID | None = None
-        self.shown = ""
-        self.began = self.last = time.monotonic()
-        self.first = 0
+        self.stage = ""
+        self.first: int | None = None  # what was done when the stage first told
+        self.began = self.last = 0.0
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal and not self.quiet:
+        if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("  {task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
-                TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                BarColumn(bar_width=24),
+                _Pace(),
                 console=self.console,
                 transient=True,
             )
@@ -60,55 +73,93 @@ class Display:
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Shows one event."""
-        if self.quiet:
-            return
         if event == "progress":
             self._progress(**fields)
         elif event == "note":
-            self._line(f"  {fields['text']}")
+            self.line(f"  {fields['text']}")
         elif event == "round":
-            self._line(f"round {fields['number']} of {fields['rounds']}")
-        elif event == "stage" and fields["status"] != "running":
-            self._finish()
+            self.line(f"round {fields['number']} of {fields['rounds']}")
+        elif event == "stage":
             name = fields["stage"].split("/")[-1]
-            counts = fields.get("counts") or {}
-            told = ", ".join(f"{k.replace('_', ' ')} {number(counts[k])}" for k in _HIGHLIGHTS[name] if k in counts)
-            kept = " (kept)" if fields["status"] == "kept" else ""
-            self._line(f"  {name:<9} {seconds(fields['seconds']):>10}{kept}  {told}")
+            if fields["status"] == "running":
+                self._begin(name)
+            else:
+                self._end()
+                counts, known = fields["counts"], _HIGHLIGHTS[name]
+                told = ", ".join(
+                    f"{key.replace('_', ' ')} {number(counts[key])}" for key in known if key in counts
+                )
+                took = "kept" if fields["status"] == "kept" else seconds(fields["seconds"])
+                self.line(f"  {name:<9} {took:>11}  {told}")
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
+        """One line as it is."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def _finish(self) -> None:
+    def _begin(self, stage: str) -> None:
+        self._end()
+        self.stage, self.first = stage, None
+        if self.progress is not None:
+            self.task = self.progress.add_task(stage, total=None, unit="", speed=0.0)
+
+    def _end(self) -> None:
         if self.progress is not None and self.task is not None:
             self.progress.remove_task(self.task)
-        self.task, self.shown = None, ""
+        self.task, self.stage = None, ""
 
     def _progress(self, stage: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
-        if stage != self.shown:
-            self._finish()
-            self.shown, self.began, self.last, self.first = stage, now, now, done
-            if self.progress is not None:
-                self.task = self.progress.add_task(stage, total=total, unit=unit, rate="")
+        if stage != self.stage:
+            self._begin(stage)
+        if self.first is None:
+            self.first, self.began, self.last = done, now, now
         # Shards that a resume kept are done at once: the rate is of what was made since.
         speed = (done - self.first) / (now - self.began) if now > self.began else 0.0
-        rate = f"{speed:,.1f} {unit}/s" if speed else ""
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=done, total=total, rate=rate)
-        elif now - self.last >= PLAIN_EVERY or (done == total and now - self.began >= PLAIN_EVERY):
+            self.progress.update(self.task, completed=done, total=total, unit=unit, speed=speed)
+        elif now - self.last >= PLAIN_EVERY:
             self.last = now
-            left = f", {seconds((total - done) / speed)} left" if speed else ""
-            self._line(f"  {stage}: {done:,}/{total:,} {unit}, {rate}{left}")
+            self.line(f"  {stage}: {_pace(done, total, unit, speed)}")
 
 
-def print_metrics(metrics: dict[str, dict[str, Any]], console: Console) -> None:
+def metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
     """The evaluation of each round, side by side."""
-    names = list(dict.fromkeys(name for found in metrics.values() for name in found))
-    table = Table(title="on held-out prompts and pairs", title_justify="left", box=None, pad_edge=False)
-    table.add_column("")
-    for name in metrics:
-        table.add_column(name, justify="right")
-    for name in names:
+    table = _table("on held-out prompts and pairs", {"": "left", **dict.fromkeys(metrics, "right")})
+    for name in dict.fromkeys(name for found in metrics.values() for name in found):
         table.add_row(name.replace("_", " "), *(number(found.get(name)) for found in metrics.values()))
-    console.print(table)
+    return table
+
+
+def status_table(found: dict[str, Any]) -> Table:
+    """What `dice_py.status.run_status` found: a row for each stage."""
+    title = f"{found['run']}: {found['state']}, {found['done']} of {found['stages']} stages"
+    table = _table(title, {"stage": "left", "status": "left", "time": "right", "counts": "left"})
+    for entry in found["entries"]:
+        known = _HIGHLIGHTS[entry["stage"].split("/")[-1]]
+        told = [
+            f"{key.replace('_', ' ')} {number(entry['counts'][key])}"
+            for key in known
+            if key in entry["counts"]
+        ]
+        table.add_row(entry["stage"], entry["status"], seconds(entry["seconds"]), ", ".join(told))
+    return table
+
+
+def _table(title: str, columns: dict[str, Literal["left", "right"]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify)
+    return table
+
+
+def print_table(table: Table) -> None:
+    """To stdout; to a pipe or a file in whole lines, without the blanks that fill a column."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = _PLAIN_WIDTH
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())

@@ -24,64 +24,70 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dice_py.errors import DataError, DiceError
+from dice_py.errors import DataError, DiceError, UsageError
 
 MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
-PROMPTS = pl.Schema({"prompt_id": pl.UInt32, "messages": MESSAGES})
 
-GENERATIONS = pl.Schema(
-    {
-        "prompt_id": pl.UInt32,
-        "sample_id": pl.UInt16,
-        "prompt_token_ids": pl.List(pl.Int32),
-        "token_ids": pl.List(pl.Int32),
-        "response": pl.String,
-        "response_tokens": pl.UInt32,
-        "response_chars": pl.UInt32,
-        "finish_reason": pl.String,
-        # Σ log π(y_t|…) as the engine that sampled saw it: raw, before temperature and top-p.
-        "sampled_logp": pl.Float32,
-    }
+def _schema(**columns: pl.DataType | type[pl.DataType]) -> pl.Schema:
+    return pl.Schema(columns)
+
+
+PROMPTS = _schema(prompt_id=pl.UInt32, messages=MESSAGES)
+
+GENERATIONS = _schema(
+    prompt_id=pl.UInt32,
+    sample_id=pl.UInt16,
+    prompt_token_ids=pl.List(pl.Int32),
+    token_ids=pl.List(pl.Int32),
+    response=pl.String,
+    response_tokens=pl.UInt32,
+    response_chars=pl.UInt32,
+    finish_reason=pl.String,
+    # Σ log π(y_t|…) as the engine that sampled saw it: raw, before temperature and top-p.
+    sampled_logp=pl.Float32,
 )
 
-SCORES = pl.Schema({"logp": pl.Float32, "ref_logp": pl.Float32, "reward": pl.Float32})
+SCORES = _schema(logp=pl.Float32, ref_logp=pl.Float32, reward=pl.Float32)
 
-MINED = pl.Schema(
-    {
-        "prompt_id": pl.UInt32,
-        "chosen_row": pl.UInt64,
-        "rejected_row": pl.UInt64,
-        "chosen_reward": pl.Float32,
-        "rejected_reward": pl.Float32,
-        "margin": pl.Float32,
-        "chosen_length": pl.UInt32,
-        "rejected_length": pl.UInt32,
-    }
+MINED = _schema(
+    prompt_id=pl.UInt32,
+    chosen_row=pl.UInt64,
+    rejected_row=pl.UInt64,
+    chosen_reward=pl.Float32,
+    rejected_reward=pl.Float32,
+    margin=pl.Float32,
+    chosen_length=pl.UInt32,
+    rejected_length=pl.UInt32,
 )
 
-PAIRS = pl.Schema(
-    {
-        "prompt": MESSAGES,
-        "chosen": MESSAGES,
-        "rejected": MESSAGES,
-        "prompt_ids": pl.List(pl.Int32),
-        "chosen_ids": pl.List(pl.Int32),
-        "rejected_ids": pl.List(pl.Int32),
-    }
+PAIRS = _schema(
+    prompt=MESSAGES,
+    chosen=MESSAGES,
+    rejected=MESSAGES,
+    prompt_ids=pl.List(pl.Int32),
+    chosen_ids=pl.List(pl.Int32),
+    rejected_ids=pl.List(pl.Int32),
 )
 
-TRAINING_SET = pl.Schema(
-    {
-        **PAIRS,
-        "ref_chosen_logps": pl.Float32,
-        "ref_rejected_logps": pl.Float32,
-        "source": pl.String,
-    }
+TRAINING_SET = _schema(
+    **PAIRS,
+    ref_chosen_logps=pl.Float32,
+    ref_rejected_logps=pl.Float32,
+    source=pl.String,
 )
 
-_KEY = b"dice.key"
-_META = b"dice.meta"
+TEMPORARY = ".tmp"  # how the hidden names end under which files are written
+_PATH_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
+_KEY, _META = "dice.key", "dice.meta"  # names in a Parquet footer
 
 
 class DiskFullError(DiceError):
@@ -90,8 +96,8 @@ class DiskFullError(DiceError):
     exit_code = 5
 
 
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -112,6 +118,16 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def path_error(error: OSError) -> DiceError | None:
+    """The sentence for a path that cannot be written or read, which the user can mend; None for the rest."""
+    place = error.filename2 or error.filename
+    if is_disk_full(error):
+        return DiskFullError(f"no room left on the disk ({error}); free some space, then go on")
+    if error.errno in _PATH_ERRORS and place is not None:
+        return UsageError(f"{place}: {error.strerror}; check the path and who may write there")
+    return None
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on leaving without an error it is fsynced and takes its place.
@@ -122,32 +138,34 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         DiskFullError: the disk has no room (ENOSPC or EDQUOT), naming the path and what to do.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        yield temporary
-        files = [temporary] if temporary.is_file() else sorted(temporary.rglob("*"))
-        for file in files:
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if temporary.is_dir():
-            _fsync_folder(temporary)
-            if path.exists():
-                # A folder cannot be renamed over a full one. The old one goes first: it is only ever
-                # replaced because its key no longer holds.
-                shutil.rmtree(path)
-        temporary.rename(path)
-        _fsync_folder(path.parent)
-    except BaseException as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
+        yield temporary
+        for part in (*temporary.rglob("*"), temporary):
+            _fsync(part)
+        if temporary.is_dir() and path.is_dir():
+            # A folder cannot be renamed over a full one. The old one goes first: it is only ever replaced
+            # because its key no longer holds.
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _fsync(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _remove(temporary)
         if is_disk_full(error) and not isinstance(error, DiskFullError):
             raise DiskFullError(
                 f"no room left on the disk while writing {path}; nothing that was whole is lost. "
                 "Free some space, then `dice resume` the run (or call the stage again)"
             ) from error
         raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what a killed process was writing under `folder`. Only for a caller who holds its lock."""
+    for left in sorted(folder.rglob(f".*{TEMPORARY}"), reverse=True):
+        _remove(left)
 
 
 def _remove(path: Path) -> None:
@@ -188,27 +206,30 @@ def write_parquet(
     """Writes `frame`, cast to `schema` where one is given, with `key` (and `meta` as JSON) in the footer."""
     if schema is not None:
         frame = frame.select(schema.names()).cast(dict(schema))  # type: ignore[arg-type]
-    # large_string/large_list are what Polars holds; a reader of any kind gets the plain types of the schema.
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-    table = table.replace_schema_metadata({_KEY: key.encode(), _META: json.dumps(meta).encode()})
-    with atomic(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    footer = {_KEY: key, _META: json.dumps(meta)}
+    # Without the Arrow schema, which would say large_string and large_list as Polars holds them, a reader of
+    # any kind gets the plain types.
+    with (
+        atomic(path) as temporary,
+        pq.ParquetWriter(temporary, table.schema, compression="zstd", store_schema=False) as writer,
+    ):
+        writer.write_table(table)
+        writer.add_key_value_metadata(footer)
     return path
 
 
-def _footer(path: Path) -> dict[bytes, bytes]:
+def _footer(path: Path, name: str) -> str | None:
     try:
-        return dict(pq.read_schema(path).metadata or {})
+        found = (pq.read_metadata(path).metadata or {}).get(name.encode())
     except (OSError, pa.ArrowException):
-        return {}
+        return None
+    return found.decode() if found is not None else None
 
 
 def parquet_key(path: Path) -> str | None:
     """The key in the footer of `path`; None where the file is absent, broken, or not ours."""
-    if not path.is_file():
-        return None
-    value = _footer(path).get(_KEY)
-    return value.decode() if value is not None else None
+    return _footer(path, _KEY)
 
 
 def parquet_rows(path: Path) -> int:
@@ -220,12 +241,12 @@ def parquet_rows(path: Path) -> int:
     try:
         return int(pq.read_metadata(path).num_rows)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from None
+        raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
 
 
 def parquet_meta(path: Path) -> Any:
     """What `write_parquet` was given as `meta`."""
-    return json.loads(_footer(path).get(_META, b"null"))
+    return json.loads(_footer(path, _META) or "null")
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
@@ -244,7 +265,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
             raise DataError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(present)}")
         return (lazy.select(columns) if columns else lazy).collect()
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from None
+        raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 

@@ -12,31 +12,35 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from dice_py.errors import UsageError
 
 Positive = Annotated[int, Field(ge=1)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are validated on assignment."""
+    """Base of every section: unknown keys are errors, and so are NaN and infinities."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
 class ModelConfig(Section):
     """Which models, and how they are held. A name is a folder or a Hugging Face id; none means the world."""
 
-    policy: str | None = Field(None, description="π_1, the DPO-tuned model; none: the synthetic world's")
-    reference: str | None = Field(None, description="the model that the policy's DPO training started from")
+    policy: str | None = Field(
+        default=None, description="π_1, the DPO-tuned model; none: the synthetic world's"
+    )
+    reference: str | None = Field(
+        default=None, description="the model that the policy's DPO training started from"
+    )
     policy_revision: str | None = None
     reference_revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU that has it, float32 elsewhere"
+        default="auto", description="auto: bfloat16 on a GPU that has it, float32 elsewhere"
     )
-    device: str = Field("auto", description="auto: the first GPU, else the CPU")
+    device: str = Field(default="auto", description="auto: the first GPU, else the CPU")
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -44,18 +48,25 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Prompts for the rounds, offline preference pairs for the replay, and what is held out."""
 
-    prompts: str | None = Field(None, description="JSONL, JSON or Parquet with a prompt column")
-    replay: str | None = Field(None, description="offline pairs in TRL's format: prompt, chosen, rejected")
-    eval_prompts: str | None = Field(None, description="held-out prompts; none: a share of `prompts`")
-    eval_pairs: str | None = Field(None, description="held-out offline pairs for the reward's accuracy")
+    prompts: str | None = Field(default=None, description="JSONL, JSON or Parquet with a prompt column")
+    replay: str | None = Field(
+        default=None, description="offline pairs in TRL's format: prompt, chosen, rejected"
+    )
+    eval_prompts: str | None = Field(default=None, description="held-out prompts; none: a share of `prompts`")
+    eval_pairs: str | None = Field(
+        default=None, description="held-out offline pairs for the reward's accuracy"
+    )
     prompt_column: str = "prompt"
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
-    weight_column: str | None = Field(None, description="weights of the replay draw, in the replay file")
-    prompts_per_round: Positive | None = Field(
-        None, description="a fresh slice of the shuffled prompts for each round; none: all of them each round"
+    weight_column: str | None = Field(
+        default=None, description="weights of the replay draw, in the replay file"
     )
-    max_prompt_tokens: Positive = Field(4096, description="longer prompts are left out, and counted")
+    prompts_per_round: Positive | None = Field(
+        default=None,
+        description="a fresh slice of the shuffled prompts for each round; none: all of them each round",
+    )
+    max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are left out, and counted")
 
 
 class VllmConfig(Section):
@@ -63,11 +74,13 @@ class VllmConfig(Section):
 
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     tensor_parallel_size: Positive = 1
-    enforce_eager: bool | None = Field(None, description="none: eager on the CPU, CUDA graphs on a GPU")
+    enforce_eager: bool | None = Field(
+        default=None, description="none: eager on the CPU, CUDA graphs on a GPU"
+    )
     max_num_seqs: Positive | None = None
-    max_model_len: Positive | None = Field(None, description="none: longest prompt + max_new_tokens")
+    max_model_len: Positive | None = Field(default=None, description="none: longest prompt + max_new_tokens")
     kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="size of the key/value cache; on a CPU 1 GiB unless told"
+        default=None, description="size of the key/value cache; on a CPU 1 GiB unless told"
     )
 
 
@@ -75,14 +88,16 @@ class GenerateConfig(Section):
     """Sampling K responses per prompt from the current policy."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    samples: Annotated[int, Field(ge=2, le=65535)] = Field(16, description="K, responses per prompt")
-    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.9
+    samples: Annotated[int, Field(ge=2, le=65535)] = Field(default=16, description="K, responses per prompt")
+    temperature: Annotated[float, Field(gt=0.0)] = 0.9
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: off")
+    top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="0: off")
     max_new_tokens: Positive = 2048
-    shard_prompts: Positive = Field(256, description="prompts per shard, the unit that a resume keeps")
+    shard_prompts: Positive = Field(
+        default=256, description="prompts per shard, the unit that a resume keeps"
+    )
     token_budget: Positive = Field(
-        65536, description="transformers engine: padded prompt and response tokens of one batch"
+        default=65536, description="transformers engine: padded prompt and response tokens of one batch"
     )
     vllm: VllmConfig = Field(default_factory=VllmConfig)
 
@@ -90,30 +105,43 @@ class GenerateConfig(Section):
 class ScoreConfig(Section):
     """Log-probabilities of policy and reference over the stored token ids."""
 
-    token_budget: Positive = Field(16384, description="padded tokens of one batch")
-    logit_chunk: Positive = Field(1024, description="response positions whose logits exist at one time")
+    token_budget: Positive = Field(default=16384, description="padded tokens of one batch")
+    logit_chunk: Positive = Field(
+        default=1024, description="response positions whose logits exist at one time"
+    )
 
 
 class MineConfig(Section):
     """Pair mining (design: the exact length penalty). The keywords of `dice_py.mine_pairs`."""
 
-    length: Literal["tokens", "chars"] = Field("tokens", description="what the penalty counts")
+    length: Literal["tokens", "chars"] = Field(default="tokens", description="what the penalty counts")
     debias: Literal["none", "linear", "bucket"] = "linear"
-    alpha: Literal["auto"] | Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = "auto"
+    alpha: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     min_responses: Annotated[int, Field(ge=2)] = 2
-    min_length: Annotated[int, Field(ge=0)] | None = Field(1, description="inclusive")
-    max_length: Annotated[int, Field(ge=0)] | None = Field(None, description="inclusive")
+    min_length: Annotated[int, Field(ge=0)] | None = Field(default=1, description="inclusive")
+    max_length: Annotated[int, Field(ge=0)] | None = Field(default=None, description="inclusive")
     buckets: Positive = 10
     bucket_scale: bool = False
+
+    @model_validator(mode="after")
+    def _some_length_passes(self) -> MineConfig:
+        if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
+            raise ValueError(
+                f"min_length ({self.min_length}) is above max_length ({self.max_length}): no response passes"
+            )
+        return self
 
 
 class ReplayConfig(Section):
     """The share γ of offline pairs in the training set."""
 
     gamma: Probability = 0.5
-    total: Positive | None = Field(None, description="pairs in the training set; none: keep all mined pairs")
+    total: Positive | None = Field(
+        default=None, description="pairs in the training set; none: keep all mined pairs"
+    )
     on_shortfall: Literal["error", "record"] = Field(
-        "record", description="too few offline pairs: stop, or take what there is and record the shortfall"
+        default="record",
+        description="too few offline pairs: stop, or take what there is and record the shortfall",
     )
 
 
@@ -129,15 +157,17 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """One DPO run from the policy, with the policy itself as the reference."""
 
-    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 5e-7
-    lr_scheduler: str = Field("constant_with_warmup", description="a name that transformers knows")
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-7
+    lr_scheduler: str = Field(default="constant_with_warmup", description="a name that transformers knows")
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    max_steps: Positive | None = Field(None, description="optimizer steps; none: `epochs` over the pairs")
+    max_steps: Positive | None = Field(
+        default=None, description="optimizer steps; none: `epochs` over the pairs"
+    )
     epochs: Annotated[float, Field(gt=0.0)] = 1.0
-    batch_size: Positive = Field(32, description="pairs per optimizer step")
-    micro_batch_size: Positive = Field(4, description="pairs per forward and device")
+    batch_size: Positive = Field(default=32, description="pairs per optimizer step")
+    micro_batch_size: Positive = Field(default=4, description="pairs per forward and device")
     sft_weight: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="weight of the NLL of the chosen, added to the loss (TRL's `sft`)"
+        default=0.0, description="weight of the NLL of the chosen, added to the loss (TRL's `sft`)"
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
@@ -145,13 +175,13 @@ class TrainConfig(Section):
     adam_beta2: Probability = 0.999
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
-    max_length: Positive | None = Field(None, description="longer pairs are left out, and counted")
-    save_steps: Positive | None = Field(100, description="checkpoints that a resume goes on from")
+    max_length: Positive | None = Field(default=None, description="longer pairs are left out, and counted")
+    save_steps: Positive | None = Field(default=100, description="checkpoints that a resume goes on from")
     logging_steps: Positive = 10
     report_to: list[str] = Field(default_factory=list, description="TRL's trackers: wandb, tensorboard, …")
-    step0_pairs: Positive = Field(64, description="pairs on which the loss at step 0 is checked")
+    step0_pairs: Positive = Field(default=64, description="pairs on which the loss at step 0 is checked")
     step0_tolerance: Annotated[float, Field(gt=0.0)] = Field(
-        1e-3, description="largest |loss − ln 2| at step 0"
+        default=1e-3, description="largest |loss − ln 2| at step 0"
     )
 
     @model_validator(mode="after")
@@ -167,9 +197,11 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """What is measured after a round, always on prompts that no round trains on."""
 
-    prompts: Annotated[int, Field(ge=0)] = Field(256, description="held-out prompts; 0: no samples drawn")
-    samples: Positive = Field(1, description="responses per held-out prompt")
-    pairs: Annotated[int, Field(ge=0)] = Field(512, description="held-out offline pairs")
+    prompts: Annotated[int, Field(ge=0)] = Field(
+        default=256, description="held-out prompts; 0: no samples drawn"
+    )
+    samples: Positive = Field(default=1, description="responses per held-out prompt")
+    pairs: Annotated[int, Field(ge=0)] = Field(default=512, description="held-out offline pairs")
 
 
 class WorldConfig(Section):
@@ -191,11 +223,12 @@ class RunConfig(Section):
 
     rounds: Positive = 2
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    beta: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
-        0.1, description="β of the implicit reward and of DPO"
+    beta: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.1, description="β of the implicit reward and of DPO"
     )
     reward_reference: Literal["previous", "initial"] = Field(
-        "previous", description="π_ref of round t > 1: what round t−1 started from, or always the first one"
+        default="previous",
+        description="π_ref of round t > 1: what round t−1 started from, or always the first one",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -212,15 +245,15 @@ class RunConfig(Section):
         """True when no model is named, so that the run is on the synthetic world."""
         return self.model.policy is None
 
-    @field_validator("reward_reference", mode="before")
-    @classmethod
-    def _lower(cls, value: object) -> object:
-        return value.lower() if isinstance(value, str) else value
-
     @model_validator(mode="after")
-    def _own_model_is_whole(self, info: ValidationInfo) -> RunConfig:
+    def _whole_run(self, info: ValidationInfo) -> RunConfig:
         if info.context == _ONE_STAGE:
             return self
+        if self.mine.min_responses > self.generate.samples:
+            raise ValueError(
+                f"mine.min_responses is {self.mine.min_responses}, but generate.samples is "
+                f"{self.generate.samples}: no prompt could give a pair"
+            )
         if self.is_world:
             given = [
                 name
@@ -287,7 +320,7 @@ def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
+            into[key] = _merge({}, value) if isinstance(value, Mapping) else value
     return into
 
 
@@ -303,21 +336,44 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
     return names
 
 
+def _nearest(unknown: str) -> str:
+    """The end of a sentence about an unknown key: the known ones that it may have meant."""
+    section, _, last = unknown.rpartition(".")
+    # (section, key) of every known name
+    known = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in known_keys()]
+    siblings = [key for place, key in known if place == section]
+    near = [(section, key) for key in difflib.get_close_matches(last, siblings, n=1, cutoff=0.75)]
+    near = near or [(place, key) for place, key in known if key == last]
+    if not near:
+        close = difflib.get_close_matches(last, [key for _, key in known], n=1, cutoff=0.7)
+        near = [(place, key) for place, key in known if key in close]
+    names = [f"'{place}.{key}'" if place else f"'{key}'" for place, key in near]
+    if names:
+        return f"did you mean {' or '.join(names)}?"
+    return f"the keys {f'of {section!r} ' if section else ''}are {', '.join(siblings)}"
+
+
 def _explain(error: ValidationError, source: str) -> UsageError:
     lines = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "constrained")))
+        parts = [str(part) for part in item["loc"]]
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, known_keys(), n=1, cutoff=0.6) or difflib.get_close_matches(
-                where.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known_keys()], n=1
-            )
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            lines.append(f"unknown key '{where}'{hint}")
-        else:
-            text = item["msg"].removeprefix("Value error, ")
-            got = "" if isinstance(item["input"], Section | dict) else f" (got {item['input']!r})"
-            lines.append(f"{where}: {text}{got}" if where else text)
+            where = ".".join(parts)
+            lines.append(f"unknown key '{where}'; {_nearest(where)}")
+            continue
+        # Beside keys, a place names the branch of a union that was tried: "literal['auto']", "float".
+        where = ".".join(part for part in parts if part.replace("_", "").isalnum() and part != "float")
+        text = item["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(item["input"], Section | dict) else f" (got {item['input']!r})"
+        lines.append(f"{where}: {text}{got}" if where else text)
     return UsageError(f"{source}: " + "; ".join(dict.fromkeys(lines)))
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """In one line; PyYAML's own text takes several."""
+    mark = getattr(error, "problem_mark", None)
+    said = getattr(error, "problem", None) or str(error)
+    return f"{said} (line {mark.line + 1}, column {mark.column + 1})" if mark else said
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -328,7 +384,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"config file {path} is not valid YAML: {error}") from None
+        raise UsageError(f"config file {path} is not valid YAML: {_yaml_problem(error)}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -343,30 +399,12 @@ def _parse_set(assignment: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text) if text.strip() else None
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {assignment}: the value is not valid YAML: {error}") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 5e-7 as text, since it wants a point and a signed exponent; people write 5e-7.
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+        raise UsageError(f"--set {assignment}: the value is not valid YAML: {_yaml_problem(error)}") from None
     nested: Any = value
     for part in reversed(name.strip().split(".")):
         nested = {part: nested}
     result: dict[str, Any] = nested
     return result
-
-
-def _floats(value: Any) -> Any:
-    """The same repair of `5e-7` for YAML files."""
-    if isinstance(value, dict):
-        return {key: _floats(item) for key, item in value.items()}
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def resolve(
@@ -386,7 +424,7 @@ def resolve(
     """
     given: dict[str, Any] = {}
     for path in files:
-        _merge(given, _floats(_read_yaml(path)))
+        _merge(given, _read_yaml(path))
     _merge(given, dict(overrides or {}))
     for assignment in assignments:
         _merge(given, _parse_set(assignment))
@@ -408,6 +446,6 @@ def dump(config: RunConfig) -> str:
 def load_resolved(path: Path) -> RunConfig:
     """A `config.yaml` written by `dump`: nothing is added to it, not even the world's defaults."""
     try:
-        return RunConfig.model_validate(_floats(_read_yaml(path)))
+        return RunConfig.model_validate(_read_yaml(path))
     except ValidationError as error:
         raise _explain(error, str(path)) from None

@@ -42,7 +42,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist (or is not a file)")
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty; it should hold one row per prompt")
+        raise DataError(f"{path} is empty")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         yield from _parquet_rows(path)
@@ -58,28 +58,22 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         frame = pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from None
+        raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
     for index, row in enumerate(frame.iter_rows(named=True)):
         yield f"{path}, row {index}", row
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _object(_parse(line, where), where)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.strip()
+            if line:
+                where = f"{path}, line {number}"
+                yield where, _object(_parse(line, where), where)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from None
-    loaded = _parse(text, str(path))
+    loaded = _parse(path.read_bytes(), str(path))
     if not isinstance(loaded, list):
         raise DataError(f"{path}: a .json file must hold one list of objects; one object per line is .jsonl")
     for index, item in enumerate(loaded):
@@ -87,11 +81,27 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, _object(item, where)
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(data: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        value = json.loads(text)
+        # Half of a surrogate pair is JSON, but no Unicode text, and so nothing that can be stored.
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from None
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where}: holds half of a surrogate pair, which is no text; fix or remove it"
+        ) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); fix or remove it") from None
+        at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"{where}: not valid JSON ({error.msg} at {at}); fix or remove it") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON nested too deeply; fix or remove it") from None
+    return value
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -107,13 +117,19 @@ def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
             raise DataError(f"{where}: {column!r} is an empty text")
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {column!r} must be text or a non-empty list of messages, got {value!r:.80}")
+        raise DataError(
+            f"{where}: {column!r} must be text or a non-empty list of messages, got {value!r:.80}"
+        )
     messages: list[Message] = []
     for item in value:
-        if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(
-            item.get("content"), str
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("role"), str)
+            or not isinstance(item.get("content"), str)
         ):
-            raise DataError(f"{where}: {column!r} holds {item!r:.80}, not a message with role and content as text")
+            raise DataError(
+                f"{where}: {column!r} holds {item!r:.80}, not a message with role and content as text"
+            )
         messages.append({"role": item["role"], "content": item["content"]})
     return messages
 
@@ -121,7 +137,8 @@ def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
 def _column(row: dict[str, Any], column: str, where: str, option: str) -> Any:
     if column not in row:
         raise DataError(
-            f"{where}: no column {column!r}; its columns are {', '.join(row)}. Name the right one with {option}"
+            f"{where}: no column {column!r}; its columns are {', '.join(row)}. Name the right one with "
+            f"--{option}-column (in a run: --set data.{option}_column=NAME)"
         )
     return row[column]
 
@@ -129,9 +146,13 @@ def _column(row: dict[str, Any], column: str, where: str, option: str) -> Any:
 def _prompt(value: Any, where: str, column: str) -> list[Message]:
     messages = _messages(value, "user", where, column)
     if not any(message["role"] == "user" for message in messages):
-        raise DataError(f"{where}: the prompt has no user turn; its roles are {[m['role'] for m in messages]}")
+        raise DataError(
+            f"{where}: the prompt has no user turn; its roles are {[m['role'] for m in messages]}"
+        )
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
+        raise DataError(
+            f"{where}: the prompt ends with an assistant turn; it must end where the answer begins"
+        )
     return messages
 
 
@@ -151,7 +172,7 @@ def read_prompts(path: Path, column: str = "prompt") -> pl.DataFrame:
         elif column not in row and {"chosen", "rejected"} <= row.keys():
             messages = _pair(row, where, column, "chosen", "rejected")["prompt"]
         else:
-            messages = _prompt(_column(row, column, where, "--prompt-column"), where, column)
+            messages = _prompt(_column(row, column, where, "prompt"), where, column)
         seen.setdefault(prompt_key(messages), messages)
     if not seen:
         raise DataError(f"{path} holds no prompts")
@@ -171,12 +192,8 @@ def prompt_key(messages: list[Message]) -> str:
 
 def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: str) -> Pair:
     answers = {
-        "chosen": _messages(
-            _column(row, chosen, where, "--chosen-column"), "assistant", where, chosen
-        ),
-        "rejected": _messages(
-            _column(row, rejected, where, "--rejected-column"), "assistant", where, rejected
-        ),
+        "chosen": _messages(_column(row, chosen, where, "chosen"), "assistant", where, chosen),
+        "rejected": _messages(_column(row, rejected, where, "rejected"), "assistant", where, rejected),
     }
     if prompt in row and row[prompt] is not None:
         messages = _prompt(row[prompt], where, prompt)
@@ -186,14 +203,16 @@ def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: s
                 answers[name] = answer[len(messages) :]
     else:
         shared = 0
-        for left, right in zip(answers["chosen"], answers["rejected"], strict=False):
+        # The last turns are the answers, even where they are equal.
+        for left, right in zip(answers["chosen"][:-1], answers["rejected"][:-1], strict=False):
             if left != right:
                 break
             shared += 1
         if shared == 0:
             raise DataError(
-                f"{where}: no column {prompt!r}, and {chosen!r} and {rejected!r} have no common beginning; its "
-                f"columns are {', '.join(row)}. Name the prompt with --prompt-column"
+                f"{where}: no column {prompt!r}, and {chosen!r} and {rejected!r} have no common beginning; "
+                f"its columns are {', '.join(row)}. Name the prompt's with --prompt-column (in a run: "
+                "--set data.prompt_column=NAME)"
             )
         messages = _prompt(answers["chosen"][:shared], where, chosen)
         answers = {name: answer[shared:] for name, answer in answers.items()}
@@ -228,8 +247,12 @@ def read_pairs(
         if pair["chosen"] == pair["rejected"]:
             continue
         if weight_column is not None:
-            weight = _column(row, weight_column, where, "data.weight_column")
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            weight = _column(row, weight_column, where, "weight")
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, int | float)
+                or not 0 <= weight < float("inf")
+            ):
                 raise DataError(f"{where}: {weight_column!r} must be a finite number ≥ 0, got {weight!r}")
             weights.append(float(weight))
         pairs.append(pair)
@@ -242,4 +265,6 @@ def read_pairs(
 def pairs_frame(pairs: list[Pair]) -> pl.DataFrame:
     """`prompt`, `chosen`, `rejected` as messages, and `key`, which is equal for equal prompts only."""
     frame = pl.DataFrame(pairs, schema={"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES})
-    return frame.with_columns(pl.Series("key", [prompt_key(pair["prompt"]) for pair in pairs], dtype=pl.String))
+    return frame.with_columns(
+        pl.Series("key", [prompt_key(pair["prompt"]) for pair in pairs], dtype=pl.String)
+    )

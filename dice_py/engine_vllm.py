@@ -128,6 +128,11 @@ def _explain(error: Exception, policy: Path, config: GenerateConfig, where: Plac
             f"vLLM is installed but does not load ({text}); install it again with the torch that it was "
             "built for, or set generate.engine=transformers"
         )
+    if "max_model_len" in text:
+        return UsageError(
+            f"the model in {policy} was not made for a context as long as asked for ({text}); lower "
+            "generate.vllm.max_model_len, generate.max_new_tokens or data.max_prompt_tokens"
+        )
     # "Unsupported CPU attention configuration" comes at the first step, as a RuntimeError.
     if isinstance(error, ValueError | NotImplementedError) or text.startswith("Unsupported"):
         return DataError(

@@ -17,9 +17,12 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: .8rem 0; } caption { text-align: left; color: var(--muted); }
-th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; }
-td { font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
-svg { max-width: 100%; height: auto; } .axis { stroke: var(--line); } .curve { stroke: var(--accent); fill: none;
+th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
+text-align: left; }
+td { font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+svg { max-width: 100%; height: auto; } .axis { stroke: var(--line); }
+.curve { stroke: var(--accent); fill: none;
 stroke-width: 2; } .chosen { fill: var(--accent); } svg text { font-size: 12px; fill: currentColor; }
 p.note { color: var(--muted); }
 """
@@ -29,7 +32,7 @@ def number(value: Any) -> str:
     """A number as a person reads it: whole ones grouped, others to four significant digits."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, bool | str):
         return str(value)
     if isinstance(value, list):
         return " to ".join(number(item) for item in value)
@@ -52,12 +55,13 @@ def seconds(value: float | None) -> str:
 
 
 def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(
-        "<tr>" + "".join(f"<{'th' if at == 0 else 'td'}>{escape(cell)}</{'th' if at == 0 else 'td'}>" for at, cell in enumerate(row)) + "</tr>"
-        for row in rows
-    )
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return f'<div class="scroll"><table><caption>{escape(caption)}</caption><tr>{top}</tr>{cells}</table></div>'
+    body = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
+        for first, *rest in rows
+    )
+    caption = f"<caption>{escape(caption)}</caption>"
+    return f'<div class="scroll"><table>{caption}<tr>{top}</tr>{body}</table></div>'
 
 
 def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, gap: float | None) -> str:
@@ -69,12 +73,15 @@ def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, g
     if len(points) < 2:
         return "<p class='note'>The gap does not change with α here: there is no curve to draw.</p>"
     # A few break points far out would flatten everything near the answer.
-    limit = max(points[-1][0] if alpha is None else min(points[-1][0], 4 * alpha), 1e-12)
+    limit = max(min(points[-1][0], 4 * alpha) if alpha else points[-1][0], 1e-12)
     points = [p for p in points if p[0] <= limit]
     width, height, left, bottom, top = 640, 260, 70, 40, 15
     low = min(0.0, *(g for _, g in points))
     high = max(0.0, *(g for _, g in points))
     span = (high - low) or 1.0
+
+    def label(at: float, value: float) -> str:
+        return f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{number(value)}</text>'
 
     def x(value: float) -> float:
         return left + value / limit * (width - left - 20)
@@ -94,12 +101,11 @@ def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, g
         f'<line class="axis" x1="{left}" y1="{y(0):.1f}" x2="{width - 20}" y2="{y(0):.1f}"/>'
         f'<line class="axis" x1="{left}" y1="{top}" x2="{left}" y2="{height - bottom}"/>'
         f'<path class="curve" d="{path}"/>{marked}'
-        f'<text x="{left - 8}" y="{y(high) + 4:.1f}" text-anchor="end">{number(high)}</text>'
-        f'<text x="{left - 8}" y="{y(0) + 4:.1f}" text-anchor="end">{"" if high == 0 else "0"}</text>'
-        f'<text x="{left - 8}" y="{y(low) + 4:.1f}" text-anchor="end">{"" if low == 0 else number(low)}</text>'
+        f"{''.join(label(y(value), value) for value in sorted({low, 0.0, high}))}"
         f'<text x="{left}" y="{height - 22}">0</text>'
         f'<text x="{width - 20}" y="{height - 22}" text-anchor="end">{number(limit)}</text>'
-        f'<text x="{(width + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">α (reward per unit of length)</text>'
+        f'<text x="{(width + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">'
+        "α (reward per unit of length)</text>"
         "</svg>"
     )
 
@@ -128,7 +134,11 @@ def write_report(folder: Path) -> Path:
         parts.append("<p class='note'>Intervals are 95 % percentile bootstraps over prompts.</p>")
     for name in rounds:
         parts.append(f"<h2>{escape(name)}</h2>")
-        stages = [(key.split("/")[1], value) for key, value in manifest["stages"].items() if key.startswith(name + "/")]
+        stages = [
+            (key.split("/")[1], value)
+            for key, value in manifest["stages"].items()
+            if key.startswith(name + "/")
+        ]
         rows = [[stage, entry["status"], seconds(entry.get("seconds"))] for stage, entry in stages]
         parts.append(_table("stages", ["stage", "status", "time"], rows))
         for stage, entry in stages:
@@ -141,7 +151,9 @@ def write_report(folder: Path) -> Path:
             rows = [[key.replace("_", " "), number(value)] for key, value in found.items() if key != "curve"]
             parts.append(_table(f"mine (lengths in {found['length']})", ["", ""], rows))
             if found["curve"]["alpha"]:
-                parts.append("<p>Mean length gap, |chosen| − |rejected|, against α; the dot is the α in use.</p>")
+                parts.append(
+                    "<p>Mean length gap, |chosen| − |rejected|, against α; the dot is the α in use.</p>"
+                )
                 parts.append(
                     gap_curve_svg(
                         found["curve"]["alpha"],

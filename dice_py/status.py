@@ -1,4 +1,4 @@
-"""What a run folder says of itself: stages, counts and times, without importing torch or touching anything."""
+"""What a run folder says of itself: stages, counts and times. Neither imports torch nor touches anything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from dice_py.artefacts import Manifest
 from dice_py.config import load_resolved
-from dice_py.errors import UsageError
+from dice_py.errors import DiceError, UsageError
 from dice_py.rounds import STAGES, is_running
 
 
@@ -47,9 +47,12 @@ def run_status(folder: Path) -> dict[str, Any]:
 
 
 def list_runs(runs: Path) -> list[dict[str, Any]]:
-    """The status of every run under `runs`, without its entries, oldest first."""
+    """The status of every run under `runs`, without its entries, by name; "unreadable" where it has none."""
     found = []
     for config in sorted(runs.glob("*/config.yaml")):
-        status = run_status(config.parent)
+        try:
+            status = run_status(config.parent)
+        except DiceError:  # one broken folder must not hide the others
+            status = {"run": str(config.parent), "state": "unreadable", "stages": 0, "done": 0}
         found.append({name: value for name, value in status.items() if name != "entries"})
     return found

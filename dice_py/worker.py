@@ -11,10 +11,12 @@ parent that was killed leaves no orphan behind that holds a GPU. What the librar
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -24,26 +26,50 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from dice_py.artefacts import DiskFullError, Report, is_disk_full
+from dice_py.artefacts import DiskFullError, Report, is_disk_full, path_error
 from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemoryError, UsageError
 
 _ERRORS: dict[str, type[DiceError]] = {
-    kind.__name__: kind for kind in (DiceError, UsageError, DataError, OutOfMemoryError, DiskFullError, InterruptedRunError)
+    kind.__name__: kind
+    for kind in (DiceError, UsageError, DataError, OutOfMemoryError, DiskFullError, InterruptedRunError)
 }
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for the host's MemoryError and for torch's out-of-memory errors, without importing torch."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, MemoryError) or "OutOfMemoryError" in kinds or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True for a MemoryError and for torch's out-of-memory errors, and for what was raised from one.
+
+    torch is not imported for it: the names of its errors and the words of its CPU allocator tell.
+    """
+    while error is not None:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if kinds & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """How an exception crosses to the parent: its kind, exit code and sentence ("bug": the traceback)."""
+    if isinstance(error, OSError):
+        error = path_error(error) or error
+    text = str(error).strip()
+    if isinstance(error, DiceError):
+        return {"kind": type(error).__name__, "exit_code": error.exit_code, "text": text}
+    if isinstance(error, KeyboardInterrupt):
+        return {"kind": "InterruptedRunError", "exit_code": 5, "text": "interrupted"}
+    if is_disk_full(error):
+        text = f"no room left on the disk ({text}); free some space, then `dice resume` the run"
+        return {"kind": "DiskFullError", "exit_code": 5, "text": text}
+    if is_out_of_memory(error):
+        first = text.splitlines()[0] if text else type(error).__name__
+        return {"kind": "OutOfMemoryError", "exit_code": 4, "text": first}
+    return {"kind": "bug", "exit_code": 1, "text": "".join(traceback.format_exception(error))}
 
 
 def _watch_parent(life: Connection) -> None:
     # The parent holds the other end and never writes: the read ends only when the parent does.
-    try:
+    with contextlib.suppress(EOFError, OSError):
         life.recv_bytes()
-    except (EOFError, OSError):
-        pass
     os._exit(1)
 
 
@@ -55,17 +81,21 @@ def _resolve(work: str | Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _print_to(log: Path) -> None:
+    """Sends what this process and its libraries print, in whatever language, to the end of `log`."""
+    with log.open("ab") as handle:
+        os.dup2(handle.fileno(), 1)
+        os.dup2(handle.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    faulthandler.enable()
+
+
 def _main(
     work: str | Callable[..., Any], arguments: dict[str, Any], events: Connection, life: Connection, log: str
 ) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     threading.Thread(target=_watch_parent, args=(life,), daemon=True).start()
-    with Path(log).open("a", encoding="utf-8", errors="replace") as handle:
-        os.dup2(handle.fileno(), 1)
-        os.dup2(handle.fileno(), 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    faulthandler.enable()
     lock = threading.Lock()
 
     def report(event: str, **fields: Any) -> None:
@@ -73,31 +103,23 @@ def _main(
             events.send((event, fields))
 
     try:
+        _print_to(Path(log))
         result = _resolve(work)(report=report, **arguments)
         report("result", value=result)
-    except DiceError as error:
-        report("failed", kind=type(error).__name__, exit_code=error.exit_code, text=str(error))
-    except KeyboardInterrupt:
-        report("failed", kind="InterruptedRunError", exit_code=5, text="interrupted")
     except BaseException as error:
-        traceback.print_exc()
-        if is_disk_full(error):
-            text = f"no room left on the disk ({error}); free some space, then `dice resume` the run"
-            report("failed", kind="DiskFullError", exit_code=DiskFullError.exit_code, text=text)
-        elif is_out_of_memory(error):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
-            report("failed", kind="OutOfMemoryError", exit_code=4, text=first)
-        else:
-            report("failed", kind="bug", exit_code=1, text="".join(traceback.format_exc()))
-    finally:
+        report("failed", **_failure(error))
+        if not isinstance(error, DiceError | KeyboardInterrupt):
+            with contextlib.suppress(OSError):  # the log's own disk may be what is full
+                traceback.print_exc()
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-        events.close()
+    events.close()
     # Libraries leave threads and, vLLM, child processes behind; nothing of the result depends on them.
     os._exit(0)
 
 
-def _tail(log: Path, lines: int = 15) -> str:
+def _tail(log: Path, lines: int = 30) -> str:
     try:
         text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
@@ -128,10 +150,16 @@ def run_stage(
     child_life.close()
     outcome: tuple[str, dict[str, Any]] | None = None
     try:
-        while True:
+        while outcome is None:
+            # The pipe's end alone would not tell that the worker is gone: a process that it left behind (vLLM
+            # starts some) may hold it open.
+            if not events.poll(1.0):
+                if process.is_alive() or events.poll():
+                    continue
+                break
             try:
                 event, fields = events.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 break
             if event in ("result", "failed"):
                 outcome = (event, fields)
@@ -148,15 +176,17 @@ def run_stage(
         life.close()
         events.close()
     if outcome is None:
-        seconds = time.monotonic() - started
-        if process.exitcode == -9:
+        after = f"after {time.monotonic() - started:.0f} s"
+        if process.exitcode == -signal.SIGTERM:
+            raise InterruptedRunError(f"the worker of this stage was told to stop (signal 15) {after}")
+        if process.exitcode == -signal.SIGKILL:
             raise OutOfMemoryError(
-                f"the worker of this stage was killed after {seconds:.0f} s (signal 9, what the kernel sends when "
-                f"the host's memory runs out); {remedy}. Its log is {log}"
+                f"the worker of this stage was killed {after} (signal 9: the kernel's, when memory "
+                f"runs out); {remedy}. Its log is {log}"
             )
         raise RuntimeError(
-            f"the worker of this stage ended without a result (exit code {process.exitcode}) after {seconds:.0f} s; "
-            f"the end of {log}:\n{_tail(log)}"
+            f"the worker of this stage ended without a result (exit code {process.exitcode}) {after}; the "
+            f"end of {log}:\n{_tail(log)}"
         )
     event, fields = outcome
     if event == "result":

@@ -40,7 +40,15 @@ from dice_py.data import Message, Pair, pairs_frame, prompt_key, prompts_frame
 LETTERS = "abcdefghijkl"
 WORD = 3  # letters in a prompt
 FILLERS = ("as-you-asked", "to-be-sure", "of-course", "all-in-all", "and-so-on", "needless-to-say")
-OPERATIONS = ("copy", "reverse", "sort", "rotate", "swap", "next")
+# Each operation is an order in which the prompt's letters are written: the six orders of three letters.
+OPERATIONS: dict[str, tuple[int, ...]] = {
+    "copy": (0, 1, 2),
+    "reverse": (2, 1, 0),
+    "left": (1, 2, 0),
+    "right": (2, 0, 1),
+    "front": (1, 0, 2),
+    "back": (0, 2, 1),
+}
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] }}"
@@ -49,28 +57,18 @@ TEMPLATE = (
 
 # The two outputs that a wrong answer to each operation usually is: (the likelier 65 %, the other).
 CONFUSED: dict[str, tuple[str, str]] = {
-    "copy": ("sort", "swap"),
-    "reverse": ("rotate", "copy"),
-    "sort": ("reverse", "copy"),
-    "rotate": ("swap", "reverse"),
-    "swap": ("copy", "rotate"),
-    "next": ("copy", "sort"),
+    "copy": ("front", "back"),
+    "reverse": ("left", "right"),
+    "left": ("right", "reverse"),
+    "right": ("reverse", "left"),
+    "front": ("back", "copy"),
+    "back": ("copy", "front"),
 }
 
 
 def answer(operation: str, letters: tuple[str, ...]) -> tuple[str, ...]:
     """The right answer."""
-    if operation == "copy":
-        return letters
-    if operation == "reverse":
-        return letters[::-1]
-    if operation == "sort":
-        return tuple(sorted(letters))
-    if operation == "rotate":
-        return (*letters[1:], letters[0])
-    if operation == "swap":
-        return (letters[1], letters[0], *letters[2:])
-    return tuple(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in letters)
+    return tuple(letters[at] for at in OPERATIONS[operation])
 
 
 def prompt_messages(operation: str, letters: tuple[str, ...]) -> list[Message]:
@@ -190,13 +188,13 @@ RECIPE = 1  # counts up when the code above makes another world from the same co
 _LLAMA: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
-_SFT: dict[str, Any] = {"batch": 128, "learning_rate": 4e-3}
+_SFT: dict[str, Any] = {"batch": 128, "learning_rate": 2e-3, "adam_beta2": 0.98}
 _DPO = TrainConfig(
     learning_rate=1.5e-4,
     lr_scheduler="cosine",
@@ -295,6 +293,7 @@ def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, 
             max_length=None,
             per_device_train_batch_size=_SFT["batch"],
             learning_rate=_SFT["learning_rate"],
+            adam_beta2=_SFT["adam_beta2"],
             lr_scheduler_type="cosine",
             warmup_steps=20,
             max_steps=config.sft_steps,

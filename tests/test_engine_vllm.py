@@ -23,7 +23,7 @@ import polars as pl
 import pytest
 import torch
 from test_engine_transformers import chi_square
-from tiny_models import make_llama, make_mistral, set_generation_config
+from tiny_models import MAX_POSITIONS, make_llama, make_mistral, set_generation_config
 
 from dice_py.artefacts import parquet_key, seed_for
 from dice_py.config import GenerateConfig, ModelConfig, ScoreConfig
@@ -59,7 +59,7 @@ class Seen:
     preemptions: int = 0
     models_left: int = -1
     firsts: list[int] = field(default_factory=list)
-    errors: dict[str, Exception] = field(default_factory=dict)
+    errors: dict[str, tuple[type[Exception], str]] = field(default_factory=dict)
     connections: list[str] = field(default_factory=list)
     children: list[int] = field(default_factory=list)
     environment: dict[str, str | None] = field(default_factory=dict)
@@ -196,14 +196,16 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
             finally:
                 engine.close()
         except Exception as error:
-            seen.errors[name] = error
+            seen.errors[name] = (type(error), str(error))
 
     refused("small cache", kv_cache_gib=1e-5)
     refused("huge cache", kv_cache_gib=1e5)
+    refused("context", max_model_len=MAX_POSITIONS + 1)
     refused("adapter", models["adapter"])
     refused("head", models["head"])
     with mock.patch("vllm.platforms.current_platform", SimpleNamespace(device_type="cuda")):
         refused("platform")
+    gc.collect()
     seen.environment = {
         name: os.environ.get(name)
         for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
@@ -366,16 +368,16 @@ class TestOnTheCpu:
         [
             ("small cache", OutOfMemoryError, r"raise generate\.vllm\.kv_cache_gib \(now 1e-05\)"),
             ("huge cache", OutOfMemoryError, r"lower generate\.vllm\.kv_cache_gib \(now 100000\)"),
+            ("context", UsageError, r"max_position_embeddings=256.*; lower generate\.vllm\.max_model_len"),
             ("adapter", DataError, r"has no config\.json \(an adapter\?\)"),
             ("head", DataError, r"vLLM cannot run the model in .*generate\.engine=transformers"),
             ("platform", UsageError, r"runs on cuda, but the model is to be on cpu"),
         ],
     )
     def test_refusals(self, seen: Seen, name: str, kind: type[Exception], says: str) -> None:
-        error = seen.errors[name]
-        print(error)
-        assert type(error) is kind
-        assert re.search(says, str(error))
+        raised, text = seen.errors[name]
+        assert raised is kind
+        assert re.search(says, text)
 
     def test_figures(self, seen: Seen) -> None:
         print(f"start {seen.start_seconds:.1f} s, {seen.tokens_per_second:.0f} tokens/s")

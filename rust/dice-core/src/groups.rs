@@ -202,3 +202,72 @@ fn starts_of<T>(sorted: &[T], key: impl Fn(&T) -> u64) -> Vec<u64> {
     starts.push(sorted.len() as u64);
     starts
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow_array::{ArrayRef, Float32Array, Int64Array, RecordBatch, UInt32Array};
+    use std::sync::Arc;
+
+    /// Rows of these keys, in batches of `size`.
+    fn columns(keys: &[i64], size: usize) -> Columns {
+        Columns::new(keys.chunks(size).map(|keys| {
+            RecordBatch::try_from_iter([
+                ("prompt", Arc::new(Int64Array::from(keys.to_vec())) as ArrayRef),
+                ("reward", Arc::new(Float32Array::from(vec![0.0; keys.len()]))),
+                ("length", Arc::new(UInt32Array::from(vec![1; keys.len()]))),
+            ])
+        }))
+        .unwrap()
+    }
+
+    /// The rows of each group.
+    fn rows(groups: &Groups, columns: &Columns) -> Vec<Vec<u64>> {
+        let mut points = Vec::new();
+        (0..groups.len())
+            .map(|group| {
+                let mut dropped = Dropped::default();
+                groups.gather(group, columns, &Filter::default(), &mut dropped, &mut points).unwrap();
+                assert!(points.iter().any(|point| point.row == groups.first_row(group)));
+                points.iter().map(|point| point.row).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn grouped_rows_are_used_in_place_across_batches() {
+        for size in 1..7 {
+            let columns = columns(&[-5, -5, 0, 0, 0, 9], size);
+            let groups = Groups::new(&columns);
+            assert!(matches!(&groups, Groups::Contiguous { order: None, .. }));
+            assert_eq!(rows(&groups, &columns), [vec![0, 1], vec![2, 3, 4], vec![5]]);
+        }
+    }
+
+    #[test]
+    fn grouped_rows_in_another_order_are_too() {
+        let columns = columns(&[9, 9, 9, -5, -5, -5, 0, 0], 3);
+        let groups = Groups::new(&columns);
+        assert!(matches!(&groups, Groups::Contiguous { order: Some(_), .. }));
+        assert_eq!(rows(&groups, &columns), [vec![3, 4, 5], vec![6, 7], vec![0, 1, 2]]);
+    }
+
+    #[test]
+    fn other_rows_are_listed() {
+        // One prompt in two long runs; rows that alternate; keys too far apart to be packed.
+        for (keys, packed) in [
+            ([1, 1, 1, 0, 0, 0, 1, 1], true),
+            ([1, 0, 1, 0, 1, 0, 1, 1], true),
+            ([1 << 40, 0, 1 << 40, 0, 1 << 40, 0, 1 << 40, 1 << 40], false),
+        ] {
+            let columns = columns(&keys, 3);
+            let groups = Groups::new(&columns);
+            match &groups {
+                Groups::Listed { rows, .. } => assert_eq!(matches!(rows, Rows::Packed(_)), packed),
+                Groups::Contiguous { .. } => panic!("{keys:?} are not grouped"),
+            }
+            let of = |wanted: bool| (0..8).filter(|&i| (keys[i as usize] == 0) == wanted).collect();
+            assert_eq!(rows(&groups, &columns), [of(true), of(false)] as [Vec<u64>; 2]);
+        }
+    }
+}

@@ -13,7 +13,7 @@
 //! | [`penalty`] | the penalty that brings the mean length gap nearest zero |
 //! | [`bucket`] | rewards centred inside length quantiles |
 //! | [`select`] | the best and worst response of one prompt at a given penalty |
-//! | [`mine`] | the whole: columns in, pairs out |
+//! | [`mod@mine`] | the whole: columns in, pairs out |
 //! | [`replay`] | seeded sampling of offline rows |
 //!
 //! Results do not depend on the number of threads, on how the input is cut into batches, or on the

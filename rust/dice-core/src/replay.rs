@@ -33,7 +33,7 @@ pub struct Sample {
 
 /// Draws `count` of the rows without replacement, or all that there are if they are fewer.
 ///
-/// Rows whose key ([`Int::ordinal`](crate::columns::Int::ordinal)) is in `exclude` are left out. Without
+/// Rows whose key ([`Int::ordinal`]) is in `exclude` are left out. Without
 /// weights every set of rows is equally likely. With them, the rows are drawn one after another, each with
 /// probability in proportion to its weight among those that are left: algorithm A-ExpJ (Efraimidis and
 /// Spirakis, 2006, doi 10.1016/j.ipl.2005.11.003), as `rand` has it.

@@ -1,0 +1,240 @@
+"""The configuration: where a value comes from, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dice_py.config import RunConfig, dump, known_keys, load_resolved, resolve
+from dice_py.errors import UsageError
+
+OWN = {
+    "model": {"policy": "policy-folder", "reference": "reference-folder"},
+    "data": {"prompts": "prompts.jsonl", "replay": "pairs.jsonl"},
+}
+
+
+def refused(*assignments: str, files: tuple[Path, ...] = ()) -> str:
+    """The sentence with which `--set` assignments (or files) are refused."""
+    with pytest.raises(UsageError) as caught:
+        resolve(files, assignments)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path):
+    def write(text: str, name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_later_files_win_then_options_then_assignments(yaml_file) -> None:
+    first = yaml_file("rounds: 3\nseed: 1\nbeta: 0.2\ngenerate: {samples: 4, top_p: 0.5}\n", "first.yaml")
+    second = yaml_file("seed: 2\nbeta: 0.3\ngenerate: {samples: 5}\n", "second.yaml")
+    found = resolve([first, second], ["beta=0.5"], {"beta": 0.4, "seed": 3})
+    assert (found.rounds, found.seed, found.beta) == (3, 3, 0.5)
+    # Sections are merged key by key, not replaced.
+    assert (found.generate.samples, found.generate.top_p) == (5, 0.5)
+
+
+def test_one_assignment_after_another(yaml_file) -> None:
+    assert resolve([], ["rounds=4", "rounds=5"]).rounds == 5
+    lora = resolve([], ["train.lora.r=8", "train.lora.dropout=0.1"]).train.lora
+    assert lora is not None
+    assert (lora.r, lora.dropout) == (8, 0.1)
+    # An empty value, as in YAML, is none.
+    assert resolve([], ["train.lora.r=8", "train.lora="]).train.lora is None
+
+
+def test_an_empty_file_says_nothing(yaml_file) -> None:
+    assert resolve([yaml_file("# only a remark\n")]) == resolve()
+
+
+@pytest.mark.parametrize("text", ["5e-7", "5.0e-7", "0.0000005", "+5e-7"])
+def test_numbers_as_people_write_them(yaml_file, text: str) -> None:
+    # YAML 1.1 takes 5e-7 for text, since it wants a point and a signed exponent.
+    assert resolve([], [f"train.learning_rate={text}"]).train.learning_rate == 5e-7
+    path = yaml_file(f"train:\n  learning_rate: {text}\n")
+    assert resolve([path]).train.learning_rate == 5e-7
+
+
+def test_text_that_looks_like_a_number_stays_text() -> None:
+    # A git revision: it must reach the hub as it is.
+    assert resolve([], ["model.policy_revision=12e4567"]).model.policy_revision == "12e4567"
+    assert resolve([], ["data.prompt_column=inf"], one_stage=True).data.prompt_column == "inf"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("trian.epochs=1", "unknown key 'trian'; did you mean 'train'?"),
+        ("train.learning_rat=1", "unknown key 'train.learning_rat'; did you mean 'train.learning_rate'?"),
+        ("train.learning-rate=1", "did you mean 'train.learning_rate'?"),
+        ("generate.vllm.max_seqs=1", "did you mean 'generate.vllm.max_num_seqs'?"),
+        ("train.lora.drop_out=0", "unknown key 'train.lora.drop_out'; did you mean 'train.lora.dropout'?"),
+        # A known key in the wrong section, or in none.
+        ("gamma=0.5", "unknown key 'gamma'; did you mean 'replay.gamma'?"),
+        ("samples=8", "did you mean 'generate.samples' or 'evaluate.samples'?"),
+        ("generate.gamma=0.5", "did you mean 'replay.gamma'?"),
+        # Nothing is near: the keys that there are.
+        ("replay.xyzzy=1", "unknown key 'replay.xyzzy'; the keys of 'replay' are gamma, total, on_shortfall"),
+        ("xyzzy=1", "unknown key 'xyzzy'; the keys are rounds, seed, beta"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest(assignment: str, said: str) -> None:
+    assert said in refused(assignment)
+
+
+def test_unknown_key_in_a_file(yaml_file) -> None:
+    assert "did you mean 'mine.debias'?" in refused(files=(yaml_file("mine:\n  debis: none\n"),))
+
+
+def test_every_wrong_key_is_told_at_once() -> None:
+    said = refused("replay.gama=0.5", "rounds=0")
+    assert "'replay.gamma'" in said
+    assert "rounds: Input should be greater than or equal to 1 (got 0)" in said
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("replay.gamma=1.5", "replay.gamma: Input should be less than or equal to 1 (got 1.5)"),
+        ("replay.gamma=-0.1", "replay.gamma: Input should be greater than or equal to 0 (got -0.1)"),
+        ("replay.gamma=.nan", "replay.gamma: Input should be a finite number"),
+        ("generate.samples=1", "generate.samples: Input should be greater than or equal to 2 (got 1)"),
+        ("generate.top_p=0", "generate.top_p: Input should be greater than 0"),
+        ("generate.temperature=0", "generate.temperature: Input should be greater than 0"),
+        ("beta=0", "beta: Input should be greater than 0"),
+        ("beta=.inf", "beta: Input should be a finite number"),
+        ("train.epochs=inf", "train.epochs: Input should be a finite number"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0"),
+        ("mine.alpha=-1", "mine.alpha: Input should be greater than or equal to 0 (got -1)"),
+        ("mine.alpha=low", "mine.alpha: Input should be 'auto' (got 'low')"),
+        ("mine.min_responses=1", "mine.min_responses: Input should be greater than or equal to 2"),
+        (
+            "generate.engine=vlm",
+            "generate.engine: Input should be 'auto', 'transformers' or 'vllm' (got 'vlm')",
+        ),
+        ("train=5", "train: Input should be a valid dictionary"),
+        ("train.batch_size=30", "train: batch_size (30) must be a multiple of micro_batch_size (32)"),
+    ],
+)
+def test_values_out_of_range(assignment: str, said: str) -> None:
+    assert said in refused(assignment)
+
+
+@pytest.mark.parametrize("gamma", [0, 1])
+def test_both_ends_of_gamma(gamma: int) -> None:
+    assert resolve([], [f"replay.gamma={gamma}"]).replay.gamma == gamma
+
+
+def test_values_that_contradict_each_other() -> None:
+    said = refused("mine.min_length=10", "mine.max_length=9")
+    assert "mine: min_length (10) is above max_length (9): no response passes" in said
+    said = refused("generate.samples=4", "mine.min_responses=5")
+    assert "mine.min_responses is 5, but generate.samples is 4: no prompt could give a pair" in said
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("rounds", "--set rounds: write it as --set section.key=value"),
+        ("=3", "--set =3: write it as --set section.key=value"),
+        ("rounds=[1", "--set rounds=[1: the value is not valid YAML"),
+    ],
+)
+def test_assignments_that_are_none(assignment: str, said: str) -> None:
+    assert said in refused(assignment)
+
+
+def test_files_that_are_no_config(yaml_file, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'absent.yaml'} does not exist" in refused(files=(tmp_path / "absent.yaml",))
+    assert "is not valid YAML" in refused(files=(yaml_file("a: [1"),))
+    assert "must hold a mapping of keys, not a list" in refused(files=(yaml_file("- 1\n"),))
+    assert "cannot be read" in refused(files=(tmp_path,))
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"a: \xff\xfe\n")
+    assert f"{binary} cannot be read" in refused(files=(binary,))
+
+
+def test_the_worlds_defaults_are_for_the_world_only() -> None:
+    world, own, plain = resolve(), resolve([], [], OWN), RunConfig()
+    assert world.is_world
+    assert not own.is_world
+    assert (world.generate.samples, own.generate.samples) == (8, plain.generate.samples)
+    assert (world.train.learning_rate, own.train.learning_rate) == (1e-4, 5e-7)
+    assert (world.mine.length, own.mine.length) == ("chars", "tokens")
+    # What is given wins over them; a stage called alone never sees them.
+    assert resolve([], ["generate.samples=3"]).generate.samples == 3
+    assert resolve(one_stage=True) == plain
+
+
+def test_resolving_twice_gives_the_same() -> None:
+    # The table of defaults must not be written to.
+    resolve([], ["generate.samples=3", "train.lora.r=4"])
+    assert resolve().generate.samples == 8
+    assert resolve().train.lora is None
+
+
+@pytest.mark.parametrize(
+    ("left_out", "said"),
+    [
+        (("model", "reference"), "a run on your own model also needs model.reference (--reference)"),
+        (("data", "prompts"), "a run on your own model also needs data.prompts (--prompts)"),
+        (
+            ("data", "replay"),
+            "replay.gamma is 0.5, but no offline pairs are named: give data.replay (--replay FILE)",
+        ),
+        (("model", "policy"), "given without model.policy (--policy)"),
+    ],
+)
+def test_what_a_run_on_ones_own_model_needs(left_out: tuple[str, str], said: str) -> None:
+    section, key = left_out
+    given = {name: {k: v for k, v in values.items() if (name, k) != left_out} for name, values in OWN.items()}
+    with pytest.raises(UsageError) as caught:
+        resolve([], [], given)
+    assert said in str(caught.value)
+    assert section in str(caught.value)
+    assert key in str(caught.value)
+
+
+def test_no_offline_pairs_are_needed_without_replay() -> None:
+    given = {"model": OWN["model"], "data": {"prompts": "prompts.jsonl"}}
+    assert resolve([], ["replay.gamma=0"], given).data.replay is None
+
+
+@pytest.mark.parametrize("given", [{}, OWN, {**OWN, "train": {"lora": {"r": 4}, "learning_rate": 3.3e-7}}])
+def test_a_stored_config_is_read_back_equal(tmp_path: Path, given: dict[str, object]) -> None:
+    config = resolve([], ["seed=7", "mine.alpha=0.0031"], given)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert load_resolved(path) == config
+    assert dump(load_resolved(path)) == dump(config)
+
+
+def test_a_stored_config_is_taken_as_it_is(tmp_path: Path) -> None:
+    # The world's defaults may change with a version; a run keeps those it began with.
+    path = tmp_path / "config.yaml"
+    path.write_text("generate: {samples: 5}\n", encoding="utf-8")
+    assert load_resolved(path).generate.samples == 5
+    assert load_resolved(path).train.learning_rate == RunConfig().train.learning_rate
+    path.write_text("generate: {sample: 5}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=f"{path}: unknown key 'generate.sample'.*'generate.samples'"):
+        load_resolved(path)
+
+
+def test_every_key_has_a_place_in_the_dump() -> None:
+    names = known_keys()
+    assert len(names) == len(set(names))
+    assert {"rounds", "generate.vllm.kv_cache_gib", "train.lora.r", "replay.gamma"} <= set(names)
+    stored = resolve([], ["train.lora.r=4"]).model_dump(mode="json")
+    for name in names:
+        value = stored
+        for part in name.split("."):
+            assert part in value
+            value = value[part]
