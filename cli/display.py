@@ -86,9 +86,7 @@ class Display:
             else:
                 self._end()
                 counts, known = fields["counts"], _HIGHLIGHTS[name]
-                told = ", ".join(
-                    f"{key.replace('_', ' ')} {number(counts[key])}" for key in known if key in counts
-                )
+                told = ", ".join(f"{key.replace('_', ' ')} {number(counts[key])}" for key in known if key in counts)
                 took = "kept" if fields["status"] == "kept" else seconds(fields["seconds"])
                 self.line(f"  {name:<9} {took:>11}  {told}")
 
@@ -136,11 +134,7 @@ def status_table(found: dict[str, Any]) -> Table:
     table = _table(title, {"stage": "left", "status": "left", "time": "right", "counts": "left"})
     for entry in found["entries"]:
         known = _HIGHLIGHTS[entry["stage"].split("/")[-1]]
-        told = [
-            f"{key.replace('_', ' ')} {number(entry['counts'][key])}"
-            for key in known
-            if key in entry["counts"]
-        ]
+        told = [f"{key.replace('_', ' ')} {number(entry['counts'][key])}" for key in known if key in entry["counts"]]
         table.add_row(entry["stage"], entry["status"], seconds(entry["seconds"]), ", ".join(told))
     return table
 

@@ -55,21 +55,13 @@ DEFAULT_RUNS = Path("runs")
 def run(
     config: Config = None,
     assign: Set = None,
-    policy: Annotated[
-        str | None, typer.Option(help="π_1, a DPO-tuned model: folder or Hugging Face id.")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="The model that its DPO training started from.")
-    ] = None,
+    policy: Annotated[str | None, typer.Option(help="π_1, a DPO-tuned model: folder or Hugging Face id.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The model that its DPO training started from.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts: JSONL, JSON or Parquet.")] = None,
     replay: Annotated[Path | None, typer.Option(help="Offline pairs in TRL's format.")] = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="Rounds of generate, score, mine, replay, train.")
-    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of generate, score, mine, replay, train.")] = None,
     seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="The run folder; default: a new one under runs/.")
-    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run folder; default: a new one under runs/.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run the loop: on your model, or on a small synthetic world.
@@ -127,9 +119,7 @@ def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
 
 @app.command()
 def status(
-    folder: Annotated[
-        Path | None, typer.Argument(help="A run folder; default: all runs under runs/.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(help="A run folder; default: all runs under runs/.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the stages of a run, with their counts and times."""
@@ -167,9 +157,7 @@ def world(config: Config = None, assign: Set = None, as_json: Json = False) -> N
     resolved = resolve(config or [], assign or []).world
     found = find_world(resolved)
     if found is None:
-        found = World(
-            Path(work_apart("world", "dice_py.world:make_world", cache_folder() / "log", config=resolved))
-        )
+        found = World(Path(work_apart("world", "dice_py.world:make_world", cache_folder() / "log", config=resolved)))
     print_result({"folder": str(found.folder), **found.info()}, as_json)
 
 

@@ -10,9 +10,7 @@ import typer
 
 from dice_py.errors import UsageError
 
-Config = Annotated[
-    list[Path] | None, typer.Option("--config", "-c", help="YAML file; several are merged in order.")
-]
+Config = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="One config value: section.key=value.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
@@ -113,9 +111,7 @@ def score(
     reference: Reference,
     out: Out,
     beta: Annotated[float | None, typer.Option(help="β of the implicit reward.")] = None,
-    prompt_tokens_column: Annotated[
-        str, typer.Option(help="Column of prompt token ids.")
-    ] = "prompt_token_ids",
+    prompt_tokens_column: Annotated[str, typer.Option(help="Column of prompt token ids.")] = "prompt_token_ids",
     tokens_column: Annotated[str, typer.Option(help="Column of response token ids.")] = "token_ids",
     config: Config = None,
     assign: Set = None,
@@ -183,9 +179,7 @@ def mine(
     try:
         penalty: Any = "auto" if alpha == "auto" else float(alpha)
     except ValueError:
-        raise UsageError(
-            f"--alpha is {alpha!r}, but must be 'auto' or a finite number of zero or more"
-        ) from None
+        raise UsageError(f"--alpha is {alpha!r}, but must be 'auto' or a finite number of zero or more") from None
     summary = mine_file(
         scored,
         out,
@@ -210,9 +204,7 @@ def replay(
     mined: Annotated[
         Path | None, typer.Option(help="Mined pairs; none: a training set of offline pairs alone.")
     ] = None,
-    generations: Annotated[
-        list[Path] | None, typer.Option(help="Shards that the mined rows count through.")
-    ] = None,
+    generations: Annotated[list[Path] | None, typer.Option(help="Shards that the mined rows count through.")] = None,
     scores: Annotated[list[Path] | None, typer.Option(help="Their scores.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="The prompts artefact of `dice generate`.")] = None,
     gamma: Annotated[float | None, typer.Option(help="γ, the share of offline pairs.")] = None,
@@ -234,9 +226,7 @@ def replay(
     from dice_py.models import resolve_model
 
     if mined is not None and (not generations or not scores or prompts is None):
-        raise UsageError(
-            "--mined also needs --generations, --scores and --prompts, which its row numbers refer to"
-        )
+        raise UsageError("--mined also needs --generations, --scores and --prompts, which its row numbers refer to")
     resolved = _one_stage(config, assign, replay__gamma=gamma)
     offline = read_pairs(
         pairs,
@@ -321,9 +311,7 @@ def evaluate(
     prompt_column: Annotated[str, typer.Option(help="The prompts' column.")] = "prompt",
     chosen_column: Annotated[str, typer.Option(help="Chosen column of the pairs.")] = "chosen",
     rejected_column: Annotated[str, typer.Option(help="Rejected column of the pairs.")] = "rejected",
-    world_oracle: Annotated[
-        bool, typer.Option("--oracle", help="The prompts are the synthetic world's.")
-    ] = False,
+    world_oracle: Annotated[bool, typer.Option("--oracle", help="The prompts are the synthetic world's.")] = False,
     seed: Annotated[int, typer.Option(help="The seed.")] = 0,
     config: Config = None,
     assign: Set = None,

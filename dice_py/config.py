@@ -29,12 +29,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which models, and how they are held. A name is a folder or a Hugging Face id; none means the world."""
 
-    policy: str | None = Field(
-        default=None, description="π_1, the DPO-tuned model; none: the synthetic world's"
-    )
-    reference: str | None = Field(
-        default=None, description="the model that the policy's DPO training started from"
-    )
+    policy: str | None = Field(default=None, description="π_1, the DPO-tuned model; none: the synthetic world's")
+    reference: str | None = Field(default=None, description="the model that the policy's DPO training started from")
     policy_revision: str | None = None
     reference_revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -49,19 +45,13 @@ class DataConfig(Section):
     """Prompts for the rounds, offline preference pairs for the replay, and what is held out."""
 
     prompts: str | None = Field(default=None, description="JSONL, JSON or Parquet with a prompt column")
-    replay: str | None = Field(
-        default=None, description="offline pairs in TRL's format: prompt, chosen, rejected"
-    )
+    replay: str | None = Field(default=None, description="offline pairs in TRL's format: prompt, chosen, rejected")
     eval_prompts: str | None = Field(default=None, description="held-out prompts; none: a share of `prompts`")
-    eval_pairs: str | None = Field(
-        default=None, description="held-out offline pairs for the reward's accuracy"
-    )
+    eval_pairs: str | None = Field(default=None, description="held-out offline pairs for the reward's accuracy")
     prompt_column: str = "prompt"
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
-    weight_column: str | None = Field(
-        default=None, description="weights of the replay draw, in the replay file"
-    )
+    weight_column: str | None = Field(default=None, description="weights of the replay draw, in the replay file")
     prompts_per_round: Positive | None = Field(
         default=None,
         description="a fresh slice of the shuffled prompts for each round; none: all of them each round",
@@ -74,9 +64,7 @@ class VllmConfig(Section):
 
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     tensor_parallel_size: Positive = 1
-    enforce_eager: bool | None = Field(
-        default=None, description="none: eager on the CPU, CUDA graphs on a GPU"
-    )
+    enforce_eager: bool | None = Field(default=None, description="none: eager on the CPU, CUDA graphs on a GPU")
     max_num_seqs: Positive | None = None
     max_model_len: Positive | None = Field(default=None, description="none: longest prompt + max_new_tokens")
     kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = Field(
@@ -93,9 +81,7 @@ class GenerateConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="0: off")
     max_new_tokens: Positive = 2048
-    shard_prompts: Positive = Field(
-        default=256, description="prompts per shard, the unit that a resume keeps"
-    )
+    shard_prompts: Positive = Field(default=256, description="prompts per shard, the unit that a resume keeps")
     token_budget: Positive = Field(
         default=65536, description="transformers engine: padded prompt and response tokens of one batch"
     )
@@ -106,9 +92,7 @@ class ScoreConfig(Section):
     """Log-probabilities of policy and reference over the stored token ids."""
 
     token_budget: Positive = Field(default=16384, description="padded tokens of one batch")
-    logit_chunk: Positive = Field(
-        default=1024, description="response positions whose logits exist at one time"
-    )
+    logit_chunk: Positive = Field(default=1024, description="response positions whose logits exist at one time")
 
 
 class MineConfig(Section):
@@ -136,9 +120,7 @@ class ReplayConfig(Section):
     """The share γ of offline pairs in the training set."""
 
     gamma: Probability = 0.5
-    total: Positive | None = Field(
-        default=None, description="pairs in the training set; none: keep all mined pairs"
-    )
+    total: Positive | None = Field(default=None, description="pairs in the training set; none: keep all mined pairs")
     on_shortfall: Literal["error", "record"] = Field(
         default="record",
         description="too few offline pairs: stop, or take what there is and record the shortfall",
@@ -160,9 +142,7 @@ class TrainConfig(Section):
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-7
     lr_scheduler: str = Field(default="constant_with_warmup", description="a name that transformers knows")
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    max_steps: Positive | None = Field(
-        default=None, description="optimizer steps; none: `epochs` over the pairs"
-    )
+    max_steps: Positive | None = Field(default=None, description="optimizer steps; none: `epochs` over the pairs")
     epochs: Annotated[float, Field(gt=0.0)] = 1.0
     batch_size: Positive = Field(default=32, description="pairs per optimizer step")
     micro_batch_size: Positive = Field(default=4, description="pairs per forward and device")
@@ -197,9 +177,7 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """What is measured after a round, always on prompts that no round trains on."""
 
-    prompts: Annotated[int, Field(ge=0)] = Field(
-        default=256, description="held-out prompts; 0: no samples drawn"
-    )
+    prompts: Annotated[int, Field(ge=0)] = Field(default=256, description="held-out prompts; 0: no samples drawn")
     samples: Positive = Field(default=1, description="responses per held-out prompt")
     pairs: Annotated[int, Field(ge=0)] = Field(default=512, description="held-out offline pairs")
 
@@ -223,9 +201,7 @@ class RunConfig(Section):
 
     rounds: Positive = 2
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    beta: Annotated[float, Field(gt=0.0)] = Field(
-        default=0.1, description="β of the implicit reward and of DPO"
-    )
+    beta: Annotated[float, Field(gt=0.0)] = Field(default=0.1, description="β of the implicit reward and of DPO")
     reward_reference: Literal["previous", "initial"] = Field(
         default="previous",
         description="π_ref of round t > 1: what round t−1 started from, or always the first one",
@@ -297,19 +273,18 @@ WORLD_DEFAULTS: dict[str, Any] = {
     "data": {"prompts_per_round": 600},
     "generate": {
         "samples": 8,
-        "temperature": 1.0,
+        "temperature": 0.7,
         "top_p": 0.9,
         "max_new_tokens": 24,
         "shard_prompts": 200,
     },
-    "mine": {"length": "chars"},
     "replay": {"gamma": 0.3},
     "train": {
         "learning_rate": 1e-4,
         "lr_scheduler": "cosine",
         "warmup_steps": 0,
         "micro_batch_size": 32,
-        "sft_weight": 1.0,
+        "sft_weight": 0.2,
     },
     "evaluate": {"prompts": 400, "samples": 4, "pairs": 600},
 }

@@ -89,13 +89,9 @@ def _parse(data: bytes, where: str) -> Any:
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
-        ) from None
+        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
     except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: holds half of a surrogate pair, which is no text; fix or remove it"
-        ) from None
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no text; fix or remove it") from None
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise DataError(f"{where}: not valid JSON ({error.msg} at {at}); fix or remove it") from None
@@ -117,9 +113,7 @@ def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
             raise DataError(f"{where}: {column!r} is an empty text")
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: {column!r} must be text or a non-empty list of messages, got {value!r:.80}"
-        )
+        raise DataError(f"{where}: {column!r} must be text or a non-empty list of messages, got {value!r:.80}")
     messages: list[Message] = []
     for item in value:
         if (
@@ -127,9 +121,7 @@ def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
             or not isinstance(item.get("role"), str)
             or not isinstance(item.get("content"), str)
         ):
-            raise DataError(
-                f"{where}: {column!r} holds {item!r:.80}, not a message with role and content as text"
-            )
+            raise DataError(f"{where}: {column!r} holds {item!r:.80}, not a message with role and content as text")
         messages.append({"role": item["role"], "content": item["content"]})
     return messages
 
@@ -146,13 +138,9 @@ def _column(row: dict[str, Any], column: str, where: str, option: str) -> Any:
 def _prompt(value: Any, where: str, column: str) -> list[Message]:
     messages = _messages(value, "user", where, column)
     if not any(message["role"] == "user" for message in messages):
-        raise DataError(
-            f"{where}: the prompt has no user turn; its roles are {[m['role'] for m in messages]}"
-        )
+        raise DataError(f"{where}: the prompt has no user turn; its roles are {[m['role'] for m in messages]}")
     if messages[-1]["role"] == "assistant":
-        raise DataError(
-            f"{where}: the prompt ends with an assistant turn; it must end where the answer begins"
-        )
+        raise DataError(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
     return messages
 
 
@@ -248,11 +236,7 @@ def read_pairs(
             continue
         if weight_column is not None:
             weight = _column(row, weight_column, where, "weight")
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, int | float)
-                or not 0 <= weight < float("inf")
-            ):
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
                 raise DataError(f"{where}: {weight_column!r} must be a finite number ≥ 0, got {weight!r}")
             weights.append(float(weight))
         pairs.append(pair)
@@ -265,6 +249,4 @@ def read_pairs(
 def pairs_frame(pairs: list[Pair]) -> pl.DataFrame:
     """`prompt`, `chosen`, `rejected` as messages, and `key`, which is equal for equal prompts only."""
     frame = pl.DataFrame(pairs, schema={"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES})
-    return frame.with_columns(
-        pl.Series("key", [prompt_key(pair["prompt"]) for pair in pairs], dtype=pl.String)
-    )
+    return frame.with_columns(pl.Series("key", [prompt_key(pair["prompt"]) for pair in pairs], dtype=pl.String))

@@ -75,8 +75,7 @@ def _check_settings(config: GenerateConfig, where: Placement) -> None:
     if not where.device.startswith("cuda"):
         if gpus > 1:
             raise UsageError(
-                f"generate.vllm.tensor_parallel_size is {gpus}, but model.device is {where.device}; "
-                "set the first to 1"
+                f"generate.vllm.tensor_parallel_size is {gpus}, but model.device is {where.device}; set the first to 1"
             )
         return
     if where.device not in ("cuda", "cuda:0"):
@@ -120,9 +119,7 @@ def _explain(error: Exception, policy: Path, config: GenerateConfig, where: Plac
     """The error that a user can act on; None for what looks like a bug."""
     text = _first_sentence(error)
     if is_out_of_memory(error) or any(phrase in text for phrase in (*_CACHE_TOO_SMALL, *_NOT_FREE)):
-        return OutOfMemoryError(
-            f"vLLM lacks memory for {policy}: {text}; {_memory_remedy(text, config, where)}"
-        )
+        return OutOfMemoryError(f"vLLM lacks memory for {policy}: {text}; {_memory_remedy(text, config, where)}")
     if isinstance(error, ImportError):
         return UsageError(
             f"vLLM is installed but does not load ({text}); install it again with the torch that it was "
@@ -136,8 +133,7 @@ def _explain(error: Exception, policy: Path, config: GenerateConfig, where: Plac
     # "Unsupported CPU attention configuration" comes at the first step, as a RuntimeError.
     if isinstance(error, ValueError | NotImplementedError) or text.startswith("Unsupported"):
         return DataError(
-            f"vLLM cannot run the model in {policy}: {text}; choose another model, or set "
-            "generate.engine=transformers"
+            f"vLLM cannot run the model in {policy}: {text}; choose another model, or set generate.engine=transformers"
         )
     return None
 

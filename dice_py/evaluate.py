@@ -75,7 +75,9 @@ def held_out_accuracy(
     """
     tokenizer = load_tokenizer(policy, models)
     encoded = encode_pairs(pairs.head(config.pairs), tokenizer, stop_token_ids(policy, tokenizer))
-    content = digest(encoded["prompt_ids"].to_list(), encoded["chosen_ids"].to_list(), encoded["rejected_ids"].to_list())
+    content = digest(
+        encoded["prompt_ids"].to_list(), encoded["chosen_ids"].to_list(), encoded["rejected_ids"].to_list()
+    )
 
     def logps(model: Path) -> pl.DataFrame:
         identity = model_identity(model)
@@ -224,7 +226,12 @@ def evaluate(
 
 
 def _sample_rewards(
-    config: ScoreConfig, models: ModelConfig, policy: Path, reference: Path, samples: pl.DataFrame, report: Report
+    config: ScoreConfig,
+    models: ModelConfig,
+    policy: Path,
+    reference: Path,
+    samples: pl.DataFrame,
+    report: Report,
 ) -> pl.Series:
     """log π − log π_ref of each sample (β leaves the order as it is)."""
     from dice_py.models import load_model, release

@@ -138,9 +138,7 @@ def _positions(config: Any) -> float | None:
     return float(limit * max(factors, default=1.0))
 
 
-def _check_fits(
-    policy: Path, models: ModelConfig, longest_prompt: int, largest_id: int, max_new_tokens: int
-) -> None:
+def _check_fits(policy: Path, models: ModelConfig, longest_prompt: int, largest_id: int, max_new_tokens: int) -> None:
     """Checks prompts and responses against the model's positions and vocabulary.
 
     Raises:
@@ -207,8 +205,7 @@ def generate(
     kept = [(prompt_id, ids) for prompt_id, ids in encoded if len(ids) <= max_prompt_tokens]
     if not kept:
         raise DataError(
-            f"none of the {len(encoded)} prompts has at most {max_prompt_tokens} tokens; "
-            "raise data.max_prompt_tokens"
+            f"none of the {len(encoded)} prompts has at most {max_prompt_tokens} tokens; raise data.max_prompt_tokens"
         )
     if len(kept) < len(encoded):
         left_out = len(encoded) - len(kept)

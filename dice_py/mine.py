@@ -212,9 +212,7 @@ def _check_options(
         raise UsageError(f"buckets is {buckets}: give 1 or more")
 
 
-def _select(
-    frame: Frame, named: dict[str, str], truncated_column: str | None
-) -> tuple[pl.DataFrame, pl.Expr | None]:
+def _select(frame: Frame, named: dict[str, str], truncated_column: str | None) -> tuple[pl.DataFrame, pl.Expr | None]:
     """The columns that are needed, and an expression for the truncated rows."""
     auto = truncated_column == "auto"
     flag = "finish_reason" if auto else truncated_column
@@ -232,8 +230,7 @@ def _select(
         return narrow, pl.col(flag).cast(pl.String) == "length"
     if narrow.schema[flag] != pl.Boolean:
         raise DataError(
-            f"column '{flag}' has dtype {narrow.schema[flag]}, but truncated_column= must name a boolean "
-            "column"
+            f"column '{flag}' has dtype {narrow.schema[flag]}, but truncated_column= must name a boolean column"
         )
     return narrow, pl.col(flag)
 
@@ -282,9 +279,7 @@ def _key(narrow: pl.DataFrame, name: str) -> tuple[pl.Expr, bool]:
         # By text: the physical order of a categorical depends on what was read before.
         key = key.cast(pl.String)
     elif dtype.is_nested() or dtype in (pl.Object, pl.Null, pl.Unknown):
-        raise DataError(
-            f"prompt column '{name}' has dtype {dtype}, which has no order: give integers or text"
-        )
+        raise DataError(f"prompt column '{name}' has dtype {dtype}, which has no order: give integers or text")
     return key.rank("dense").alias("prompt"), False
 
 
@@ -294,9 +289,7 @@ def _reward(narrow: pl.DataFrame, name: str) -> pl.Expr:
         return pl.col(name).alias("reward")
     if dtype.is_numeric() or dtype == pl.Null:
         return pl.col(name).cast(pl.Float64).alias("reward")
-    raise DataError(
-        f"reward column '{name}' has dtype {dtype}, but must be numeric: cast it to Float32 first"
-    )
+    raise DataError(f"reward column '{name}' has dtype {dtype}, but must be numeric: cast it to Float32 first")
 
 
 def _length(narrow: pl.DataFrame, name: str) -> pl.Expr:
@@ -305,14 +298,10 @@ def _length(narrow: pl.DataFrame, name: str) -> pl.Expr:
         return pl.col(name).alias("length")
     if dtype == pl.Null:
         return pl.col(name).cast(pl.UInt32).alias("length")
-    raise DataError(
-        f"length column '{name}' has dtype {dtype}, but must hold whole numbers: cast it to UInt32 first"
-    )
+    raise DataError(f"length column '{name}' has dtype {dtype}, but must hold whole numbers: cast it to UInt32 first")
 
 
-def mine(
-    config: MineConfig, *, generations: list[Path], scores: list[Path], out: Path, key: str
-) -> dict[str, Any]:
+def mine(config: MineConfig, *, generations: list[Path], scores: list[Path], out: Path, key: str) -> dict[str, Any]:
     """Stage 3: mines the pairs of one round's shards into `out/mined.parquet`; row numbers count through them.
 
     Beside it, `mining.json` has the summary and the curve of mean length gap against alpha.

@@ -126,9 +126,7 @@ def mix_replay(
     `gamma` outside 0..1 or NaN, or a negative `total`: UsageError.
     """
     if not (0.0 <= gamma <= 1.0):
-        raise UsageError(
-            f"gamma is {gamma}, but it is the share of replayed pairs: give a number from 0 to 1"
-        )
+        raise UsageError(f"gamma is {gamma}, but it is the share of replayed pairs: give a number from 0 to 1")
     if total is not None and total < 0:
         raise UsageError(f"total is {total}: give zero or more, or nothing to keep all mined pairs")
     if on_shortfall not in ("error", "record"):
@@ -200,9 +198,7 @@ def _sample(
         if len(weights) != len(keys):
             raise UsageError(f"there are {len(keys)} keys and {len(weights)} weights: give as many")
         if not weights.dtype.is_numeric():
-            raise DataError(
-                f"the weights have dtype {weights.dtype}, but must be numeric: cast them to Float64"
-            )
+            raise DataError(f"the weights have dtype {weights.dtype}, but must be numeric: cast them to Float64")
         exact = weights.dtype in (pl.Float32, pl.Float64)
         columns.append((weights if exact else weights.cast(pl.Float64)).alias("weight"))
     batch, candidates = _native.sample(
@@ -234,7 +230,9 @@ def _codes(offline: pl.Series, exclude: pl.Series) -> tuple[pl.Series, pl.Series
     return codes.head(len(offline)), codes.tail(len(exclude))
 
 
-def gather_mined(mined: pl.DataFrame, generations: list[Path], scores: list[Path], prompts: pl.DataFrame) -> pl.DataFrame:
+def gather_mined(
+    mined: pl.DataFrame, generations: list[Path], scores: list[Path], prompts: pl.DataFrame
+) -> pl.DataFrame:
     """The mined pairs as a training set: stored token ids, messages, and the log-probabilities already scored.
 
     The policy that scored the responses is the one that training starts from, so its `logp` is the
@@ -244,9 +242,7 @@ def gather_mined(mined: pl.DataFrame, generations: list[Path], scores: list[Path
     columns = ["prompt_token_ids", "token_ids", "response"]
     sampled = pl.scan_parquet(generations, glob=False, row_index_name="row").select("row", *columns)
     logps = pl.scan_parquet(scores, glob=False, row_index_name="row").select("row", "logp")
-    rows = (
-        sampled.join(wanted.lazy(), on="row", how="semi").join(logps, on="row", how="left").collect()
-    )
+    rows = sampled.join(wanted.lazy(), on="row", how="semi").join(logps, on="row", how="left").collect()
     answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
 
     def side(name: str, logp: str) -> pl.DataFrame:
@@ -308,7 +304,8 @@ def replay(
     if mined is None or prompts is None:
         pairs = asked = pl.DataFrame(schema={"prompt_id": pl.UInt32})
         keyed = pl.DataFrame(schema={"key": pl.String})
-        gamma, total = 1.0, config.total or pool.height
+        gamma: float = 1.0
+        total: int | None = config.total or pool.height
     else:
         pairs = read_parquet(mined)
         asked = read_parquet(prompts, ["prompt_id", "messages"])

@@ -134,11 +134,7 @@ def write_report(folder: Path) -> Path:
         parts.append("<p class='note'>Intervals are 95 % percentile bootstraps over prompts.</p>")
     for name in rounds:
         parts.append(f"<h2>{escape(name)}</h2>")
-        stages = [
-            (key.split("/")[1], value)
-            for key, value in manifest["stages"].items()
-            if key.startswith(name + "/")
-        ]
+        stages = [(key.split("/")[1], value) for key, value in manifest["stages"].items() if key.startswith(name + "/")]
         rows = [[stage, entry["status"], seconds(entry.get("seconds"))] for stage, entry in stages]
         parts.append(_table("stages", ["stage", "status", "time"], rows))
         for stage, entry in stages:
@@ -151,9 +147,7 @@ def write_report(folder: Path) -> Path:
             rows = [[key.replace("_", " "), number(value)] for key, value in found.items() if key != "curve"]
             parts.append(_table(f"mine (lengths in {found['length']})", ["", ""], rows))
             if found["curve"]["alpha"]:
-                parts.append(
-                    "<p>Mean length gap, |chosen| − |rejected|, against α; the dot is the α in use.</p>"
-                )
+                parts.append("<p>Mean length gap, |chosen| − |rejected|, against α; the dot is the α in use.</p>")
                 parts.append(
                     gap_curve_svg(
                         found["curve"]["alpha"],

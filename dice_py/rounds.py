@@ -27,16 +27,20 @@ import polars as pl
 
 from dice_py.artefacts import (
     PROMPTS,
+    DiskFullError,
     Manifest,
     Report,
     digest,
     file_digest,
+    is_disk_full,
     no_report,
     parquet_key,
     read_json,
     read_parquet,
+    remove_temporaries,
     seed_for,
     versions,
+    write_json,
     write_parquet,
     write_text,
 )
@@ -55,6 +59,7 @@ _HELD_OUT = 0.1  # at most this share of a user's prompts or pairs is held out w
 
 REMEDIES = {
     "world": "close other programs",
+    "check": "close other programs",
     "generate": "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
     "score": "lower score.token_budget",
     "replay": "lower score.token_budget",
@@ -88,8 +93,16 @@ class Run:
         """Tells the listener, and keeps what is not mere progress in `events.jsonl`."""
         if event != "progress":
             line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
-            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as handle:
-                handle.write(line + "\n")
+            try:
+                with (self.folder / "events.jsonl").open("a", encoding="utf-8") as handle:
+                    handle.write(line + "\n")
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                raise DiskFullError(
+                    f"no room left on the disk for {self.folder / 'events.jsonl'}; nothing that was whole is lost. "
+                    f"Free some space, then: dice resume {self.folder}"
+                ) from error
         self._listen(event, **fields)
 
     def stage(
@@ -113,9 +126,7 @@ class Run:
 
     def spawn(self, stage: str, work: str, folder: Path, **arguments: Any) -> Any:
         """Runs `work` ("module:function") in a process of its own, its output in `folder/worker.log`."""
-        return run_stage(
-            work, arguments, log=folder / "worker.log", remedy=REMEDIES[stage], report=self.report
-        )
+        return run_stage(work, arguments, log=folder / "worker.log", remedy=REMEDIES[stage], report=self.report)
 
     def path(self, name: str) -> Path:
         """A path in the run folder, from how the manifest names it."""
@@ -187,15 +198,17 @@ def run(config: RunConfig, folder: Path, report: Report = no_report) -> dict[str
     """
     stored = folder / "config.yaml"
     if stored.exists():
-        if load_resolved(stored) != config:
+        # A run that failed before its first stage has nothing to lose: it may be given another config.
+        if load_resolved(stored) != config and Manifest(folder / "manifest.json").data["stages"]:
             raise UsageError(
                 f"{folder} holds a run of another config (see {stored}); give another --run-dir, or continue that "
                 f"run as it is with: dice resume {folder}"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), _terminate_as_interrupt():
+        remove_temporaries(folder)
         write_text(stored, dump(config))
         this = Run(folder, config, report)
         try:
@@ -254,13 +267,14 @@ def _inputs(this: Run) -> Inputs:
     files = [file_digest(Path(name)) if name else None for name in named]
     key = digest("inputs", columns, files, config.seed, config.evaluate.model_dump(), versions("polars"))
     outputs = {name: folder / f"{name}.parquet" for name in ("prompts", "offline", "eval_prompts", "eval_pairs")}
+    # The models come after the data, since they may be a long download, and before anything is made.
     if parquet_key(outputs["prompts"]) != key:
         _split(this, outputs, key)
 
     def made(name: str) -> Path | None:
         return outputs[name] if parquet_key(outputs[name]) == key else None
 
-    return Inputs(
+    inputs = Inputs(
         policy=resolve_model(model.policy, model.policy_revision, role="model.policy (--policy)"),
         reference=resolve_model(model.reference, model.reference_revision, role="model.reference (--reference)"),
         prompts=outputs["prompts"],
@@ -268,6 +282,28 @@ def _inputs(this: Run) -> Inputs:
         eval_prompts=made("eval_prompts"),
         eval_pairs=made("eval_pairs"),
     )
+    _check(this, inputs, key)
+    return inputs
+
+
+def _check(this: Run, inputs: Inputs, data_key: str) -> None:
+    """Has models and data looked at together, once: what fails here would fail after hours."""
+    models = [model_identity(inputs.policy), model_identity(inputs.reference)]
+    key = digest("check", data_key, models, this.config.model_dump(), versions("transformers"))
+    stamp = this.folder / "inputs" / "checked.json"
+    if stamp.is_file() and read_json(stamp) == key:
+        return
+    this.spawn(
+        "check",
+        "dice_py.check:check",
+        stamp.parent,
+        config=this.config,
+        policy=inputs.policy,
+        reference=inputs.reference,
+        prompts=[file for file in (inputs.prompts, inputs.eval_prompts) if file],
+        pairs=[file for file in (inputs.offline, inputs.eval_pairs) if file],
+    )
+    write_json(stamp, key)
 
 
 def _split(this: Run, outputs: dict[str, Path], key: str) -> None:
@@ -348,7 +384,10 @@ def _rounds(this: Run) -> dict[str, Any]:
     inputs = _inputs(this)
     # What the run stands on, for whoever reads the folder.
     this.manifest.data["policy"] = {"folder": str(inputs.policy), "identity": model_identity(inputs.policy)}
-    this.manifest.data["reference"] = {"folder": str(inputs.reference), "identity": model_identity(inputs.reference)}
+    this.manifest.data["reference"] = {
+        "folder": str(inputs.reference),
+        "identity": model_identity(inputs.reference),
+    }
     this.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
     this.manifest.save()
     policy, reference = inputs.policy, inputs.reference
@@ -391,9 +430,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
             round_number=number,
             max_prompt_tokens=config.data.max_prompt_tokens,
         )
-        files = [
-            {"file": this.relative(file), "key": key} for file, key in zip(made.files, made.keys, strict=True)
-        ]
+        files = [{"file": this.relative(file), "key": key} for file, key in zip(made.files, made.keys, strict=True)]
         return {"files": files, "counts": made.counts()}
 
     generated = this.stage(

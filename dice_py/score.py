@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from dice_py.artefacts import SCORES, Report, no_report, parquet_key, parquet_rows, read_parquet, write_parquet
+from dice_py.artefacts import (
+    SCORES,
+    Report,
+    no_report,
+    parquet_key,
+    parquet_rows,
+    read_parquet,
+    write_parquet,
+)
 from dice_py.config import ModelConfig, ScoreConfig
 from dice_py.errors import DataError
 from dice_py.models import load_model, release
@@ -246,7 +254,7 @@ def score(
         for i in shards:
             frame = read_parquet(generations[i], [prompt_column, response_column])
             for column, dtype in frame.schema.items():
-                if not (isinstance(dtype, pl.List) and dtype.inner.is_integer()):  # type: ignore[union-attr]
+                if not (isinstance(dtype, pl.List) and dtype.inner.is_integer()):
                     raise DataError(
                         f"{generations[i]}: column {column!r} is {dtype}, not a list of token ids; the scorer takes "
                         "the tokens as they were sampled, and never tokenises text again"
@@ -256,7 +264,11 @@ def score(
             answered = frame.filter(pl.col(response_column).list.len() > 0)
             sums = iter(
                 sequence_logps(
-                    model, answered[prompt_column].to_list(), answered[response_column].to_list(), config, on_batch
+                    model,
+                    answered[prompt_column].to_list(),
+                    answered[response_column].to_list(),
+                    config,
+                    on_batch,
                 )
             )
             finish(i, [next(sums) if length else 0.0 for length in lengths])

@@ -6,7 +6,8 @@ policy that a run starts from), prompts for the rounds, and held-out prompts and
 offline set's annotator and the evaluation; no DICE round ever sees it.
 
 A prompt names an operation and letters ("reverse : k b q"). A response is the answer, a full stop, and up to
-six filler phrases. Fillers say nothing and cost a little; the annotator likes them: that is the length bias.
+six filler words. Fillers say nothing, and more than two cost a little; the annotator likes every one: that is
+the length bias.
 It is not a language model's world: it shows whether the loop does what it should, not how well on language.
 """
 
@@ -39,7 +40,8 @@ from dice_py.data import Message, Pair, pairs_frame, prompt_key, prompts_frame
 
 LETTERS = "abcdefghijkl"
 WORD = 3  # letters in a prompt
-FILLERS = ("as-you-asked", "to-be-sure", "of-course", "all-in-all", "and-so-on", "needless-to-say")
+FILLERS = ("sure", "indeed", "so", "well", "fine", "okay")
+FREE_FILLERS = 2  # courtesy; what comes beyond costs
 # Each operation is an order in which the prompt's letters are written: the six orders of three letters.
 OPERATIONS: dict[str, tuple[int, ...]] = {
     "copy": (0, 1, 2),
@@ -85,8 +87,8 @@ def parse_prompt(messages: list[Message]) -> tuple[str, tuple[str, ...]]:
 def oracle(messages: list[Message], response: str) -> tuple[float, bool]:
     """(score, right) of a response's text.
 
-    Score: 1 if the answer is right, else 0.3 × the share of matching letters; −0.03 for each filler; −0.3 if
-    the response is not of the form answer, full stop, fillers.
+    Score: 1 if the answer is right, else 0.3 × the share of matching letters; −0.03 for each filler beyond the
+    second; −0.3 if the response is not of the form answer, full stop, fillers.
     """
     operation, letters = parse_prompt(messages)
     want = answer(operation, letters)
@@ -96,7 +98,8 @@ def oracle(messages: list[Message], response: str) -> tuple[float, bool]:
     right = got == want
     matching = sum(left == right_ for left, right_ in zip(got, want, strict=False)) / len(want)
     formed = "." in words and len(got) == len(want) and all(word in FILLERS for word in rest)
-    score = (1.0 if right else 0.3 * matching) - 0.03 * sum(word in FILLERS for word in words)
+    fillers = sum(word in FILLERS for word in words)
+    score = (1.0 if right else 0.3 * matching) - 0.03 * max(0, fillers - FREE_FILLERS)
     return score - (0.0 if formed else 0.3), right
 
 
@@ -179,7 +182,19 @@ def cache_folder() -> Path:
 
 def world_key(config: WorldConfig) -> str:
     """The key of a world: its config, the recipe, and what trains it."""
-    recipe = [LETTERS, WORD, FILLERS, OPERATIONS, CONFUSED, TEMPLATE, _SFT, _DPO.model_dump(), _LLAMA, RECIPE]
+    recipe = [
+        LETTERS,
+        WORD,
+        FILLERS,
+        FREE_FILLERS,
+        OPERATIONS,
+        CONFUSED,
+        TEMPLATE,
+        _SFT,
+        _DPO.model_dump(),
+        _LLAMA,
+        RECIPE,
+    ]
     return digest("world", config.model_dump(), recipe, versions("torch", "transformers", "trl"))
 
 
@@ -196,8 +211,9 @@ _LLAMA: dict[str, Any] = {
 }
 _SFT: dict[str, Any] = {"batch": 128, "learning_rate": 2e-3, "adam_beta2": 0.98}
 _DPO = TrainConfig(
-    learning_rate=1.5e-4,
+    learning_rate=3e-4,
     lr_scheduler="cosine",
+    epochs=2.0,
     warmup_steps=0,
     batch_size=32,
     micro_batch_size=32,
@@ -380,9 +396,7 @@ def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
             {"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"}
         )
         training_set = folder / "dpo_training_set.parquet"
-        write_parquet(
-            training_set, training.with_columns(source=pl.lit("offline")), key=key, schema=TRAINING_SET
-        )
+        write_parquet(training_set, training.with_columns(source=pl.lit("offline")), key=key, schema=TRAINING_SET)
         counts = train(
             _DPO,
             models,

@@ -352,7 +352,5 @@ def test_manifest_survives_a_write_that_fails(tmp_path: Path, monkeypatch: pytes
 def test_files_are_readable_like_any_other(tmp_path: Path) -> None:
     write_text(tmp_path / "file", json.dumps({}))
     (tmp_path / "plain").write_text("x")
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE(
-        (tmp_path / "plain").stat().st_mode
-    )
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     assert artefacts.TEMPORARY == ".tmp"

@@ -39,9 +39,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def dice(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
+def dice(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Calls `dice …` and returns (exit code, stdout, stderr)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
@@ -86,9 +84,7 @@ def jsonl(path: Path, *rows: Any) -> Path:
 def scored(path: Path, prompts: int = 20, responses: int = 4) -> Path:
     """One row a response, whose rewards grow with the length."""
     rows = [
-        (p, r, 0.1 * ((7 * p + 3 * r) % 10) + 0.05 * (5 + r), 5 + r)
-        for p in range(prompts)
-        for r in range(responses)
+        (p, r, 0.1 * ((7 * p + 3 * r) % 10) + 0.05 * (5 + r), 5 + r) for p in range(prompts) for r in range(responses)
     ]
     frame = pl.DataFrame(rows, schema=["prompt_id", "sample_id", "reward", "response_tokens"], orient="row")
     frame.write_parquet(path)
@@ -107,9 +103,7 @@ def modules_after(code: str, *arguments: str) -> tuple[int, set[str]]:
         f"print('loaded', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
         "sys.exit(ended)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1].split()
     assert last[0] == "loaded", done.stderr
     return done.returncode, set(last[1:])
@@ -190,9 +184,7 @@ def test_a_wrong_config_starts_nothing(refused, arguments: tuple[str, ...], said
 
 def test_an_unknown_key_in_a_file(refused) -> None:
     Path("my.yaml").write_text("generate:\n  sample: 4\n")
-    assert "unknown key 'generate.sample'; did you mean 'generate.samples'?" in refused(
-        2, "run", "-c", "my.yaml"
-    )
+    assert "unknown key 'generate.sample'; did you mean 'generate.samples'?" in refused(2, "run", "-c", "my.yaml")
     said = refused(2, "generate", "--policy", "p", "--prompts", "x.jsonl", "-o", "out", "--samples", "1")
     assert "generate.samples: Input should be greater than or equal to 2 (got 1)" in said
 
@@ -214,9 +206,7 @@ def test_a_folder_that_is_no_run_is_left_alone(refused) -> None:
     folder.mkdir()
     (folder / "chapter-1.tex").write_text("years of work")
     before = contents(folder)
-    assert "thesis is not empty and holds no run; give another --run-dir" in refused(
-        2, "run", "--run-dir", folder
-    )
+    assert "thesis is not empty and holds no run; give another --run-dir" in refused(2, "run", "--run-dir", folder)
     assert "thesis holds no run (no config.yaml)" in refused(2, "resume", folder)
     assert "thesis holds no run (no config.yaml)" in refused(2, "status", folder)
     assert "absent holds no run (no config.yaml)" in refused(2, "resume", "absent")
@@ -280,9 +270,7 @@ def stub_model(folder: Path) -> Path:
 
 def test_model_folders_that_are_none(own) -> None:
     said = own(policy=Path("/absent/model"))
-    assert said.startswith(
-        "error: model.policy (--policy): /absent/model is not a folder; give a model folder"
-    )
+    assert said.startswith("error: model.policy (--policy): /absent/model is not a folder; give a model folder")
     empty = Path("empty")
     empty.mkdir()
     said = own(reference=empty)
@@ -403,9 +391,7 @@ def test_mine_with_names_and_options_of_ones_own(dice) -> None:
         code, out, err = dice("mine", "own.parquet", "-o", "deep/pairs.parquet", *columns, *options, "--json")
         assert (code, err) == (0, "")
         alpha = json.loads(out)["alpha"]
-        assert (
-            alpha is None if "bucket" in options else math.isclose(alpha, 0.01 if "0.01" in options else 0.0)
-        )
+        assert alpha is None if "bucket" in options else math.isclose(alpha, 0.01 if "0.01" in options else 0.0)
     assert read_parquet(Path("deep/pairs.parquet"))["prompt_id"].dtype == pl.String
 
 
@@ -505,9 +491,7 @@ def test_results_that_cannot_be_printed() -> None:
         "--json",
     ]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=here()
-        )
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=here())
     assert done.returncode == 5
     assert done.stderr.startswith("error: no room left on the disk")
 
@@ -612,9 +596,7 @@ def test_doctor_names_what_is_missing_and_how_to_add_it(dice, monkeypatch: pytes
     from dice_py import doctor
 
     versions = doctor._version
-    monkeypatch.setattr(
-        doctor, "_version", lambda name: None if name in ("trl", "peft", "vllm") else versions(name)
-    )
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("trl", "peft", "vllm") else versions(name))
     _, out, _ = dice("doctor")
     assert "missing: trl, peft; add it with: pip install 'dice-align[train]'" in out
     assert re.search(r"missing: vllm .*; add it with: pip install ", out)

@@ -166,10 +166,7 @@ def test_json_files_that_are_no_list(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [read_prompts, read_pairs])
 def test_files_without_rows(tmp_path: Path, read: Callable[..., Any]) -> None:
-    assert (
-        refused(read, tmp_path / "absent.jsonl")
-        == f"{tmp_path / 'absent.jsonl'} does not exist (or is not a file)"
-    )
+    assert refused(read, tmp_path / "absent.jsonl") == f"{tmp_path / 'absent.jsonl'} does not exist (or is not a file)"
     assert "does not exist (or is not a file)" in refused(read, tmp_path)
     for kind in KINDS:
         path = tmp_path / f"empty.{kind}"
@@ -250,10 +247,7 @@ def test_pairs_that_say_nothing_are_left_out(write) -> None:
     for nothing in (same, implicit):
         assert read_pairs(write([nothing, FORMS["text"]]))["chosen"].to_list() == [[assistant("2")]]
     path = write([same])
-    assert (
-        refused(read_pairs, path)
-        == f"{path} holds no pairs (or only pairs whose chosen equals their rejected)"
-    )
+    assert refused(read_pairs, path) == f"{path} holds no pairs (or only pairs whose chosen equals their rejected)"
 
 
 def test_weights(write) -> None:

@@ -85,8 +85,7 @@ def test_tables_are_whole_lines_without_a_terminal(
 ) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     rounds = {
-        f"round-{n:02d}": {"oracle_win_rate": 0.5 + n / 100, "oracle_win_rate_ci95": [0.5, 0.6]}
-        for n in range(9)
+        f"round-{n:02d}": {"oracle_win_rate": 0.5 + n / 100, "oracle_win_rate_ci95": [0.5, 0.6]} for n in range(9)
     }
     rounds["round-08"]["only_here"] = [1.0]
     print_table(metrics_table(rounds))

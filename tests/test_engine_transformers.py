@@ -117,9 +117,7 @@ def test_second_token_follows_the_model(llama: Path) -> None:
 
 
 def test_inverse_cumulative_by_hand() -> None:
-    uniforms = torch.tensor(
-        [[0.0], [0.1999], [0.2001], [0.6999], [0.7001], [1 - 2**-53]], dtype=torch.float64
-    )
+    uniforms = torch.tensor([[0.0], [0.1999], [0.2001], [0.6999], [0.7001], [1 - 2**-53]], dtype=torch.float64)
     sampling = SeededSampling(uniforms, GenerateConfig(temperature=1.0), stops=[3])
     # Token 1 has no probability: neither end of the line nor the gap may give it.
     scores = torch.log(torch.tensor([0.2, 0.0, 0.5, 0.3])).expand(len(uniforms), 4)

@@ -207,8 +207,7 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
         refused("platform")
     gc.collect()
     seen.environment = {
-        name: os.environ.get(name)
-        for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
+        name: os.environ.get(name) for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
     }
     return seen
 
@@ -305,17 +304,13 @@ class TestOnTheCpu:
         assert [s.logp for s in cramped] == pytest.approx([s.logp for s in roomy], abs=1e-4)
 
     def test_model_generation_config_is_ignored(self, seen: Seen) -> None:
-        assert [s.token_ids for s in seen.samples["opinionated"]] == [
-            s.token_ids for s in seen.samples["whole"]
-        ]
+        assert [s.token_ids for s in seen.samples["opinionated"]] == [s.token_ids for s in seen.samples["whole"]]
 
     def test_prompt_arrives_as_given(self, seen: Seen) -> None:
         assert seen.prompts_at_vllm == [seen.prompts[n % 3] for n in range(6)]
         assert [ids.count(1) for ids in seen.prompts_at_vllm] == [1] * 6  # one BOS
 
-    def test_first_token_follows_transformers_distribution(
-        self, seen: Seen, folders: dict[str, Path]
-    ) -> None:
+    def test_first_token_follows_transformers_distribution(self, seen: Seen, folders: dict[str, Path]) -> None:
         model = load_model(folders["llama"], FLOAT32)
         prompt = torch.tensor([seen.prompts[0]])
         output = model.generate(
@@ -451,9 +446,7 @@ GPU_TAKEN = (
     ],
     ids=["small", "small, sized", "none", "taken", "torch", "architecture", "import"],
 )
-def test_errors_say_what_to_do(
-    error: Exception, vllm: dict[str, Any], kind: type[Exception], says: str
-) -> None:
+def test_errors_say_what_to_do(error: Exception, vllm: dict[str, Any], kind: type[Exception], says: str) -> None:
     explained = _explain(error, Path("model"), _changed(PLAIN, vllm=vllm), Placement("cuda:0", "bfloat16"))
     assert type(explained) is kind
     assert says in str(explained)

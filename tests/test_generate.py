@@ -58,9 +58,7 @@ class Stage:
         self.out = out
         self.events: list[tuple[str, dict[str, Any]]] = []
 
-    def __call__(
-        self, config: GenerateConfig = CONFIG, models: ModelConfig = CPU, **changed: Any
-    ) -> Generations:
+    def __call__(self, config: GenerateConfig = CONFIG, models: ModelConfig = CPU, **changed: Any) -> Generations:
         self.events.clear()
         return generate(
             config,
@@ -169,9 +167,7 @@ def test_changed_config_makes_all_again(run: Stage, changed: dict[str, Any]) -> 
     assert len(run.written()) == 3
 
 
-@pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"round_number": 2}], ids=lambda changed: next(iter(changed))
-)
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"round_number": 2}], ids=lambda changed: next(iter(changed)))
 def test_changed_seed_or_round_makes_all_again(run: Stage, changed: dict[str, Any]) -> None:
     run()
     before = run.frame()
@@ -330,9 +326,7 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 def test_vllm_is_asked_for_and_not_installed(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     with pytest.raises(UsageError, match=r"pip install 'dice-align\[vllm\]'.*generate\.engine=transformers"):
         run(CONFIG.model_copy(update={"engine": "vllm"}))
     assert not run.out.exists()
@@ -347,9 +341,7 @@ def test_vllm_is_asked_for_and_not_installed(run: Stage, monkeypatch: pytest.Mon
         ("cpu", False, "transformers", "no GPU"),
     ],
 )
-def test_auto_engine(
-    monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, engine: str, why: str
-) -> None:
+def test_auto_engine(monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, engine: str, why: str) -> None:
     spec = importlib.util.find_spec("json") if installed else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: spec)
     monkeypatch.setattr(stage, "placement", lambda _: Placement(device, "float32"))

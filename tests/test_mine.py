@@ -231,9 +231,7 @@ def test_large_and_negative_prompt_ids() -> None:
 
 
 def test_categories_go_by_their_text() -> None:
-    data = small(prompt_id=["b", "b", "b", "a", "a", "a"]).with_columns(
-        pl.col("prompt_id").cast(pl.Categorical)
-    )
+    data = small(prompt_id=["b", "b", "b", "a", "a", "a"]).with_columns(pl.col("prompt_id").cast(pl.Categorical))
     mined = mine_pairs(data)
     assert mined.pairs["prompt_id"].to_list() == ["a", "b"]
     assert mined.pairs["prompt_id"].dtype == pl.Categorical
@@ -409,9 +407,7 @@ def test_bad_data(data: pl.DataFrame, options: dict[str, Any], words: str) -> No
 def test_a_bad_length_is_found_in_any_chunk_and_any_order() -> None:
     rows = frame().with_columns(pl.col("response_tokens").cast(pl.Int64))
     bad = rows.with_columns(
-        response_tokens=pl.when(pl.int_range(pl.len()).is_in([200, 300]))
-        .then(-1)
-        .otherwise("response_tokens"),
+        response_tokens=pl.when(pl.int_range(pl.len()).is_in([200, 300])).then(-1).otherwise("response_tokens"),
         reward=pl.when(pl.int_range(pl.len()) != 200).then("reward"),
     )
     chunked = pl.concat([bad[:150], bad[150:]], rechunk=False)
@@ -446,9 +442,7 @@ def test_other_threads_run_meanwhile() -> None:
     With a switch interval of a minute it gets its turns only when the interpreter is given away.
     """
     stream = (
-        frame(prompts=40_000)
-        .select(prompt="prompt_id", reward="reward", length="response_tokens")
-        .to_struct("rows")
+        frame(prompts=40_000).select(prompt="prompt_id", reward="reward", length="response_tokens").to_struct("rows")
     )
     options: dict[str, Any] = {
         "debias": "linear", "alpha": None, "min_responses": 2, "min_length": None, "max_length": None,

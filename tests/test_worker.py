@@ -169,9 +169,7 @@ NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
         (SystemExit(7), "bug", 1, "SystemExit: 7"),
     ],
 )
-def test_every_error_has_its_kind_and_exit_code(
-    error: BaseException, kind: str, code: int, said: str
-) -> None:
+def test_every_error_has_its_kind_and_exit_code(error: BaseException, kind: str, code: int, said: str) -> None:
     found = _failure(error)
     assert (found["kind"], found["exit_code"]) == (kind, code)
     assert said in found["text"]
@@ -218,17 +216,13 @@ def test_a_worker_that_ends_by_itself(stage) -> None:
 
 
 def test_a_worker_that_crashes_leaves_its_stack_in_the_log(stage, tmp_path: Path) -> None:
-    with pytest.raises(
-        RuntimeError, match=rf"exit code -{signal.SIGSEGV.value}\)(.|\n)*in string_at(.|\n)*in end"
-    ):
+    with pytest.raises(RuntimeError, match=rf"exit code -{signal.SIGSEGV.value}\)(.|\n)*in string_at(.|\n)*in end"):
         stage(end, how="segfault")
     assert "Segmentation fault" in (tmp_path / "deep" / "worker.log").read_text()
 
 
 def test_a_worker_killed_by_the_kernel_ran_out_of_memory(stage) -> None:
-    with pytest.raises(
-        OutOfMemoryError, match=f"killed after .* memory runs out.*{REMEDY}.*worker.log"
-    ) as caught:
+    with pytest.raises(OutOfMemoryError, match=f"killed after .* memory runs out.*{REMEDY}.*worker.log") as caught:
         stage(end, how="kill")
     assert caught.value.exit_code == 4
 

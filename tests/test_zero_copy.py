@@ -25,9 +25,7 @@ def table(rows: int = 1000, chunks: int = 3) -> pa.Table:
     size = rows // chunks
     pieces = [part.slice(i * size, size if i < chunks - 1 else None) for i in range(chunks)]
     # Buffers of their own for each chunk.
-    return pa.Table.from_batches(
-        [pa.record_batch({n: pa.concat_arrays([p[n]]) for n in COLUMNS}) for p in pieces]
-    )
+    return pa.Table.from_batches([pa.record_batch({n: pa.concat_arrays([p[n]]) for n in COLUMNS}) for p in pieces])
 
 
 def addresses(data: pa.Table) -> list[tuple[int, ...]]:
