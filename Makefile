@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
 RUN_ARGS ?= --rounds 2
+export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test lint test-rust test-python bench lock clean
@@ -23,8 +24,7 @@ $(VENV)/.requirements: requirements/dev.txt | $(UV)
 	touch $@
 
 $(VENV)/.extension: $(VENV)/.requirements pyproject.toml $(RUST)
-	VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin develop --release --uv --skip-install
-	$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin develop --release --uv --quiet
 	touch $@
 
 setup: $(VENV)/.extension ## .venv with all dependencies and the extension, in release mode
@@ -42,13 +42,13 @@ lint: setup ## formats, clippy, ruff, mypy, stubtest
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest dice_py._native
 
-test-rust: ## Rust's tests
+test-rust: setup ## Rust's tests
 	cargo test --workspace --release --quiet
 
 test-python: setup ## Python's tests
 	$(BIN)/python -m pytest
 
-bench: ## criterion's benches
+bench: setup ## criterion's benches
 	cargo bench
 
 lock: $(UV) ## requirements/dev.txt from requirements/*.in
