@@ -15,6 +15,7 @@ import contextlib
 import faulthandler
 import importlib
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -116,6 +117,9 @@ def _main(
         sys.stderr.flush()
     events.close()
     # Libraries leave threads and, vLLM, child processes behind; nothing of the result depends on them.
+    # Their finalizers still run: a semaphore left to the resource tracker (tqdm's lock) makes it complain to the user.
+    with contextlib.suppress(Exception):
+        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]
     os._exit(0)
 
 
