@@ -271,6 +271,8 @@ def score(
                     on_batch,
                 )
             )
+            if answered.height < frame.height:
+                on_batch(frame.height - answered.height)
             finish(i, [next(sums) if length else 0.0 for length in lengths])
         device = model.device
         del model

@@ -23,13 +23,14 @@ import polars as pl
 
 from dice_py.artefacts import Report, atomic, no_report, read_json, read_parquet, write_json
 from dice_py.config import LoraConfig, ModelConfig, TrainConfig
-from dice_py.errors import DataError
+from dice_py.errors import DataError, UsageError
 from dice_py.models import load_model, load_tokenizer, placement, require
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
 STAMP = "dice.json"
+_FLOAT32_APART = 0.1  # nats; two float32 sums over thousands of tokens stay well below, one token's error does not
 _COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
 
 
@@ -43,10 +44,17 @@ def load_training_set(path: Path, max_length: int | None) -> tuple[pl.DataFrame,
     """The columns that training needs, and how many pairs were left out as longer than `max_length` tokens.
 
     Raises:
-        DataError: a column is missing, no pair is left, or a reference log-probability is not finite.
+        DataError: a column is missing or holds no token ids, no pair is left, or a reference log-probability is
+            null or not finite.
     """
     frame = read_parquet(path, _COLUMNS)
-    bad = frame.filter(~(pl.col("ref_chosen_logps").is_finite() & pl.col("ref_rejected_logps").is_finite()))
+    for column, dtype in frame.schema.items():
+        if column.endswith("_ids") and not (isinstance(dtype, pl.List) and dtype.inner.is_integer()):
+            raise DataError(
+                f"{path}: column {column!r} is {dtype}, not a list of token ids; text is never tokenised here"
+            )
+    finite = pl.col("ref_chosen_logps").is_finite() & pl.col("ref_rejected_logps").is_finite()
+    bad = frame.filter(~finite.fill_null(False))
     if bad.height:
         raise DataError(f"{path}: {bad.height} pairs have a reference log-probability that is not finite")
     kept = frame
@@ -127,6 +135,14 @@ def _callback(trainer: DPOTrainer, config: TrainConfig, key: str, report: Report
                     "the training set with this policy (dice score), or, if only rounding in a short type is "
                     "behind it, raise train.step0_pairs or train.step0_tolerance"
                 )
+            # An offset that chosen and rejected share leaves the loss at ln 2. In float32 nothing explains it away.
+            if not (args.bf16 or args.fp16) and not apart <= _FLOAT32_APART:
+                raise DataError(
+                    f"at step 0 a response's log-probability differs by {apart:.4g} from the reference stored in the "
+                    f"training set (allowed in float32: {_FLOAT32_APART:g}), though the loss is ln 2. The trainer and "
+                    "the scorer do not see the same thing: tokens, masks or model differ. Score the training set "
+                    "with this policy (dice score)"
+                )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             report("progress", stage="train", done=state.global_step, total=state.max_steps, unit="steps")
@@ -168,17 +184,22 @@ def _arguments(config: TrainConfig, models: ModelConfig, folder: Path, beta: flo
     from trl import DPOConfig
 
     where = placement(models)
+    if where.device not in ("cpu", "cuda", "cuda:0"):
+        raise UsageError(
+            f"model.device is {where.device!r}, but training takes the first visible GPU; set model.device=auto and "
+            "choose the GPU with CUDA_VISIBLE_DEVICES"
+        )
     losses = {"loss_type": ["sigmoid"], "loss_weights": [1.0]}
     if config.sft_weight > 0:
         losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, config.sft_weight]}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accumulate, rest = divmod(config.batch_size, config.micro_batch_size * processes)
     if rest:
-        raise DataError(
+        raise UsageError(
             f"train.batch_size ({config.batch_size}) must be a multiple of train.micro_batch_size × processes "
             f"({config.micro_batch_size} × {processes})"
         )
-    return DPOConfig(
+    arguments = DPOConfig(
         output_dir=str(folder),
         **losses,
         beta=beta,
@@ -209,6 +230,11 @@ def _arguments(config: TrainConfig, models: ModelConfig, folder: Path, beta: flo
         disable_tqdm=True,
         dataloader_pin_memory=where.device != "cpu",
     )
+    if processes == 1 and arguments.n_gpu > 1:
+        # One process on a machine of several GPUs trains on the first: the Trainer would wrap the model in
+        # nn.DataParallel, which TRL refuses. `n_gpu` was read above, so the value below stays.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def train(

@@ -371,6 +371,7 @@ def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
     found = find_world(config)
     if found is not None:
         return found.folder
+    from dice_py.evaluate import win_rate
     from dice_py.models import encode_pairs, load_tokenizer
     from dice_py.score import score_pairs
     from dice_py.train import train
@@ -408,11 +409,10 @@ def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
             key=key,
             report=lambda event, **fields: report(event, **{**fields, "stage": "world: dpo"}),
         )
-        agree = sum(
-            oracle(p["prompt"], p["chosen"][0]["content"])[0] > oracle(p["prompt"], p["rejected"][0]["content"])[0]
-            for p in offline
-        )
-        longer = sum(len(p["chosen"][0]["content"]) > len(p["rejected"][0]["content"]) for p in offline)
+        # Shares of all pairs, ties counted half.
+        texts = [(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in offline]
+        agree = sum(win_rate([([oracle(x, a)[0]], [oracle(x, b)[0]]) for x, a, b in texts]))
+        longer = sum(win_rate([([float(len(a))], [float(len(b))]) for _, a, b in texts]))
         write_json(
             folder / "world.json",
             {
