@@ -165,6 +165,16 @@ def _last_checkpoint(folder: Path, key: str) -> Path | None:
     return max(whole)[1] if whole else None
 
 
+def _stored_dtype(policy: Path, loaded: Any) -> Any:
+    """The torch dtype that a model folder's config names; an adapter's has none, and keeps what it is held in."""
+    import torch
+
+    file = policy / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    name = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, name) if isinstance(name, str) else loaded
+
+
 def _peft(lora: LoraConfig | None) -> Any:
     if lora is None:
         return None
@@ -276,7 +286,7 @@ def train(
     pairs, too_long = load_training_set(training_set, config.max_length)
     tokenizer = load_tokenizer(policy, models)
     model = load_model(policy, models, training=True)
-    stored = model.dtype
+    stored = _stored_dtype(policy, model.dtype)
     if config.lora is None:
         model = model.float()
     checkpoints = out / "checkpoints"

@@ -1,0 +1,149 @@
+"""Stage 6: its metrics on numbers made by hand, and the accuracy of tiny models' rewards."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from tiny_models import make_llama
+from tiny_sets import CPU
+
+from dice_py import evaluate as stage
+from dice_py.config import EvaluateConfig, ScoreConfig
+from dice_py.data import pairs_frame
+from dice_py.evaluate import bootstrap_ci95, held_out_accuracy, reward_accuracy, win_rate
+from dice_py.models import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.score import score_pairs
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def text_pairs(count: int) -> pl.DataFrame:
+    """`count` pairs of random letters."""
+    rng = random.Random(0)
+
+    def text() -> str:
+        return "".join(rng.choices("abcdef ", k=rng.randint(1, 9)))
+
+    return pairs_frame(
+        [{"prompt": user(text()), "chosen": assistant(text()), "rejected": assistant(text())} for _ in range(count)]
+    )
+
+
+def test_reward_accuracy_counts_ties_half() -> None:
+    chosen, rejected = pl.Series([1.0, 0.0, 2.0, -1.0]), pl.Series([0.0, 1.0, 2.0, -3.0])
+    assert reward_accuracy(chosen, rejected) == (1 + 0 + 0.5 + 1) / 4
+    assert reward_accuracy(chosen, rejected) + reward_accuracy(rejected, chosen) == 1.0
+    assert reward_accuracy(chosen, chosen) == 0.5
+    assert reward_accuracy(pl.Series([3]), pl.Series([2])) == 1.0
+
+
+def test_win_rate_is_over_all_pairs_of_samples() -> None:
+    rates = win_rate(
+        [
+            ([1.0], [0.0]),
+            ([0.0], [1.0]),
+            ([1.0], [1.0]),
+            ([1.0, 0.0], [0.5]),
+            ([1.0, 0.5], [0.5, 0.0, 1.0]),  # wins 2, ties 1; wins 1, ties 1
+        ]
+    )
+    assert rates == [1.0, 0.0, 0.5, 0.5, pytest.approx((2.5 + 1.5) / 6)]
+
+
+def test_win_rates_of_both_sides_sum_to_one() -> None:
+    rng = random.Random(0)
+    pairs = [([float(rng.randint(0, 3)) for _ in range(4)], [float(rng.randint(0, 3)) for _ in range(3)])] * 20
+    swapped = [(theirs, ours) for ours, theirs in pairs]
+    assert [a + b for a, b in zip(win_rate(pairs), win_rate(swapped), strict=True)] == pytest.approx([1.0] * 20)
+
+
+def test_bootstrap_interval() -> None:
+    rng = random.Random(0)
+    values = [rng.gauss(5.0, 2.0) for _ in range(400)]
+    mean = sum(values) / len(values)
+    low, high = bootstrap_ci95(values, 0)
+    assert low < mean < high
+    # 1.96 standard errors either way, as the normal approximation has it
+    assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.15)
+    assert (high + low) / 2 == pytest.approx(mean, abs=0.03)
+
+
+def test_bootstrap_interval_is_seeded() -> None:
+    values = [0.0, 1.0, 0.5, 1.0]
+    assert bootstrap_ci95(values, 1) == bootstrap_ci95(values, 1)
+    assert bootstrap_ci95([0.25] * 7, 3) == [0.25, 0.25]
+    low, high = bootstrap_ci95(values, 2**63 + 1)
+    assert 0.0 <= low <= high <= 1.0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return make_llama(folder / "policy"), make_llama(folder / "reference", seed=1)
+
+
+def accuracy(policy: Path, references: dict[str, Path], pairs: pl.DataFrame, cache: Path) -> dict[str, Any]:
+    return held_out_accuracy(
+        EvaluateConfig(pairs=20),
+        ScoreConfig(),
+        CPU,
+        policy=policy,
+        references=references,
+        pairs=pairs,
+        cache=cache,
+    )
+
+
+def test_policy_against_itself_is_all_ties(models: tuple[Path, Path], tmp_path: Path) -> None:
+    found = accuracy(models[0], {"accuracy": models[0]}, text_pairs(20), tmp_path)
+    assert found["accuracy"] == 0.5
+    assert len(list(tmp_path.iterdir())) == 1  # one model, one pass
+
+
+def test_accuracy_is_that_of_the_difference(models: tuple[Path, Path], tmp_path: Path) -> None:
+    policy, reference = models
+    pairs = text_pairs(25)
+    found = accuracy(policy, {"one": reference, "other": policy}, pairs, tmp_path)
+    tokenizer = load_tokenizer(policy, CPU)
+    encoded = encode_pairs(pairs.head(20), tokenizer, stop_token_ids(policy, tokenizer))
+    ours, theirs = (score_pairs(ScoreConfig(), CPU, policy=model, pairs=encoded) for model in models)
+    reward = ours - theirs
+    right = sum(chosen > rejected for chosen, rejected in reward.iter_rows())
+    longer = sum(
+        1.0 if len(chosen) > len(rejected) else 0.5 if len(chosen) == len(rejected) else 0.0
+        for chosen, rejected in encoded.select("chosen_ids", "rejected_ids").iter_rows()
+    )
+    assert found == {
+        "eval_pairs": 20,  # no more than the config asks for
+        "one": right / 20,
+        "other": 0.5,
+        "length_only_accuracy": longer / 20,
+    }
+    assert 0 < right < 20
+
+
+def test_each_model_is_run_once(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, reference = models
+    first = accuracy(policy, {"accuracy": reference}, text_pairs(20), tmp_path)
+    monkeypatch.setattr(stage, "score_pairs", lambda *_, **__: pytest.fail("a model was run again"))
+    assert accuracy(policy, {"accuracy": reference}, text_pairs(20), tmp_path) == first
+    swapped = accuracy(reference, {"accuracy": policy}, text_pairs(20), tmp_path)
+    assert swapped["accuracy"] == pytest.approx(1 - first["accuracy"])
+
+
+def test_other_pairs_are_scored_again(models: tuple[Path, Path], tmp_path: Path) -> None:
+    policy, reference = models
+    pairs = text_pairs(20)
+    fresh = accuracy(policy, {"accuracy": reference}, pairs.reverse(), tmp_path / "fresh")
+    accuracy(policy, {"accuracy": reference}, pairs, tmp_path / "cache")
+    assert accuracy(policy, {"accuracy": reference}, pairs.reverse(), tmp_path / "cache") == fresh

@@ -1,0 +1,164 @@
+"""What dice_py/train.py takes for granted of the installed TRL: one test for each hook, name and output.
+
+A new TRL that breaks one of these breaks training; widen its range in pyproject.toml only when all pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from packaging.requirements import Requirement
+from tiny_models import make_llama
+from tiny_sets import CPU, scored_pairs
+from transformers import LlamaModel
+from trl import DPOConfig, DPOTrainer
+
+from dice_py.config import LoraConfig, TrainConfig
+from dice_py.models import load_model, load_tokenizer
+from dice_py.train import _COLUMNS, _arguments, _peft, _trainer_class
+
+CONFIG = TrainConfig(batch_size=4, micro_batch_size=4, save_steps=None, warmup_steps=0)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def pairs(llama: Path) -> pl.DataFrame:
+    return scored_pairs(llama, 5)
+
+
+def build(llama: Path, pairs: pl.DataFrame, out: Path, lora: LoraConfig | None = None) -> DPOTrainer:
+    """The trainer as dice_py.train.train builds it."""
+    return _trainer_class()(
+        model=load_model(llama, CPU, training=True),
+        args=_arguments(CONFIG, CPU, out, 0.1, 0),
+        train_dataset=Dataset(pairs.select(_COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
+        processing_class=load_tokenizer(llama, CPU),
+        peft_config=_peft(lora),
+    )
+
+
+@pytest.fixture(scope="module")
+def trainer(llama: Path, pairs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> DPOTrainer:
+    return build(llama, pairs, tmp_path_factory.mktemp("trainer"))
+
+
+def test_version_is_in_the_pinned_range() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = {Requirement(line).name: Requirement(line) for line in project["optional-dependencies"]["train"]}
+    assert {bound.operator for bound in pinned["trl"].specifier} == {">=", "<"}
+    assert trl.__version__ in pinned["trl"].specifier
+    for name in ("torch", "transformers"):
+        assert pinned[name].specifier.contains(version(name).partition("+")[0])
+
+
+@pytest.mark.parametrize(
+    ("hook", "parameters"),
+    [
+        ("_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
+        ("_precompute_ref_logps", ["self", "dataset", "name", "batch_size"]),
+        ("compute_loss_context_manager", ["self"]),
+    ],
+)
+def test_hooks_have_their_parameters(hook: str, parameters: list[str]) -> None:
+    assert list(inspect.signature(getattr(DPOTrainer, hook)).parameters) == parameters
+    assert list(inspect.signature(getattr(_trainer_class(), hook)).parameters) == parameters
+
+
+def test_arguments_that_are_given_exist(tmp_path: Path) -> None:
+    arguments = _arguments(CONFIG, CPU, tmp_path, 0.1, 0)
+    assert isinstance(arguments, DPOConfig)
+    assert arguments.precompute_ref_log_probs
+    assert arguments.max_length is None
+    assert arguments.disable_dropout  # else the loss at step 0 is not ln 2
+    assert arguments.loss_type == ["sigmoid"]
+    weighted = _arguments(CONFIG.model_copy(update={"sft_weight": 0.5}), CPU, tmp_path, 0.1, 0)
+    assert (weighted.loss_type, weighted.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
+
+
+def test_dataset_is_what_was_given(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
+    assert trainer.train_dataset.column_names == _COLUMNS
+    assert pl.DataFrame(trainer.train_dataset.to_dict(), schema=pairs.schema).equals(pairs)
+
+
+def test_batches_hold_the_stored_tokens_and_logps(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(pairs.height)])
+    assert set(batch) == {
+        "input_ids",
+        "attention_mask",
+        "completion_mask",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    }
+    prompts = pairs["prompt_ids"].to_list()
+    answers = pairs["chosen_ids"].to_list() + pairs["rejected_ids"].to_list()  # the chosen come first
+    for row, (prompt, answer) in enumerate(zip(prompts * 2, answers, strict=True)):
+        seen = batch["attention_mask"][row].bool()
+        assert seen.int().diff().le(0).all()  # padded on the right
+        assert batch["input_ids"][row][seen].tolist() == prompt + answer
+        assert batch["completion_mask"][row].tolist()[len(prompt) :][: len(answer)] == [1] * len(answer)
+        assert batch["completion_mask"][row].sum() == len(answer)
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert batch[name].dtype == torch.float32
+        assert batch[name].tolist() == pairs[name].to_list()
+
+
+def test_batches_of_the_loader_are_the_collators(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
+    logps = [value for batch in trainer.get_train_dataloader() for value in batch["ref_chosen_logps"].tolist()]
+    assert sorted(logps) == sorted(pairs["ref_chosen_logps"].to_list())
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)], ids=["full", "lora"])
+def test_no_reference_pass_and_no_tokenising(
+    llama: Path,
+    pairs: pl.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: LoraConfig | None,
+) -> None:
+    forward = LlamaModel.forward
+    shapes: list[torch.Size] = []
+
+    def spy(self: LlamaModel, *args: Any, **named: Any) -> Any:
+        shapes.append(named["input_ids"].shape)
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    trainer = build(llama, pairs, tmp_path, lora)
+    tokenizer = type(trainer.processing_class)
+    for name in ("__call__", "apply_chat_template", "encode"):
+        monkeypatch.setattr(tokenizer, name, lambda *_, **__: pytest.fail("something is tokenised again"))
+    assert shapes == []  # none while it is built
+    assert trainer.ref_model is None
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert [rows for rows, _ in shapes] == [8, 2]  # one forward for each batch, of chosen and rejected
+
+
+def test_fused_head_gives_log_probabilities(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(pairs.height)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        logps = trainer.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        ).log_probs
+    assert logps.shape == (2 * pairs.height, batch["input_ids"].shape[1] - 1)
+    assert (logps[batch["completion_mask"][:, 1:] == 0] == 0).all()
+    given = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+    torch.testing.assert_close(logps.sum(dim=1), given, rtol=0, atol=1e-4)
