@@ -19,8 +19,9 @@ $(UV):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
+# Bytecode is compiled once, here: every stage is a process of its own and imports torch anew.
 $(VENV)/.requirements: requirements/dev.txt | $(UV)
-	$(UV) pip install --python $(BIN)/python --no-deps --require-hashes -r requirements/dev.txt
+	$(UV) pip install --python $(BIN)/python --no-deps --require-hashes --compile-bytecode -r requirements/dev.txt
 	touch $@
 
 $(VENV)/.extension: $(VENV)/.requirements pyproject.toml $(RUST)
