@@ -179,7 +179,8 @@ def run(config: RunConfig, folder: Path, report: Report = no_report) -> dict[str
     stored = folder / "config.yaml"
     if stored.exists():
         # A run that failed before its first stage has nothing to lose: it may be given another config.
-        if load_resolved(stored) != config and Manifest(folder / "manifest.json").data["stages"]:
+        begun = Manifest(folder / "manifest.json").data["stages"] or any(folder.glob("round-*"))
+        if begun and load_resolved(stored) != config:
             raise UsageError(
                 f"{folder} holds a run of another config (see {stored}); give another --run-dir, or continue that "
                 f"run as it is with: dice resume {folder}"
