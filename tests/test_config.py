@@ -168,7 +168,7 @@ def test_the_worlds_defaults_are_for_the_world_only() -> None:
     assert not own.is_world
     assert (world.generate.samples, own.generate.samples) == (8, plain.generate.samples)
     assert (world.train.learning_rate, own.train.learning_rate) == (1e-4, 5e-7)
-    assert (world.mine.length, own.mine.length) == ("chars", "tokens")
+    assert (world.replay.gamma, own.replay.gamma) == (0.3, 0.5)
     # What is given wins over them; a stage called alone never sees them.
     assert resolve([], ["generate.samples=3"]).generate.samples == 3
     assert resolve(one_stage=True) == plain
