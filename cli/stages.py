@@ -197,10 +197,29 @@ def mine(
     print_result(summary, as_json)
 
 
+def _buffers(given: list[str] | None) -> dict[str, dict[str, Any]] | None:
+    """`--buffer NAME=FILE[:SHARE]` as replay.buffers."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in given or []:
+        name, _, file = text.partition("=")
+        start, _, share = file.rpartition(":")
+        try:
+            settings = {"path": start, "share": float(share)} if start else {"path": file}
+        except ValueError:
+            settings = {"path": file}  # the colon is the file's own
+        if not name or not file or name in found:
+            raise UsageError(f"--buffer {text}: write it as NAME=FILE or NAME=FILE:SHARE, each name once")
+        found[name] = settings
+    return found or None
+
+
 def replay(
     policy: Policy,
     out: Out,
-    pairs: Annotated[Path, typer.Option("--replay", help="Offline pairs in TRL's format.")],
+    pairs: Annotated[Path | None, typer.Option("--replay", help="Offline pairs in TRL's format.")] = None,
+    buffer: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE[:SHARE], further offline pairs; the share of --replay is 1.")
+    ] = None,
     mined: Annotated[
         Path | None, typer.Option(help="Mined pairs; none: a training set of offline pairs alone.")
     ] = None,
@@ -211,7 +230,15 @@ def replay(
     prompt_column: Annotated[str, typer.Option(help="Prompt column of the offline pairs.")] = "prompt",
     chosen_column: Annotated[str, typer.Option(help="Chosen column of the offline pairs.")] = "chosen",
     rejected_column: Annotated[str, typer.Option(help="Rejected column of the offline pairs.")] = "rejected",
-    weight_column: Annotated[str | None, typer.Option(help="Weights of the draw.")] = None,
+    weight_column: Annotated[str | None, typer.Option(help="Weights of the draw from --replay.")] = None,
+    margin_power: Annotated[float | None, typer.Option(help="Weigh --replay by max(margin, 0)^POWER.")] = None,
+    margin_column: Annotated[str | None, typer.Option(help="Margins.  [default: margin]")] = None,
+    half_life: Annotated[float | None, typer.Option(help="Weigh --replay by 2^(-age/ROUNDS); needs --round.")] = None,
+    round_column: Annotated[str | None, typer.Option(help="The round a pair is of.  [default: round]")] = None,
+    round_number: Annotated[int | None, typer.Option("--round", help="The current round, for ages.")] = None,
+    stratify_by: Annotated[str | None, typer.Option(help="none, length (of the chosen, characters), source.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="Counts of the strata: proportional or equal.")] = None,
+    source_column: Annotated[str | None, typer.Option(help="Sources.  [default: source]")] = None,
     seed: Annotated[int, typer.Option(help="The seed.")] = 0,
     config: Config = None,
     assign: Set = None,
@@ -223,26 +250,66 @@ def replay(
     """
     from dice_py.artefacts import digest, file_digest, write_parquet
     from dice_py.data import read_pairs
+    from dice_py.inputs import pool_columns
     from dice_py.models import resolve_model
 
     if mined is not None and (not generations or not scores or prompts is None):
         raise UsageError("--mined also needs --generations, --scores and --prompts, which its row numbers refer to")
-    resolved = _one_stage(config, assign, replay__gamma=gamma)
-    offline = read_pairs(
-        pairs,
-        prompt_column=prompt_column,
-        chosen_column=chosen_column,
-        rejected_column=rejected_column,
-        weight_column=weight_column,
+    resolved = _one_stage(
+        config,
+        assign,
+        replay__gamma=gamma,
+        replay__buffers=_buffers(buffer),
+        replay__margin_power=margin_power,
+        replay__half_life=half_life,
+        replay__stratify_by=stratify_by,
+        replay__allocation=allocation,
+        data__weight_column=weight_column,
+        data__margin_column=margin_column,
+        data__round_column=round_column,
+        data__source_column=source_column,
     )
+    settings = resolved.replay
+    if settings.buffer is not None:
+        raise UsageError(
+            "replay.buffer is what a run keeps of its own rounds: leave it out here (--set replay.buffer=)"
+        )
+    if pairs is None and not settings.buffers:
+        raise UsageError("nothing to replay from: give --replay FILE, --buffer NAME=FILE:SHARE, or both")
+    if pairs is None and (settings.margin_power or settings.half_life is not None):
+        raise UsageError(
+            "--margin-power and --half-life weigh the pairs of --replay, which is not given: --set "
+            "replay.buffers.NAME.margin_power=… weighs those of a buffer"
+        )
+    if round_number is None and any(p.half_life is not None for p in (settings, *settings.buffers.values())):
+        raise UsageError("a half-life also needs --round, from which the age of a pair is counted")
+    named = {} if pairs is None else {"replay": pairs}
+    named |= {name: Path(found.path) for name, found in settings.buffers.items()}
+    columns = pool_columns(resolved)
+    frames = {
+        name: read_pairs(
+            file,
+            prompt_column=prompt_column,
+            chosen_column=chosen_column,
+            rejected_column=rejected_column,
+            current_round=round_number,
+            **columns[name],
+        )
+        for name, file in named.items()
+    }
     folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
-    content = file_digest(pairs)
-    write_parquet(out / "offline.parquet", offline, key=content)
+    contents = {name: file_digest(file) for name, file in named.items()}
+    files = {
+        name: write_parquet(
+            out / ("offline.parquet" if name == "replay" else f"buffer-{name}.parquet"), frame, key=contents[name]
+        )
+        for name, frame in frames.items()
+    }
     counts = work_apart(
         "replay",
         "dice_py.replay:replay",
         out,
-        config=resolved.replay,
+        config=settings,
         score_config=resolved.score,
         models=resolved.model,
         policy=folder,
@@ -250,16 +317,19 @@ def replay(
         generations=generations or [],
         scores=scores or [],
         prompts=prompts,
-        offline=out / "offline.parquet",
+        offline=files.pop("replay", None),
         out=out,
         seed=seed,
         key=digest(
             "replay alone",
-            content,
+            contents,
             [file_digest(file) for file in (mined, *(generations or []), *(scores or []), prompts) if file],
             resolved.model_dump(),
+            [prompt_column, chosen_column, rejected_column, round_number],
             seed,
         ),
+        buffers=files,
+        round_number=round_number,
     )
     print_result({"training_set": str(out / "training_set.parquet"), **counts}, as_json)
 

@@ -12,8 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dice_py.mine import MinedPairs, mine_pairs
     from dice_py.replay import ReplayMix, mix_replay, sample_replay
+    from dice_py.replay_buffer import ReplayBuffer
+    from dice_py.replay_mix import BufferMix, OfflineBuffer, mix_buffers
 
-__all__ = ["MinedPairs", "ReplayMix", "mine_pairs", "mix_replay", "sample_replay"]
+__all__ = [
+    "BufferMix",
+    "MinedPairs",
+    "OfflineBuffer",
+    "ReplayBuffer",
+    "ReplayMix",
+    "mine_pairs",
+    "mix_buffers",
+    "mix_replay",
+    "sample_replay",
+]
 
 _HOME = {
     "MinedPairs": "dice_py.mine",
@@ -21,6 +33,10 @@ _HOME = {
     "ReplayMix": "dice_py.replay",
     "mix_replay": "dice_py.replay",
     "sample_replay": "dice_py.replay",
+    "ReplayBuffer": "dice_py.replay_buffer",
+    "BufferMix": "dice_py.replay_mix",
+    "OfflineBuffer": "dice_py.replay_mix",
+    "mix_buffers": "dice_py.replay_mix",
 }
 
 

@@ -7,6 +7,8 @@ settings are in configs/*.yaml; the defaults here are those of a first run on a 
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,6 +54,9 @@ class DataConfig(Section):
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
     weight_column: str | None = Field(default=None, description="weights of the replay draw, in the replay file")
+    margin_column: str = Field(default="margin", description="read where a replay.…margin_power is above 0")
+    round_column: str = Field(default="round", description="read where a replay.…half_life is given")
+    source_column: str = Field(default="source", description="read for replay.stratify_by=source")
     prompts_per_round: Positive | None = Field(
         default=None,
         description="a fresh slice of the shuffled prompts for each round; none: all of them each round",
@@ -116,8 +121,32 @@ class MineConfig(Section):
         return self
 
 
+Share = Annotated[float, Field(gt=0.0)]
+MarginPower = Annotated[float, Field(ge=0.0)]
+HalfLife = Annotated[float, Field(gt=0.0)]
+
+
+class BufferConfig(Section):
+    """One named buffer of offline pairs beside data.replay, with the columns that data.*_column name."""
+
+    path: str = Field(description="offline pairs in TRL's format")
+    share: Share = Field(default=1.0, description="of the replayed pairs, relative to the other buffers' shares")
+    weight_column: str | None = Field(default=None, description="weights of the draw, in this file")
+    margin_power: MarginPower = Field(default=0.0, description="w = max(margin, 0)^margin_power; 0: off")
+    half_life: HalfLife | None = Field(default=None, description="rounds; w = 2^(−age / half_life); none: off")
+
+
+class RoundsBufferConfig(Section):
+    """The run's own buffer, `buffer/`: what earlier rounds mined, capped by a reservoir."""
+
+    capacity: Positive = Field(default=20000, description="pairs: a uniform sample of all that were mined")
+    share: Share = Field(default=1.0, description="of the replayed pairs, relative to the other buffers' shares")
+    margin_power: MarginPower = Field(default=0.0, description="w = max(margin, 0)^margin_power; 0: off")
+    half_life: HalfLife | None = Field(default=None, description="rounds; w = 2^(−age / half_life); none: off")
+
+
 class ReplayConfig(Section):
-    """The share γ of offline pairs in the training set."""
+    """The share γ of replayed pairs in the training set, and which ones (dice_py/replay_weights.py: formulas)."""
 
     gamma: Probability = 0.5
     total: Positive | None = Field(default=None, description="pairs in the training set; none: keep all mined pairs")
@@ -125,6 +154,33 @@ class ReplayConfig(Section):
         default="record",
         description="too few offline pairs: stop, or take what there is and record the shortfall",
     )
+    share: Share = Field(default=1.0, description="of data.replay, relative to the shares of the buffers below")
+    margin_power: MarginPower = Field(
+        default=0.0, description="data.replay: w = max(margin, 0)^margin_power, of data.margin_column; 0: off"
+    )
+    half_life: HalfLife | None = Field(
+        default=None, description="data.replay, in rounds: w = 2^(−age / half_life), of data.round_column; none: off"
+    )
+    stratify_by: Literal["none", "length", "source"] = Field(
+        default="none",
+        description="draw every buffer by strata: quantiles of the chosen's length, or values of data.source_column",
+    )
+    allocation: Literal["proportional", "equal"] = Field(
+        default="proportional", description="counts of the strata: by their candidates, or the same for each"
+    )
+    length_buckets: Positive = Field(default=4, description="length quantiles of stratify_by=length")
+    buffers: dict[str, BufferConfig] = Field(default_factory=dict, description="further files of pairs, by name")
+    buffer: RoundsBufferConfig | None = Field(default=None, description="keep what rounds mine; none: do not")
+
+    @model_validator(mode="after")
+    def _names(self) -> ReplayConfig:
+        for name in self.buffers:
+            if re.fullmatch(r"[A-Za-z0-9_]+", name) is None or name in ("replay", "rounds"):
+                raise ValueError(
+                    f"a buffer is named {name!r}: use letters, digits and underscores, and neither 'replay' "
+                    "(data.replay) nor 'rounds' (the run's own buffer)"
+                )
+        return self
 
 
 class LoraConfig(Section):
@@ -239,6 +295,7 @@ class RunConfig(Section):
                     ("data.replay (--replay)", self.data.replay),
                     ("data.eval_prompts", self.data.eval_prompts),
                     ("data.eval_pairs", self.data.eval_pairs),
+                    ("replay.buffers", self.replay.buffers or None),
                 )
                 if value is not None
             ]
@@ -246,6 +303,12 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{', '.join(given)} given without model.policy (--policy); name the policy, "
                     "or leave all of them out to run on the synthetic world"
+                )
+            if self._weighs_offline or self.replay.stratify_by == "source":
+                raise ValueError(
+                    "the synthetic world's offline pairs have no margin, round or source: leave out "
+                    "replay.margin_power, replay.half_life and replay.stratify_by=source (replay.buffer has its own "
+                    "margin_power and half_life)"
                 )
             return self
         missing = [
@@ -258,12 +321,22 @@ class RunConfig(Section):
         ]
         if missing:
             raise ValueError(f"a run on your own model also needs {' and '.join(missing)}")
-        if self.replay.gamma > 0 and self.data.replay is None:
-            raise ValueError(
-                f"replay.gamma is {self.replay.gamma}, but no offline pairs are named: give data.replay "
-                "(--replay FILE), or set replay.gamma=0"
-            )
+        if self.data.replay is None:
+            if self.replay.gamma > 0 and not self.replay.buffers and self.replay.buffer is None:
+                raise ValueError(
+                    f"replay.gamma is {self.replay.gamma}, but no offline pairs are named: give data.replay "
+                    "(--replay FILE), replay.buffers or replay.buffer, or set replay.gamma=0"
+                )
+            if self._weighs_offline:
+                raise ValueError(
+                    "replay.margin_power and replay.half_life weigh the pairs of data.replay, which is not given: set "
+                    "replay.buffers.NAME.… or replay.buffer.… instead"
+                )
         return self
+
+    @property
+    def _weighs_offline(self) -> bool:
+        return self.replay.margin_power > 0 or self.replay.half_life is not None
 
 
 # The embedded default: every value that differs from RunConfig's own, and nothing else. Measured on the
@@ -300,14 +373,16 @@ def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted names of every key, in order of definition."""
+    """Dotted names of every key, in order of definition; `*` where the user gives a name."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        # In a mapping of sections the user gives the names: * stands for any.
+        below = f"{prefix}{name}.*." if getattr(field.annotation, "__origin__", None) is dict else f"{prefix}{name}."
         for option in options:
             if isinstance(option, type) and issubclass(option, BaseModel):
-                names.extend(known_keys(option, f"{prefix}{name}."))
+                names.extend(known_keys(option, below))
     return names
 
 
@@ -316,7 +391,7 @@ def _nearest(unknown: str) -> str:
     section, _, last = unknown.rpartition(".")
     # (section, key) of every known name
     known = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in known_keys()]
-    siblings = [key for place, key in known if place == section]
+    siblings = [key for place, key in known if fnmatch.fnmatchcase(section, place)]
     near = [(section, key) for key in difflib.get_close_matches(last, siblings, n=1, cutoff=0.75)]
     near = near or [(place, key) for place, key in known if key == last]
     if not near:

@@ -8,6 +8,7 @@ tokenizer here: what needs one is in dice_py/models.py.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
@@ -126,11 +127,11 @@ def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
     return messages
 
 
-def _column(row: dict[str, Any], column: str, where: str, option: str) -> Any:
+def _column(row: dict[str, Any], column: str, where: str, option: str, key: str | None = None) -> Any:
     if column not in row:
         raise DataError(
             f"{where}: no column {column!r}; its columns are {', '.join(row)}. Name the right one with "
-            f"--{option}-column (in a run: --set data.{option}_column=NAME)"
+            + (f"--{option}-column (in a run: --set data.{option}_column=NAME)" if key is None else f"--set {key}=NAME")
         )
     return row[column]
 
@@ -220,30 +221,70 @@ def read_pairs(
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
     weight_column: str | None = None,
+    margin_column: str | None = None,
+    round_column: str | None = None,
+    source_column: str | None = None,
+    current_round: int | None = None,
+    weight_key: str | None = None,
 ) -> pl.DataFrame:
-    """Offline pairs as columns `prompt`, `chosen`, `rejected` (messages), `key` and, if named, `weight` f64.
+    """Offline pairs as columns `prompt`, `chosen`, `rejected` (messages), `key` and what else is named.
 
-    Pairs whose answers are equal say nothing and are left out.
+    Those are `weight` f64 (a finite number of zero or more), `margin` f64 (a finite number), `round` i64 (a whole
+    number, with `current_round` not above it) and `source` (text). Pairs whose answers are equal say nothing and
+    are left out. `weight_key`: the config key that names the weight column, for an error's text.
 
     Raises:
         DataError: naming the file, the line and the column.
     """
     pairs: list[Pair] = []
-    weights: list[float] = []
+    extra: dict[str, list[Any]] = {
+        name: []
+        for name, column in (
+            ("weight", weight_column),
+            ("margin", margin_column),
+            ("round", round_column),
+            ("source", source_column),
+        )
+        if column is not None
+    }
     for where, row in read_rows(path):
         pair = _pair(row, where, prompt_column, chosen_column, rejected_column)
         if pair["chosen"] == pair["rejected"]:
             continue
         if weight_column is not None:
-            weight = _column(row, weight_column, where, "weight")
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            weight = _column(row, weight_column, where, "weight", weight_key)
+            if not _is_finite(weight) or weight < 0:
                 raise DataError(f"{where}: {weight_column!r} must be a finite number ≥ 0, got {weight!r}")
-            weights.append(float(weight))
+            extra["weight"].append(float(weight))
+        if margin_column is not None:
+            margin = _column(row, margin_column, where, "margin")
+            if not _is_finite(margin):
+                raise DataError(f"{where}: {margin_column!r} must be a finite number, got {margin!r}")
+            extra["margin"].append(float(margin))
+        if round_column is not None:
+            made = _column(row, round_column, where, "round")
+            if isinstance(made, bool) or not isinstance(made, int) or abs(made) >= 2**62:
+                raise DataError(f"{where}: {round_column!r} must be a whole number, got {made!r}")
+            if current_round is not None and made > current_round:
+                raise DataError(
+                    f"{where}: {round_column!r} is {made}, but the draw is made in round {current_round}: a pair's "
+                    "age cannot be negative"
+                )
+            extra["round"].append(made)
+        if source_column is not None:
+            source = _column(row, source_column, where, "source")
+            if not isinstance(source, str):
+                raise DataError(f"{where}: {source_column!r} must be text, got {source!r}")
+            extra["source"].append(source)
         pairs.append(pair)
     if not pairs:
         raise DataError(f"{path} holds no pairs (or only pairs whose chosen equals their rejected)")
-    frame = pairs_frame(pairs)
-    return frame.with_columns(pl.Series("weight", weights, dtype=pl.Float64)) if weight_column else frame
+    dtypes = {"weight": pl.Float64(), "margin": pl.Float64(), "round": pl.Int64(), "source": pl.String()}
+    return pairs_frame(pairs).with_columns(pl.Series(name, found, dtype=dtypes[name]) for name, found in extra.items())
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def pairs_frame(pairs: list[Pair]) -> pl.DataFrame:

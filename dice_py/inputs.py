@@ -7,9 +7,9 @@ run folder, as artefacts with keys; the synthetic world's stays in its cache.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -25,6 +25,7 @@ from dice_py.artefacts import (
     write_json,
     write_parquet,
 )
+from dice_py.config import BufferConfig, ReplayConfig, RunConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
 from dice_py.models import model_identity, require, resolve_model
@@ -46,6 +47,8 @@ class Inputs:
     offline: Path | None
     eval_prompts: Path | None
     eval_pairs: Path | None
+    buffers: dict[str, Path] = field(default_factory=dict)
+    """The named buffers of replay.buffers, as `offline`."""
 
 
 def _world(this: Run) -> World:
@@ -77,13 +80,15 @@ def prepare(this: Run) -> Inputs:
     assert model.policy is not None
     assert model.reference is not None
     assert data.prompts is not None
-    columns = [data.prompt_column, data.chosen_column, data.rejected_column, data.weight_column]
-    named = [data.prompts, data.replay, data.eval_prompts, data.eval_pairs]
+    columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
+    buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}
+    named = [data.prompts, data.replay, data.eval_prompts, data.eval_pairs, *buffers.values()]
     files = [file_digest(Path(name)) if name else None for name in named]
-    key = digest("inputs", columns, files, config.seed, config.evaluate.model_dump(), versions("polars"))
+    key = digest("inputs", columns, files, list(buffers), config.seed, config.evaluate.model_dump(), versions("polars"))
     outputs = {name: folder / f"{name}.parquet" for name in ("prompts", "offline", "eval_prompts", "eval_pairs")}
+    outputs |= {f"buffer {name}": folder / f"buffer-{name}.parquet" for name in buffers}
     # The models come after the data, since they may be a long download, and before anything is made.
-    if parquet_key(outputs["prompts"]) != key:
+    if any(parquet_key(outputs[name]) != key for name in ("prompts", *(f"buffer {name}" for name in buffers))):
         _split(this, outputs, key)
 
     def made(name: str) -> Path | None:
@@ -96,6 +101,7 @@ def prepare(this: Run) -> Inputs:
         offline=made("offline"),
         eval_prompts=made("eval_prompts"),
         eval_pairs=made("eval_pairs"),
+        buffers={name: outputs[f"buffer {name}"] for name in buffers},
     )
     _check(this, inputs, key)
     return inputs
@@ -116,7 +122,7 @@ def _check(this: Run, inputs: Inputs, data_key: str) -> None:
         policy=inputs.policy,
         reference=inputs.reference,
         prompts=[file for file in (inputs.prompts, inputs.eval_prompts) if file],
-        pairs=[file for file in (inputs.offline, inputs.eval_pairs) if file],
+        pairs=[file for file in (inputs.offline, *inputs.buffers.values(), inputs.eval_pairs) if file],
     )
     write_json(stamp, key)
 
@@ -126,17 +132,22 @@ def _split(this: Run, outputs: dict[str, Path], key: str) -> None:
     config, data = this.config, this.config.data
     assert data.prompts is not None
 
-    def pairs_of(name: str) -> pl.DataFrame:
+    def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
+        more = {} if pool is None else pools[pool]
         return read_pairs(
             Path(name),
             prompt_column=data.prompt_column,
             chosen_column=data.chosen_column,
             rejected_column=data.rejected_column,
-            weight_column=data.weight_column if name == data.replay else None,
+            # The first round is the first to draw: a pair of a later one would stop it.
+            current_round=1,
+            **more,
         )
 
+    pools = pool_columns(config)
     prompts = read_prompts(Path(data.prompts), data.prompt_column)
-    offline = pairs_of(data.replay) if data.replay else None
+    offline = pairs_of(data.replay, "replay") if data.replay else None
+    buffers = {name: pairs_of(buffer.path, name) for name, buffer in config.replay.buffers.items()}
     rng = random.Random(seed_for(config.seed, "held out"))
     eval_prompts = eval_pairs = None
     if data.eval_prompts:
@@ -164,6 +175,9 @@ def _split(this: Run, outputs: dict[str, Path], key: str) -> None:
     if offline is not None:
         offline = offline.filter(~pl.col("key").is_in(list(held)))
         write_parquet(outputs["offline"], offline, key=key)
+    for name, pairs in buffers.items():
+        buffers[name] = pairs.filter(~pl.col("key").is_in(list(held)))
+        write_parquet(outputs[f"buffer {name}"], buffers[name], key=key)
     if eval_prompts is not None:
         write_parquet(outputs["eval_prompts"], eval_prompts, key=key, schema=PROMPTS)
     if eval_pairs is not None:
@@ -171,10 +185,33 @@ def _split(this: Run, outputs: dict[str, Path], key: str) -> None:
     write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS)
     this.report(
         "note",
-        text=f"{prompts.height} prompts for the rounds, {0 if offline is None else offline.height} offline pairs; held "
-        f"out: {0 if eval_prompts is None else eval_prompts.height} prompts, "
+        text=f"{prompts.height} prompts for the rounds, {0 if offline is None else offline.height} offline pairs"
+        + "".join(f", {pairs.height} in buffer {name}" for name, pairs in buffers.items())
+        + f"; held out: {0 if eval_prompts is None else eval_prompts.height} prompts, "
         f"{0 if eval_pairs is None else eval_pairs.height} pairs",
     )
+
+
+def pool_columns(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The columns that the draw needs of each file of pairs, as keywords of `read_pairs`.
+
+    By the buffer's name; "replay" is data.replay.
+    """
+    data, replay = config.data, config.replay
+
+    def columns(pool: ReplayConfig | BufferConfig, weight_column: str | None) -> dict[str, Any]:
+        return {
+            "weight_column": weight_column,
+            "margin_column": data.margin_column if pool.margin_power > 0 else None,
+            "round_column": data.round_column if pool.half_life is not None else None,
+            "source_column": data.source_column if replay.stratify_by == "source" else None,
+        }
+
+    named = {
+        name: columns(buffer, buffer.weight_column) | {"weight_key": f"replay.buffers.{name}.weight_column"}
+        for name, buffer in replay.buffers.items()
+    }
+    return {"replay": columns(replay, data.weight_column), **named}
 
 
 def round_prompts(this: Run, inputs: Inputs, number: int, folder: Path) -> tuple[Path, str]:

@@ -1,8 +1,8 @@
-"""Mix a share of offline preference pairs into the mined ones, on prompts that were not mined.
+"""Stage 4, replay: mix a share of offline preference pairs into the mined ones, on prompts that were not mined.
 
-The share is gamma = replayed / (mined + replayed), as in DICE (arXiv 2406.09760, section 4.3). Sampling is
-Rust's (rust/dice-core/src/replay.rs): without replacement, by ChaCha8 seeded with `seed`, over row numbers
-alone, so that the result depends on nothing but the rows, their order and the seed.
+The share is gamma = replayed / (mined + replayed), as in DICE (arXiv 2406.09760, section 4.3). `mix_replay` and
+`sample_replay` choose rows of one buffer; dice_py/replay_mix.py those of several, dice_py/replay_weights.py has the
+formulas, dice_py/replay_draw.py the draw, dice_py/replay_buffer.py what a run keeps of its earlier rounds.
 """
 
 from __future__ import annotations
@@ -10,20 +10,30 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 
-from dice_py import _native
-from dice_py.artefacts import TRAINING_SET, Report, no_report, read_parquet, write_parquet
-from dice_py.config import ModelConfig, ReplayConfig, ScoreConfig
+from dice_py.artefacts import PAIRS, TRAINING_SET, Report, no_report, read_parquet, write_parquet
+from dice_py.config import BufferConfig, ModelConfig, ReplayConfig, RoundsBufferConfig, ScoreConfig
 from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
 from dice_py.models import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.replay_buffer import ReplayBuffer, gather_mined
+from dice_py.replay_draw import draw
+from dice_py.replay_mix import (
+    OFFLINE_BUFFER,
+    ROUNDS_BUFFER,
+    BufferMix,
+    OfflineBuffer,
+    OnShortfall,
+    Strata,
+    drawn_by_stratum,
+    mix_buffers,
+    refuse_shortfall,
+)
+from dice_py.replay_weights import Allocation
 from dice_py.score import score_pairs
-
-# Numbers of the generator's streams: draws that share a seed must not share random numbers.
-_OFFLINE, _MINED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class ReplayMix:
     """Mined rows asked for."""
     requested_replay: int
     """Offline rows asked for."""
+    strata: pl.DataFrame | None = None
+    """`stratum`, `candidates u64`, `drawn u64`; None where the draw was not stratified."""
 
     @property
     def mined(self) -> int:
@@ -69,7 +81,7 @@ class ReplayMix:
             "requested_share": self.requested_share,
             "reached_share": None if math.isnan(self.reached_share) else self.reached_share,
             "shortfall": self.shortfall,
-        }
+        } | ({} if self.strata is None else {"strata": drawn_by_stratum(self.strata)})
 
 
 def sample_replay(
@@ -79,27 +91,33 @@ def sample_replay(
     *,
     exclude: pl.Series | None = None,
     weights: pl.Series | None = None,
-    on_shortfall: Literal["error", "record"] = "error",
+    strata: pl.Series | None = None,
+    allocation: Allocation = "proportional",
+    on_shortfall: OnShortfall = "error",
 ) -> pl.Series:
     """Row numbers (u64, ascending) of `n` rows drawn without replacement.
 
     `offline_keys`: the prompt of each row (integers or text, no nulls). Rows whose key is in `exclude` are
     left out. `weights` (numbers of zero or more): each draw takes a row with probability in proportion to
-    its weight among those that are left (algorithm A-ExpJ); rows of weight zero are never drawn. `seed`: 0 to
-    2**64 - 1.
+    its weight among those that are left (algorithm A-ExpJ); rows of weight zero are never drawn
+    (dice_py/replay_weights.py has weights by margin and by age). `seed`: 0 to 2**64 - 1.
+
+    `strata` (integers, booleans or text, no nulls; `dice_py.replay_weights.length_buckets` makes them of lengths):
+    `n` is shared out over the strata, "proportional" to the rows that can be drawn of each (largest remainder), or
+    "equal", where what a stratum lacks goes to the others. Inside each the rows are drawn by weight.
 
     Fewer rows than `n`: DataError, or with `on_shortfall="record"` all there are. A weight that is negative,
-    NaN, infinite or null, or a null key: DataError.
+    NaN, infinite or null, or a null key or stratum: DataError.
     """
     if n < 0:
         raise UsageError(f"n is {n}: give zero or more")
-    rows, candidates = _sample(offline_keys, n, seed, exclude, weights, _OFFLINE)
-    if len(rows) < n and on_shortfall == "error":
+    found = draw(offline_keys, n, seed, exclude=exclude, weights=weights, strata=strata, allocation=allocation)
+    if len(found.rows) < n and on_shortfall == "error":
         raise DataError(
-            f"{n} offline rows were asked for, but only {candidates} can be drawn (of {len(offline_keys)}; "
+            f"{n} offline rows were asked for, but only {found.candidates} can be drawn (of {len(offline_keys)}; "
             "the others are on excluded prompts or have weight zero): ask for fewer or give more offline rows"
         )
-    return rows
+    return found.rows
 
 
 def mix_replay(
@@ -110,13 +128,32 @@ def mix_replay(
     seed: int,
     key_column: str = "prompt_id",
     weight_column: str | None = None,
+    margin_power: float = 0.0,
+    margin_column: str = "margin",
+    half_life: float | None = None,
+    round_column: str = "round",
+    current_round: int | None = None,
+    stratify_by: Strata = "none",
+    allocation: Allocation = "proportional",
+    length_column: str = "length",
+    length_buckets: int = 4,
+    source_column: str = "source",
     total: int | None = None,
-    on_shortfall: Literal["error", "record"] = "error",
+    on_shortfall: OnShortfall = "error",
 ) -> ReplayMix:
     """Choose the rows of a training set with a share `gamma` of offline pairs.
 
     Both frames have `key_column`, the prompt of each row (integers or text). Offline rows on any prompt of
-    `mined`, kept or not, are left out. `weight_column` of `offline`: see `sample_replay`.
+    `mined`, kept or not, are left out.
+
+    Weights of the offline rows (the product of what is chosen; see `sample_replay` for the draw):
+
+    - `weight_column`: numbers of zero or more;
+    - `margin_power` above 0: max(margin, 0)^margin_power, of `margin_column`;
+    - `half_life`: 2^(-age / half_life), age = `current_round` - round, of `round_column`.
+
+    `stratify_by`: "length" draws by `length_buckets` exact quantiles of `length_column` (of all offline rows), and
+    "source" by the values of `source_column`. `allocation`: see `sample_replay`. Weights hold inside strata.
 
     `total=None`: all M mined rows, and round(gamma / (1 - gamma) * M) offline ones; gamma = 1: M offline rows
     and no mined ones. `total=T`: round(gamma * T) offline rows, and as many mined ones as make it T, drawn
@@ -125,148 +162,46 @@ def mix_replay(
     Too few rows: DataError, or with `on_shortfall="record"` all there are, and the shortfall in the result.
     `gamma` outside 0..1 or NaN, or a negative `total`: UsageError.
     """
-    if not (0.0 <= gamma <= 1.0):
-        raise UsageError(f"gamma is {gamma}, but it is the share of replayed pairs: give a number from 0 to 1")
-    if total is not None and total < 0:
-        raise UsageError(f"total is {total}: give zero or more, or nothing to keep all mined pairs")
     if on_shortfall not in ("error", "record"):
         raise UsageError(f"on_shortfall is {on_shortfall!r}, but must be one of error, record")
-    for frame, name in ((mined, "mined"), (offline, "offline")):
-        if key_column not in frame.columns:
-            raise DataError(
-                f"column '{key_column}' not found in the {name} pairs; columns are "
-                f"{', '.join(frame.columns)}; name it with key_column="
-            )
-    if weight_column is not None and weight_column not in offline.columns:
-        raise DataError(
-            f"column '{weight_column}' not found in the offline pairs; columns are "
-            f"{', '.join(offline.columns)}; name it with weight_column="
-        )
-    want_mined, want_replay = _counts(mined.height, gamma, total)
-    weights = None if weight_column is None else offline[weight_column]
-    keys = mined[key_column]
-    replay_rows, candidates = _sample(offline[key_column], want_replay, seed, keys, weights, _OFFLINE)
-    row_numbers = pl.arange(mined.height, dtype=pl.UInt64, eager=True)
-    mined_rows, _ = _sample(row_numbers, want_mined, seed, None, None, _MINED)
-    mix = ReplayMix(
-        mined_rows=mined_rows,
-        replay_rows=replay_rows,
-        candidates=candidates,
-        requested_share=float(gamma),
-        reached_share=_share(len(replay_rows), len(mined_rows)),
-        requested_mined=want_mined,
-        requested_replay=want_replay,
+    buffer = OfflineBuffer(
+        OFFLINE_BUFFER,
+        offline,
+        weight_column=weight_column,
+        margin_power=margin_power,
+        half_life=half_life,
+        margin_column=margin_column,
+        round_column=round_column,
     )
-    if on_shortfall == "error" and any(mix.shortfall.values()):
-        raise DataError(
-            f"a share of {gamma} takes {want_mined} mined and {want_replay} offline pairs, but there are "
-            f"{mined.height} mined ones, and {candidates} offline ones on prompts that were not mined (of "
-            f"{offline.height}): lower gamma{'' if total is None else ' or total'}, give more offline pairs, "
-            "or take what there is with on_shortfall='record'"
-        )
-    return mix
-
-
-def _counts(mined: int, gamma: float, total: int | None) -> tuple[int, int]:
-    """Rows asked for: mined, replay."""
-    if total is not None:
-        replay = math.floor(gamma * total + 0.5)
-        return total - replay, replay
-    if gamma == 1.0:
-        return 0, mined
-    return mined, math.floor(gamma / (1.0 - gamma) * mined + 0.5)
-
-
-def _share(replay: int, mined: int) -> float:
-    return replay / (replay + mined) if replay + mined else math.nan
-
-
-def _sample(
-    keys: pl.Series,
-    count: int,
-    seed: int,
-    exclude: pl.Series | None,
-    weights: pl.Series | None,
-    stream: int,
-) -> tuple[pl.Series, int]:
-    """Row numbers, and how many rows there were to choose from."""
-    if not 0 <= seed < 2**64:
-        raise UsageError(f"seed is {seed}: give a whole number from 0 to 2**64 - 1")
-    offline_codes, exclude_codes = _codes(keys, keys.clear() if exclude is None else exclude)
-    columns = [offline_codes.alias("key")]
-    if weights is not None:
-        if len(weights) != len(keys):
-            raise UsageError(f"there are {len(keys)} keys and {len(weights)} weights: give as many")
-        if not weights.dtype.is_numeric():
-            raise DataError(f"the weights have dtype {weights.dtype}, but must be numeric: cast them to Float64")
-        exact = weights.dtype in (pl.Float32, pl.Float64)
-        columns.append((weights if exact else weights.cast(pl.Float64)).alias("weight"))
-    batch, candidates = _native.sample(
-        pl.DataFrame(columns).to_struct("rows"),
-        exclude_codes.alias("key").to_frame().to_struct("rows"),
-        count=min(count, 2**64 - 1),
+    found = mix_buffers(
+        mined,
+        [buffer],
+        gamma=gamma,
         seed=seed,
-        stream=stream,
+        key_column=key_column,
+        current_round=current_round,
+        stratify_by=stratify_by,
+        allocation=allocation,
+        length_column=length_column,
+        length_buckets=length_buckets,
+        source_column=source_column,
+        total=total,
+        on_shortfall="record",
     )
-    return pl.DataFrame(pl.from_arrow(batch))["row"], candidates
-
-
-def _codes(offline: pl.Series, exclude: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """Both key columns as integers that agree where the keys do."""
-    native = (pl.UInt32, pl.UInt64, pl.Int32, pl.Int64)
-    if offline.dtype == exclude.dtype and offline.dtype in native:
-        return offline, exclude
-    text = (pl.String, pl.Categorical, pl.Enum)
-    if offline.dtype in text and exclude.dtype in text:
-        offline, exclude = offline.cast(pl.String), exclude.cast(pl.String)
-    elif offline.dtype.is_integer() and exclude.dtype.is_integer():
-        offline, exclude = offline.cast(pl.Int128), exclude.cast(pl.Int128)
-    elif offline.dtype != exclude.dtype or offline.dtype.is_nested():
-        raise DataError(
-            f"the offline keys have dtype {offline.dtype} and the mined ones {exclude.dtype}, which cannot "
-            "be compared: cast one to the other's, integers or text"
-        )
-    codes = pl.concat([offline.alias("key"), exclude.alias("key")]).rank("dense")
-    return codes.head(len(offline)), codes.tail(len(exclude))
-
-
-def gather_mined(
-    mined: pl.DataFrame, generations: list[Path], scores: list[Path], prompts: pl.DataFrame
-) -> pl.DataFrame:
-    """The mined pairs as a training set: stored token ids, messages, and the log-probabilities already scored.
-
-    The policy that scored the responses is the one that training starts from, so its `logp` is the
-    reference's log-probability in DPO.
-    """
-    wanted = pl.concat([mined["chosen_row"], mined["rejected_row"]]).cast(pl.UInt32).unique().to_frame("row")
-    columns = ["prompt_token_ids", "token_ids", "response"]
-    sampled = pl.scan_parquet(generations, glob=False, row_index_name="row").select("row", *columns)
-    logps = pl.scan_parquet(scores, glob=False, row_index_name="row").select("row", "logp")
-    rows = sampled.join(wanted.lazy(), on="row", how="semi").join(logps, on="row", how="left").collect()
-    answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
-
-    def side(name: str, logp: str) -> pl.DataFrame:
-        picked = rows.select(
-            "row", pl.col("token_ids").alias(f"{name}_ids"), answer.alias(name), pl.col("logp").alias(logp)
-        )
-        keys = mined.select(pl.col(f"{name}_row").cast(pl.UInt32).alias("row"))
-        return keys.join(picked, on="row", how="left", maintain_order="left").drop("row")
-
-    prompt_ids = mined.select(pl.col("chosen_row").cast(pl.UInt32).alias("row")).join(
-        rows.select("row", prompt_ids="prompt_token_ids"), on="row", how="left", maintain_order="left"
+    drawn = found.draws[OFFLINE_BUFFER]
+    mix = ReplayMix(
+        mined_rows=found.mined_rows,
+        replay_rows=drawn.rows,
+        candidates=drawn.candidates,
+        requested_share=found.requested_share,
+        reached_share=found.reached_share,
+        requested_mined=found.requested_mined,
+        requested_replay=found.requested[OFFLINE_BUFFER],
+        strata=drawn.strata,
     )
-    messages = mined.select("prompt_id").join(
-        prompts.select("prompt_id", prompt="messages"), on="prompt_id", how="left", maintain_order="left"
-    )
-    return pl.concat(
-        [
-            messages.select("prompt"),
-            prompt_ids.select("prompt_ids"),
-            side("chosen", "ref_chosen_logps"),
-            side("rejected", "ref_rejected_logps"),
-        ],
-        how="horizontal",
-    ).with_columns(source=pl.lit("mined"))
+    if on_shortfall == "error":
+        refuse_shortfall(found, gamma, mined.height, {OFFLINE_BUFFER: offline.height}, total)
+    return mix
 
 
 def replay(
@@ -283,29 +218,48 @@ def replay(
     out: Path,
     seed: int,
     key: str,
+    buffers: dict[str, Path] | None = None,
+    rounds_buffer: ReplayBuffer | None = None,
+    round_number: int | None = None,
     report: Report = no_report,
 ) -> dict[str, Any]:
     """Stage 4: mixes the share gamma of offline pairs into the mined ones: `out/training_set.parquet`.
 
-    The replayed pairs are tokenised once, here, and scored in one pass of `policy`; the mined ones have their
-    token ids and log-probabilities already. The rows are in order of the mix: mined first, then replayed (the
-    trainer shuffles).
+    The replayed pairs of files are tokenised once, here; those of the rounds' buffer keep the tokens that were
+    sampled. All of them are scored in one pass of `policy`; the mined ones have their token ids and
+    log-probabilities already. The rows are in order of the mix: mined first, then replayed, buffer by buffer (the
+    trainer shuffles). `source` is "mined", "replay" (from `offline`), or "replay:NAME".
 
     Args:
         mined, generations, scores, prompts: the mined pairs, the shards that their row numbers count through,
             and the prompts that were sampled on. None and empty: the training set is of offline pairs alone.
-        offline: Parquet with `prompt`, `chosen`, `rejected` (messages), `key` and perhaps `weight`
-            (dice_py.data.read_pairs); None only where gamma is 0.
+        offline: Parquet with `prompt`, `chosen`, `rejected` (messages), `key` and what the weights and strata
+            need of `weight`, `margin`, `round`, `source` (dice_py.data.read_pairs); None where there is none.
+        buffers: the same for the names of `config.buffers`.
+        rounds_buffer: what earlier rounds mined (buffer "rounds"); left out of a round before which there is
+            nothing in it.
+        round_number: the current round, from which ages are counted.
 
     Returns:
-        The summary of the mix: counts, requested and reached share, shortfall.
+        The summary of the mix: counts, requested and reached share, shortfall, of each buffer if there are several.
+
+    Raises:
+        DataError: too few pairs with `config.on_shortfall="error"`, or none at all; a column or value that the
+            weights or strata cannot use.
     """
-    pool = read_parquet(offline) if offline is not None else pl.DataFrame(schema={"key": pl.String})
+    pools = _pools(config, offline, buffers or {}, rounds_buffer, round_number)
     if mined is None or prompts is None:
         pairs = asked = pl.DataFrame(schema={"prompt_id": pl.UInt32})
         keyed = pl.DataFrame(schema={"key": pl.String})
         gamma: float = 1.0
-        total: int | None = config.total or pool.height
+        total: int | None = config.total
+        if total is None:
+            if len(pools) > 1:
+                raise UsageError(
+                    f"a training set without mined pairs takes all of one buffer, but there are {len(pools)}: say how "
+                    "many pairs with replay.total"
+                )
+            total = sum(pool.pairs.height for pool in pools)
     else:
         pairs = read_parquet(mined)
         asked = read_parquet(prompts, ["prompt_id", "messages"])
@@ -313,13 +267,19 @@ def replay(
         keys = asked.select("prompt_id", key=pl.col("messages").map_elements(_message_key, return_dtype=pl.String))
         keyed = pairs.select("prompt_id").join(keys, on="prompt_id", how="left", maintain_order="left")
         gamma, total = config.gamma, config.total
-    mix = mix_replay(
+        if gamma > 0.0 and not pools and rounds_buffer is not None:
+            report("note", text="no earlier round to replay from: this round trains on mined pairs alone")
+            gamma = 0.0
+    mix = mix_buffers(
         keyed,
-        pool,
+        pools,
         gamma=gamma,
         seed=seed,
         key_column="key",
-        weight_column="weight" if "weight" in pool.columns else None,
+        current_round=round_number,
+        stratify_by=config.stratify_by,
+        allocation=config.allocation,
+        length_buckets=config.length_buckets,
         total=total,
         on_shortfall=config.on_shortfall,
     )
@@ -327,13 +287,10 @@ def replay(
     if mix.mined:
         parts.append(gather_mined(pairs[mix.mined_rows], generations, scores, asked))
     if mix.replay:
-        tokenizer = load_tokenizer(policy, models)
-        drawn = encode_pairs(pool[mix.replay_rows], tokenizer, stop_token_ids(policy, tokenizer))
+        drawn = _with_tokens(pools, mix, policy, models)
         scored = score_pairs(score_config, models, policy=policy, pairs=drawn, report=report)
         parts.append(
-            drawn.hstack(scored)
-            .rename({"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"})
-            .with_columns(source=pl.lit("replay"))
+            drawn.hstack(scored).rename({"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"})
         )
     if not parts:
         raise DataError(
@@ -341,14 +298,75 @@ def replay(
             "pairs on prompts that are not mined"
         )
     if any(mix.shortfall.values()):
-        report(
-            "note",
-            text=f"too few pairs for a share of {gamma}: short of {mix.shortfall['replay']} offline and "
-            f"{mix.shortfall['mined']} mined ones; the share reached is {mix.reached_share:.3f}",
-        )
+        report("note", text=_shortfall_note(mix, gamma))
     training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
     write_parquet(out / "training_set.parquet", training, key=key, schema=TRAINING_SET, meta=mix.summary())
     return mix.summary()
+
+
+def _pools(
+    config: ReplayConfig,
+    offline: Path | None,
+    buffers: dict[str, Path],
+    rounds_buffer: ReplayBuffer | None,
+    round_number: int | None,
+) -> list[OfflineBuffer]:
+    """What there is to replay from: data.replay, then the named buffers, then the rounds' own."""
+    # Of pairs that are read from a file there are no tokens before they are drawn.
+    characters = pl.col("chosen").list.get(0).struct.field("content").str.len_chars()
+
+    def pool(
+        name: str, pairs: pl.DataFrame, settings: ReplayConfig | BufferConfig | RoundsBufferConfig, length: pl.Expr
+    ) -> OfflineBuffer:
+        return OfflineBuffer(
+            name,
+            pairs.with_columns(length=length) if config.stratify_by == "length" else pairs,
+            share=settings.share,
+            weight_column="weight" if "weight" in pairs.columns else None,
+            margin_power=settings.margin_power,
+            half_life=settings.half_life,
+        )
+
+    pools = [] if offline is None else [pool(OFFLINE_BUFFER, read_parquet(offline), config, characters)]
+    pools += [pool(name, read_parquet(path), config.buffers[name], characters) for name, path in buffers.items()]
+    if rounds_buffer is not None and config.buffer is not None and rounds_buffer.rounds(round_number):
+        earlier = rounds_buffer.read(round_number)
+        pools.append(pool(ROUNDS_BUFFER, earlier, config.buffer, pl.col("chosen_ids").list.len()))
+    return pools
+
+
+def _with_tokens(pools: list[OfflineBuffer], mix: BufferMix, policy: Path, models: ModelConfig) -> pl.DataFrame:
+    """The pairs that were drawn, as `PAIRS` and `source`. Stored tokens are kept; what has none is tokenised."""
+    drawn = []
+    tokenizer = None
+    for pool in pools:
+        pairs = pool.pairs[mix.draws[pool.name].rows]
+        if pool.name != ROUNDS_BUFFER and pairs.height:
+            tokenizer = load_tokenizer(policy, models) if tokenizer is None else tokenizer
+            pairs = encode_pairs(pairs, tokenizer, stop_token_ids(policy, tokenizer))
+        if pairs.height:
+            label = OFFLINE_BUFFER if pool.name == OFFLINE_BUFFER else f"{OFFLINE_BUFFER}:{pool.name}"
+            drawn.append(pairs.select(*PAIRS.names(), source=pl.lit(label)))
+    return pl.concat(drawn, rechunk=True)
+
+
+def _shortfall_note(mix: BufferMix, gamma: float) -> str:
+    lacking = [
+        f"{name} {mix.requested[name] - len(found.rows)}"
+        for name, found in mix.draws.items()
+        if len(found.rows) < mix.requested[name]
+    ]
+    of = f" ({', '.join(lacking)})" if len(mix.draws) > 1 else ""
+    hint = ""
+    if ROUNDS_BUFFER in mix.draws and len(mix.draws[ROUNDS_BUFFER].rows) < mix.requested[ROUNDS_BUFFER]:
+        hint = (
+            "; pairs of earlier rounds on prompts that were mined again are left out: with data.prompts_per_round the "
+            "rounds' prompts differ"
+        )
+    return (
+        f"too few pairs for a share of {gamma}: short of {mix.shortfall['replay']} offline{of} and "
+        f"{mix.shortfall['mined']} mined ones; the share reached is {mix.reached_share:.3f}{hint}"
+    )
 
 
 def _message_key(messages: pl.Series) -> str:

@@ -43,6 +43,7 @@ from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.inputs import Inputs, prepare, round_prompts
 from dice_py.mine import mine
 from dice_py.models import model_identity
+from dice_py.replay_buffer import ReplayBuffer, append_mined
 from dice_py.report import write_report
 from dice_py.train import is_trained
 from dice_py.worker import run_stage
@@ -317,11 +318,27 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
 
     this.stage(f"{name}/mine", mined_key, shards_whole, mine_stage)
 
+    buffer = None
+    if config.replay.buffer is not None:
+        # Not a stage: appending what is there already does nothing.
+        buffer = ReplayBuffer(this.folder / "buffer", config.replay.buffer.capacity, seed_for(config.seed, "buffer"))
+        append_mined(
+            buffer,
+            number,
+            mined=mined_file,
+            generations=generations,
+            scores=scores,
+            prompts=prompts,
+            key=mined_key,
+            report=this.report,
+        )
+
     replay_seed = seed_for(config.seed, number, "replay")
     offline_key = parquet_key(inputs.offline) if inputs.offline else None
     replay_key = digest(
         "replay", mined_key, config.replay.model_dump(), offline_key, replay_seed, identity,
-        config.score.model_dump(), held, libraries,
+        config.score.model_dump(), held, libraries, {name: parquet_key(file) for name, file in inputs.buffers.items()},
+        [] if buffer is None else buffer.keys(number), number,
     )  # fmt: skip
     training_set = base / "replay" / "training_set.parquet"
 
@@ -342,6 +359,9 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
             out=base / "replay",
             seed=replay_seed,
             key=replay_key,
+            buffers=inputs.buffers,
+            rounds_buffer=buffer,
+            round_number=number,
         )
         return {"files": [{"file": this.relative(training_set), "key": replay_key}], "counts": counts}
 

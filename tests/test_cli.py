@@ -239,7 +239,41 @@ def test_options_that_belong_together(refused) -> None:
     assert "--mined also needs --generations, --scores and --prompts" in refused(
         2, "replay", "--policy", "p", "--replay", "x.jsonl", "--mined", "m.parquet", "-o", "out"
     )
+    alone = (2, "replay", "--policy", "p", "-o", "out")
+    assert "give --replay FILE, --buffer NAME=FILE:SHARE, or both" in refused(*alone)
+    assert "a half-life also needs --round" in refused(*alone, "--replay", "x.jsonl", "--half-life", "2")
+    assert "weigh the pairs of --replay, which is not given" in refused(
+        *alone, "--buffer", "uf=x.jsonl", "--margin-power", "1"
+    )
+    assert "leave it out here" in refused(*alone, "--replay", "x.jsonl", "--set", "replay.buffer.capacity=3")
     assert contents(Path()) == {}
+
+
+@pytest.mark.parametrize("given", ["x.jsonl", "=x.jsonl", "uf=", "uf=a.jsonl uf=b.jsonl"])
+def test_buffers_that_are_none(refused, given: str) -> None:
+    options = [part for text in given.split() for part in ("--buffer", text)]
+    assert "write it as NAME=FILE or NAME=FILE:SHARE, each name once" in refused(
+        2, "replay", "--policy", "p", *options, "-o", "out"
+    )
+
+
+def test_replay_reads_every_buffer_before_the_model(refused) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    jsonl(Path("pairs.jsonl"), pair | {"margin": 1, "round": 3})
+    jsonl(Path("a:b.jsonl"), pair)  # a colon of its own
+    jsonl(Path("c.jsonl"), pair)
+    start = ("replay", "--policy", "/absent", "-o", "out", "--replay", "pairs.jsonl")
+    options = ("--buffer", "x=a:b.jsonl", "--buffer", "y=c.jsonl:0.5", "--margin-power", "1", "--half-life", "2")
+    said = refused(3, *start, *options, "--round", "3")
+    assert said == "error: --policy: /absent is not a folder; give a model folder or a Hugging Face id"
+    said = refused(3, *start, *options, "--round", "2")
+    assert "pairs.jsonl, line 1: 'round' is 3, but the draw is made in round 2" in said
+    said = refused(3, *start, *options, "--round", "3", "--stratify-by", "source")
+    assert "no column 'source'" in said
+    said = refused(3, *start, *options, "--round", "3", "--set", "replay.buffers.y.weight_column=w")
+    assert said.endswith("Name the right one with --set replay.buffers.y.weight_column=NAME")
+    assert "replay.buffers.y.share: Input should be greater than 0" in refused(2, *start, "--buffer", "y=c.jsonl:0")
+    assert not Path("out").exists()
 
 
 # --- bad input data: 3 -------------------------------------------------------------------------------------

@@ -232,9 +232,82 @@ def test_every_key_has_a_place_in_the_dump() -> None:
     names = known_keys()
     assert len(names) == len(set(names))
     assert {"rounds", "generate.vllm.kv_cache_gib", "train.lora.r", "replay.gamma"} <= set(names)
-    stored = resolve([], ["train.lora.r=4"]).model_dump(mode="json")
+    assert {"replay.buffer.capacity", "replay.buffers.*.share"} <= set(names)
+    given = ["train.lora.r=4", "replay.buffer.capacity=9", "replay.buffers.mine.path=pairs.jsonl"]
+    stored = resolve([], given, OWN).model_dump(mode="json")
     for name in names:
         value = stored
-        for part in name.split("."):
+        for part in name.replace("*", "mine").split("."):
             assert part in value
             value = value[part]
+
+
+# Replay
+
+
+def test_buffers_are_named_by_their_keys(yaml_file, tmp_path: Path) -> None:
+    first = yaml_file("replay: {buffers: {uf: {path: uf.jsonl, share: 2}, hh: {path: hh.jsonl}}}\n")
+    found = resolve([first], ["replay.buffers.hh.share=0.5", "replay.buffers.hh.half_life=2"], OWN)
+    assert list(found.replay.buffers) == ["uf", "hh"]
+    assert [(b.path, b.share, b.half_life) for b in found.replay.buffers.values()] == [
+        ("uf.jsonl", 2.0, None),
+        ("hh.jsonl", 0.5, 2.0),
+    ]
+    path = tmp_path / "stored.yaml"
+    path.write_text(dump(found), encoding="utf-8")
+    assert load_resolved(path) == found
+    assert list(load_resolved(path).replay.buffers) == ["uf", "hh"]
+
+
+def test_the_defaults_of_replay_are_those_of_before() -> None:
+    found = RunConfig().replay
+    assert (found.margin_power, found.half_life, found.stratify_by) == (0.0, None, "none")
+    assert (found.buffers, found.buffer) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (
+            ["replay.buffers.uf.path=a", "replay.buffers.uf.shar=1"],
+            "unknown key 'replay.buffers.uf.shar'; did you mean 'replay.buffers.uf.share'?",
+        ),
+        (["replay.buffers.uf.share=1"], "replay.buffers.uf.path: Field required"),
+        (
+            ["replay.buffers.uf.path=a", "replay.buffers.uf.share=0"],
+            "replay.buffers.uf.share: Input should be greater than 0 (got 0)",
+        ),
+        (["replay.buffers.rounds.path=a"], "replay: a buffer is named 'rounds': use letters, digits and underscores"),
+        (["replay.buffers.a/b.path=a"], "replay: a buffer is named 'a/b'"),
+        (["replay.buffer.capacity=0"], "replay.buffer.capacity: Input should be greater than or equal to 1"),
+        (["replay.buffer.capacty=1"], "did you mean 'replay.buffer.capacity'?"),
+        (["replay.half_life=0"], "replay.half_life: Input should be greater than 0"),
+        (["replay.margin_power=-1"], "replay.margin_power: Input should be greater than or equal to 0"),
+        (["replay.margin_power=.inf"], "replay.margin_power: Input should be a finite number"),
+        (["replay.share=0"], "replay.share: Input should be greater than 0"),
+        (["replay.stratify_by=lenght"], "replay.stratify_by: Input should be 'none', 'length' or 'source'"),
+        (["replay.allocation=even"], "replay.allocation: Input should be 'proportional' or 'equal'"),
+        (["replay.length_buckets=0"], "replay.length_buckets: Input should be greater than or equal to 1"),
+    ],
+)
+def test_what_is_refused_of_replay(assignments: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve([], assignments, OWN)
+    assert said in str(caught.value)
+
+
+def test_what_the_worlds_pairs_do_not_have() -> None:
+    for assignment in ("replay.margin_power=1", "replay.half_life=1", "replay.stratify_by=source"):
+        assert "the synthetic world's offline pairs have no margin, round or source" in refused(assignment)
+    assert "replay.buffers given without model.policy" in refused("replay.buffers.uf.path=a")
+    # Its own rounds have all of them.
+    found = resolve([], ["replay.buffer.margin_power=1", "replay.buffer.half_life=1", "replay.stratify_by=length"])
+    assert found.replay.buffer is not None
+
+
+def test_what_there_is_to_replay_from() -> None:
+    given = {"model": OWN["model"], "data": {"prompts": "prompts.jsonl"}}
+    assert resolve([], ["replay.buffer.capacity=9"], given).replay.buffers == {}
+    assert resolve([], ["replay.buffers.uf.path=a"], given).replay.buffer is None
+    with pytest.raises(UsageError, match=r"weigh the pairs of data\.replay, which is not given"):
+        resolve([], ["replay.buffers.uf.path=a", "replay.half_life=1"], given)

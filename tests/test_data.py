@@ -266,6 +266,47 @@ def test_weights(write) -> None:
     assert "data.weight_column" in said
 
 
+def test_columns_for_the_replay_draw(write) -> None:
+    same = {"prompt": "What is two?", "chosen": "2", "rejected": "2", "m": 5, "r": 5, "s": "x"}
+    rows = [FORMS["text"] | {"m": -1, "r": 0, "s": "a"}, same, FORMS["text"] | {"m": 0.5, "r": 2, "s": "b"}]
+    named = {"margin_column": "m", "round_column": "r", "source_column": "s"}
+    found = read_pairs(write(rows), **named, current_round=2)  # the pair that is left out may be of round 5
+    assert found.select("margin", "round", "source").rows() == [(-1.0, 0, "a"), (0.5, 2, "b")]
+    assert found.schema["margin"] == pl.Float64
+    assert found.schema["round"] == pl.Int64
+    assert set(read_pairs(write(rows)).columns) == {"prompt", "chosen", "rejected", "key"}
+
+
+@pytest.mark.parametrize(
+    ("column", "bad", "said"),
+    [
+        ("margin", None, "'margin' must be a finite number, got None"),
+        ("margin", float("nan"), "'margin' must be a finite number, got nan"),
+        ("margin", float("-inf"), "'margin' must be a finite number, got -inf"),
+        ("margin", 10**400, "'margin' must be a finite number, got 1000"),
+        ("round", 1.5, "'round' must be a whole number, got 1.5"),
+        ("round", True, "'round' must be a whole number, got True"),
+        ("round", 2**63, "'round' must be a whole number, got 9223372036854775808"),
+        ("round", 4, "'round' is 4, but the draw is made in round 3: a pair's age cannot be negative"),
+        ("source", None, "'source' must be text, got None"),
+        ("source", 3, "'source' must be text, got 3"),
+    ],
+)
+def test_a_bad_value_for_the_replay_draw_is_named(write, column: str, bad: Any, said: str) -> None:
+    fine = {"margin": 1.0, "round": 1, "source": "a"}[column]
+    path = write([FORMS["text"] | {column: fine}, FORMS["text"] | {column: bad}])
+    told = refused(read_pairs, path, **{f"{column}_column": column}, current_round=3)
+    assert told.startswith(f"{path}, line 2: {said}")
+    told = refused(read_pairs, write([FORMS["text"]]), **{f"{column}_column": column})
+    assert f"no column {column!r}" in told
+    assert f"--{column}-column (in a run: --set data.{column}_column=NAME)" in told
+
+
+def test_the_weight_column_of_a_named_buffer(write) -> None:
+    said = refused(read_pairs, write([FORMS["text"]]), weight_column="w", weight_key="replay.buffers.uf.weight_column")
+    assert said.endswith("Name the right one with --set replay.buffers.uf.weight_column=NAME")
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

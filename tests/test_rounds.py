@@ -28,10 +28,12 @@ from safetensors.torch import load_file
 from tiny_models import make_llama, make_mistral
 
 from dice_py import rounds
-from dice_py.artefacts import GENERATIONS, SCORES, parquet_key, read_json, write_json, write_parquet
+from dice_py.artefacts import GENERATIONS, SCORES, parquet_key, read_json, seed_for, write_json, write_parquet
 from dice_py.config import RunConfig, dump, load_resolved, resolve
 from dice_py.errors import UsageError
 from dice_py.generate import Generations
+from dice_py.replay_buffer import ReplayBuffer
+from dice_py.score import score_pairs
 from dice_py.status import run_status
 
 PROMPTS, PAIRS, SAMPLES, MAX_NEW, STEPS = 24, 30, 4, 64, 6
@@ -351,6 +353,75 @@ def test_what_depends_on_a_changed_key_is_made_again(
         rounds.resume(copy, told)
     redone = [("round-01/mine", "running"), ("round-01/mine", "done"), ("round-01/replay", "running")]
     assert told.stages() == [*KEPT[:2], *redone]
+
+
+# What earlier rounds mined
+
+
+@pytest.mark.slow
+def test_a_second_round_replays_what_the_first_mined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = tmp_path / "second.jsonl"
+    rows = [{"prompt": f"another question {n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(20)]
+    second.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = own_config(
+        tmp_path, make_mistral, "rounds=2", "data.prompts_per_round=10", "evaluate.prompts=2", "train.max_steps=2",
+        "replay.buffer.capacity=8", "replay.buffer.half_life=1", "replay.buffer.share=2",
+        f"replay.buffers.second.path={second}",
+    )  # fmt: skip
+    folder = tmp_path / "run"
+    rounds.run(config, folder)
+    assert pl.read_parquet(folder / "inputs/buffer-second.parquet").height == 20
+
+    mined = [pl.read_parquet(folder / f"round-{n:02d}/mine/mined.parquet") for n in (1, 2)]
+    kept = [pl.read_parquet(folder / f"buffer/round-{n:02d}.parquet") for n in (1, 2)]
+    assert kept[0].height == min(8, mined[0].height)
+    assert mined[1].height > 0
+    generations = pl.concat(pl.read_parquet(f) for f in sorted((folder / "round-01/generate").glob("gen*.parquet")))
+    first = kept[0]
+    for side in ("chosen", "rejected"):
+        tokens = generations["token_ids"].gather(mined[0][f"{side}_row"].gather(first["index"]))
+        assert first[f"{side}_ids"].to_list() == tokens.to_list()
+    assert first["margin"].to_list() == mined[0]["margin"].gather(first["index"]).to_list()
+
+    # A share of ½ is as many as were mined. Round 1 has two buffers; round 2 its own past as well, at half of it.
+    sets = [pl.read_parquet(folder / f"round-{n:02d}/replay/training_set.parquet") for n in (1, 2)]
+    sources = [dict(frame["source"].value_counts().iter_rows()) for frame in sets]
+    assert set(sources[0]) == {"mined", "replay", "replay:second"}
+    stages = read_json(folder / "manifest.json")["stages"]
+    asked = stages["round-02/replay"]["counts"]["buffers"]
+    assert list(asked) == ["replay", "second", "rounds"]
+    assert sum(found["requested"] for found in asked.values()) == mined[1].height
+    assert abs(asked["rounds"]["requested"] - mined[1].height / 2) < 1
+    drawn = sets[1].filter(pl.col("source") == "replay:rounds")
+    assert drawn.height == min(asked["rounds"]["requested"], first.height) > 0
+    stored = {(tuple(p), tuple(c)) for p, c in first.select("prompt_ids", "chosen_ids").iter_rows()}
+    assert {(tuple(p), tuple(c)) for p, c in drawn.select("prompt_ids", "chosen_ids").iter_rows()} <= stored
+    # Scored again, by the policy that round 2 starts from; it is not the one that sampled them.
+    policies = [Path(str(config.model.policy)), folder / "round-01/train/model"]
+    for policy, near in zip(policies, (False, True), strict=True):
+        logps = score_pairs(config.score, config.model, policy=policy, pairs=drawn)
+        assert ((logps["chosen_logp"] - drawn["ref_chosen_logps"]).abs().max() < 1e-3) is near
+
+    # A resume makes the lost set again, from the same buffer, and appends nothing.
+    lost = folder / "round-02/replay/training_set.parquet"
+    lost.unlink()
+    before = {path: path.stat().st_mtime_ns for path in (folder / "buffer").iterdir()}
+    told = Told()
+    rounds.resume(folder, told)
+    assert [stage for stage, status in told.stages() if status == "done"] == ["round-02/replay"]
+    assert_frame_equal(pl.read_parquet(lost), sets[1], check_exact=True)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "buffer").iterdir()} == before
+
+    # What a round draws from is part of its key: with another past, its set is made again.
+    monkeypatch.setattr(rounds, "run_stage", no_worker)
+    entry = ReplayBuffer(folder / "buffer", 8, seed_for(config.seed, "buffer"))
+    entry.append(1, kept[0].drop("round", "index", "priority")[:3], "another past")
+    monkeypatch.setattr(rounds, "append_mined", lambda *_, **__: None)
+    told = Told()
+    with pytest.raises(AssertionError, match="replay:replay"):
+        rounds.resume(folder, told)
+    assert told.stages()[-1] == ("round-02/replay", "running")
+    assert ("round-01/replay", "kept") in told.stages()
 
 
 # What a kill costs
