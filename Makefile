@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
 RUN_ARGS ?= --rounds 2
+BENCH_ARGS ?=
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-rust test-python bench lock clean
+.PHONY: help setup run test lint test-rust test-python bench bench-peers lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +52,9 @@ test-python: setup ## Python's tests
 
 bench: setup ## criterion's benches
 	cargo bench
+
+bench-peers: setup ## mining against Polars, DuckDB and NumPy: table, benches/results/mining.json and .png (BENCH_ARGS adds options)
+	$(BIN)/python benches/peers.py $(BENCH_ARGS)
 
 lock: $(UV) ## requirements/dev.txt from requirements/*.in
 	$(UV) pip compile requirements/dev.in --override requirements/overrides.txt --python-version 3.11 --universal \
