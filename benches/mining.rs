@@ -1,38 +1,70 @@
-//! Mining speed, in rows a second: exact penalty, fixed penalty and buckets; grouped and shuffled rows.
+//! Mining speed, in rows a second: grouped and shuffled rows; 2, 16, 64 and 1 to 40 responses a prompt; the ways of
+//! debiasing and of pairing.
 
 #![allow(missing_docs, reason = "criterion_group! makes undocumented functions")]
 
 use std::hint::black_box;
 use std::time::Duration;
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dice_benches::{Order, columns};
-use dice_core::filter::Filter;
-use dice_core::groups::Groups;
-use dice_core::{Debias, Options, mine};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
+use dice_benches::{Order, Responses, columns};
+use dice_core::pairing::{Pairing, Tolerance};
+use dice_core::records::Records;
+use dice_core::{Columns, Debias, Options, mine};
 
-const PROMPTS: u32 = 50_000;
-const RESPONSES: usize = 16;
+const ROWS: usize = 1 << 20;
 
-fn mining(criterion: &mut Criterion) {
-    let ways = [
-        ("auto", Debias::LinearAuto),
-        ("fixed", Debias::Linear(1e-3)),
-        ("bucket", Debias::Bucket { buckets: 10, scale: false }),
-    ];
+fn group<'a>(criterion: &'a mut Criterion, name: &str, input: &Columns) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    group.throughput(Throughput::Elements(input.rows)).sample_size(20);
+    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    group
+}
+
+fn exact_penalty(criterion: &mut Criterion) {
+    let sizes = [Responses::Each(2), Responses::Each(16), Responses::Each(64), Responses::Ragged];
     for order in [Order::Grouped, Order::Shuffled] {
-        let input = columns(PROMPTS, RESPONSES, order, 0);
-        let mut group = criterion.benchmark_group(format!("mine {order:?} K={RESPONSES}"));
-        group.throughput(Throughput::Elements(input.rows)).sample_size(20);
-        group.warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(3));
-        group.bench_function("groups only", |bencher| bencher.iter(|| Groups::new(black_box(&input))));
-        for (name, debias) in ways {
-            let options = Options { debias, min_responses: 2, filter: Filter::default() };
+        for responses in sizes {
+            let input = columns(ROWS, responses, order, 0);
+            let mut group = group(criterion, &format!("exact penalty, {order:?}"), &input);
+            let options = Options::default();
+            let name = format!("{responses:?}");
             group.bench_function(name, |bencher| bencher.iter(|| mine(black_box(&input), &options)));
+            group.finish();
         }
-        group.finish();
     }
 }
 
-criterion_group!(benches, mining);
+fn options(criterion: &mut Criterion) {
+    let of = |debias, pairing| Options { debias, pairing, ..Options::default() };
+    let linear = Debias::LinearAuto;
+    let ways = [
+        ("none", of(Debias::None, Pairing::MaxMin)),
+        ("fixed penalty", of(Debias::Linear(1e-3), Pairing::MaxMin)),
+        ("per token", of(Debias::PerToken, Pairing::MaxMin)),
+        ("bucket", of(Debias::Bucket { buckets: 10, scale: false }, Pairing::MaxMin)),
+        ("matched", of(Debias::None, Pairing::Matched(Tolerance::Absolute(100)))),
+        ("max_random", of(linear, Pairing::MaxRandom { seed: 0 })),
+        ("top_bottom", of(linear, Pairing::TopBottom { top: 2, bottom: 2, most: 4 })),
+        ("max_sweet_spot", of(linear, Pairing::SweetSpot { deviations: 2.0 })),
+        ("all_pairs", of(linear, Pairing::All { most: 8 })),
+        ("win rates", Options { win_rates: Some(1.0), ..Options::default() }),
+    ];
+    let input = columns(ROWS, Responses::Each(16), Order::Grouped, 0);
+    let mut group = group(criterion, "options, Grouped, Each(16)", &input);
+    for (name, options) in ways {
+        group.bench_function(name, |bencher| bencher.iter(|| mine(black_box(&input), &options)));
+    }
+    group.finish();
+}
+
+fn sorting(criterion: &mut Criterion) {
+    let input = columns(ROWS, Responses::Each(16), Order::Shuffled, 0);
+    let mut group = group(criterion, "parts", &input);
+    group.bench_function("sorting shuffled rows", |bencher| bencher.iter(|| Records::new(black_box(&input))));
+    group.finish();
+}
+
+criterion_group!(benches, exact_penalty, options, sorting);
 criterion_main!(benches);

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dice_py.attach import attach_text
     from dice_py.mine import MinedPairs, mine_pairs
     from dice_py.replay import ReplayMix, mix_replay, sample_replay
     from dice_py.replay_buffer import ReplayBuffer
@@ -21,6 +22,7 @@ __all__ = [
     "OfflineBuffer",
     "ReplayBuffer",
     "ReplayMix",
+    "attach_text",
     "mine_pairs",
     "mix_buffers",
     "mix_replay",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "attach_text": "dice_py.attach",
     "MinedPairs": "dice_py.mine",
     "mine_pairs": "dice_py.mine",
     "ReplayMix": "dice_py.replay",

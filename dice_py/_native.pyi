@@ -1,4 +1,4 @@
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import pyarrow as pa
 
@@ -20,9 +20,15 @@ class MineSummary:
     @property
     def mean_length_gap_after(self) -> float: ...
     @property
+    def correlation_before(self) -> float: ...
+    @property
+    def correlation_after(self) -> float: ...
+    @property
     def curve_alpha(self) -> list[float]: ...
     @property
     def curve_gap(self) -> list[float]: ...
+    @property
+    def curve_exact(self) -> list[bool]: ...
     @property
     def dropped(self) -> list[tuple[str, int]]: ...
     @property
@@ -32,17 +38,7 @@ class MineSummary:
     @property
     def rows(self) -> int: ...
 
-def mine(
-    stream: _ArrowStream,
-    *,
-    debias: str,
-    alpha: float | None,
-    min_responses: int,
-    min_length: int | None,
-    max_length: int | None,
-    buckets: int,
-    bucket_scale: bool,
-) -> tuple[pa.RecordBatch, MineSummary]: ...
+def mine(stream: _ArrowStream, options: dict[str, Any]) -> tuple[pa.RecordBatchReader, MineSummary]: ...
 def addresses(stream: _ArrowStream) -> list[tuple[int, int, int]]: ...
 def sample(
     offline: _ArrowStream,

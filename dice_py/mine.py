@@ -1,8 +1,8 @@
 """Mine preference pairs: the best and the worst response of each prompt, less a length penalty.
 
-The work is Rust's (rust/dice-core). This file names the columns, brings them to numeric types without
-copying those that are, and turns the answer into a frame. Only numbers cross: the pairs carry row numbers,
-and text is gathered by Polars afterwards.
+The work is Rust's (rust/dice-core). This file names the columns and turns the answer into a frame; what concerns all
+pairs at once (thresholds by quantile, labels of their margins) is Polars'. Only numbers cross: the pairs carry row
+numbers, and `attach_text` gathers the text.
 
 The penalty (`debias="linear"`): of one prompt's responses, the chosen has the greatest and the rejected the
 least `reward - alpha * length`. With `alpha="auto"`, alpha is the one at which the mean of chosen length -
@@ -13,31 +13,21 @@ that step function, not on a grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal
 
 import polars as pl
 
 from dice_py import _native
 from dice_py.artefacts import MINED, digest, file_digest, write_json, write_parquet
 from dice_py.config import MineConfig
-from dice_py.errors import DataError, UsageError
+from dice_py.errors import DataError
+from dice_py.mine_columns import Frame, narrow_frame, numeric_columns
+from dice_py.mine_options import Debias, MineOptions, Pairing, PickFrom
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-MAX_LENGTH = 2**32 - 1
-
-
-class ArrowStream(Protocol):
-    """Anything with the Arrow PyCapsule interface: pandas, DuckDB, DataFusion, arro3, …"""
-
-    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
-
-
-Frame: TypeAlias = "pl.DataFrame | pl.LazyFrame | pa.Table | pa.RecordBatchReader | ArrowStream"
+QUANTILES = {"min": 0.0, "0.05": 0.05, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "0.95": 0.95, "max": 1.0}
 
 
 @dataclass(frozen=True)
@@ -47,50 +37,95 @@ class MinedPairs:
     pairs: pl.DataFrame
     """One row a pair, by ascending prompt: `prompt_id` (the frame's own dtype), `chosen_row u64`,
     `rejected_row u64` (row numbers of the frame, from zero), `chosen_reward f32`, `rejected_reward f32` (as
-    they were), `margin f32` (difference after the penalty), `chosen_length u32`, `rejected_length u32`."""
+    they were), `margin f32` (difference of the scores: of the rewards after debiasing), `chosen_length u32`,
+    `rejected_length u32`; then, where they were asked for, `chosen_win_rate f32`, `rejected_win_rate f32`,
+    `soft_label f32`, `difficulty enum`, `consistency f32`, `chosen_policy`, `rejected_policy`."""
     alpha: float | None
-    """The penalty per unit of length, in units of reward; None for `debias="bucket"`."""
+    """The penalty per unit of length, in units of reward; None for `debias` other than "none" and "linear"."""
     alpha_low: float | None
-    """The least penalty that gives these pairs."""
+    """The least penalty with the same best and worst response of every prompt."""
     alpha_high: float | None
-    """The penalty from which on the pairs differ; infinity if there is none."""
+    """The penalty from which on one of them differs; infinity if there is none."""
     mean_length_gap_before: float
-    """Mean of chosen length - rejected length without any debiasing; NaN if there are no pairs."""
+    """Mean of |best| - |worst| by reward alone, over prompts where one beats the other; NaN without any."""
     mean_length_gap_after: float
-    """The same of the pairs; NaN if there are none."""
+    """Mean of chosen length - rejected length of the pairs; NaN if there are none."""
+    reward_length_correlation_before: float
+    """Pearson's correlation of reward and length over the usable responses, those of prompts with too few of them
+    included, to nine decimals; NaN if one of them is constant."""
+    reward_length_correlation_after: float
+    """The same of score and length."""
     dropped: dict[str, int]
     """Rows that were dropped, each under the first reason that applies: `null`, `not_finite`, `truncated`,
-    `too_short`, `too_long`, `too_few_responses`."""
+    `too_short`, `too_long`, `duplicate`, `too_few_responses`."""
     dropped_prompts: dict[str, int]
-    """Prompts that gave no pair: `too_few_responses`; `no_contrast` (all their usable responses agree in
-    reward and length)."""
+    """Prompts that gave no pair: `too_few_responses`; `no_contrast` (none that may be chosen beats one that may be
+    rejected); `no_match` ("matched": no two of nearly equal length)."""
+    dropped_pairs: dict[str, int]
+    """Pairs under a threshold: `below_min_margin`, then `below_quantile`."""
     prompts: int
     """Prompts in the frame."""
     rows: int
     """Rows in the frame."""
     curve: pl.DataFrame
-    """The mean length gap as a function of the penalty, at up to about 200 of its steps around the answer:
-    `alpha f64`, `mean_length_gap f64` (the exact value from that alpha to the next step). Empty for
-    `debias="bucket"`."""
+    """The mean length gap as a function of the penalty, at some hundred of its steps around the answer: `alpha f64`,
+    `mean_length_gap f64` (from that alpha to the next step), `exact bool` (False: of a sample of the prompts, far
+    from the answer). Empty without a linear penalty."""
+
+    @property
+    def chosen_longer_share(self) -> float:
+        """Share of the pairs whose chosen response is the longer one; NaN if there are none."""
+        return _mean(self.pairs.select((pl.col("chosen_length") > pl.col("rejected_length")).mean()))
+
+    @cached_property
+    def margin_quantiles(self) -> dict[str, float]:
+        """Quantiles of the pairs' margins (linear interpolation), from `min` to `max`; NaN without pairs."""
+        if self.pairs.is_empty():
+            return dict.fromkeys(QUANTILES, math.nan)
+        margin = self.pairs["margin"].cast(pl.Float64).sort()
+        return {name: _quantile(margin, q) for name, q in QUANTILES.items()}
+
+    @property
+    def mean_consistency(self) -> float | None:
+        """Mean of `consistency` over the prompts that gave a pair and have one; None without a second reward."""
+        if "consistency" not in self.pairs.columns:
+            return None
+        by_prompt = self.pairs.group_by("prompt_id").agg(pl.col("consistency").first())
+        return _mean(by_prompt.select(pl.col("consistency").cast(pl.Float64).mean()))
 
     def summary(self) -> dict[str, Any]:
         """Everything but the frames, ready for JSON (infinity and NaN become None)."""
-        numbers = {
-            "alpha": self.alpha,
-            "alpha_low": self.alpha_low,
-            "alpha_high": self.alpha_high,
-            "mean_length_gap_before": self.mean_length_gap_before,
-            "mean_length_gap_after": self.mean_length_gap_after,
-        }
-        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+
+        def finite(value: float | None) -> float | None:
+            return value if value is not None and math.isfinite(value) else None
+
         return {
             "pairs": self.pairs.height,
-            **finite,
+            "alpha": finite(self.alpha),
+            "alpha_low": finite(self.alpha_low),
+            "alpha_high": finite(self.alpha_high),
+            "mean_length_gap_before": finite(self.mean_length_gap_before),
+            "mean_length_gap_after": finite(self.mean_length_gap_after),
+            "chosen_longer_share": finite(self.chosen_longer_share),
+            "reward_length_correlation_before": finite(self.reward_length_correlation_before),
+            "reward_length_correlation_after": finite(self.reward_length_correlation_after),
+            "margin_quantiles": {name: finite(value) for name, value in self.margin_quantiles.items()},
+            "mean_consistency": finite(self.mean_consistency),
             "dropped": dict(self.dropped),
             "dropped_prompts": dict(self.dropped_prompts),
+            "dropped_pairs": dict(self.dropped_pairs),
             "prompts": self.prompts,
             "rows": self.rows,
         }
+
+
+def _mean(frame: pl.DataFrame) -> float:
+    value = frame.item()
+    return math.nan if value is None else float(value)
+
+
+def _quantile(ascending: pl.Series, q: float) -> float:
+    return float(ascending.quantile(q, interpolation="linear"))  # type: ignore[arg-type]
 
 
 def mine_pairs(
@@ -100,205 +135,177 @@ def mine_pairs(
     reward_column: str = "reward",
     length_column: str = "response_tokens",
     truncated_column: str | None = "auto",
-    debias: Literal["none", "linear", "bucket"] = "linear",
+    debias: Debias = "linear",
     alpha: float | Literal["auto"] = "auto",
+    buckets: int = 10,
+    bucket_scale: bool = False,
+    length_tolerance: int | None = None,
+    length_ratio: float | None = None,
+    pairing: Pairing = "max_min",
+    top_k: int = 2,
+    bottom_k: int = 2,
+    pairs_per_prompt: int | None = None,
+    sweet_spot_deviations: float = 2.0,
+    seed: int = 0,
+    min_margin: float | None = None,
+    min_margin_quantile: float | None = None,
     min_responses: int = 2,
     min_length: int | None = None,
     max_length: int | None = None,
-    buckets: int = 10,
-    bucket_scale: bool = False,
+    duplicate_column: str | None = None,
+    policy_column: str | None = None,
+    chosen_from: PickFrom = "any",
+    rejected_from: PickFrom = "any",
+    second_reward_column: str | None = None,
+    win_rates: bool = False,
+    soft_labels: bool = False,
+    label_scale: float = 1.0,
+    difficulty_quantile: float | None = None,
 ) -> MinedPairs:
-    """The best and the worst response of each prompt, less a length penalty.
+    """Pairs of a better and a worse response of each prompt, less the length bias.
 
     `frame` has one row a response, in any order: a Polars DataFrame or LazyFrame (of which only the columns
     named here are collected), a pyarrow Table or RecordBatchReader, or anything with `__arrow_c_stream__`.
     Its columns: prompt (integers, text, or anything with an order; no nulls), reward (a number), length (a
     whole number, in tokens or characters).
 
-    `truncated_column`: a boolean column of responses cut off by the token limit, which are dropped. "auto"
-    takes `finish_reason == "length"` where there is a column `finish_reason`; None drops none.
-
-    `debias`:
-
-    - "linear": pairs by `reward - alpha * length`. `alpha` is a number of zero or more, or "auto".
-    - "none": pairs by `reward`.
-    - "bucket": pairs by `reward - mean`, or with `bucket_scale` `(reward - mean) / std`, with mean and
-      population standard deviation over all usable responses in the same of `buckets` length quantiles (cut
-      j at the length of rank ceil(j * n / buckets), closed on the right; equal lengths share a bucket; here
-      responses count as usable whatever `min_responses` says; std = 0 does not divide).
-
-    Usable responses have a reward and a length, the reward finite (in float32), are not truncated, and have
+    **Usable responses** have a reward and a length, the reward finite (in float32), are not truncated, and have
     `min_length <= length <= max_length`; a prompt needs `min_responses` of them.
 
-    Ties: the shorter response is chosen and the longer rejected, then the lower row. The pairs depend neither
-    on the order of rows (but for responses equal in reward and length), nor on chunks or threads.
+    - `truncated_column`: a boolean column of responses cut off by the token limit, which are dropped. "auto"
+      takes `finish_reason == "length"` where there is a column `finish_reason`; None drops none.
+    - `duplicate_column`: text, lists of token ids (both hashed to 64 bits), or integers. Usable responses of a prompt
+      with equal values count once: the first one. Nulls equal nothing.
 
-    With `alpha="auto"` the result's `alpha` is 0 if no penalty is best, else the middle of `alpha_low` and
-    `alpha_high`. All floats of `[alpha_low, alpha_high)` give these pairs. If two penalties leave gaps of the
-    same size on both sides of zero, the lower is taken.
+    **The score** s of a response of reward r and length l, by `debias`:
+
+    | `debias` | s | |
+    | --- | --- | --- |
+    | "none" | r | |
+    | "linear" | r - alpha * l | `alpha`: a number of zero or more, or "auto" |
+    | "per_token" | r / l | responses of length 0 are too short |
+    | "bucket" | r - mean, or (r - mean) / std with `bucket_scale` | of its length quantile |
+    | "matched" | r | pairs of nearly equal length only |
+
+    - "auto" is the alpha at which the mean length gap of each prompt's best and worst response is nearest zero,
+      whatever the `pairing`. It is 0 if no penalty is best, else the middle of `alpha_low` and `alpha_high`, all
+      floats between which give the same responses. If two penalties leave gaps of the same size on both sides of
+      zero, the lower is taken.
+    - "bucket": mean and population standard deviation over all usable responses in the same of `buckets` length
+      quantiles (cut j at the length of rank ceil(j * n / buckets), closed on the right; equal lengths share a bucket;
+      responses count here whatever `min_responses` says; std = 0 does not divide).
+    - "matched": the pair of the greatest margin of all whose lengths differ by at most `length_tolerance`, or by at
+      most `length_ratio` of the longer one; then of the least difference, then the lowest rows.
+
+    **The pairs** of a prompt, by `pairing`. Best first is the order of s; at equal s the shorter response comes first,
+    then the higher reward, then the lower row. Worst first is the opposite (but lower rows first). One response beats
+    another if it comes before it best first for more than its row; a pair is always of a response and one it beats.
+
+    | `pairing` | pairs |
+    | --- | --- |
+    | "max_min" | the best and the worst (DICE) |
+    | "max_random" | the best and one of those it beats, drawn by `seed` and prompt |
+    | "top_bottom" | the `top_k` best with the `bottom_k` worst, greatest margins first, at most `pairs_per_prompt` |
+    | "max_sweet_spot" | the best and the one nearest mean - `sweet_spot_deviations` * std of the prompt's s (population) |
+    | "all_pairs" | all, greatest margins first, at most `pairs_per_prompt` |
+
+    "max_sweet_spot" is of Xiao et al., arXiv 2502.16825. "all_pairs" grows with the square of a prompt's responses.
+
+    - `policy_column`: which policy (or round) sampled the response, greater being newer. `chosen_from` and
+      `rejected_from` hold that side to the "newest" or "oldest" policy among the prompt's usable responses.
+    - `min_margin`: pairs of a smaller margin are dropped; then, by `min_margin_quantile`, those below that quantile of
+      the margins that are left.
+
+    **Labels**, as further columns of the pairs:
+
+    - `win_rates`: SPPO's P of chosen and rejected (Wu et al., arXiv 2405.00675): the mean of
+      sigmoid((s_i - s_j) / label_scale) over the prompt's usable responses j.
+    - `soft_labels`: sigmoid(margin / label_scale).
+    - `difficulty_quantile`: "hard" for pairs with a margin below that quantile, else "easy" (MPO, arXiv 2403.19443).
+    - `second_reward_column`: `consistency`, (tau + 1) / 2 of the prompt's responses with Kendall's tau of the reward
+      and a second one (CREAM, arXiv 2410.12735); ties count for neither, null for fewer than two responses.
+
+    The pairs depend neither on the order of rows (but for responses equal in reward and length), nor on chunks or
+    threads.
 
     Raises UsageError for an option out of range, and DataError for a missing or unsuitable column, a null
-    prompt, a negative length, or a frame without rows.
+    prompt or policy, a negative length, or a frame without rows.
     """
-    _check_options(debias, alpha, min_responses, min_length, max_length, buckets)
-    named = {"prompt": prompt_column, "reward": reward_column, "length": length_column}
-    narrow, truncated = _select(frame, named, truncated_column)
-    if narrow.height == 0:
-        raise DataError("the frame has no rows: give a table with at least one response")
-    keys, native_key = _key(narrow, prompt_column)
-    columns = [keys, _reward(narrow, reward_column), _length(narrow, length_column)]
-    if truncated is not None:
-        columns.append(truncated.alias("truncated"))
+    given = {name: value for name, value in locals().items() if name != "frame"}
+    return _mine(frame, MineOptions(**given))
+
+
+def _mine(frame: Frame, options: MineOptions) -> MinedPairs:
+    narrow = narrow_frame(frame, options)
+    numbers, native_key = numeric_columns(narrow, options)
     try:
-        batch, found = _native.mine(
-            # As one struct column the chunks are exported as they are. A frame's own export joins them first.
-            narrow.select(columns).to_struct("rows"),
-            debias=debias,
-            alpha=None if alpha == "auto" else float(alpha),
-            min_responses=min_responses,
-            min_length=min_length,
-            # No length is above this one.
-            max_length=None if max_length is None else min(max_length, MAX_LENGTH),
-            buckets=buckets,
-            bucket_scale=bucket_scale,
-        )
+        # As one struct column the chunks are exported as they are. A frame's own export joins them first.
+        reader, found = _native.mine(numbers.to_struct("rows"), options.native())
     except DataError as error:
-        place = ", ".join(f"{role} column '{name}'" for role, name in named.items())
+        place = ", ".join(f"{role} column '{name}'" for role, name in options.columns.items())
         raise DataError(f"{error} ({place})") from None
-    pairs = pl.DataFrame(pl.from_arrow(batch))
+    # Not rechunked: that would copy every column.
+    pairs = pl.DataFrame(pl.from_arrow(reader.read_all(), rechunk=False))
     if native_key:
         prompts = pairs["prompt"].alias("prompt_id")
     else:
-        prompts = narrow[prompt_column].gather(pairs["chosen_row"]).alias("prompt_id")
-    return MinedPairs(
-        pairs=pairs.drop("prompt").insert_column(0, prompts),
+        prompts = narrow[options.prompt_column].gather(pairs["chosen_row"]).alias("prompt_id")
+    pairs = pairs.drop("prompt").insert_column(0, prompts)
+    if options.policy_column is not None:
+        policies = narrow[options.policy_column]
+        for side in ("chosen", "rejected"):
+            pairs = pairs.with_columns(policies.gather(pairs[f"{side}_row"]).alias(f"{side}_policy"))
+    mined = MinedPairs(
+        pairs=pairs,
         alpha=found.alpha,
         alpha_low=found.alpha_low,
         alpha_high=found.alpha_high,
         mean_length_gap_before=found.mean_length_gap_before,
         mean_length_gap_after=found.mean_length_gap_after,
+        reward_length_correlation_before=found.correlation_before,
+        reward_length_correlation_after=found.correlation_after,
         dropped=dict(found.dropped),
         dropped_prompts=dict(found.dropped_prompts),
+        dropped_pairs={"below_min_margin": 0, "below_quantile": 0},
         prompts=found.prompts,
         rows=found.rows,
         curve=pl.DataFrame(
-            {"alpha": found.curve_alpha, "mean_length_gap": found.curve_gap},
-            schema={"alpha": pl.Float64, "mean_length_gap": pl.Float64},
+            {"alpha": found.curve_alpha, "mean_length_gap": found.curve_gap, "exact": found.curve_exact},
+            schema={"alpha": pl.Float64, "mean_length_gap": pl.Float64, "exact": pl.Boolean},
         ),
     )
+    return _label(_threshold(mined, options), options)
 
 
-def _check_options(
-    debias: str,
-    alpha: float | str,
-    min_responses: int,
-    min_length: int | None,
-    max_length: int | None,
-    buckets: int,
-) -> None:
-    if debias not in ("none", "linear", "bucket"):
-        raise UsageError(f"debias is {debias!r}, but must be one of none, linear, bucket")
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if alpha != "auto" and not (number and math.isfinite(alpha) and alpha >= 0):  # type: ignore[arg-type,operator]
-        raise UsageError(f"alpha is {alpha!r}, but must be 'auto' or a finite number of zero or more")
-    if min_responses < 2:
-        raise UsageError(f"min_responses is {min_responses}, but a pair takes two responses: give 2 or more")
-    for name, value in (("min_length", min_length), ("max_length", max_length)):
-        if value is not None and value < 0:
-            raise UsageError(f"{name} is {value}, but lengths are counts: give zero or more, or nothing")
-    if min_length is not None and min_length > (MAX_LENGTH if max_length is None else max_length):
-        raise UsageError(f"min_length is {min_length} and max_length {max_length}: no length can be both")
-    if buckets < 1:
-        raise UsageError(f"buckets is {buckets}: give 1 or more")
+def _threshold(mined: MinedPairs, options: MineOptions) -> MinedPairs:
+    """Drops pairs of small margins."""
+    pairs, dropped = mined.pairs, dict(mined.dropped_pairs)
+    if options.min_margin is not None:
+        pairs = pairs.filter(pl.col("margin").cast(pl.Float64) >= options.min_margin)
+        dropped["below_min_margin"] = mined.pairs.height - pairs.height
+    if options.min_margin_quantile is not None and not pairs.is_empty():
+        least = _quantile(pairs["margin"].cast(pl.Float64).sort(), options.min_margin_quantile)
+        kept = pairs.filter(pl.col("margin").cast(pl.Float64) >= least)
+        dropped["below_quantile"] = pairs.height - kept.height
+        pairs = kept
+    if pairs.height == mined.pairs.height:
+        return mined
+    gap = pl.col("chosen_length").cast(pl.Int64) - pl.col("rejected_length").cast(pl.Int64)
+    return replace(mined, pairs=pairs, dropped_pairs=dropped, mean_length_gap_after=_mean(pairs.select(gap.mean())))
 
 
-def _select(frame: Frame, named: dict[str, str], truncated_column: str | None) -> tuple[pl.DataFrame, pl.Expr | None]:
-    """The columns that are needed, and an expression for the truncated rows."""
-    auto = truncated_column == "auto"
-    flag = "finish_reason" if auto else truncated_column
-    wanted = dict.fromkeys(named.values()) | ({} if flag is None else {flag: None})
-    lazy, columns = _open(frame, wanted)
-    for role, name in named.items():
-        if name not in columns:
-            raise DataError(_missing(name, columns, f"{role}_column=/--{role}-column"))
-    if flag is None or (auto and flag not in columns):
-        return lazy.select(list(dict.fromkeys(named.values()))).collect(), None
-    if flag not in columns:
-        raise DataError(_missing(flag, columns, "truncated_column="))
-    narrow = lazy.select(list(wanted)).collect()
-    if auto:
-        return narrow, pl.col(flag).cast(pl.String) == "length"
-    if narrow.schema[flag] != pl.Boolean:
-        raise DataError(
-            f"column '{flag}' has dtype {narrow.schema[flag]}, but truncated_column= must name a boolean column"
-        )
-    return narrow, pl.col(flag)
-
-
-def _missing(name: str, columns: list[str], option: str) -> str:
-    return f"column '{name}' not found in the frame; columns are {', '.join(columns)}; name it with {option}"
-
-
-def _open(frame: Frame, wanted: Iterable[str]) -> tuple[pl.LazyFrame, list[str]]:
-    """The frame and the names of all its columns. Of Arrow input only the wanted columns are kept."""
-    if isinstance(frame, pl.LazyFrame):
-        return frame, frame.collect_schema().names()
-    if isinstance(frame, pl.DataFrame):
-        return frame.lazy(), frame.columns
-    import pyarrow as pa
-
-    if isinstance(frame, pa.RecordBatch):
-        frame = pa.Table.from_batches([frame])
-    if isinstance(frame, pa.Table):
-        reader = frame.to_reader()
-    elif isinstance(frame, pa.RecordBatchReader):
-        reader = frame
-    elif hasattr(frame, "__arrow_c_stream__"):
-        reader = pa.RecordBatchReader.from_stream(frame)
-    else:
-        raise UsageError(
-            f"cannot mine a {type(frame).__name__}: give a Polars DataFrame or LazyFrame, a pyarrow Table, "
-            "or anything with __arrow_c_stream__"
-        )
-    names = reader.schema.names
-    kept = [name for name in wanted if name in names]
-    schema = pa.schema([reader.schema.field(name) for name in kept])
-    # Batch by batch, so that text columns of a stream are never all in memory.
-    table = pa.Table.from_batches([batch.select(kept) for batch in reader], schema)
-    # Not rechunked: that would copy every column.
-    return pl.DataFrame(pl.from_arrow(table, rechunk=False)).lazy(), names
-
-
-def _key(narrow: pl.DataFrame, name: str) -> tuple[pl.Expr, bool]:
-    """The prompt column as integers, and whether it is so already."""
-    dtype = narrow.schema[name]
-    key = pl.col(name)
-    if dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128):
-        return key.alias("prompt"), True
-    if dtype in (pl.Categorical, pl.Enum):
-        # By text: the physical order of a categorical depends on what was read before.
-        key = key.cast(pl.String)
-    elif dtype.is_nested() or dtype in (pl.Object, pl.Null, pl.Unknown):
-        raise DataError(f"prompt column '{name}' has dtype {dtype}, which has no order: give integers or text")
-    return key.rank("dense").alias("prompt"), False
-
-
-def _reward(narrow: pl.DataFrame, name: str) -> pl.Expr:
-    dtype = narrow.schema[name]
-    if dtype in (pl.Float32, pl.Float64):
-        return pl.col(name).alias("reward")
-    if dtype.is_numeric() or dtype == pl.Null:
-        return pl.col(name).cast(pl.Float64).alias("reward")
-    raise DataError(f"reward column '{name}' has dtype {dtype}, but must be numeric: cast it to Float32 first")
-
-
-def _length(narrow: pl.DataFrame, name: str) -> pl.Expr:
-    dtype = narrow.schema[name]
-    if dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128):
-        return pl.col(name).alias("length")
-    if dtype == pl.Null:
-        return pl.col(name).cast(pl.UInt32).alias("length")
-    raise DataError(f"length column '{name}' has dtype {dtype}, but must hold whole numbers: cast it to UInt32 first")
+def _label(mined: MinedPairs, options: MineOptions) -> MinedPairs:
+    """Adds the labels that are functions of the margin."""
+    pairs, margin = mined.pairs, pl.col("margin").cast(pl.Float64)
+    if options.soft_labels:
+        label = (1.0 / (1.0 + (-margin / options.label_scale).exp())).cast(pl.Float32)
+        pairs = pairs.with_columns(label.alias("soft_label"))
+    if options.difficulty_quantile is not None:
+        ascending = pairs["margin"].cast(pl.Float64).sort()
+        least = _quantile(ascending, options.difficulty_quantile) if len(ascending) else 0.0
+        hard = pl.when(margin < least).then(pl.lit("hard")).otherwise(pl.lit("easy"))
+        pairs = pairs.with_columns(hard.cast(pl.Enum(["easy", "hard"])).alias("difficulty"))
+    return replace(mined, pairs=pairs) if pairs is not mined.pairs else mined
 
 
 def mine(config: MineConfig, *, generations: list[Path], scores: list[Path], out: Path, key: str) -> dict[str, Any]:

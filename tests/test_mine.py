@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import dice_py
 from dice_py import mine_pairs
 from dice_py.errors import DataError, UsageError
+from dice_py.mine_options import MineOptions
 
 SCHEMA = {
     "prompt_id": pl.UInt32,
@@ -106,12 +107,13 @@ def test_alpha_beats_a_fine_grid() -> None:
 def test_curve_is_the_step_function() -> None:
     data = frame(seed=4)
     mined = mine_pairs(data)
-    assert mined.curve.schema == {"alpha": pl.Float64, "mean_length_gap": pl.Float64}
+    assert mined.curve.schema == {"alpha": pl.Float64, "mean_length_gap": pl.Float64, "exact": pl.Boolean}
+    assert mined.curve["exact"].all()
     assert 3 < mined.curve.height < 250
     assert mined.curve["alpha"].is_sorted()
     assert mined.curve["mean_length_gap"].is_sorted(descending=True)
     assert mined.alpha_low in mined.curve["alpha"]
-    for alpha, gap in mined.curve[::20].iter_rows():
+    for alpha, gap in mined.curve[::20].select("alpha", "mean_length_gap").iter_rows():
         assert mine_pairs(data, alpha=alpha).mean_length_gap_after == gap
 
 
@@ -286,9 +288,10 @@ def test_filters_count_each_row_once() -> None:
         "truncated": 1,
         "too_short": 1,
         "too_long": 1,
+        "duplicate": 0,
         "too_few_responses": 1,
     }
-    assert mined.dropped_prompts == {"too_few_responses": 2, "no_contrast": 1}
+    assert mined.dropped_prompts == {"too_few_responses": 2, "no_contrast": 1, "no_match": 0}
     # Both bounds are kept.
     assert mined.pairs.select("chosen_row", "rejected_row").rows() == [(8, 7)]
     assert mine_pairs(data, truncated_column=None, min_length=4).dropped["truncated"] == 0
@@ -362,7 +365,7 @@ def test_buckets_against_numpy(scale: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"debias": "quadratic"}, "must be one of none, linear, bucket"),
+        ({"debias": "quadratic"}, "must be one of none, linear, per_token, bucket, matched"),
         ({"alpha": -0.1}, "alpha is -0.1"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"alpha": math.inf}, "alpha is inf"),
@@ -444,10 +447,7 @@ def test_other_threads_run_meanwhile() -> None:
     stream = (
         frame(prompts=40_000).select(prompt="prompt_id", reward="reward", length="response_tokens").to_struct("rows")
     )
-    options: dict[str, Any] = {
-        "debias": "linear", "alpha": None, "min_responses": 2, "min_length": None, "max_length": None,
-        "buckets": 10, "bucket_scale": False,
-    }  # fmt: skip
+    options = MineOptions().native()
     turns, done = [0], threading.Event()
 
     def count() -> None:
@@ -463,7 +463,7 @@ def test_other_threads_run_meanwhile() -> None:
         most = 0
         for _ in range(20):
             before = turns[0]
-            dice_py._native.mine(stream, **options)
+            dice_py._native.mine(stream, options)
             most = max(most, turns[0] - before)
             if most > 100:
                 break

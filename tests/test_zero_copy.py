@@ -45,9 +45,9 @@ def seen_by_rust(monkeypatch: pytest.MonkeyPatch, frame: Any) -> list[tuple[int,
     seen: list[tuple[int, ...]] = []
     native = _native.mine
 
-    def spy(stream: Any, **options: Any) -> Any:
+    def spy(stream: Any, options: Any) -> Any:
         seen.extend(_native.addresses(stream))
-        return native(stream, **options)
+        return native(stream, options)
 
     with monkeypatch.context() as patch:
         patch.setattr(_native, "mine", spy)

@@ -17,11 +17,28 @@ pub enum Order {
     Shuffled,
 }
 
-/// `prompts` prompts of `responses` responses each: u32 keys, f32 rewards, u32 lengths of 20 to 2000, in one
-/// batch.
-pub fn columns(prompts: u32, responses: usize, order: Order, seed: u64) -> Columns {
+/// Responses of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Responses {
+    /// As many for each.
+    Each(usize),
+    /// 1 to 40 of them.
+    Ragged,
+}
+
+/// About `rows` rows: u32 keys, f32 rewards, u32 lengths of 20 to 2000, in one batch.
+pub fn columns(rows: usize, responses: Responses, order: Order, seed: u64) -> Columns {
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
-    let mut keys: Vec<u32> = (0..prompts).flat_map(|prompt| std::iter::repeat_n(prompt, responses)).collect();
+    let mut keys: Vec<u32> = Vec::with_capacity(rows + 64);
+    let mut prompt = 0;
+    while keys.len() < rows {
+        let count = match responses {
+            Responses::Each(count) => count,
+            Responses::Ragged => generator.random_range(1..=40),
+        };
+        keys.extend(std::iter::repeat_n(prompt, count));
+        prompt += 1;
+    }
     if order == Order::Shuffled {
         keys.shuffle(&mut generator);
     }

@@ -10,15 +10,18 @@
 //! reward' = (reward − m_b) / s_b         (scaled; s_b = 0 leaves it at reward − m_b)
 //! ```
 //!
-//! Usable here is every row that no filter of its own drops, on prompts with too few of them too.
+//! Usable here are rows of prompts with too few of them too.
 
 use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
-use crate::Columns;
+use crate::block::{Block, Moments, Source};
 use crate::exact::ExactSum;
 use crate::filter::{BadLength, Dropped, Filter, Point};
+use crate::lanes::Portable;
+use crate::layout::Layout;
+use crate::pool::{Group, Pool};
 
 /// The adjustment of each bucket.
 #[derive(Debug, Clone)]
@@ -35,13 +38,8 @@ impl Buckets {
     ///
     /// # Errors
     /// [`BadLength`] if a length is no count of 32 bits.
-    pub fn measure(
-        columns: &Columns,
-        filter: &Filter,
-        buckets: usize,
-        scaled: bool,
-    ) -> Result<Self, BadLength> {
-        let counts = over_rows(columns, filter, BTreeMap::<u32, u64>::new, |counts, point| {
+    pub fn measure<S: Source>(rows: &Usable<S>, buckets: usize, scaled: bool) -> Result<Self, BadLength> {
+        let counts = rows.fold(BTreeMap::<u32, u64>::new, |counts, point| {
             *counts.entry(point.length).or_default() += 1;
         })?;
         let counts = counts.into_iter().reduce(|mut all, part| {
@@ -53,13 +51,13 @@ impl Buckets {
         let size = found.cuts.len() + 1;
         found.mean = vec![0.0; size];
         found.scale = vec![1.0; size];
-        found.mean = found.means(columns, filter, |_, point| point.raw)?;
+        found.mean = found.means(rows, |_, point| point.raw)?;
         if scaled {
             let square = |bucket: usize, point: &Point| {
                 let deviation = point.raw - found.mean[bucket];
                 deviation * deviation
             };
-            let variance = found.means(columns, filter, square)?;
+            let variance = found.means(rows, square)?;
             found.scale = variance.iter().map(|v| if *v > 0.0 { v.sqrt() } else { 1.0 }).collect();
         }
         Ok(found)
@@ -67,14 +65,13 @@ impl Buckets {
 
     /// Mean of a value in each bucket, exact up to its last rounding, so that neither the order of rows
     /// nor the number of threads shows in it.
-    fn means(
+    fn means<S: Source>(
         &self,
-        columns: &Columns,
-        filter: &Filter,
+        rows: &Usable<S>,
         value: impl Fn(usize, &Point) -> f64 + Sync,
     ) -> Result<Vec<f64>, BadLength> {
         let empty = || vec![(ExactSum::default(), 0u64); self.cuts.len() + 1];
-        let parts = over_rows(columns, filter, empty, |sums, point| {
+        let parts = rows.fold(empty, |sums, point| {
             let bucket = self.bucket(point.length);
             sums[bucket].0.add(value(bucket, point));
             sums[bucket].1 += 1;
@@ -124,28 +121,45 @@ fn cuts(counts: &BTreeMap<u32, u64>, buckets: usize) -> Vec<u32> {
     cuts
 }
 
-/// Folds the usable rows, in parallel over pieces of the input.
-fn over_rows<T: Send>(
-    columns: &Columns,
-    filter: &Filter,
-    empty: impl Fn() -> T + Sync,
-    add: impl Fn(&mut T, &Point) + Sync,
-) -> Result<Vec<T>, BadLength> {
-    const PIECE: usize = 1 << 18;
-    columns
-        .batches
-        .par_iter()
-        .flat_map(|batch| {
-            (0..batch.len.div_ceil(PIECE)).into_par_iter().map(move |piece| (batch, piece * PIECE))
-        })
-        .map(|(batch, from)| {
+/// The usable rows of an input.
+#[derive(Debug, Clone, Copy)]
+pub struct Usable<'a, S> {
+    /// The rows.
+    pub source: &'a S,
+    /// Where the prompts are.
+    pub layout: &'a Layout,
+    /// Bounds on lengths.
+    pub filter: Filter,
+    /// Which responses count.
+    pub pool: Pool<'a>,
+}
+
+impl<S: Source> Usable<'_, S> {
+    /// Folds the rows, in parallel over pieces of the input.
+    fn fold<T: Send>(
+        &self,
+        empty: impl Fn() -> T + Sync,
+        add: impl Fn(&mut T, &Point) + Sync,
+    ) -> Result<Vec<T>, BadLength> {
+        let pieces = self.layout.pieces(self.source).into_par_iter();
+        let piece = |piece| {
+            let piece = self.layout.aligned(self.source, piece);
             let mut state = empty();
-            let mut ignored = Dropped::default();
-            let range = from..(from + PIECE).min(batch.len);
-            filter.apply(batch, range, &mut ignored, |point| add(&mut state, &point))?;
+            let (mut block, mut group, mut ignored) =
+                (Block::default(), Group::default(), Dropped::default());
+            let mut at = piece.start;
+            while at < piece.end {
+                at = self.layout.fill(Portable, self.source, at, piece.end, &mut block, &mut ignored)?;
+                block.screen(&self.filter, &mut ignored, &mut Moments::default());
+                for prompt in 0..block.prompts() {
+                    self.pool.fill(&block, prompt, &mut group, &mut ignored);
+                    group.all.iter().for_each(|point| add(&mut state, point));
+                }
+            }
             Ok(state)
-        })
-        .collect()
+        };
+        pieces.map(piece).collect()
+    }
 }
 
 #[cfg(test)]

@@ -11,9 +11,12 @@ use arrow_array::types::{
 use arrow_array::{Array, ArrayRef, PrimitiveArray, RecordBatch};
 use arrow_buffer::{BooleanBuffer, NullBuffer, ScalarBuffer};
 use arrow_schema::{ArrowError, DataType};
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::Error;
+use crate::block::{Block, Source};
+use crate::filter::{BadLength, Dropped};
 
 /// An integer column of any width.
 #[derive(Debug, Clone)]
@@ -210,6 +213,12 @@ pub struct Batch {
     pub valid_length: Option<NullBuffer>,
     /// Rows cut off by the token limit; `None`: no row is.
     pub truncated: Option<BooleanBuffer>,
+    /// Values by which responses of a prompt are equal, and which of them are there.
+    pub duplicate: Option<(Ints, Option<NullBuffer>)>,
+    /// Policies that sampled the responses.
+    pub policy: Option<Ints>,
+    /// Rewards of a second model, and which of them are there.
+    pub second: Option<(Floats, Option<NullBuffer>)>,
 }
 
 /// All the batches of an input.
@@ -228,9 +237,20 @@ fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef, Error>
     })
 }
 
+/// Refuses nulls, naming the first row that has one.
+///
+/// # Errors
+/// [`Error::Null`].
+pub fn no_nulls(array: &ArrayRef, column: &'static str, start: u64) -> Result<(), Error> {
+    match (0..array.len()).find(|&i| array.null_count() > 0 && array.is_null(i)) {
+        Some(i) => Err(Error::Null { column, row: start + i as u64 }),
+        None => Ok(()),
+    }
+}
+
 impl Columns {
-    /// Takes the columns `prompt`, `reward`, `length` and, where it is there, `truncated` (a null in
-    /// it counts as not truncated).
+    /// Takes the columns `prompt`, `reward`, `length` and, where they are there, the others (a null in `truncated`
+    /// counts as not truncated).
     ///
     /// | column | types |
     /// | --- | --- |
@@ -238,9 +258,12 @@ impl Columns {
     /// | `reward` | float32 or float64 |
     /// | `length` | any integer, in tokens or characters |
     /// | `truncated` | boolean |
+    /// | `duplicate` | any integer |
+    /// | `policy` | any integer, no nulls |
+    /// | `second` | float32 or float64 |
     ///
     /// # Errors
-    /// A missing column, one of another type, a null prompt, no rows, or a batch that cannot be read.
+    /// A missing column, one of another type, a null prompt or policy, no rows, or a batch that cannot be read.
     pub fn new(batches: impl IntoIterator<Item = Result<RecordBatch, ArrowError>>) -> Result<Self, Error> {
         let mut columns = Self { batches: Vec::new(), rows: 0 };
         for batch in batches {
@@ -278,11 +301,23 @@ impl Columns {
                     })
                 }
             },
+            duplicate: match batch.column_by_name("duplicate") {
+                None => None,
+                Some(array) => Some((Ints::new(array, "duplicate")?, array.nulls().cloned())),
+            },
+            policy: match batch.column_by_name("policy") {
+                None => None,
+                Some(array) => {
+                    no_nulls(array, "policy", start)?;
+                    Some(Ints::new(array, "policy")?)
+                }
+            },
+            second: match batch.column_by_name("second") {
+                None => None,
+                Some(array) => Some((Floats::new(array, "second")?, array.nulls().cloned())),
+            },
         };
-        if let Some(nulls) = keys.nulls().filter(|nulls| nulls.null_count() > 0) {
-            let first = (0..nulls.len()).find(|&i| nulls.is_null(i)).unwrap_or(0);
-            return Err(Error::Null { column: "prompt", row: start + first as u64 });
-        }
+        no_nulls(keys, "prompt", start)?;
         if parsed.len > 0 {
             self.rows += parsed.len as u64;
             self.batches.push(parsed);
@@ -309,9 +344,29 @@ impl Columns {
         batch.keys.ordinal(index)
     }
 
-    /// The error for the first length that is no count of 32 bits, if there is one.
-    pub fn first_bad_length(&self) -> Option<Error> {
-        self.batches.iter().find_map(|batch| {
+    /// A prompt key as a number of 64 bits (two's complement), from its [`Int::ordinal`].
+    pub fn key_number(&self, ordinal: u64) -> u64 {
+        match self.batches.first().map(|batch| &batch.keys) {
+            Some(Ints::I8(_) | Ints::I16(_) | Ints::I32(_) | Ints::I64(_)) => ordinal ^ (1 << 63),
+            _ => ordinal,
+        }
+    }
+
+    /// The parts of batches that make up some rows.
+    fn parts(&self, mut rows: Range<u64>) -> impl Iterator<Item = (&Batch, Range<usize>)> {
+        std::iter::from_fn(move || {
+            (rows.start < rows.end).then(|| {
+                let (batch, from) = self.locate(rows.start);
+                let to = batch.len.min(from + (rows.end - rows.start) as usize);
+                rows.start += (to - from) as u64;
+                (batch, from..to)
+            })
+        })
+    }
+
+    /// The error for the first length that is no count of 32 bits.
+    pub fn bad_length(&self) -> Error {
+        let first = self.batches.iter().find_map(|batch| {
             with_ints!(&batch.lengths, values => values.iter().enumerate().find_map(|(i, &value)| {
                 let there = batch.valid_length.as_ref().is_none_or(|nulls| nulls.is_valid(i));
                 let bad = value.length().is_none();
@@ -320,6 +375,90 @@ impl Columns {
                     value: value.wide(),
                 })
             }))
-        })
+        });
+        first.unwrap_or_else(|| Error::Read("a length changed while it was read".into()))
     }
+}
+
+impl Source for Columns {
+    fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    fn keys(&self, rows: Range<u64>, keys: &mut Vec<u64>) {
+        for (batch, range) in self.parts(rows) {
+            with_ints!(&batch.keys, values => keys.extend(values[range].iter().map(|key| key.ordinal())));
+        }
+    }
+
+    fn values(&self, rows: Range<u64>, block: &mut Block, dropped: &mut Dropped) -> Result<(), BadLength> {
+        for (batch, range) in self.parts(rows) {
+            batch.values(range, block, dropped)?;
+        }
+        Ok(())
+    }
+}
+
+impl Batch {
+    fn values(&self, range: Range<usize>, block: &mut Block, dropped: &mut Dropped) -> Result<(), BadLength> {
+        let from = block.rewards.len();
+        match &self.rewards {
+            Floats::F32(values) => block.rewards.extend_from_slice(&values[range.clone()]),
+            Floats::F64(values) => {
+                block.rewards.extend(values[range.clone()].iter().map(|&value| narrow(value)));
+                block.wide.extend_from_slice(&values[range.clone()]);
+            }
+        }
+        let mut bad = false;
+        match (&self.lengths, &self.valid_length) {
+            (Ints::U32(values), _) => block.lengths.extend_from_slice(&values[range.clone()]),
+            (lengths, None) => with_ints!(lengths, values => {
+                block.lengths.extend(values[range.clone()].iter().map(|&value| count(value, &mut bad)));
+            }),
+            // What lies under a null may be anything.
+            (lengths, Some(valid)) => with_ints!(lengths, values => {
+                block.lengths.extend(range.clone().map(|i| {
+                    if valid.is_valid(i) { count(values[i], &mut bad) } else { 0 }
+                }));
+            }),
+        }
+        if bad {
+            return Err(BadLength);
+        }
+        let rewards = &mut block.rewards[from..];
+        if let Some(valid) = &self.valid {
+            for (reward, i) in rewards.iter_mut().zip(range.clone()) {
+                if valid.is_null(i) {
+                    *reward = f32::NAN;
+                    dropped.null += 1;
+                    block.marked += 1;
+                }
+            }
+        }
+        if let Some(truncated) = &self.truncated {
+            for (reward, i) in rewards.iter_mut().zip(range) {
+                if truncated.value(i) && reward.is_finite() {
+                    *reward = f32::NAN;
+                    dropped.truncated += 1;
+                    block.marked += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value as a length; sets `bad` if it is no count of 32 bits.
+#[inline(always)]
+fn count<T: Int>(value: T, bad: &mut bool) -> u32 {
+    let length = value.length();
+    *bad |= length.is_none();
+    length.unwrap_or(0)
+}
+
+/// A reward as float32; infinite where it is beyond it.
+#[inline(always)]
+pub(crate) fn narrow(reward: f64) -> f32 {
+    // Rounding alone would bring what is barely beyond back to the greatest float32.
+    if reward.abs() > f64::from(f32::MAX) { f32::INFINITY } else { reward as f32 }
 }

@@ -7,11 +7,8 @@
 //! | 3 | `truncated` | it was cut off by the token limit |
 //! | 4 | `too_short` | its length is under `min_length` |
 //! | 5 | `too_long` | its length is over `max_length` |
-//! | 6 | `too_few_responses` | its prompt has fewer than `min_responses` rows that none of these dropped |
-
-use std::ops::Range;
-
-use crate::columns::{Batch, Floats, Int, with_ints};
+//! | 6 | `duplicate` | it equals a response of its prompt that none of these dropped, on a lower row |
+//! | 7 | `too_few_responses` | its prompt has fewer than `min_responses` rows that none of these dropped |
 
 /// One usable response.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -48,6 +45,8 @@ pub struct Dropped {
     pub too_short: u64,
     /// Over `max_length`.
     pub too_long: u64,
+    /// Equal to a response of the prompt that is kept.
+    pub duplicate: u64,
     /// Usable, but on a prompt with too few usable responses.
     pub too_few_responses: u64,
 }
@@ -60,6 +59,7 @@ impl Dropped {
         self.truncated += other.truncated;
         self.too_short += other.too_short;
         self.too_long += other.too_long;
+        self.duplicate += other.duplicate;
         self.too_few_responses += other.too_few_responses;
     }
 }
@@ -68,68 +68,3 @@ impl Dropped {
 /// [`Columns::first_bad_length`](crate::Columns::first_bad_length).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BadLength;
-
-impl Filter {
-    /// Calls `keep` on the usable rows of `range` (places in the batch), in order, and counts the others.
-    ///
-    /// # Errors
-    /// [`BadLength`], whether the row would have been dropped or not.
-    #[inline]
-    pub fn apply(
-        &self,
-        batch: &Batch,
-        range: Range<usize>,
-        dropped: &mut Dropped,
-        mut keep: impl FnMut(Point),
-    ) -> Result<(), BadLength> {
-        // The types are matched here, outside the loop over rows.
-        with_ints!(&batch.lengths, lengths => match &batch.rewards {
-            Floats::F32(rewards) => self.scan(
-                batch, range, dropped, &mut keep,
-                |i| f64::from(rewards[i]), |i| lengths[i].length(),
-            ),
-            Floats::F64(rewards) => self.scan(
-                batch, range, dropped, &mut keep,
-                |i| rewards[i], |i| lengths[i].length(),
-            ),
-        })
-    }
-
-    #[inline]
-    fn scan(
-        &self,
-        batch: &Batch,
-        range: Range<usize>,
-        dropped: &mut Dropped,
-        keep: &mut impl FnMut(Point),
-        reward: impl Fn(usize) -> f64,
-        length: impl Fn(usize) -> Option<u32>,
-    ) -> Result<(), BadLength> {
-        let (min, max) = (self.min_length.unwrap_or(0), self.max_length.unwrap_or(u32::MAX));
-        for i in range {
-            if batch.valid.as_ref().is_some_and(|nulls| nulls.is_null(i)) {
-                let there = batch.valid_length.as_ref().is_none_or(|nulls| nulls.is_valid(i));
-                if there && length(i).is_none() {
-                    return Err(BadLength);
-                }
-                dropped.null += 1;
-                continue;
-            }
-            let (raw, length) = (reward(i), length(i).ok_or(BadLength)?);
-            // False for NaN too.
-            let finite = raw.abs() <= f64::from(f32::MAX);
-            if !finite {
-                dropped.not_finite += 1;
-            } else if batch.truncated.as_ref().is_some_and(|flags| flags.value(i)) {
-                dropped.truncated += 1;
-            } else if length < min {
-                dropped.too_short += 1;
-            } else if length > max {
-                dropped.too_long += 1;
-            } else {
-                keep(Point { score: raw, raw, row: batch.start + i as u64, length });
-            }
-        }
-        Ok(())
-    }
-}

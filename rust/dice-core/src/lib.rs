@@ -19,17 +19,27 @@
 //! Results do not depend on the number of threads, on how the input is cut into batches, or on the
 //! order of rows (but for exact ties, which go to the lower row number).
 
+pub mod block;
 pub mod bucket;
 pub mod columns;
 pub mod error;
 pub mod exact;
 pub mod filter;
-pub mod groups;
 pub mod hull;
+pub mod labels;
+pub mod lanes;
+pub mod layout;
 pub mod mine;
+pub mod pairing;
 pub mod penalty;
+pub mod pick;
+pub mod pool;
+pub mod records;
 pub mod replay;
+pub mod scan;
 pub mod select;
+pub mod solve;
+pub mod table;
 
 pub use columns::Columns;
 pub use error::Error;

@@ -1,17 +1,20 @@
 //! The whole: columns in, pairs out.
 
-use std::sync::Arc;
+use arrow_array::RecordBatch;
 
-use arrow_array::{ArrayRef, Float32Array, RecordBatch, UInt32Array, UInt64Array};
-use arrow_schema::{DataType, Field, Schema};
-use rayon::prelude::*;
-
-use crate::bucket::Buckets;
-use crate::filter::{BadLength, Dropped, Filter, Point};
-use crate::groups::Groups;
-use crate::hull::{self, Break};
-use crate::penalty::Steps;
-use crate::select::{margin, select};
+use crate::block::Source;
+use crate::bucket::{Buckets, Usable};
+use crate::filter::{Dropped, Filter};
+use crate::hull::Bracket;
+use crate::layout::{Layout, Stop};
+use crate::pairing::Pairing;
+use crate::penalty::Target;
+use crate::pick::{Picked, Rules, Scoring, pick};
+use crate::pool::{PickFrom, Pool};
+use crate::records::Records;
+use crate::scan::Wanted;
+use crate::solve::solve;
+use crate::table::{self, Table};
 use crate::{Columns, Error};
 
 /// What is done about length.
@@ -23,6 +26,8 @@ pub enum Debias {
     LinearAuto,
     /// `reward − α·length`, with this α: finite and not negative.
     Linear(f64),
+    /// `reward / length`; responses of length 0 are too short.
+    PerToken,
     /// The reward centred inside length quantiles: see [`bucket`](crate::bucket).
     Bucket {
         /// Number of quantiles, at least 1.
@@ -41,6 +46,28 @@ pub struct Options {
     pub min_responses: usize,
     /// Bounds on the length of a usable response.
     pub filter: Filter,
+    /// Which responses make pairs.
+    pub pairing: Pairing,
+    /// Which policies the chosen response may come from.
+    pub chosen_from: PickFrom,
+    /// Which policies the rejected response may come from.
+    pub rejected_from: PickFrom,
+    /// Whether to add [win rates](crate::labels::win_rate), at this scale.
+    pub win_rates: Option<f64>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            debias: Debias::LinearAuto,
+            min_responses: 2,
+            filter: Filter::default(),
+            pairing: Pairing::MaxMin,
+            chosen_from: PickFrom::Any,
+            rejected_from: PickFrom::Any,
+            win_rates: None,
+        }
+    }
 }
 
 /// Prompts that gave no pair, by reason.
@@ -48,25 +75,59 @@ pub struct Options {
 pub struct DroppedPrompts {
     /// Fewer usable responses than asked for.
     pub too_few_responses: u64,
-    /// All usable responses agree in reward and length.
+    /// No response that may be chosen beats one that may be rejected.
     pub no_contrast: u64,
+    /// No two responses of nearly equal length, one of which beats the other.
+    pub no_match: u64,
+}
+
+impl DroppedPrompts {
+    /// Adds another count.
+    pub fn add(&mut self, other: &Self) {
+        self.too_few_responses += other.too_few_responses;
+        self.no_contrast += other.no_contrast;
+        self.no_match += other.no_match;
+    }
+
+    /// Counts a prompt for which a pairing found nothing.
+    pub fn count_pairless(&mut self, pairing: Pairing) {
+        match pairing {
+            Pairing::Matched(_) => self.no_match += 1,
+            _ => self.no_contrast += 1,
+        }
+    }
+}
+
+/// A point of the curve of mean length gap against penalty.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CurvePoint {
+    /// The penalty.
+    pub alpha: f64,
+    /// The mean gap from there on.
+    pub gap: f64,
+    /// Whether it is that of all prompts, rather than of a sample.
+    pub exact: bool,
 }
 
 /// What [`mine`] gives.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Mined {
-    /// The pairs, by ascending prompt key: see [`mine`].
-    pub pairs: RecordBatch,
-    /// The penalty; `None` for [`Debias::Bucket`].
+    /// The pairs, by ascending prompt key, in one batch or several: see [`mine`].
+    pub pairs: Vec<RecordBatch>,
+    /// The penalty; `None` without a linear one.
     pub alpha: Option<f64>,
-    /// The penalties `[low, high)` that give the same pairs; `high` may be infinite.
+    /// The penalties `[low, high)` that give the same best and worst responses; `high` may be infinite.
     pub alpha_interval: Option<(f64, f64)>,
-    /// Mean of chosen length − rejected length without any debiasing; NaN without pairs.
+    /// Mean of |best| − |worst| by reward alone, over prompts where one beats the other; NaN without such.
     pub gap_before: f64,
-    /// The same, of the pairs; NaN without pairs.
+    /// Mean of |chosen| − |rejected| of the pairs; NaN without pairs.
     pub gap_after: f64,
-    /// (α, mean gap from α on) around the answer; none for [`Debias::Bucket`] or without pairs.
-    pub curve: Vec<(f64, f64)>,
+    /// The gap around the answer; none without a linear penalty or without pairs.
+    pub curve: Vec<CurvePoint>,
+    /// Pearson's correlation of reward and length over the usable rows; NaN if one is constant.
+    pub correlation_before: f64,
+    /// The same of score and length.
+    pub correlation_after: f64,
     /// Rows dropped.
     pub dropped: Dropped,
     /// Prompts that gave no pair.
@@ -77,17 +138,7 @@ pub struct Mined {
     pub rows: u64,
 }
 
-/// Groups worked on at a time by one thread.
-const BLOCK: usize = 1024;
-
-/// One pair, before it becomes a row.
-struct Pair {
-    key: u64,
-    chosen: Point,
-    rejected: Point,
-}
-
-/// Takes the best and the worst usable response of every prompt, less the length penalty.
+/// Picks pairs of every prompt's usable responses, by reward less the length penalty.
 ///
 /// Pairs come with the columns
 ///
@@ -96,12 +147,14 @@ struct Pair {
 /// | `prompt` | the input's | the key |
 /// | `chosen_row`, `rejected_row` | uint64 | row numbers over all batches |
 /// | `chosen_reward`, `rejected_reward` | float32 | as they came in |
-/// | `margin` | float32 | difference of the rewards after the penalty |
+/// | `margin` | float32 | difference of the scores |
 /// | `chosen_length`, `rejected_length` | uint32 | |
+/// | `chosen_win_rate`, `rejected_win_rate` | float32 | if asked for |
+/// | `consistency` | float32 | if the input has a column `second` |
 ///
 /// ```
 /// use arrow_array::{ArrayRef, Float32Array, RecordBatch, UInt32Array};
-/// use dice_core::{Columns, Debias, Options, mine};
+/// use dice_core::{Columns, Options, mine};
 /// use std::sync::Arc;
 ///
 /// let batch = RecordBatch::try_from_iter([
@@ -109,9 +162,7 @@ struct Pair {
 ///     ("reward", Arc::new(Float32Array::from(vec![0.5, 0.4, 0.0]))),
 ///     ("length", Arc::new(UInt32Array::from(vec![90, 20, 20]))),
 /// ])?;
-/// let options =
-///     Options { debias: Debias::LinearAuto, min_responses: 2, filter: Default::default() };
-/// let mined = mine(&Columns::new([Ok(batch)])?, &options)?;
+/// let mined = mine(&Columns::new([Ok(batch)])?, &Options::default())?;
 /// assert_eq!(mined.gap_before, 70.0);
 /// assert_eq!(mined.gap_after, 0.0);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -120,187 +171,169 @@ struct Pair {
 /// # Errors
 /// [`Error::Usage`] for an option out of range; [`Error::Length`] for a length that is no count.
 pub fn mine(columns: &Columns, options: &Options) -> Result<Mined, Error> {
-    check(options)?;
-    let bad =
-        |BadLength| columns.first_bad_length().unwrap_or_else(|| Error::Read("a length changed".into()));
-    let groups = Groups::new(columns);
-    let buckets = match options.debias {
-        Debias::Bucket { buckets, scale } => {
-            Some(Buckets::measure(columns, &options.filter, buckets, scale).map_err(bad)?)
-        }
-        _ => None,
-    };
-    let mut survey = survey(columns, &groups, options, buckets.is_none()).map_err(bad)?;
-    let steps = Steps::new(survey.gap, std::mem::take(&mut survey.breaks));
-    let step = match options.debias {
-        Debias::LinearAuto => steps.least(),
-        Debias::Linear(alpha) => steps.step_at(alpha),
-        Debias::None | Debias::Bucket { .. } => 0,
-    };
-    let alpha = match options.debias {
-        Debias::Linear(alpha) => alpha,
-        _ => steps.representative(step),
-    };
-    let pairs = pick(columns, &groups, options, buckets.as_ref(), alpha).map_err(bad)?;
-    let count = pairs.len();
-    let gap: i128 =
-        pairs.iter().map(|pair| i128::from(pair.chosen.length) - i128::from(pair.rejected.length)).sum();
-    debug_assert!(buckets.is_some() || gap == steps.gap(step));
-    let mean = |gap: i128| gap as f64 / count as f64;
-    let linear = buckets.is_none();
-    Ok(Mined {
-        alpha: linear.then_some(alpha),
-        alpha_interval: linear.then(|| steps.interval(step)),
-        gap_before: mean(survey.gap),
-        gap_after: mean(gap),
-        curve: if linear && count > 0 {
-            steps.curve(step).into_iter().map(|(alpha, gap)| (alpha, mean(gap))).collect()
-        } else {
-            Vec::new()
-        },
-        dropped: survey.dropped,
-        dropped_prompts: survey.dropped_prompts,
-        prompts: groups.len() as u64,
-        rows: columns.rows,
-        pairs: assemble(columns, &pairs, alpha)?,
-    })
+    check(columns, options)?;
+    let (tables, mut mined) = mine_tables(columns, options)?;
+    mined.pairs = table::batches(tables, &columns.batches[0].keys)?;
+    Ok(mined)
 }
 
-fn check(options: &Options) -> Result<(), Error> {
+/// Finds the layout, and mines over it.
+fn mine_tables(columns: &Columns, options: &Options) -> Result<(Vec<Table>, Mined), Error> {
+    let explain = |stop| match stop {
+        Stop::Length => columns.bad_length(),
+        Stop::Order => Error::Read("the prompts changed while they were read".into()),
+    };
+    if Layout::seems_in_order(columns) {
+        match over(columns, &Layout::InOrder, columns, options) {
+            Err(Stop::Order) => {}
+            other => return other.map_err(explain),
+        }
+    }
+    if let Some(layout) = Layout::runs(columns) {
+        return over(columns, &layout, columns, options).map_err(explain);
+    }
+    let records = Records::new(columns)?;
+    let (tables, mut mined) = over(&records, &Layout::InOrder, columns, options).map_err(explain)?;
+    records.correct(&mut mined.dropped);
+    Ok((tables, mined))
+}
+
+/// Checks that the options fit each other and the columns.
+///
+/// # Errors
+/// [`Error::Usage`].
+pub fn check(columns: &Columns, options: &Options) -> Result<(), Error> {
+    let refuse = |message: String| Err(Error::Usage(message));
     if options.min_responses < 2 {
-        return Err(Error::Usage(format!(
+        return refuse(format!(
             "min_responses is {}, but a pair takes two responses: give 2 or more",
             options.min_responses
-        )));
+        ));
     }
     if let Filter { min_length: Some(min), max_length: Some(max) } = options.filter
         && min > max
     {
-        return Err(Error::Usage(format!(
-            "min_length is {min} and max_length {max}: no response can be both"
-        )));
+        return refuse(format!("min_length is {min} and max_length {max}: no response can be both"));
+    }
+    let pooled = options.chosen_from != PickFrom::Any || options.rejected_from != PickFrom::Any;
+    if pooled && columns.batches.iter().any(|batch| batch.policy.is_none()) {
+        return refuse("chosen_from and rejected_from need a column of policies: name it".into());
     }
     match options.debias {
-        Debias::Linear(alpha) if !(alpha.is_finite() && alpha >= 0.0) => Err(Error::Usage(format!(
-            "alpha is {alpha}, but must be 'auto' or a finite number of zero or more"
-        ))),
-        Debias::Bucket { buckets: 0, .. } => Err(Error::Usage("buckets is 0: give 1 or more".into())),
+        Debias::Linear(alpha) if !(alpha.is_finite() && alpha >= 0.0) => {
+            refuse(format!("alpha is {alpha}, but must be 'auto' or a finite number of zero or more"))
+        }
+        Debias::Bucket { buckets: 0, .. } => refuse("buckets is 0: give 1 or more".into()),
+        Debias::LinearAuto | Debias::Linear(_) | Debias::PerToken | Debias::Bucket { .. }
+            if matches!(options.pairing, Pairing::Matched(_)) =>
+        {
+            refuse("matched pairs are picked by reward alone: leave other debiasing out".into())
+        }
         _ => Ok(()),
     }
 }
 
-/// What one pass over all prompts finds.
-#[derive(Default)]
-struct Survey {
-    /// Total gap at α = 0 of the prompts that give a pair.
-    gap: i128,
-    breaks: Vec<Break>,
-    dropped: Dropped,
-    dropped_prompts: DroppedPrompts,
-}
-
-/// Counts what is dropped, and collects the gap at α = 0 and (if asked) the break points.
-fn survey(columns: &Columns, groups: &Groups, options: &Options, breaks: bool) -> Result<Survey, BadLength> {
-    let parts: Vec<Survey> = (0..groups.len().div_ceil(BLOCK))
-        .into_par_iter()
-        .map_init(
-            || (Vec::new(), hull::Scratch::default()),
-            |(points, scratch), block| {
-                let mut part = Survey::default();
-                for group in block * BLOCK..groups.len().min((block + 1) * BLOCK) {
-                    groups.gather(group, columns, &options.filter, &mut part.dropped, points)?;
-                    if points.len() < options.min_responses {
-                        part.dropped.too_few_responses += points.len() as u64;
-                        part.dropped_prompts.too_few_responses += 1;
-                    } else if let Some((chosen, rejected)) = select(points, 0.0) {
-                        part.gap += i128::from(chosen.length) - i128::from(rejected.length);
-                        if breaks {
-                            hull::walk(points, scratch, &mut part.breaks);
-                        }
-                    } else {
-                        part.dropped_prompts.no_contrast += 1;
-                    }
-                }
-                Ok(part)
-            },
-        )
-        .collect::<Result<_, _>>()?;
-    let mut all = Survey::default();
-    all.breaks.reserve_exact(parts.iter().map(|part| part.breaks.len()).sum());
-    for part in parts {
-        all.gap += part.gap;
-        all.breaks.extend(part.breaks);
-        all.dropped.add(&part.dropped);
-        all.dropped_prompts.too_few_responses += part.dropped_prompts.too_few_responses;
-        all.dropped_prompts.no_contrast += part.dropped_prompts.no_contrast;
+/// The filter, with what the debiasing asks of lengths.
+pub fn filter(options: &Options) -> Filter {
+    let Filter { min_length, max_length } = options.filter;
+    match options.debias {
+        Debias::PerToken => Filter { min_length: Some(min_length.unwrap_or(0).max(1)), max_length },
+        _ => options.filter,
     }
-    Ok(all)
 }
 
-/// The pairs at a penalty, in the order of the groups.
-fn pick(
+/// The penalty that is looked for, if there is one.
+pub fn target(options: &Options) -> Option<Target> {
+    match options.debias {
+        _ if matches!(options.pairing, Pairing::Matched(_)) => None,
+        Debias::LinearAuto => Some(Target::LeastGap),
+        Debias::Linear(alpha) => Some(Target::At(alpha)),
+        Debias::None => Some(Target::At(0.0)),
+        Debias::PerToken | Debias::Bucket { .. } => None,
+    }
+}
+
+/// Whether the pairs are just the best and worst of all of a prompt's usable rows, without labels.
+fn plain(options: &Options, columns: &Columns) -> bool {
+    options.pairing == Pairing::MaxMin
+        && options.win_rates.is_none()
+        && options.chosen_from == PickFrom::Any
+        && options.rejected_from == PickFrom::Any
+        && columns.batches.iter().all(|batch| batch.second.is_none() && batch.duplicate.is_none())
+}
+
+/// Mines over a layout; the pairs are apart.
+fn over<S: Source>(
+    source: &S,
+    layout: &Layout,
     columns: &Columns,
-    groups: &Groups,
     options: &Options,
-    buckets: Option<&Buckets>,
-    alpha: f64,
-) -> Result<Vec<Pair>, BadLength> {
-    let parts: Vec<Vec<Pair>> = (0..groups.len().div_ceil(BLOCK))
-        .into_par_iter()
-        .map_init(Vec::new, |points, block| {
-            let mut pairs = Vec::new();
-            let mut ignored = Dropped::default();
-            for group in block * BLOCK..groups.len().min((block + 1) * BLOCK) {
-                groups.gather(group, columns, &options.filter, &mut ignored, points)?;
-                if points.len() < options.min_responses {
-                    continue;
-                }
-                if let Some(buckets) = buckets {
-                    points.iter_mut().for_each(|point| buckets.adjust(point));
-                }
-                if let Some((chosen, rejected)) = select(points, alpha) {
-                    pairs.push(Pair { key: columns.key(chosen.row), chosen, rejected });
-                }
+) -> Result<(Vec<Table>, Mined), Stop> {
+    let filter = filter(options);
+    let pool = Pool { columns, chosen: options.chosen_from, rejected: options.rejected_from };
+    let mut mined = Mined { rows: columns.rows, ..Mined::default() };
+    let plain = plain(options, columns);
+    let mut tables = Vec::new();
+    let solved = match target(options) {
+        None => None,
+        Some(target) => {
+            let wanted = Wanted {
+                filter,
+                min_responses: options.min_responses,
+                bracket: Bracket::ALL,
+                pool,
+                pairs: plain,
+            };
+            let solved = solve(source, layout, &wanted, target)?;
+            mined.alpha = Some(solved.alpha);
+            mined.alpha_interval = Some(solved.interval);
+            mined.curve = solved.curve;
+            if plain {
+                tables = solved.tables;
             }
-            Ok(pairs)
-        })
-        .collect::<Result<_, _>>()?;
-    let mut pairs = Vec::with_capacity(parts.iter().map(Vec::len).sum());
-    parts.into_iter().for_each(|part| pairs.extend(part));
-    Ok(pairs)
-}
-
-fn assemble(columns: &Columns, pairs: &[Pair], alpha: f64) -> Result<RecordBatch, Error> {
-    let keys: Vec<u64> = pairs.iter().map(|pair| pair.key).collect();
-    let key = columns.batches.first().ok_or(Error::Empty)?.keys.from_ordinals(&keys);
-    let schema = Schema::new(vec![
-        Field::new("prompt", key.data_type().clone(), false),
-        Field::new("chosen_row", DataType::UInt64, false),
-        Field::new("rejected_row", DataType::UInt64, false),
-        Field::new("chosen_reward", DataType::Float32, false),
-        Field::new("rejected_reward", DataType::Float32, false),
-        Field::new("margin", DataType::Float32, false),
-        Field::new("chosen_length", DataType::UInt32, false),
-        Field::new("rejected_length", DataType::UInt32, false),
-    ]);
-    let rows = |row: fn(&Pair) -> u64| -> ArrayRef {
-        Arc::new(UInt64Array::from_iter_values(pairs.iter().map(row)))
+            Some(solved.total)
+        }
     };
-    let rewards = |reward: &dyn Fn(&Pair) -> f32| -> ArrayRef {
-        Arc::new(Float32Array::from_iter_values(pairs.iter().map(reward)))
-    };
-    let lengths = |length: fn(&Pair) -> u32| -> ArrayRef {
-        Arc::new(UInt32Array::from_iter_values(pairs.iter().map(length)))
-    };
-    let columns = vec![
-        key,
-        rows(|pair| pair.chosen.row),
-        rows(|pair| pair.rejected.row),
-        rewards(&|pair| pair.chosen.raw as f32),
-        rewards(&|pair| pair.rejected.raw as f32),
-        rewards(&|pair| margin(&pair.chosen, &pair.rejected, alpha)),
-        lengths(|pair| pair.chosen.length),
-        lengths(|pair| pair.rejected.length),
-    ];
-    RecordBatch::try_new(Arc::new(schema), columns).map_err(|error| Error::Read(error.to_string()))
+    if let Some(total) = solved.filter(|_| plain) {
+        mined.gap_before = total.gap_before as f64 / total.contrast as f64;
+        mined.correlation_before = total.moments.correlation(0.0);
+        mined.correlation_after = total.moments.correlation(mined.alpha.unwrap_or(0.0));
+        mined.dropped = total.dropped;
+        mined.dropped_prompts = total.dropped_prompts;
+        mined.prompts = total.prompts;
+    } else {
+        let buckets = match options.debias {
+            Debias::Bucket { buckets, scale } => {
+                Some(Buckets::measure(&Usable { source, layout, filter, pool }, buckets, scale)?)
+            }
+            _ => None,
+        };
+        let scoring = match (&buckets, options.debias) {
+            (Some(buckets), _) => Scoring::Bucket(buckets),
+            (None, Debias::PerToken) => Scoring::PerToken,
+            _ => Scoring::Linear(mined.alpha.unwrap_or(0.0)),
+        };
+        let rules = Rules {
+            filter,
+            min_responses: options.min_responses,
+            pool,
+            scoring,
+            pairing: options.pairing,
+            win_rates: options.win_rates,
+        };
+        let mut total = Picked::default();
+        for part in pick(source, layout, &rules)? {
+            total.merge(&part);
+            tables.push(part.table);
+        }
+        mined.gap_before = total.gap_before as f64 / total.contrast as f64;
+        mined.correlation_before = total.moments.correlation(0.0);
+        mined.correlation_after = total.scores.correlation(mined.alpha.unwrap_or(0.0));
+        mined.dropped = total.dropped;
+        mined.dropped_prompts = total.dropped_prompts;
+        mined.prompts = total.prompts;
+    }
+    let pairs: usize = tables.iter().map(Table::len).sum();
+    mined.gap_after = tables.iter().map(Table::gap).sum::<i128>() as f64 / pairs as f64;
+    Ok((tables, mined))
 }

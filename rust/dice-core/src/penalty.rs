@@ -12,27 +12,36 @@
 
 use rayon::prelude::*;
 
-use crate::hull::Break;
+use crate::hull::{Bracket, Break};
 
 /// Points of [`Steps::curve`], at most about this many.
 const CURVE: usize = 200;
 
+/// The penalty that is looked for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// The one that brings the gap nearest zero.
+    LeastGap,
+    /// This one.
+    At(f64),
+}
+
 /// The total length gap as a function of the penalty.
 #[derive(Debug, Clone)]
 pub struct Steps {
-    /// Least penalty of each step: 0 first, then rising.
+    /// Least penalty of each step: the low end of what is known first, then rising.
     at: Vec<f64>,
     /// The total gap from there on, falling. At most 2³² for each of at most 2⁶³ prompts.
     gap: Vec<i128>,
 }
 
 impl Steps {
-    /// From the gap at α = 0 and the break points of all prompts, in any order.
-    pub fn new(gap_at_zero: i128, mut breaks: Vec<Break>) -> Self {
+    /// From the gap at α = `low` and the break points of all prompts beyond it, in any order.
+    pub fn new(low: f64, gap_at_low: i128, mut breaks: Vec<Break>) -> Self {
         // Equal break points are added up, so their order does not matter.
         breaks.par_sort_unstable_by(|a, b| a.at.total_cmp(&b.at));
-        let mut steps = Self { at: vec![0.0], gap: vec![gap_at_zero] };
-        let mut gap = gap_at_zero;
+        let mut steps = Self { at: vec![low], gap: vec![gap_at_low] };
+        let mut gap = gap_at_low;
         for same in breaks.chunk_by(|a, b| a.at == b.at) {
             gap -= same.iter().map(|step| i128::from(step.drop)).sum::<i128>();
             steps.at.push(same[0].at);
@@ -47,16 +56,54 @@ impl Steps {
         if after == 0 {
             return 0;
         }
-        // The last step above zero, or the first at or below it.
+        // The last step above zero, or the first at or below it (unless there is none, in which case no answer
+        // is known yet, or all steps are known and the last is the best).
         match self.gap.get(after) {
             Some(gap) if gap.abs() < self.gap[after - 1].abs() => after,
             _ => after - 1,
         }
     }
 
-    /// The step that a penalty of zero or more lies on.
+    /// The step that a penalty lies on; the first for one below what is known.
     pub fn step_at(&self, alpha: f64) -> usize {
-        self.at.partition_point(|&at| at <= alpha) - 1
+        self.at.partition_point(|&at| at <= alpha).saturating_sub(1)
+    }
+
+    /// The step that is looked for, if both its ends are known: the steps may be those of a bracket alone.
+    pub fn find(&self, target: Target, bracket: Bracket) -> Option<usize> {
+        let step = match target {
+            Target::LeastGap => self.least(),
+            Target::At(alpha) => self.step_at(alpha),
+        };
+        let low_known = step > 0 || bracket.low == 0.0;
+        let high_known = step + 1 < self.at.len() || bracket.high == f64::INFINITY;
+        (low_known && high_known).then_some(step)
+    }
+
+    /// Where the steps of all prompts are likely to have what is looked for, if these are the steps of a random
+    /// sample of them: `prompts` of them, whose gaps have the given standard deviation.
+    /// Nothing is known of the sample outside `known`.
+    pub fn bracket(&self, target: Target, known: Bracket, prompts: u64, deviation: f64) -> Bracket {
+        /// Standard errors of the sample's mean gap to both sides.
+        const ERRORS: f64 = 4.0;
+        /// Steps of the sample to both sides of a given penalty.
+        const NEAR: usize = 16;
+        let (first, last) = match target {
+            Target::LeastGap => {
+                // In total gaps of the sample.
+                let slack = ERRORS * deviation * (prompts as f64).sqrt();
+                let above = self.gap.partition_point(|&gap| gap as f64 >= slack);
+                (above.checked_sub(1), self.gap.partition_point(|&gap| gap as f64 > -slack) + 1)
+            }
+            Target::At(alpha) => {
+                let step = self.step_at(alpha);
+                (step.checked_sub(NEAR), step + NEAR)
+            }
+        };
+        Bracket {
+            low: first.map_or(known.low, |step| self.at[step]),
+            high: self.at.get(last).copied().unwrap_or(known.high),
+        }
     }
 
     /// The penalties `[low, high)` of a step; `high` may be infinite.
@@ -110,7 +157,7 @@ mod tests {
     use super::*;
 
     fn steps(gap: i128, of: &[(f64, u32)]) -> Steps {
-        Steps::new(gap, of.iter().map(|&(at, drop)| Break { at, drop }).collect())
+        Steps::new(0.0, gap, of.iter().map(|&(at, drop)| Break { at, drop }).collect())
     }
 
     #[test]

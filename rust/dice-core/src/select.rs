@@ -1,9 +1,9 @@
-//! The best and worst response of one prompt at a given penalty.
+//! The best and the worst of some responses at a given penalty.
 //!
 //! | | penalised score `score − α·length` | then | then | then |
 //! | --- | --- | --- | --- | --- |
-//! | chosen | highest | shorter | higher raw reward | lower row |
-//! | rejected | lowest | longer | lower raw reward | lower row |
+//! | best first | highest | shorter | higher raw reward | lower row |
+//! | worst first | lowest | longer | lower raw reward | lower row |
 //!
 //! Penalised scores are compared exactly ([`compare_difference`]). The raw reward only matters where
 //! scores were adjusted and rounded: at equal length and equal score it is equal otherwise.
@@ -13,50 +13,60 @@ use std::cmp::Ordering;
 use crate::exact::compare_difference;
 use crate::filter::Point;
 
-/// Compares the penalised scores of two responses.
+/// Compares two responses without regard to their rows: `Greater` if `a` beats `b`.
 #[inline]
 pub fn compare(a: &Point, b: &Point, alpha: f64) -> Ordering {
     let longer = i64::from(a.length) - i64::from(b.length);
     compare_difference(a.score, b.score, alpha, longer as f64)
+        .then_with(|| b.length.cmp(&a.length))
+        .then_with(|| a.raw.partial_cmp(&b.raw).unwrap_or(Ordering::Equal))
 }
 
-/// Chosen and rejected of at least one response; `None` if there is no contrast.
-///
-/// Chosen and rejected are the same row if and only if all responses agree in length, score and raw
-/// reward: if the best is the worst, all penalised scores are equal, so that the chosen is the shortest
-/// and the rejected the longest of all, hence all lengths are equal; then all scores are, and by the
-/// next rule all raw rewards. The other way round, both fall to the lowest row.
+/// Whether `a` beats `b`, so that they can be a pair.
 #[inline]
-pub fn select(points: &[Point], alpha: f64) -> Option<(Point, Point)> {
-    let (mut best, mut worst) = (points.first()?, points.first()?);
-    for point in &points[1..] {
-        let against_best = compare(point, best, alpha)
-            .then_with(|| best.length.cmp(&point.length))
-            .then_with(|| tie(point.raw, best.raw))
-            .then_with(|| best.row.cmp(&point.row));
-        if against_best == Ordering::Greater {
-            best = point;
-        }
-        let against_worst = compare(worst, point, alpha)
-            .then_with(|| point.length.cmp(&worst.length))
-            .then_with(|| tie(worst.raw, point.raw))
-            .then_with(|| worst.row.cmp(&point.row));
-        if against_worst == Ordering::Greater {
-            worst = point;
-        }
-    }
-    (best.row != worst.row).then_some((*best, *worst))
+pub fn beats(a: &Point, b: &Point, alpha: f64) -> bool {
+    compare(a, b, alpha) == Ordering::Greater
 }
 
-/// −0 and +0 are equal here, as they are everywhere else.
-fn tie(a: f64, b: f64) -> Ordering {
-    a.partial_cmp(&b).unwrap_or(Ordering::Equal)
-}
-
-/// The pair's difference of penalised scores, as it is stored: saturating at the range of float32.
+/// The order best first.
 #[inline]
-pub fn margin(chosen: &Point, rejected: &Point, alpha: f64) -> f32 {
+pub fn best_first(a: &Point, b: &Point, alpha: f64) -> Ordering {
+    compare(b, a, alpha).then(a.row.cmp(&b.row))
+}
+
+/// The order worst first.
+#[inline]
+pub fn worst_first(a: &Point, b: &Point, alpha: f64) -> Ordering {
+    compare(a, b, alpha).then(a.row.cmp(&b.row))
+}
+
+/// The first of the order best first.
+#[inline]
+pub fn best(points: &[Point], alpha: f64) -> Option<&Point> {
+    points.iter().min_by(|a, b| best_first(a, b, alpha))
+}
+
+/// The first of the order worst first.
+#[inline]
+pub fn worst(points: &[Point], alpha: f64) -> Option<&Point> {
+    points.iter().min_by(|a, b| worst_first(a, b, alpha))
+}
+
+/// The pair's difference of penalised scores.
+#[inline]
+pub fn margin(chosen: &Point, rejected: &Point, alpha: f64) -> f64 {
     let longer = i64::from(chosen.length) - i64::from(rejected.length);
-    let margin = (chosen.score - rejected.score) - alpha * longer as f64;
+    difference(chosen.score, rejected.score, longer, alpha)
+}
+
+/// `(a − b) − alpha · longer`
+#[inline(always)]
+pub fn difference(a: f64, b: f64, longer: i64, alpha: f64) -> f64 {
+    (a - b) - alpha * longer as f64
+}
+
+/// As it is stored: saturating at the range of float32.
+#[inline(always)]
+pub fn stored(margin: f64) -> f32 {
     margin.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
 }

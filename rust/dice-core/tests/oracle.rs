@@ -9,6 +9,7 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::{Float32Type, Int64Type, UInt32Type, UInt64Type};
 use arrow_array::{ArrayRef, BooleanArray, Float32Array, Float64Array, Int64Array, RecordBatch, UInt32Array};
 use dice_core::filter::Filter;
+use dice_core::mine::CurvePoint;
 use dice_core::{Columns, Debias, Mined, Options, mine};
 use proptest::prelude::*;
 
@@ -51,16 +52,16 @@ fn run(rows: &[Row], size: usize, debias: Debias, limits: Limits) -> Mined {
     let starts = (0..rows.len()).step_by(size);
     let batches = starts.map(|from| Ok(whole.slice(from, size.min(rows.len() - from))));
     let filter = Filter { min_length: limits.min_length, max_length: limits.max_length };
-    let options = Options { debias, min_responses: limits.min_responses, filter };
+    let options = Options { debias, min_responses: limits.min_responses, filter, ..Options::default() };
     mine(&Columns::new(batches).unwrap(), &options).unwrap()
 }
 
 /// Prompt, chosen row, rejected row.
 fn pairs(mined: &Mined) -> Vec<(i64, u64, u64)> {
-    let prompts = mined.pairs.column(0).as_primitive::<Int64Type>();
-    let chosen = mined.pairs.column(1).as_primitive::<UInt64Type>();
-    let rejected = mined.pairs.column(2).as_primitive::<UInt64Type>();
-    (0..mined.pairs.num_rows()).map(|i| (prompts.value(i), chosen.value(i), rejected.value(i))).collect()
+    let prompts = mined.pairs[0].column(0).as_primitive::<Int64Type>();
+    let chosen = mined.pairs[0].column(1).as_primitive::<UInt64Type>();
+    let rejected = mined.pairs[0].column(2).as_primitive::<UInt64Type>();
+    (0..mined.pairs[0].num_rows()).map(|i| (prompts.value(i), chosen.value(i), rejected.value(i))).collect()
 }
 
 // ---- the oracle
@@ -185,7 +186,8 @@ fn check_auto(rows: &[Row], size: usize, limits: Limits) -> Result<(), TestCaseE
     if count > 0.0 {
         prop_assert_eq!(mined.gap_after, gaps[best] as f64 / count);
         prop_assert_eq!(mined.gap_before, gaps[0] as f64 / count);
-        for (alpha, gap) in &mined.curve {
+        for CurvePoint { alpha, gap, exact } in &mined.curve {
+            prop_assert!(*exact);
             let at =
                 candidates.iter().rposition(|f| f.0 as f64 * UNIT / f.1 as f64 <= *alpha * (1.0 + 1e-15));
             prop_assert_eq!(*gap, gaps[at.unwrap()] as f64 / count);
@@ -225,7 +227,7 @@ proptest! {
         // The same pairs at the low end, and others at the high end and below the low one.
         let at = |alpha: f64| {
             let mined = run(&rows, size, Debias::Linear(alpha), limits);
-            (mined.gap_after * mined.pairs.num_rows() as f64).round() as i64
+            (mined.gap_after * mined.pairs[0].num_rows() as f64).round() as i64
         };
         prop_assert_eq!(pairs(&run(&rows, size, Debias::Linear(low), limits)), pairs(&mined));
         if high.is_finite() {
@@ -250,7 +252,7 @@ proptest! {
         let all: BTreeSet<_> = rows.iter().map(|row| row.prompt).collect();
         prop_assert_eq!(mined.prompts, all.len() as u64);
         prop_assert_eq!(mined.dropped_prompts.too_few_responses, (all.len() - prompts.len()) as u64);
-        prop_assert_eq!(mined.dropped_prompts.no_contrast, (prompts.len() - mined.pairs.num_rows()) as u64);
+        prop_assert_eq!(mined.dropped_prompts.no_contrast, (prompts.len() - mined.pairs[0].num_rows()) as u64);
     }
 
     #[test]
@@ -277,7 +279,7 @@ proptest! {
         };
         prop_assert_eq!(content(&before, &rows), content(&after, &moved));
         for column in 3..8 {
-            prop_assert_eq!(before.pairs.column(column), after.pairs.column(column));
+            prop_assert_eq!(before.pairs[0].column(column), after.pairs[0].column(column));
         }
     }
 
@@ -332,15 +334,15 @@ proptest! {
             None => Debias::LinearAuto,
             Some(alpha) => Debias::Linear(alpha),
         };
-        let options = Options { debias, min_responses: 2, filter: Filter::default() };
+        let options = Options { debias, ..Options::default() };
         let mined = mine(&Columns::new([Ok(batch)]).unwrap(), &options).unwrap();
-        let chosen = mined.pairs.column(1).as_primitive::<UInt64Type>();
-        let rejected = mined.pairs.column(2).as_primitive::<UInt64Type>();
-        for i in 0..mined.pairs.num_rows() {
+        let chosen = mined.pairs[0].column(1).as_primitive::<UInt64Type>();
+        let rejected = mined.pairs[0].column(2).as_primitive::<UInt64Type>();
+        for i in 0..mined.pairs[0].num_rows() {
             prop_assert_ne!(chosen.value(i), rejected.value(i));
-            prop_assert!(!mined.pairs.column(5).as_primitive::<Float32Type>().value(i).is_nan());
+            prop_assert!(!mined.pairs[0].column(5).as_primitive::<Float32Type>().value(i).is_nan());
             prop_assert_eq!(
-                mined.pairs.column(6).as_primitive::<UInt32Type>().value(i),
+                mined.pairs[0].column(6).as_primitive::<UInt32Type>().value(i),
                 of[chosen.value(i) as usize].2
             );
         }

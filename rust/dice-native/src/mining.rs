@@ -1,31 +1,43 @@
 //! `mine` and what it returns.
 
-use arrow_array::RecordBatch;
 use arrow_array::ffi_stream::RecordBatchStreamReader;
+use arrow_array::{RecordBatch, RecordBatchIterator, RecordBatchReader};
 use arrow_pyarrow::PyArrowType;
-use dice_core::filter::Filter;
-use dice_core::{Columns, Debias, Error, Options, mine as core_mine};
+use dice_core::filter::{Dropped, Filter};
+use dice_core::mine::DroppedPrompts;
+use dice_core::pairing::{Pairing, Tolerance};
+use dice_core::pool::PickFrom;
+use dice_core::{Columns, Debias, Error, Mined, Options, mine as core_mine};
 use pyo3::prelude::*;
 
 use crate::to_python;
 
+/// Batches on their way to Python.
+type Batches = PyArrowType<Box<dyn RecordBatchReader + Send>>;
+
 /// What was mined and what was dropped.
 #[pyclass(frozen, get_all, module = "dice_py._native")]
 pub struct MineSummary {
-    /// The penalty; None for buckets.
+    /// The penalty; None without a linear one.
     alpha: Option<f64>,
-    /// Least penalty with the same pairs; None for buckets.
+    /// Least penalty with the same best and worst responses; None without a linear one.
     alpha_low: Option<f64>,
-    /// Penalty from which on the pairs differ; infinity if there is none, None for buckets.
+    /// Penalty from which on they differ; infinity if there is none, None without a linear one.
     alpha_high: Option<f64>,
-    /// Mean of chosen length − rejected length without debiasing; NaN without pairs.
+    /// Mean of |best| − |worst| by reward alone; NaN without prompts with contrast.
     mean_length_gap_before: f64,
-    /// The same, of the pairs.
+    /// Mean of |chosen| − |rejected| of the pairs; NaN without pairs.
     mean_length_gap_after: f64,
+    /// Correlation of reward and length; NaN if one is constant.
+    correlation_before: f64,
+    /// Correlation of score and length; NaN if one is constant.
+    correlation_after: f64,
     /// Penalties of the curve.
     curve_alpha: Vec<f64>,
     /// Mean length gap from each on.
     curve_gap: Vec<f64>,
+    /// Whether it is that of all prompts.
+    curve_exact: Vec<bool>,
     /// (reason, rows), in the order in which reasons are looked at.
     dropped: Vec<(&'static str, u64)>,
     /// (reason, prompts).
@@ -36,58 +48,145 @@ pub struct MineSummary {
     rows: u64,
 }
 
-/// Mine pairs from a stream of the columns prompt, reward, length and (optionally) truncated.
-#[pyfunction]
-#[pyo3(signature = (stream, *, debias, alpha, min_responses, min_length, max_length, buckets, bucket_scale))]
-#[expect(clippy::too_many_arguments, reason = "keywords in Python")]
-pub fn mine(
-    py: Python<'_>,
-    stream: PyArrowType<RecordBatchStreamReader>,
-    debias: &str,
+impl From<&Mined> for MineSummary {
+    fn from(mined: &Mined) -> Self {
+        Self {
+            alpha: mined.alpha,
+            alpha_low: mined.alpha_interval.map(|interval| interval.0),
+            alpha_high: mined.alpha_interval.map(|interval| interval.1),
+            mean_length_gap_before: mined.gap_before,
+            mean_length_gap_after: mined.gap_after,
+            correlation_before: mined.correlation_before,
+            correlation_after: mined.correlation_after,
+            curve_alpha: mined.curve.iter().map(|point| point.alpha).collect(),
+            curve_gap: mined.curve.iter().map(|point| point.gap).collect(),
+            curve_exact: mined.curve.iter().map(|point| point.exact).collect(),
+            dropped: reasons(&mined.dropped),
+            dropped_prompts: prompt_reasons(&mined.dropped_prompts),
+            prompts: mined.prompts,
+            rows: mined.rows,
+        }
+    }
+}
+
+fn reasons(dropped: &Dropped) -> Vec<(&'static str, u64)> {
+    vec![
+        ("null", dropped.null),
+        ("not_finite", dropped.not_finite),
+        ("truncated", dropped.truncated),
+        ("too_short", dropped.too_short),
+        ("too_long", dropped.too_long),
+        ("duplicate", dropped.duplicate),
+        ("too_few_responses", dropped.too_few_responses),
+    ]
+}
+
+fn prompt_reasons(dropped: &DroppedPrompts) -> Vec<(&'static str, u64)> {
+    vec![
+        ("too_few_responses", dropped.too_few_responses),
+        ("no_contrast", dropped.no_contrast),
+        ("no_match", dropped.no_match),
+    ]
+}
+
+/// Keywords of `mine`, as Python has them; a dict or a typed dict.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct Keywords {
+    debias: String,
     alpha: Option<f64>,
     min_responses: usize,
     min_length: Option<u32>,
     max_length: Option<u32>,
     buckets: usize,
     bucket_scale: bool,
-) -> PyResult<(PyArrowType<RecordBatch>, MineSummary)> {
-    let debias = match (debias, alpha) {
-        ("none", _) => Debias::None,
-        ("linear", None) => Debias::LinearAuto,
-        ("linear", Some(alpha)) => Debias::Linear(alpha),
-        ("bucket", _) => Debias::Bucket { buckets, scale: bucket_scale },
-        (other, _) => {
-            let message = format!("debias is '{other}', but must be one of none, linear, bucket");
-            return Err(to_python(Error::Usage(message)));
-        }
-    };
-    let options = Options { debias, min_responses, filter: Filter { min_length, max_length } };
-    let mined = py.detach(|| core_mine(&Columns::new(stream.0)?, &options)).map_err(to_python)?;
-    let (dropped, prompts) = (mined.dropped, mined.dropped_prompts);
-    let summary = MineSummary {
-        alpha: mined.alpha,
-        alpha_low: mined.alpha_interval.map(|interval| interval.0),
-        alpha_high: mined.alpha_interval.map(|interval| interval.1),
-        mean_length_gap_before: mined.gap_before,
-        mean_length_gap_after: mined.gap_after,
-        curve_alpha: mined.curve.iter().map(|point| point.0).collect(),
-        curve_gap: mined.curve.iter().map(|point| point.1).collect(),
-        dropped: vec![
-            ("null", dropped.null),
-            ("not_finite", dropped.not_finite),
-            ("truncated", dropped.truncated),
-            ("too_short", dropped.too_short),
-            ("too_long", dropped.too_long),
-            ("too_few_responses", dropped.too_few_responses),
-        ],
-        dropped_prompts: vec![
-            ("too_few_responses", prompts.too_few_responses),
-            ("no_contrast", prompts.no_contrast),
-        ],
-        prompts: mined.prompts,
-        rows: mined.rows,
-    };
-    Ok((PyArrowType(mined.pairs), summary))
+    length_tolerance: Option<u32>,
+    length_ratio: Option<f64>,
+    pairing: String,
+    top_k: usize,
+    bottom_k: usize,
+    pairs_per_prompt: Option<usize>,
+    sweet_spot_deviations: f64,
+    seed: u64,
+    chosen_from: String,
+    rejected_from: String,
+    win_rates: Option<f64>,
+}
+
+impl Keywords {
+    /// # Errors
+    /// [`Error::Usage`] for a name that is none.
+    fn options(&self) -> Result<Options, Error> {
+        let unknown = |keyword: &str, value: &str, known: &str| {
+            Error::Usage(format!("{keyword} is '{value}', but must be one of {known}"))
+        };
+        let debias = match (self.debias.as_str(), self.alpha) {
+            ("none" | "matched", _) => Debias::None,
+            ("linear", None) => Debias::LinearAuto,
+            ("linear", Some(alpha)) => Debias::Linear(alpha),
+            ("per_token", _) => Debias::PerToken,
+            ("bucket", _) => Debias::Bucket { buckets: self.buckets, scale: self.bucket_scale },
+            (other, _) => {
+                return Err(unknown("debias", other, "none, linear, per_token, bucket, matched"));
+            }
+        };
+        let most = self.pairs_per_prompt.unwrap_or(usize::MAX);
+        let pairing = match (self.debias.as_str(), self.pairing.as_str()) {
+            ("matched", "max_min") => Pairing::Matched(match (self.length_tolerance, self.length_ratio) {
+                (Some(most), None) => Tolerance::Absolute(most),
+                (None, Some(most)) => Tolerance::Relative(most),
+                _ => {
+                    let message = "debias 'matched' needs one of length_tolerance and length_ratio";
+                    return Err(Error::Usage(message.into()));
+                }
+            }),
+            ("matched", other) => {
+                return Err(unknown("pairing", other, "max_min where debias is 'matched'"));
+            }
+            (_, "max_min") => Pairing::MaxMin,
+            (_, "max_random") => Pairing::MaxRandom { seed: self.seed },
+            (_, "top_bottom") => Pairing::TopBottom { top: self.top_k, bottom: self.bottom_k, most },
+            (_, "max_sweet_spot") => Pairing::SweetSpot { deviations: self.sweet_spot_deviations },
+            (_, "all_pairs") => Pairing::All { most },
+            (_, other) => {
+                let known = "max_min, max_random, top_bottom, max_sweet_spot, all_pairs";
+                return Err(unknown("pairing", other, known));
+            }
+        };
+        let from = |keyword: &str, name: &str| match name {
+            "any" => Ok(PickFrom::Any),
+            "newest" => Ok(PickFrom::Newest),
+            "oldest" => Ok(PickFrom::Oldest),
+            other => Err(unknown(keyword, other, "any, newest, oldest")),
+        };
+        Ok(Options {
+            debias,
+            min_responses: self.min_responses,
+            filter: Filter { min_length: self.min_length, max_length: self.max_length },
+            pairing,
+            chosen_from: from("chosen_from", &self.chosen_from)?,
+            rejected_from: from("rejected_from", &self.rejected_from)?,
+            win_rates: self.win_rates,
+        })
+    }
+}
+
+/// Mine pairs from a stream of the columns prompt, reward, length and (optionally) truncated, duplicate, policy
+/// and second.
+#[pyfunction]
+pub fn mine(
+    py: Python<'_>,
+    stream: PyArrowType<RecordBatchStreamReader>,
+    options: Keywords,
+) -> PyResult<(Batches, MineSummary)> {
+    let mined = py.detach(|| core_mine(&Columns::new(stream.0)?, &options.options()?)).map_err(to_python)?;
+    let summary = MineSummary::from(&mined);
+    Ok((reader(mined.pairs).map_err(to_python)?, summary))
+}
+
+fn reader(pairs: Vec<RecordBatch>) -> Result<Batches, Error> {
+    let schema = pairs.first().ok_or(Error::Empty)?.schema();
+    Ok(PyArrowType(Box::new(RecordBatchIterator::new(pairs.into_iter().map(Ok), schema))))
 }
 
 /// Addresses of the values of (prompt, reward, length) in each batch, as `mine` sees them.

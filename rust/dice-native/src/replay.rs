@@ -3,23 +3,15 @@
 use std::collections::HashSet;
 
 use arrow_array::ffi_stream::RecordBatchStreamReader;
-use arrow_array::{Array, ArrayRef, RecordBatch, UInt64Array};
+use arrow_array::{ArrayRef, RecordBatch, UInt64Array};
 use arrow_pyarrow::PyArrowType;
 use dice_core::Error;
-use dice_core::columns::{Floats, Ints};
+use dice_core::columns::{Floats, Ints, no_nulls};
 use dice_core::replay::{Candidates, sample as core_sample};
 use pyo3::prelude::*;
 use std::sync::Arc;
 
 use crate::to_python;
-
-/// Refuses nulls, naming the first row that has one.
-fn no_nulls(array: &ArrayRef, column: &'static str, start: u64) -> Result<(), Error> {
-    match (0..array.len()).find(|&i| array.null_count() > 0 && array.is_null(i)) {
-        Some(i) => Err(Error::Null { column, row: start + i as u64 }),
-        None => Ok(()),
-    }
-}
 
 fn read<T>(
     stream: RecordBatchStreamReader,

@@ -1,0 +1,298 @@
+//! A block of rows, brought to the processor's cache: whole prompts, in types that do not depend on the input.
+//!
+//! Every pass over the input works on blocks. What the columns are (their types, nulls, batches, the order of
+//! rows) is dealt with once, here and in [`Source`].
+
+use std::ops::Range;
+
+use crate::filter::{BadLength, Dropped, Filter, Point};
+use crate::lanes::{LANES, Lanes};
+
+/// Rows by number, of which any range can be read.
+pub trait Source: Sync {
+    /// Number of rows.
+    fn rows(&self) -> u64;
+    /// Appends [`Int::ordinal`](crate::columns::Int::ordinal) of the prompt keys of some rows.
+    fn keys(&self, rows: Range<u64>, keys: &mut Vec<u64>);
+    /// Appends rewards and lengths of some rows to a block (and their row numbers, if they are not these), and marks
+    /// and counts those that are not usable for another reason than these two.
+    ///
+    /// # Errors
+    /// [`BadLength`] if a length is no count of 32 bits, whether the row is usable or not.
+    fn values(&self, rows: Range<u64>, block: &mut Block, dropped: &mut Dropped) -> Result<(), BadLength>;
+}
+
+/// Rows that a block is meant to hold; more if one prompt has more.
+pub const ROWS: usize = 2048;
+
+/// Whole prompts, one after another.
+#[derive(Debug, Default)]
+pub struct Block {
+    /// Rewards rounded to float32; once [screened](Block::screen), NaN marks the rows that are not usable.
+    pub rewards: Vec<f32>,
+    /// Rewards as they came in; empty where they came as float32.
+    pub wide: Vec<f64>,
+    /// Lengths.
+    pub lengths: Vec<u32>,
+    /// Row numbers, where they do not simply count on from [`Block::origins`].
+    pub rows: Vec<u32>,
+    /// Rows that were marked as not usable, and counted, before the block is screened.
+    pub marked: u64,
+    /// [`Int::ordinal`](crate::columns::Int::ordinal) of the key of each prompt.
+    pub keys: Vec<u64>,
+    /// Where each prompt starts, and the number of rows at the end.
+    pub starts: Vec<u32>,
+    /// Row number of each prompt's first row; meaningless where there are [`Block::rows`].
+    pub origins: Vec<u64>,
+    /// Greatest |reward| of a usable row.
+    pub reach: f32,
+    /// Greatest length of any row.
+    pub longest: u32,
+    /// Whether a row is not usable.
+    pub gaps: bool,
+    /// Keys of rows, while prompts are looked for.
+    row_keys: Vec<u64>,
+}
+
+impl Block {
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.rewards.clear();
+        self.wide.clear();
+        self.lengths.clear();
+        self.rows.clear();
+        self.marked = 0;
+        self.keys.clear();
+        self.starts.clear();
+        self.origins.clear();
+    }
+
+    /// Number of prompts.
+    pub fn prompts(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Row number of the row at place `i`, of prompt `prompt`.
+    #[inline(always)]
+    pub fn row(&self, prompt: usize, i: usize) -> u64 {
+        if self.rows.is_empty() {
+            self.origins[prompt] + (i - self.starts[prompt] as usize) as u64
+        } else {
+            u64::from(self.rows[i])
+        }
+    }
+
+    /// The reward at place `i`, as it came in.
+    #[inline(always)]
+    pub fn reward(&self, i: usize) -> f64 {
+        if self.wide.is_empty() { f64::from(self.rewards[i]) } else { self.wide[i] }
+    }
+
+    /// Finds the prompts of some rows of `source`, from row `from` to at most row `end`, and returns the row after
+    /// the last of them. The prompt of the last row is left out unless it ends there (or at `end`).
+    ///
+    /// Rows of a prompt must lie together.
+    #[inline(always)]
+    pub fn split<L: Lanes, S: Source>(&mut self, lanes: L, source: &S, from: u64, end: u64) -> u64 {
+        let mut size = ROWS as u64;
+        loop {
+            let to = end.min(from + size);
+            self.row_keys.clear();
+            source.keys(from..to, &mut self.row_keys);
+            self.starts.clear();
+            self.starts.push(0);
+            changes(lanes, &self.row_keys, &mut self.starts);
+            if to == end {
+                self.starts.push((to - from) as u32);
+                break;
+            }
+            // The last start is the end of what is whole.
+            if self.starts.len() > 1 {
+                break;
+            }
+            size *= 2;
+        }
+        let prompts = self.starts.len() - 1;
+        let starts = &self.starts[..prompts];
+        self.keys.clear();
+        self.keys.extend(starts.iter().map(|&start| self.row_keys[start as usize]));
+        self.origins.clear();
+        self.origins.extend(starts.iter().map(|&start| from + u64::from(start)));
+        from + u64::from(self.starts[prompts])
+    }
+
+    /// Marks the rows that are not usable for their length or reward, counts them, and adds the others to
+    /// `moments`. Pads the columns, so that [`Block::lanes`] can read beyond the last row.
+    #[inline(always)]
+    pub fn screen(&mut self, filter: &Filter, dropped: &mut Dropped, moments: &mut Moments) {
+        let (min, max) = (filter.min_length.unwrap_or(0), filter.max_length.unwrap_or(u32::MAX));
+        let shortest = self.lengths.iter().fold(u32::MAX, |a, &b| a.min(b));
+        self.longest = self.lengths.iter().fold(0, |a, &b| a.max(b));
+        self.gaps = !(all_finite(&self.rewards) && shortest >= min && self.longest <= max);
+        if self.gaps {
+            let mut not_finite = 0;
+            for (reward, &length) in self.rewards.iter_mut().zip(&self.lengths) {
+                if !reward.is_finite() {
+                    not_finite += 1;
+                } else if length < min {
+                    dropped.too_short += 1;
+                } else if length > max {
+                    dropped.too_long += 1;
+                } else {
+                    continue;
+                }
+                *reward = f32::NAN;
+            }
+            dropped.not_finite += not_finite - self.marked;
+        }
+        self.reach = reach(&self.rewards);
+        if self.wide.is_empty() {
+            moments.add(&self.rewards, &self.lengths, |i| f64::from(self.rewards[i]));
+        } else {
+            moments.add(&self.rewards, &self.lengths, |i| self.wide[i]);
+        }
+        self.rewards.resize(self.rewards.len() + LANES, f32::NAN);
+        self.lengths.resize(self.lengths.len() + LANES, 0);
+    }
+
+    /// [`LANES`] rewards and lengths from place `from` on.
+    #[inline(always)]
+    pub fn lanes(&self, from: usize) -> (&[f32; LANES], &[u32; LANES]) {
+        let (rewards, lengths) = (&self.rewards[from..from + LANES], &self.lengths[from..from + LANES]);
+        (rewards.try_into().expect("as many"), lengths.try_into().expect("as many"))
+    }
+
+    /// Replaces `points` by the usable rows of a prompt. [`Point::row`] is the place in the block, which rises
+    /// with the row number.
+    #[inline(always)]
+    pub fn gather(&self, prompt: usize, points: &mut Vec<Point>) {
+        points.clear();
+        for i in self.starts[prompt] as usize..self.starts[prompt + 1] as usize {
+            if !self.rewards[i].is_nan() {
+                let raw = self.reward(i);
+                points.push(Point { score: raw, raw, row: i as u64, length: self.lengths[i] });
+            }
+        }
+    }
+}
+
+/// Appends the places (but 0) at which the key is another than before.
+#[inline(always)]
+fn changes<L: Lanes>(lanes: L, keys: &[u64], starts: &mut Vec<u32>) {
+    let mut at = 0;
+    while let Some(window) = keys.get(at..at + 65) {
+        let mut changes = lanes.changes(window.try_into().expect("65 keys"));
+        while changes != 0 {
+            starts.push(at as u32 + 1 + changes.trailing_zeros());
+            changes &= changes - 1;
+        }
+        at += 64;
+    }
+    starts.extend((at + 1..keys.len()).filter(|&i| keys[i - 1] != keys[i]).map(|i| i as u32));
+}
+
+#[inline(always)]
+fn all_finite(rewards: &[f32]) -> bool {
+    // A sum of zeros, which is NaN if and only if a value is not finite.
+    let mut lanes = [0.0f32; LANES];
+    let chunks = rewards.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane += value * 0.0;
+        }
+    }
+    lanes.iter().chain(rest).fold(0.0f32, |sum, value| sum + value * 0.0) == 0.0
+}
+
+/// Greatest absolute value, leaving NaN out.
+#[inline(always)]
+fn reach(rewards: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let chunks = rewards.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..LANES {
+            let value = chunk[i].abs();
+            lanes[i] = if value > lanes[i] { value } else { lanes[i] };
+        }
+    }
+    lanes.iter().chain(rest).fold(0.0, |a, &b| if b.abs() > a { b.abs() } else { a })
+}
+
+/// Sums over usable rows, for the correlation of reward and length. Rounded: the last digits depend on the order
+/// of rows.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Moments {
+    /// Rows.
+    pub count: f64,
+    /// Σ reward, Σ length, Σ reward², Σ length², Σ reward · length
+    pub sums: [f64; 5],
+}
+
+impl Moments {
+    #[inline(always)]
+    fn add(&mut self, marks: &[f32], lengths: &[u32], reward: impl Fn(usize) -> f64) {
+        const WIDE: usize = 8;
+        let mut sums = [[0.0f64; WIDE]; 6];
+        let mut one = |lane: usize, i: usize| {
+            let usable = !marks[i].is_nan();
+            let x = if usable { reward(i) } else { 0.0 };
+            let y = if usable { f64::from(lengths[i]) } else { 0.0 };
+            sums[0][lane] += f64::from(u8::from(usable));
+            sums[1][lane] += x;
+            sums[2][lane] += y;
+            sums[3][lane] += x * x;
+            sums[4][lane] += y * y;
+            sums[5][lane] += x * y;
+        };
+        let rows = lengths.len();
+        let whole = rows - rows % WIDE;
+        let mut at = 0;
+        while at < whole {
+            for lane in 0..WIDE {
+                one(lane, at + lane);
+            }
+            at += WIDE;
+        }
+        for i in whole..rows {
+            one(0, i);
+        }
+        self.count += sums[0].iter().sum::<f64>();
+        for (sum, lanes) in self.sums.iter_mut().zip(&sums[1..]) {
+            *sum += lanes.iter().sum::<f64>();
+        }
+    }
+
+    /// Adds one row.
+    pub fn push(&mut self, reward: f64, length: u32) {
+        let length = f64::from(length);
+        self.count += 1.0;
+        let terms = [reward, length, reward * reward, length * length, reward * length];
+        self.sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+    }
+
+    /// Adds other rows.
+    pub fn merge(&mut self, other: &Self) {
+        self.count += other.count;
+        self.sums.iter_mut().zip(other.sums).for_each(|(sum, other)| *sum += other);
+    }
+
+    /// Pearson's correlation of `reward − alpha · length` with length, to nine decimals (further ones would depend on
+    /// the order of rows); NaN where one of them is constant.
+    pub fn correlation(&self, alpha: f64) -> f64 {
+        let n = self.count;
+        let [x, y, xx, yy, xy] = self.sums;
+        let (variance_x, variance_y) = (xx / n - (x / n).powi(2), yy / n - (y / n).powi(2));
+        let covariance = xy / n - (x / n) * (y / n);
+        let penalised = variance_x - 2.0 * alpha * covariance + alpha * alpha * variance_y;
+        // What is left of a constant is rounding error.
+        let scale = (xx + alpha * alpha * yy) / n;
+        if !(penalised > 1e-12 * scale && variance_y > 1e-12 * yy / n) {
+            return f64::NAN;
+        }
+        let correlation = (covariance - alpha * variance_y) / (penalised * variance_y).sqrt();
+        // Adding zero turns −0 into 0.
+        (correlation.clamp(-1.0, 1.0) * 1e9).round() / 1e9 + 0.0
+    }
+}

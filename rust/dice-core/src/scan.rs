@@ -1,0 +1,434 @@
+//! The pass over all rows: each prompt's pair at the low end of a bracket of penalties, and its turns inside.
+//!
+//! For nearly every prompt the best response is the same on the whole bracket, and so is the worst. That is seen on
+//! sixteen lanes of float32: with the middle `a` of the bracket, its half width `d`, scores `s = r − a·l` and the best
+//! of them `b`, no other response j is the best anywhere in the bracket if
+//!
+//! ```text
+//! s_j + d · |l_j − l_b|  <  s_b − e
+//! ```
+//!
+//! where `e` is more than all roundings add up to. What this does not decide (near ties, and prompts whose choice does
+//! change) is done over exactly, by [`hull::walk`]; so the result is that of exact arithmetic throughout.
+
+use rayon::prelude::*;
+
+use crate::block::{Block, Moments, Source};
+use crate::filter::{Dropped, Filter, Point};
+use crate::hull::{Bracket, Break, Side, walk};
+use crate::lanes::{Job, LANES, Lanes, dispatch};
+use crate::layout::{Layout, Rising, Stop};
+use crate::mine::DroppedPrompts;
+use crate::pool::{Group, Pool};
+use crate::select::{best, worst};
+use crate::table::Table;
+
+/// A response takes another's place in a pair.
+#[derive(Debug, Clone, Copy)]
+struct Turn {
+    at: f64,
+    /// Change of length.
+    drop: u32,
+    /// The pair's place in the table.
+    pair: u32,
+    side: Side,
+    row: u64,
+    reward: f64,
+    length: u32,
+}
+
+/// What a pass finds in some prompts.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The pairs at the low end of the bracket, unless they were not wanted.
+    pub table: Table,
+    turns: Vec<Turn>,
+    /// Σ (|best| − |worst|) at the low end of the bracket.
+    pub gap: i128,
+    /// Σ (|best| − |worst|)² there.
+    pub squares: f64,
+    /// Σ (|best| − |worst|) by reward alone, of the prompts with contrast.
+    pub gap_before: i128,
+    /// Prompts whose best response beats the worst by reward alone.
+    pub contrast: u64,
+    /// Prompts.
+    pub prompts: u64,
+    /// Rows that are not usable.
+    pub dropped: Dropped,
+    /// Prompts without a pair.
+    pub dropped_prompts: DroppedPrompts,
+    /// Sums over the usable rows.
+    pub moments: Moments,
+}
+
+impl Found {
+    /// Adds what was found in other prompts, but for the table and its turns.
+    pub fn merge(&mut self, other: &Self) {
+        self.gap += other.gap;
+        self.squares += other.squares;
+        self.gap_before += other.gap_before;
+        self.contrast += other.contrast;
+        self.prompts += other.prompts;
+        self.dropped.add(&other.dropped);
+        self.dropped_prompts.add(&other.dropped_prompts);
+        self.moments.merge(&other.moments);
+    }
+
+    /// Standard deviation of |best| − |worst| at the low end of the bracket.
+    pub fn deviation(&self) -> f64 {
+        let (count, gap) = (self.contrast as f64, self.gap as f64);
+        (self.squares / count - (gap / count).powi(2)).max(0.0).sqrt()
+    }
+
+    /// The break points inside the bracket.
+    pub fn breaks(&self) -> impl Iterator<Item = Break> {
+        self.turns.iter().map(|turn| Break { at: turn.at, drop: turn.drop })
+    }
+
+    /// Takes the turns up to a penalty of the bracket, and sets the margins.
+    pub fn settle(&mut self, alpha: f64) {
+        let table = &mut self.table;
+        // A prompt's turns lie in order.
+        for turn in self.turns.drain(..).filter(|turn| turn.at <= alpha) {
+            let pair = turn.pair as usize;
+            let (row, reward, length) = match turn.side {
+                Side::Chosen => (&mut table.chosen_row, &mut table.chosen_reward, &mut table.chosen_length),
+                Side::Rejected => {
+                    (&mut table.rejected_row, &mut table.rejected_reward, &mut table.rejected_length)
+                }
+            };
+            row[pair] = turn.row;
+            reward[pair] = turn.reward as f32;
+            length[pair] = turn.length;
+            if let Some(wide) = table.wide.get_mut(pair) {
+                wide[usize::from(turn.side == Side::Rejected)] = turn.reward;
+            }
+        }
+        table.penalise(alpha);
+    }
+}
+
+/// What a pass looks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Bounds on lengths.
+    pub filter: Filter,
+    /// Usable responses that a prompt needs.
+    pub min_responses: usize,
+    /// Penalties.
+    pub bracket: Bracket,
+    /// Which responses count, and on which side.
+    pub pool: Pool<'a>,
+    /// Whether to write the pairs down.
+    pub pairs: bool,
+}
+
+/// Passes over all prompts of a layout; one part for each piece of it.
+///
+/// # Errors
+/// [`Stop`] if a length is no count or rows are not in the order of the layout.
+pub fn scan<S: Source>(source: &S, layout: &Layout, wanted: &Wanted) -> Result<Vec<Found>, Stop> {
+    let pieces = layout.pieces(source);
+    let piece = |piece: std::ops::Range<u64>| {
+        let piece = layout.aligned(source, piece);
+        dispatch(Piece { source, layout, wanted, from: piece.start, end: piece.end })
+    };
+    pieces.into_par_iter().map(piece).collect()
+}
+
+struct Piece<'a, S> {
+    source: &'a S,
+    layout: &'a Layout,
+    wanted: &'a Wanted<'a>,
+    from: u64,
+    end: u64,
+}
+
+/// Best and worst of a prompt, as places in the block.
+struct Pick {
+    prompt: u32,
+    chosen: u32,
+    rejected: u32,
+}
+
+impl<S: Source> Job for Piece<'_, S> {
+    type Output = Result<Found, Stop>;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> Self::Output {
+        let Self { source, layout, wanted, from, end } = self;
+        let mut found = Found::default();
+        let (mut block, mut picks) = (Block::default(), Vec::new());
+        let mut exact = Exact::default();
+        let mut rising = Rising::before(layout, source, from);
+        let mut at = from;
+        while at < end {
+            at = layout.fill(lanes, source, at, end, &mut block, &mut found.dropped)?;
+            rising.check(layout, &block)?;
+            block.screen(&wanted.filter, &mut found.dropped, &mut found.moments);
+            found.prompts += block.prompts() as u64;
+            picks.clear();
+            let probe = wanted.pool.everything().then(|| Probe::new(lanes, &block, wanted.bracket)).flatten();
+            let pairs = found.table.len();
+            let (mut gap, mut gap_before, mut squares, mut contrast) = (0i64, 0i64, 0.0f64, 0u64);
+            for prompt in 0..block.prompts() {
+                let (start, end) = (block.starts[prompt] as usize, block.starts[prompt + 1] as usize);
+                let choice = match &probe {
+                    Some(probe) if end - start <= LANES => probe.short(lanes, &block, start, end - start),
+                    Some(probe) => probe.long(lanes, &block, start, end),
+                    None => None,
+                };
+                if let Some(choice) = choice
+                    && choice.usable >= wanted.min_responses
+                {
+                    let length = |place: u32| i64::from(block.lengths[place as usize]);
+                    let difference = length(choice.chosen) - length(choice.rejected);
+                    gap += difference;
+                    squares += (difference * difference) as f64;
+                    gap_before += length(choice.best) - length(choice.worst);
+                    contrast += 1;
+                    picks.push(Pick {
+                        prompt: prompt as u32,
+                        chosen: choice.chosen,
+                        rejected: choice.rejected,
+                    });
+                } else {
+                    let pair = pairs + picks.len();
+                    picks.extend(exact.prompt(&block, prompt, wanted, pair, &mut found));
+                }
+            }
+            found.gap += i128::from(gap);
+            found.gap_before += i128::from(gap_before);
+            found.squares += squares;
+            found.contrast += contrast;
+            if wanted.pairs {
+                write(&mut found.table, &block, &picks);
+            }
+        }
+        Ok(found)
+    }
+}
+
+#[inline(always)]
+fn write(table: &mut Table, block: &Block, picks: &[Pick]) {
+    let row = |pick: &Pick, place: u32| block.row(pick.prompt as usize, place as usize);
+    table.keys.extend(picks.iter().map(|pick| block.keys[pick.prompt as usize]));
+    table.chosen_row.extend(picks.iter().map(|pick| row(pick, pick.chosen)));
+    table.rejected_row.extend(picks.iter().map(|pick| row(pick, pick.rejected)));
+    table.chosen_reward.extend(picks.iter().map(|pick| block.rewards[pick.chosen as usize]));
+    table.rejected_reward.extend(picks.iter().map(|pick| block.rewards[pick.rejected as usize]));
+    table.chosen_length.extend(picks.iter().map(|pick| block.lengths[pick.chosen as usize]));
+    table.rejected_length.extend(picks.iter().map(|pick| block.lengths[pick.rejected as usize]));
+    if !block.wide.is_empty() {
+        let wide = |place: u32| block.wide[place as usize];
+        table.wide.extend(picks.iter().map(|pick| [wide(pick.chosen), wide(pick.rejected)]));
+    }
+}
+
+/// The test of the module's head, for one block.
+struct Probe<V> {
+    alpha: V,
+    half: V,
+    error: f32,
+    /// The error of comparing rewards alone: none where they came as float32.
+    error_before: f32,
+    /// Whether to count usable rows.
+    gaps: bool,
+}
+
+/// Best and worst of a prompt on the whole bracket and by reward alone, as places in the block.
+struct Choice {
+    chosen: u32,
+    rejected: u32,
+    best: u32,
+    worst: u32,
+    usable: usize,
+}
+
+impl<V: Copy> Probe<V> {
+    /// `None` if float32 is not enough for this block or bracket.
+    #[inline(always)]
+    fn new<L: Lanes<V = V>>(lanes: L, block: &Block, bracket: Bracket) -> Option<Self> {
+        /// Lengths up to here are float32 exactly.
+        const LONGEST: u32 = 1 << 24;
+        /// Sixteen units in the last place. The score of either response is rounded three times (the reward, the
+        /// product, the difference), the third term and the two sums another five.
+        const ULPS: f32 = 16.0 * (f32::EPSILON / 2.0);
+        let alpha = (bracket.low + (bracket.high - bracket.low) / 2.0) as f32;
+        let ends = [bracket.low, bracket.high].map(|end| (end - f64::from(alpha)).abs());
+        let half = (ends[0].max(ends[1]) as f32).next_up();
+        let scale = block.reach + (alpha + half) * block.longest as f32;
+        let fits = block.longest < LONGEST && scale < f32::MAX / 64.0;
+        // Below the normal range, errors are absolute.
+        fits.then(|| Self {
+            alpha: lanes.splat(alpha),
+            half: lanes.splat(half),
+            error: ULPS * scale + f32::MIN_POSITIVE,
+            error_before: if block.wide.is_empty() { 0.0 } else { ULPS * block.reach + f32::MIN_POSITIVE },
+            gaps: block.gaps,
+        })
+    }
+
+    /// The choice of a prompt of at most [`LANES`] rows, if it is certain.
+    #[inline(always)]
+    fn short<L: Lanes<V = V>>(&self, lanes: L, block: &Block, start: usize, rows: usize) -> Option<Choice> {
+        let (rewards, lengths) = block.lanes(start);
+        // NaN, as of rows that are not usable, neither wins nor is counted.
+        let rewards = lanes.head(lanes.load(rewards), rows);
+        let sizes = lanes.load_ints(lengths);
+        let scores = lanes.sub(rewards, lanes.mul(self.alpha, sizes));
+        let (lowest, highest) = (lanes.splat(f32::NEG_INFINITY), lanes.splat(f32::INFINITY));
+        let most = lanes.greatest(lanes.max(scores, lowest));
+        let least = lanes.least(lanes.min(scores, highest));
+        let most_before = lanes.greatest(lanes.max(rewards, lowest));
+        let least_before = lanes.least(lanes.min(rewards, highest));
+        // Without a usable row there is no lane, and what is read for it does not matter.
+        let chosen = lanes.at_least(scores, lanes.splat(most)).trailing_zeros() as usize % LANES;
+        let rejected = lanes.at_most(scores, lanes.splat(least)).trailing_zeros() as usize % LANES;
+        let best = lanes.at_least(rewards, lanes.splat(most_before - self.error_before));
+        let worst = lanes.at_most(rewards, lanes.splat(least_before + self.error_before));
+        let gain = |of: usize| {
+            lanes.mul(self.half, lanes.abs(lanes.sub(sizes, lanes.splat(lengths[of] as i32 as f32))))
+        };
+        let rivals = lanes.at_least(lanes.add(scores, gain(chosen)), lanes.splat(most - self.error));
+        let low_rivals = lanes.at_most(lanes.sub(scores, gain(rejected)), lanes.splat(least + self.error));
+        let certain = [rivals, low_rivals, best, worst].iter().all(|lanes| lanes.count_ones() == 1);
+        let usable = if self.gaps { lanes.at_least(rewards, lowest).count_ones() as usize } else { rows };
+        let place = |lane: usize| (start + lane) as u32;
+        certain.then_some(Choice {
+            chosen: place(chosen),
+            rejected: place(rejected),
+            best: place(best.trailing_zeros() as usize),
+            worst: place(worst.trailing_zeros() as usize),
+            usable,
+        })
+    }
+
+    /// The choice of a prompt of any number of rows, if it is certain.
+    #[inline(always)]
+    fn long<L: Lanes<V = V>>(&self, lanes: L, block: &Block, start: usize, end: usize) -> Option<Choice> {
+        let (lowest, highest) = (lanes.splat(f32::NEG_INFINITY), lanes.splat(f32::INFINITY));
+        let vectors = |at: usize| {
+            let (rewards, lengths) = block.lanes(at);
+            let rewards = lanes.head(lanes.load(rewards), end - at);
+            let sizes = lanes.load_ints(lengths);
+            (rewards, sizes, lanes.sub(rewards, lanes.mul(self.alpha, sizes)))
+        };
+        let (mut most, mut least, mut most_before, mut least_before) = (lowest, highest, lowest, highest);
+        let mut at = start;
+        while at < end {
+            let (rewards, _, scores) = vectors(at);
+            most = lanes.max(scores, most);
+            least = lanes.min(scores, least);
+            most_before = lanes.max(rewards, most_before);
+            least_before = lanes.min(rewards, least_before);
+            at += LANES;
+        }
+        let (most, least) = (lanes.greatest(most), lanes.least(least));
+        let (most_before, least_before) = (lanes.greatest(most_before), lanes.least(least_before));
+        // Places of (chosen, rejected, best, worst), and how many there are of the last two.
+        let mut places = [0u32; 4];
+        let mut counts = [0u32; 4];
+        let mut usable = 0;
+        let mut at = start;
+        while at < end {
+            let (rewards, _, scores) = vectors(at);
+            let masks = [
+                lanes.at_least(scores, lanes.splat(most)),
+                lanes.at_most(scores, lanes.splat(least)),
+                lanes.at_least(rewards, lanes.splat(most_before - self.error_before)),
+                lanes.at_most(rewards, lanes.splat(least_before + self.error_before)),
+            ];
+            for i in 0..4 {
+                if masks[i] != 0 {
+                    places[i] = at as u32 + masks[i].trailing_zeros();
+                    counts[i] += masks[i].count_ones();
+                }
+            }
+            usable += lanes.at_least(rewards, lowest).count_ones() as usize;
+            at += LANES;
+        }
+        let [chosen, rejected, best, worst] = places;
+        if counts != [1; 4] {
+            return None;
+        }
+        let size = |place: u32| lanes.splat(block.lengths[place as usize] as i32 as f32);
+        let (chosen_size, rejected_size) = (size(chosen), size(rejected));
+        let (mut rivals, mut low_rivals) = (0, 0);
+        let mut at = start;
+        while at < end {
+            let (_, sizes, scores) = vectors(at);
+            let gain = |size: V| lanes.mul(self.half, lanes.abs(lanes.sub(sizes, size)));
+            let up = lanes.at_least(lanes.add(scores, gain(chosen_size)), lanes.splat(most - self.error));
+            let down = lanes.at_most(lanes.sub(scores, gain(rejected_size)), lanes.splat(least + self.error));
+            rivals += up.count_ones();
+            low_rivals += down.count_ones();
+            at += LANES;
+        }
+        (rivals == 1 && low_rivals == 1).then_some(Choice { chosen, rejected, best, worst, usable })
+    }
+}
+
+/// Prompts done in exact arithmetic.
+#[derive(Default)]
+struct Exact {
+    group: Group,
+    points: Vec<Point>,
+    turns: Vec<(f64, Point)>,
+}
+
+impl Exact {
+    /// The pick of a prompt, whose pair would be number `pair`; adds its turns and what else there is to count.
+    fn prompt(
+        &mut self,
+        block: &Block,
+        prompt: usize,
+        wanted: &Wanted,
+        pair: usize,
+        found: &mut Found,
+    ) -> Option<Pick> {
+        let group = &mut self.group;
+        wanted.pool.fill(block, prompt, group, &mut found.dropped);
+        let usable = group.all.len();
+        if usable < wanted.min_responses {
+            found.dropped.too_few_responses += usable as u64;
+            found.dropped_prompts.too_few_responses += 1;
+            return None;
+        }
+        let (best, worst) = (best(&group.chosen, 0.0)?, worst(&group.rejected, 0.0)?);
+        let contrast = crate::select::beats(best, worst, 0.0);
+        if contrast {
+            found.contrast += 1;
+            found.gap_before += i128::from(best.length) - i128::from(worst.length);
+        } else {
+            found.dropped_prompts.no_contrast += 1;
+        }
+        let mut at_low = [0u32; 2];
+        let mut lengths = [0i64; 2];
+        for (i, (side, of)) in
+            [(Side::Chosen, &group.chosen), (Side::Rejected, &group.rejected)].into_iter().enumerate()
+        {
+            self.points.clone_from(of);
+            walk(&mut self.points, side, wanted.bracket, &mut self.turns);
+            let mut previous = self.turns[0].1;
+            at_low[i] = previous.row as u32;
+            lengths[i] = i64::from(previous.length);
+            for &(at, point) in &self.turns[1..] {
+                found.turns.push(Turn {
+                    at,
+                    drop: point.length.abs_diff(previous.length),
+                    pair: pair as u32,
+                    side,
+                    row: block.row(prompt, point.row as usize),
+                    reward: point.raw,
+                    length: point.length,
+                });
+                previous = point;
+            }
+        }
+        let difference = lengths[0] - lengths[1];
+        found.gap += i128::from(difference);
+        found.squares += (difference as f64).powi(2);
+        contrast.then_some(Pick { prompt: prompt as u32, chosen: at_low[0], rejected: at_low[1] })
+    }
+}

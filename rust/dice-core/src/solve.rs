@@ -1,0 +1,160 @@
+//! The penalty that is looked for, exactly, without looking at the break points of every prompt.
+//!
+//! The total gap falls in steps as the penalty grows ([`penalty`](crate::penalty)); only the few next to the answer
+//! matter. A sample of the prompts says between which penalties they must lie; one [`scan`](mod@crate::scan) then gives
+//! the total gap at the low end of that bracket and all break points inside, for all prompts. If the answer is not
+//! inside after all, the bracket is widened and the scan done again: the answer is that of all break points, whatever
+//! the sample was.
+
+use rayon::prelude::*;
+
+use crate::block::Source;
+use crate::hull::Bracket;
+use crate::layout::{Layout, Stop};
+use crate::mine::CurvePoint;
+use crate::penalty::{Steps, Target};
+use crate::scan::{Found, Wanted, scan};
+use crate::table::Table;
+
+/// Rows from which on a sample is worth it.
+const MANY: u64 = 1 << 17;
+/// Prompts of the first sample, all of whose break points are found.
+const FIRST: u64 = 1 << 10;
+/// Prompts of the second sample, at most; it is scanned with the bracket of the first.
+const SECOND: u64 = 1 << 15;
+/// Rows for each prompt of the second sample, at least.
+const SPARSE: u64 = 1 << 8;
+
+/// The answer.
+#[derive(Debug)]
+pub struct Solved {
+    /// The penalty.
+    pub alpha: f64,
+    /// The penalties `[low, high)` with the same best and worst responses.
+    pub interval: (f64, f64),
+    /// The curve around it.
+    pub curve: Vec<CurvePoint>,
+    /// What was found in all prompts.
+    pub total: Found,
+    /// The pairs at the penalty, if they were wanted.
+    pub tables: Vec<Table>,
+}
+
+/// Finds the penalty; `wanted.bracket` is not looked at.
+///
+/// # Errors
+/// [`Stop`], of the scan.
+pub fn solve<S: Source>(
+    source: &S,
+    layout: &Layout,
+    wanted: &Wanted,
+    target: Target,
+) -> Result<Solved, Stop> {
+    let mut guess =
+        if source.rows() < MANY { Guess::default() } else { guess(source, layout, wanted, target)? };
+    for attempt in 0.. {
+        let bracket = guess.bracket;
+        let mut parts = scan(source, layout, &Wanted { bracket, ..*wanted })?;
+        let (steps, total) = assemble(bracket, &parts);
+        let Some(step) = steps.find(target, bracket) else {
+            guess.bracket = if attempt == 0 { wider(bracket) } else { Bracket::ALL };
+            continue;
+        };
+        let alpha = match target {
+            Target::LeastGap => steps.representative(step),
+            Target::At(alpha) => alpha,
+        };
+        if wanted.pairs {
+            parts.par_iter_mut().for_each(|part| part.settle(alpha));
+        }
+        return Ok(Solved {
+            alpha,
+            interval: steps.interval(step),
+            curve: curve(&steps, step, &total, &guess),
+            tables: parts.into_iter().map(|part| part.table).collect(),
+            total,
+        });
+    }
+    unreachable!("every step is known in the bracket of all penalties")
+}
+
+/// What a sample says.
+#[derive(Debug)]
+pub struct Guess {
+    /// Where the answer must lie.
+    pub bracket: Bracket,
+    /// The sample's steps and its prompts with contrast.
+    sample: Option<(Steps, u64)>,
+}
+
+impl Default for Guess {
+    fn default() -> Self {
+        Self { bracket: Bracket::ALL, sample: None }
+    }
+}
+
+/// Looks at a sample of the prompts.
+///
+/// # Errors
+/// [`Stop`], of the scan.
+pub fn guess<S: Source>(source: &S, layout: &Layout, wanted: &Wanted, target: Target) -> Result<Guess, Stop> {
+    let look = |sample: &Layout, bracket: Bracket| {
+        let parts = scan(source, sample, &Wanted { bracket, pairs: false, ..*wanted })?;
+        Ok::<_, Stop>(assemble(bracket, &parts))
+    };
+    let first = layout.sample(source, FIRST);
+    let (steps, total) = look(&first, Bracket::ALL)?;
+    let prompts = total.contrast;
+    if prompts == 0 {
+        return Ok(Guess::default());
+    }
+    // The gaps spread more at the answer than without a penalty.
+    let near = steps.representative(steps.least());
+    let (_, total) = look(&first, Bracket { low: near, high: near })?;
+    let mut bracket = steps.bracket(target, Bracket::ALL, prompts, total.deviation());
+    let second = SECOND.min(source.rows() / SPARSE);
+    if target == Target::LeastGap && second >= 4 * FIRST {
+        let (steps, total) = look(&layout.sample(source, second), bracket)?;
+        bracket = steps.bracket(target, bracket, total.contrast, total.deviation());
+    }
+    Ok(Guess { bracket, sample: Some((steps, prompts)) })
+}
+
+/// The steps of a scan, and its parts added up.
+pub fn assemble(bracket: Bracket, parts: &[Found]) -> (Steps, Found) {
+    let mut total = Found::default();
+    parts.iter().for_each(|part| total.merge(part));
+    let breaks = parts.iter().flat_map(Found::breaks).collect();
+    (Steps::new(bracket.low, total.gap, breaks), total)
+}
+
+/// A bracket around one that did not hold the answer.
+pub fn wider(Bracket { low, high }: Bracket) -> Bracket {
+    let more = 8.0 * (high - low);
+    if more.is_finite() { Bracket { low: (low - more).max(0.0), high: high + more } } else { Bracket::ALL }
+}
+
+/// Exact inside the bracket, and from the sample outside.
+fn curve(steps: &Steps, step: usize, total: &Found, guess: &Guess) -> Vec<CurvePoint> {
+    if total.contrast == 0 {
+        return Vec::new();
+    }
+    let point = |(alpha, gap): (f64, i128), prompts: u64, exact| CurvePoint {
+        alpha,
+        gap: gap as f64 / prompts as f64,
+        exact,
+    };
+    let mut curve: Vec<CurvePoint> =
+        steps.curve(step).into_iter().map(|step| point(step, total.contrast, true)).collect();
+    if let Some((sample, prompts)) = &guess.sample
+        && guess.bracket != Bracket::ALL
+        && *prompts > 0
+    {
+        let Bracket { low, high } = guess.bracket;
+        let near = sample.step_at(steps.interval(step).0);
+        let outside = sample.curve(near).into_iter().filter(|(alpha, _)| *alpha < low || *alpha > high);
+        curve.extend(outside.map(|step| point(step, *prompts, false)));
+        curve.sort_by(|a, b| a.alpha.total_cmp(&b.alpha));
+    }
+    curve
+}

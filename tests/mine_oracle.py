@@ -1,0 +1,455 @@
+"""What `mine_pairs` must answer, said once more in plain Polars: slow, whole, and without the extension.
+
+Every rule of the miner is a join, a sort or a `group_by` here. A penalised reward `r - alpha * l` is compared
+exactly: as rewards and alpha are binary fractions, it is a 128-bit integer after a common shift. This is no
+part of the package; it knows nothing of chunks, threads, samples or hulls.
+
+Names of columns: `row` (number in the frame), `p` prompt, `r` reward, `l` length, `s` score as float64, `x` score
+as it is compared. `C` are the responses that may be chosen, `R` those that may be rejected.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import polars as pl
+
+BASE = [
+    "prompt_id", "chosen_row", "rejected_row", "chosen_reward", "rejected_reward", "margin", "chosen_length",
+    "rejected_length",
+]  # fmt: skip
+REASONS = ["null", "not_finite", "truncated", "too_short", "too_long", "duplicate", "too_few_responses"]
+QUANTILES = ["min", "0.05", "0.25", "0.5", "0.75", "0.95", "max"]
+DEFAULTS: dict[str, Any] = {
+    "prompt_column": "prompt_id", "reward_column": "reward", "length_column": "response_tokens",
+    "truncated_column": "auto", "debias": "linear", "alpha": "auto", "min_responses": 2, "min_length": None,
+    "max_length": None, "buckets": 10, "bucket_scale": False, "length_tolerance": None, "length_ratio": None,
+    "pairing": "max_min", "top_k": 2, "bottom_k": 2, "pairs_per_prompt": None, "sweet_spot_deviations": 2.0,
+    "seed": 0, "min_margin": None, "min_margin_quantile": None, "duplicate_column": None, "policy_column": None,
+    "chosen_from": "any", "rejected_from": "any", "second_reward_column": None, "win_rates": False,
+    "soft_labels": False, "label_scale": 1.0, "difficulty_quantile": None,
+}  # fmt: skip
+MASK = 2**64 - 1
+
+
+def with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    unknown = options.keys() - DEFAULTS.keys()
+    assert not unknown, f"the oracle knows no {unknown}"
+    return DEFAULTS | options
+
+
+# --- usable responses ---------------------------------------------------------------------------------------
+
+
+def _plain(frame: pl.DataFrame, name: str) -> pl.Expr:
+    """Categories are ordered by their text."""
+    return pl.col(name).cast(pl.String) if frame.schema[name] in (pl.Categorical, pl.Enum) else pl.col(name)
+
+
+def usable_rows(frame: pl.DataFrame, o: dict[str, Any]) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
+    """The usable responses; the same with those of prompts that have too few; rows dropped for each reason."""
+    if o["truncated_column"] == "auto":
+        has = "finish_reason" in frame.columns
+        truncated = pl.col("finish_reason").cast(pl.String) == "length" if has else pl.lit(False)
+    else:
+        truncated = pl.lit(False) if o["truncated_column"] is None else pl.col(o["truncated_column"])
+    columns = {
+        "p": _plain(frame, o["prompt_column"]),
+        "r": pl.col(o["reward_column"]).cast(pl.Float64),
+        "l": pl.col(o["length_column"]).cast(pl.Int64),
+        "finite": pl.col(o["reward_column"]).cast(pl.Float32, strict=False).is_finite(),
+        "truncated": truncated.fill_null(False),
+    }
+    for role in ("duplicate", "policy", "second_reward"):
+        if o[f"{role}_column"] is not None:
+            columns[role] = _plain(frame, o[f"{role}_column"])
+    least = o["min_length"] or 0
+    if o["debias"] == "per_token":
+        least = max(least, 1)
+    most = 2**32 if o["max_length"] is None else o["max_length"]
+    rows = frame.select(**columns).with_row_index("row").with_columns(pl.col("row").cast(pl.UInt64))
+    tests = {
+        "null": pl.col("r").is_null() | pl.col("l").is_null(),
+        "not_finite": ~pl.col("finite"),
+        "truncated": pl.col("truncated"),
+        "too_short": pl.col("l") < least,
+        "too_long": pl.col("l") > most,
+    }
+    dropped = {}
+    for reason, test in tests.items():
+        kept = rows.filter(~test)
+        dropped[reason] = rows.height - kept.height
+        rows = kept
+    kept = rows
+    if o["duplicate_column"] is not None:
+        first = pl.col("row") == pl.col("row").min().over("p", "duplicate")
+        kept = rows.filter(pl.col("duplicate").is_null() | first)
+    dropped["duplicate"] = rows.height - kept.height
+    enough = kept.filter(pl.len().over("p") >= o["min_responses"])
+    dropped["too_few_responses"] = kept.height - enough.height
+    return enough, kept, dropped
+
+
+# --- scores and orders --------------------------------------------------------------------------------------
+
+
+def exact_score(rows: pl.DataFrame, alpha: float) -> pl.Series:
+    """`r - alpha * l` times a power of two, as whole numbers."""
+    if rows.is_empty():
+        return pl.Series([], dtype=pl.Int128)
+    shift = max(value.as_integer_ratio()[1].bit_length() - 1 for value in rows["r"].unique())
+    over, under = alpha.as_integer_ratio()
+    power = under.bit_length() - 1
+    whole = (rows["r"] * 2.0**shift).cast(pl.Int64)
+    widest = max(abs(v) for v in (whole.min(), whole.max())).bit_length()  # type: ignore[arg-type]
+    longest = int(rows["l"].max()).bit_length()  # type: ignore[arg-type]
+    assert max(widest + power, longest + over.bit_length() + shift) < 126, "too wide for 128 bits"
+    wide = rows.select(whole.cast(pl.Int128).alias("w"), pl.col("l").cast(pl.Int128))
+    left = pl.col("w") * pl.lit(2**power, dtype=pl.Int128)
+    return wide.select(left - pl.col("l") * pl.lit(over * 2**shift, dtype=pl.Int128)).to_series()
+
+
+def _bucket_score(rows: pl.DataFrame, kept: pl.DataFrame, buckets: int, scale: bool) -> pl.Series:
+    lengths = kept["l"].sort()
+    cuts = [lengths[math.ceil(j * kept.height / buckets) - 1] for j in range(1, buckets)] if kept.height else []
+    number = sum(((pl.col("l") > cut).cast(pl.Int32) for cut in cuts), pl.lit(0, dtype=pl.Int32))
+    stats = kept.group_by(number.alias("b")).agg(m=pl.col("r").mean(), d=pl.col("r").std(ddof=0))
+    joined = rows.with_columns(number.alias("b")).join(stats, on="b", how="left", maintain_order="left")
+    centred = pl.col("r") - pl.col("m")
+    scaled = pl.when(pl.col("d") > 0).then(centred / pl.col("d")).otherwise(centred)
+    return joined.select(scaled if scale else centred).to_series()
+
+
+def scored(rows: pl.DataFrame, kept: pl.DataFrame, o: dict[str, Any]) -> pl.DataFrame:
+    """`rows` with `s` and `x`."""
+    debias = o["debias"]
+    if debias == "linear":
+        return rows.with_columns(s=pl.col("r") - o["alpha"] * pl.col("l"), x=exact_score(rows, o["alpha"]))
+    if debias == "bucket":
+        score = _bucket_score(rows, kept, o["buckets"], o["bucket_scale"])
+        return rows.with_columns(s=score, x=score)
+    score = pl.col("r") / pl.col("l") if debias == "per_token" else pl.col("r")
+    return rows.with_columns(s=score, x=score)
+
+
+def best_first(rows: pl.DataFrame) -> pl.DataFrame:
+    order = rows.sort("p", "x", "l", "r", "row", descending=[False, True, False, True, False])
+    return order.with_columns(rank=pl.int_range(pl.len()).over("p"))
+
+
+def worst_first(rows: pl.DataFrame) -> pl.DataFrame:
+    order = rows.sort("p", "x", "l", "r", "row", descending=[False, False, True, False, False])
+    return order.with_columns(rank=pl.int_range(pl.len()).over("p"))
+
+
+def sides(rows: pl.DataFrame, o: dict[str, Any]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """C and R."""
+    tests = {
+        "any": pl.lit(True),
+        "newest": pl.col("policy") == pl.col("policy").max().over("p") if "policy" in rows.columns else pl.lit(True),
+        "oldest": pl.col("policy") == pl.col("policy").min().over("p") if "policy" in rows.columns else pl.lit(True),
+    }
+    return rows.filter(tests[o["chosen_from"]]), rows.filter(tests[o["rejected_from"]])
+
+
+BEATS = (pl.col("x") > pl.col("x_r")) | (
+    (pl.col("x") == pl.col("x_r"))
+    & ((pl.col("l") < pl.col("l_r")) | ((pl.col("l") == pl.col("l_r")) & (pl.col("r") > pl.col("r_r"))))
+)
+
+
+def _meet(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
+    """Each of `chosen` with each of `rejected` of its prompt that it beats."""
+    return chosen.join(rejected, on="p", suffix="_r").filter(BEATS)
+
+
+# --- pairs --------------------------------------------------------------------------------------------------
+
+
+def splitmix64(z: int) -> int:
+    z = (z + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def _draw(met: pl.DataFrame, frame: pl.DataFrame, o: dict[str, Any]) -> pl.DataFrame:
+    """Of each prompt's rejected, worst first, the one at its random index."""
+    ids = frame.select(p=_plain(frame, o["prompt_column"]))
+    key = pl.col("p") if ids.schema["p"].is_integer() else pl.col("p").rank("dense").cast(pl.Int64)
+    keys = dict(ids.select("p", key=key).unique().iter_rows())
+    counts = met.group_by("p").len()
+    index = [
+        splitmix64(splitmix64(o["seed"]) ^ (keys[prompt] & MASK)) * count >> 64 for prompt, count in counts.iter_rows()
+    ]
+    chance = counts.select("p", at=pl.Series(index, dtype=pl.Int64))
+    numbered = met.sort("p", "rank_r").with_columns(place=pl.int_range(pl.len()).over("p"))
+    return numbered.join(chance, on="p").filter(pl.col("place") == pl.col("at"))
+
+
+def _pairs(rows: pl.DataFrame, frame: pl.DataFrame, o: dict[str, Any]) -> pl.DataFrame:
+    c, r = sides(rows, o)
+    c, r = best_first(c), worst_first(r)
+    best, worst = c.filter(pl.col("rank") == 0), r.filter(pl.col("rank") == 0)
+    gain = pl.col("r") - pl.col("r_r")
+    if o["debias"] == "linear":
+        margin = gain - o["alpha"] * (pl.col("l") - pl.col("l_r"))
+    else:
+        margin = gain if o["debias"] == "matched" else pl.col("s") - pl.col("s_r")
+    apart = (pl.col("l") - pl.col("l_r")).abs()
+    pairing = o["pairing"]
+    if o["debias"] == "matched":
+        longer = pl.max_horizontal("l", "l_r")
+        near = apart <= (longer * o["length_ratio"] if o["length_tolerance"] is None else o["length_tolerance"])
+        met = _meet(c, r).filter(near).with_columns(margin=margin, apart=apart)
+        order = met.sort("p", "margin", "apart", "row", "row_r", descending=[False, True, False, False, False])
+        return order.group_by("p", maintain_order=True).head(1)
+    if pairing == "max_min":
+        met = _meet(best, worst)
+    elif pairing == "max_random":
+        met = _draw(_meet(best, r), frame, o)
+    elif pairing == "max_sweet_spot":
+        middle = rows.group_by("p").agg(m=pl.col("s").mean(), d=pl.col("s").std(ddof=0))
+        target = pl.col("m") - o["sweet_spot_deviations"] * pl.col("d")
+        met = _meet(best, r).join(middle, on="p").with_columns(off=(pl.col("s_r") - target).abs())
+        met = met.sort("p", "off", "rank_r").group_by("p", maintain_order=True).head(1)
+    elif pairing == "top_bottom":
+        met = _meet(c.filter(pl.col("rank") < o["top_k"]), r.filter(pl.col("rank") < o["bottom_k"]))
+    else:
+        met = _meet(c, r)
+    met = met.with_columns(margin=margin).sort("p", "margin", "rank", "rank_r", descending=[False, True, False, False])
+    if o["pairs_per_prompt"] is None:
+        return met
+    return met.group_by("p", maintain_order=True).head(o["pairs_per_prompt"])
+
+
+def _consistency(rows: pl.DataFrame) -> pl.DataFrame:
+    known = rows.with_columns(z=pl.col("second_reward").cast(pl.Float64)).filter(pl.col("z").is_finite())
+    two = known.join(known, on="p", suffix="_b").filter(pl.col("row") < pl.col("row_b"))
+    sign = (pl.col("r") - pl.col("r_b")).sign() * (pl.col("z") - pl.col("z_b")).sign()
+    return two.group_by("p").agg(consistency=(sign.mean() + 1) / 2)
+
+
+def _win_rates(rows: pl.DataFrame, scale: float) -> pl.DataFrame:
+    each = rows.join(rows, on="p", suffix="_b")
+    win = 1 / (1 + (-(pl.col("s") - pl.col("s_b")) / scale).exp())
+    return each.group_by("row").agg(win=win.mean().cast(pl.Float32))
+
+
+def _mean(series: pl.Series) -> float:
+    return float(series.mean()) if series.count() else math.nan  # type: ignore[arg-type]
+
+
+def expected(frame: pl.DataFrame, **options: Any) -> dict[str, Any]:
+    """Everything of `MinedPairs` by its name. With debias="linear", `alpha` is a number: that of the miner."""
+    o = with_defaults(options)
+    assert o["debias"] != "linear" or isinstance(o["alpha"], float)
+    rows, kept, dropped = usable_rows(frame, o)
+    whole, rows = scored(kept, kept, o), scored(rows, kept, o)
+    found = _pairs(rows, frame, o)
+    ids = frame.select(p=_plain(frame, o["prompt_column"]))["p"]
+    without = rows["p"].n_unique() - found["p"].n_unique()
+    pairs = found.select(
+        p="p", chosen_row="row", rejected_row="row_r",
+        chosen_reward=pl.col("r").cast(pl.Float32), rejected_reward=pl.col("r_r").cast(pl.Float32),
+        margin=pl.col("margin").cast(pl.Float32),
+        chosen_length=pl.col("l").cast(pl.UInt32), rejected_length=pl.col("l_r").cast(pl.UInt32),
+    )  # fmt: skip
+    lost = {"below_min_margin": 0, "below_quantile": 0}
+    margin = pl.col("margin").cast(pl.Float64)
+    if o["min_margin"] is not None:
+        left = pairs.filter(margin >= o["min_margin"])
+        lost["below_min_margin"], pairs = pairs.height - left.height, left
+    if o["min_margin_quantile"] is not None and pairs.height:
+        left = pairs.filter(margin >= margin.quantile(o["min_margin_quantile"], interpolation="linear"))
+        lost["below_quantile"], pairs = pairs.height - left.height, left
+    if o["win_rates"]:
+        rates = _win_rates(rows, o["label_scale"])
+        for side in ("chosen", "rejected"):
+            named = rates.rename({"row": f"{side}_row", "win": f"{side}_win_rate"})
+            pairs = pairs.join(named, on=f"{side}_row", how="left", maintain_order="left")
+    if o["soft_labels"]:
+        label = 1 / (1 + (-margin / o["label_scale"]).exp())
+        pairs = pairs.with_columns(soft_label=label.cast(pl.Float32))
+    if o["difficulty_quantile"] is not None:
+        hard = margin < margin.quantile(o["difficulty_quantile"], interpolation="linear")
+        label = pl.when(hard).then(pl.lit("hard")).otherwise(pl.lit("easy"))
+        pairs = pairs.with_columns(difficulty=label.cast(pl.Enum(["easy", "hard"])))
+    consistency = None
+    if o["second_reward_column"] is not None:
+        pairs = pairs.join(_consistency(rows), on="p", how="left", maintain_order="left")
+        consistency = _mean(pairs.unique("p")["consistency"])
+        pairs = pairs.with_columns(pl.col("consistency").cast(pl.Float32))
+    if o["policy_column"] is not None:
+        names = {f"{side}_policy": frame[o["policy_column"]].gather(pairs[f"{side}_row"]) for side in CHOICES}
+        pairs = pairs.with_columns(**names)
+    ids_of_pairs = frame[o["prompt_column"]].gather(pairs["chosen_row"]).alias("prompt_id")
+    gap = pairs["chosen_length"].cast(pl.Int64) - pairs["rejected_length"].cast(pl.Int64)
+    by_reward = _pairs(rows.with_columns(x="r", s="r"), frame, o | {"pairing": "max_min", "debias": "none"})
+    name = "no_match" if o["debias"] == "matched" else "no_contrast"
+    return {
+        "pairs": pairs.drop("p").insert_column(0, ids_of_pairs),
+        "dropped": dropped,
+        "dropped_prompts": {"too_few_responses": ids.n_unique() - rows["p"].n_unique(), name: without},
+        "dropped_pairs": lost,
+        "mean_length_gap_before": _mean(by_reward["l"] - by_reward["l_r"]),
+        "mean_length_gap_after": _mean(gap),
+        "chosen_longer_share": _mean((gap > 0).cast(pl.Float64)),
+        "reward_length_correlation_before": whole.select(pl.corr("r", "l")).item() if whole.height else math.nan,
+        "reward_length_correlation_after": whole.select(pl.corr("s", "l")).item() if whole.height else math.nan,
+        "mean_consistency": consistency,
+        "margin_quantiles": {k: _quantile(pairs["margin"], k) for k in QUANTILES},
+        "prompts": ids.n_unique(),
+        "rows": frame.height,
+    }
+
+
+CHOICES = ("chosen", "rejected")
+
+
+def _quantile(margins: pl.Series, name: str) -> float:
+    at = {"min": 0.0, "max": 1.0}.get(name)
+    value = margins.cast(pl.Float64).quantile(float(name) if at is None else at, interpolation="linear")
+    return math.nan if value is None else value
+
+
+# --- the penalty --------------------------------------------------------------------------------------------
+
+
+def rank_of(number: float) -> int:
+    """The next float of zero or more has the next rank."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def float_of(rank: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", rank))[0])
+
+
+def first_float(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """The least float of (low, high] for which `holds`, which is false at low, true at high, and turns once."""
+    a, b = rank_of(low), rank_of(high)
+    while b - a > 1:
+        middle = (a + b) // 2
+        a, b = (a, middle) if holds(float_of(middle)) else (middle, b)
+    return float_of(b)
+
+
+class Choices:
+    """The best of C and the worst of R of each prompt as functions of alpha, by exact comparison."""
+
+    def __init__(self, frame: pl.DataFrame, **options: Any) -> None:
+        o = with_defaults(options) | {"debias": "linear"}
+        self.rows = usable_rows(frame, o)[0]
+        self.c, self.r = sides(self.rows, o)
+        # Below every break point: rewards differ by this at least, lengths by no more.
+        shift = max((r.as_integer_ratio()[1].bit_length() - 1 for r in self.rows["r"]), default=0)
+        self.tiny = 2.0**-shift / (2 * max(self.rows["l"], default=1) + 1)
+
+    def at(self, alpha: float) -> pl.DataFrame:
+        """`p`, `row`, `l`, `row_r`, `l_r`, ascending by prompt."""
+        c, r = (side.with_columns(x=exact_score(side, alpha)) for side in (self.c, self.r))
+        best, worst = best_first(c).filter(pl.col("rank") == 0), worst_first(r).filter(pl.col("rank") == 0)
+        return best.join(worst, on="p", suffix="_r").select("p", "row", "l", "row_r", "l_r").sort("p")
+
+    def gap(self, alpha: float) -> int:
+        """Sum of chosen length - rejected length over the prompts."""
+        return int(self.at(alpha).select((pl.col("l") - pl.col("l_r")).sum()).item())
+
+    def beyond(self) -> float:
+        """An alpha above every break point (lengths differ by one at least)."""
+        return 2 * (max(self.rows["r"], default=0.0) - min(self.rows["r"], default=0.0)) + 1
+
+    def least_gap(self) -> int:
+        """The gap nearest zero, that of the lower penalty if two are as near: by bisection, as it falls."""
+        first, last = self.gap(0.0), self.gap(self.beyond())
+        if first <= 0 or last > 0:
+            return first if first <= 0 else last
+        at = first_float(lambda a: self.gap(a) <= 0, self.tiny, self.beyond())
+        before, after = self.gap(math.nextafter(at, 0)), self.gap(at)
+        return before if abs(before) <= abs(after) else after
+
+    def step(self, gap: int) -> tuple[float, float]:
+        """[low, high) of the step with this gap."""
+        first, last = self.gap(0.0), self.gap(self.beyond())
+        low = 0.0 if first == gap else first_float(lambda a: self.gap(a) <= gap, self.tiny, self.beyond())
+        high = math.inf if last == gap else first_float(lambda a: self.gap(a) < gap, self.tiny, self.beyond())
+        return low, high
+
+
+def assert_step(choices: Choices, low: float, alpha: float, high: float) -> int:
+    """[low, high) has alpha and are all floats with the choices of alpha; returns their gap."""
+    assert low <= alpha < high
+    assert low >= 0
+    here = choices.at(alpha)
+    last = choices.beyond() if math.isinf(high) else math.nextafter(high, 0)
+    for same in (low, last):
+        assert choices.at(same).equals(here), f"at {same!r} the pairs are others than at {alpha!r}"
+    others = ([math.nextafter(low, 0)] if low > 0 else []) + ([] if math.isinf(high) else [high])
+    for other in others:
+        assert not choices.at(other).equals(here), f"at {other!r} the pairs are those of {alpha!r}"
+    return choices.gap(alpha)
+
+
+def assert_least_gap(choices: Choices, low: float, alpha: float, high: float) -> None:
+    """No alpha has a total gap nearer zero, and no lower one has one as near. As the gap falls, it is enough
+    to look at both neighbours."""
+    gap = assert_step(choices, low, alpha, high)
+    if gap > 0 and not math.isinf(high):
+        assert -choices.gap(high) >= gap, "the next penalty leaves a smaller gap"
+    if low > 0:
+        assert choices.gap(math.nextafter(low, 0)) > abs(gap), "the penalty before leaves a gap as small"
+    assert (low == 0) == (alpha == 0)
+
+
+# --- comparison ---------------------------------------------------------------------------------------------
+
+
+def _near(one: float | None, other: float | None, rel: float = 1e-9) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (math.isnan(one) and math.isnan(other)) or math.isclose(one, other, rel_tol=rel, abs_tol=1e-7)
+
+
+def _fill(counts: dict[str, int], names: Any) -> dict[str, int]:
+    return {name: counts.get(name, 0) for name in names}
+
+
+NUMBERS = [
+    "mean_length_gap_before", "mean_length_gap_after", "chosen_longer_share", "mean_consistency",
+    "reward_length_correlation_before", "reward_length_correlation_after",
+]  # fmt: skip
+ROUNDED = ("margin", "chosen_win_rate", "rejected_win_rate", "soft_label", "consistency")
+
+
+def assert_agrees(mined: Any, want: dict[str, Any], *, exact_margins: bool = True) -> None:
+    """`mined` has what `want` has. Labels may differ in their last bits, and margins where it is said so."""
+    pairs, other = mined.pairs, want["pairs"]
+    assert pairs.columns[: len(BASE)] == BASE
+    assert dict(pairs.schema) == {name: other.schema[name] for name in pairs.columns}
+    assert set(pairs.columns) == set(other.columns)
+    other = other.select(pairs.columns)
+    loose = [name for name in ROUNDED if name in pairs.columns and not (name == "margin" and exact_margins)]
+    assert pairs.height == other.height
+    for name in pairs.columns:
+        if name in loose:
+            assert pairs[name].is_null().equals(other[name].is_null()), name
+            one, two = (f[name].cast(pl.Float64).drop_nulls() for f in (pairs, other))
+            off = ((one - two).abs() - two.abs() * 1e-6).max()
+            assert off is None or off <= 1e-6, name  # type: ignore[operator]
+        else:
+            differ = pairs.select(pairs[name].ne_missing(other[name]).arg_true()).to_series()
+            assert differ.is_empty(), f"{name} at {differ[:3].to_list()}: {pairs[differ[:3]]} but {other[differ[:3]]}"
+    assert dict(mined.dropped) == want["dropped"]
+    for name in ("dropped_prompts", "dropped_pairs"):
+        counts, wanted = getattr(mined, name), want[name]
+        names = counts.keys() | wanted.keys()
+        assert _fill(counts, names) == _fill(wanted, names), name
+    for name in NUMBERS:
+        assert _near(getattr(mined, name), want[name]), f"{name}: {getattr(mined, name)} but {want[name]}"
+    assert set(mined.margin_quantiles) == set(QUANTILES)
+    for k in QUANTILES:
+        assert _near(mined.margin_quantiles[k], want["margin_quantiles"][k], 1e-6), f"margin quantile {k}"
+    assert (mined.prompts, mined.rows) == (want["prompts"], want["rows"])
