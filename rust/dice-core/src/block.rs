@@ -14,6 +14,10 @@ pub trait Source: Sync {
     fn rows(&self) -> u64;
     /// Appends [`Int::ordinal`](crate::columns::Int::ordinal) of the prompt keys of some rows.
     fn keys(&self, rows: Range<u64>, keys: &mut Vec<u64>);
+    /// [`Int::ordinal`](crate::columns::Int::ordinal) of the prompt key of a row.
+    fn key(&self, row: u64) -> u64;
+    /// Appends the places among some rows (but the first) at which the key is another than before. `keys` is scratch.
+    fn changes<L: Lanes>(&self, lanes: L, rows: Range<u64>, keys: &mut Vec<u64>, starts: &mut Vec<u32>);
     /// Appends rewards and lengths of some rows to a block (and their row numbers, if they are not these), and marks
     /// and counts those that are not usable for another reason than these two.
     ///
@@ -50,7 +54,7 @@ pub struct Block {
     pub longest: u32,
     /// Whether a row is not usable.
     pub gaps: bool,
-    /// Keys of rows, while prompts are looked for.
+    /// Scratch.
     row_keys: Vec<u64>,
 }
 
@@ -97,11 +101,9 @@ impl Block {
         let mut size = ROWS as u64;
         loop {
             let to = end.min(from + size);
-            self.row_keys.clear();
-            source.keys(from..to, &mut self.row_keys);
             self.starts.clear();
             self.starts.push(0);
-            changes(lanes, &self.row_keys, &mut self.starts);
+            source.changes(lanes, from..to, &mut self.row_keys, &mut self.starts);
             if to == end {
                 self.starts.push((to - from) as u32);
                 break;
@@ -115,7 +117,7 @@ impl Block {
         let prompts = self.starts.len() - 1;
         let starts = &self.starts[..prompts];
         self.keys.clear();
-        self.keys.extend(starts.iter().map(|&start| self.row_keys[start as usize]));
+        self.keys.extend(starts.iter().map(|&start| source.key(from + u64::from(start))));
         self.origins.clear();
         self.origins.extend(starts.iter().map(|&start| from + u64::from(start)));
         from + u64::from(self.starts[prompts])
@@ -128,7 +130,9 @@ impl Block {
         let (min, max) = (filter.min_length.unwrap_or(0), filter.max_length.unwrap_or(u32::MAX));
         let shortest = self.lengths.iter().fold(u32::MAX, |a, &b| a.min(b));
         self.longest = self.lengths.iter().fold(0, |a, &b| a.max(b));
-        self.gaps = !(all_finite(&self.rewards) && shortest >= min && self.longest <= max);
+        let finite = reach(&self.rewards);
+        self.reach = finite.unwrap_or(0.0);
+        self.gaps = finite.is_none() || shortest < min || self.longest > max;
         if self.gaps {
             let mut not_finite = 0;
             for (reward, &length) in self.rewards.iter_mut().zip(&self.lengths) {
@@ -139,17 +143,20 @@ impl Block {
                 } else if length > max {
                     dropped.too_long += 1;
                 } else {
+                    self.reach = self.reach.max(reward.abs());
                     continue;
                 }
                 *reward = f32::NAN;
             }
             dropped.not_finite += not_finite - self.marked;
         }
-        self.reach = reach(&self.rewards);
-        if self.wide.is_empty() {
-            moments.add(&self.rewards, &self.lengths, |i| f64::from(self.rewards[i]));
-        } else {
-            moments.add(&self.rewards, &self.lengths, |i| self.wide[i]);
+        let (marks, lengths) = (&self.rewards, &self.lengths);
+        match (self.gaps || self.longest > i32::MAX as u32, self.wide.is_empty()) {
+            // The type of each loop is known, so that it is made of vectors.
+            (false, true) => moments.add::<false>(marks, lengths, |i| f64::from(marks[i])),
+            (false, false) => moments.add::<false>(marks, lengths, |i| self.wide[i]),
+            (true, true) => moments.add::<true>(marks, lengths, |i| f64::from(marks[i])),
+            (true, false) => moments.add::<true>(marks, lengths, |i| self.wide[i]),
         }
         self.rewards.resize(self.rewards.len() + LANES, f32::NAN);
         self.lengths.resize(self.lengths.len() + LANES, 0);
@@ -169,55 +176,26 @@ impl Block {
         points.clear();
         for i in self.starts[prompt] as usize..self.starts[prompt + 1] as usize {
             if !self.rewards[i].is_nan() {
-                let raw = self.reward(i);
-                points.push(Point { score: raw, raw, row: i as u64, length: self.lengths[i] });
+                points.push(self.point(i));
             }
         }
     }
+
+    /// The row at place `i`. [`Point::row`] is the place.
+    #[inline(always)]
+    pub fn point(&self, i: usize) -> Point {
+        let raw = self.reward(i);
+        Point { score: raw, raw, row: i as u64, length: self.lengths[i] }
+    }
 }
 
-/// Appends the places (but 0) at which the key is another than before.
+/// Greatest |reward| if all are finite.
 #[inline(always)]
-fn changes<L: Lanes>(lanes: L, keys: &[u64], starts: &mut Vec<u32>) {
-    let mut at = 0;
-    while let Some(window) = keys.get(at..at + 65) {
-        let mut changes = lanes.changes(window.try_into().expect("65 keys"));
-        while changes != 0 {
-            starts.push(at as u32 + 1 + changes.trailing_zeros());
-            changes &= changes - 1;
-        }
-        at += 64;
-    }
-    starts.extend((at + 1..keys.len()).filter(|&i| keys[i - 1] != keys[i]).map(|i| i as u32));
-}
-
-#[inline(always)]
-fn all_finite(rewards: &[f32]) -> bool {
-    // A sum of zeros, which is NaN if and only if a value is not finite.
-    let mut lanes = [0.0f32; LANES];
-    let chunks = rewards.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane += value * 0.0;
-        }
-    }
-    lanes.iter().chain(rest).fold(0.0f32, |sum, value| sum + value * 0.0) == 0.0
-}
-
-/// Greatest absolute value, leaving NaN out.
-#[inline(always)]
-fn reach(rewards: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let chunks = rewards.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for i in 0..LANES {
-            let value = chunk[i].abs();
-            lanes[i] = if value > lanes[i] { value } else { lanes[i] };
-        }
-    }
-    lanes.iter().chain(rest).fold(0.0, |a, &b| if b.abs() > a { b.abs() } else { a })
+fn reach(rewards: &[f32]) -> Option<f32> {
+    // Without their signs, floats are in the order of their bits, with infinity and NaN above all others.
+    let bits = rewards.iter().fold(0, |most, reward| most.max(reward.to_bits() & 0x7fff_ffff));
+    let reach = f32::from_bits(bits);
+    reach.is_finite().then_some(reach)
 }
 
 /// Sums over usable rows, for the correlation of reward and length. Rounded: the last digits depend on the order
@@ -231,20 +209,22 @@ pub struct Moments {
 }
 
 impl Moments {
+    /// Without `ANY`, all rows are usable and lengths are below 2³¹.
     #[inline(always)]
-    fn add(&mut self, marks: &[f32], lengths: &[u32], reward: impl Fn(usize) -> f64) {
+    fn add<const ANY: bool>(&mut self, marks: &[f32], lengths: &[u32], reward: impl Fn(usize) -> f64) {
         const WIDE: usize = 8;
-        let mut sums = [[0.0f64; WIDE]; 6];
+        let mut sums = [[0.0f64; WIDE]; 5];
+        let mut count = [0u32; WIDE];
         let mut one = |lane: usize, i: usize| {
-            let usable = !marks[i].is_nan();
-            let x = if usable { reward(i) } else { 0.0 };
-            let y = if usable { f64::from(lengths[i]) } else { 0.0 };
-            sums[0][lane] += f64::from(u8::from(usable));
-            sums[1][lane] += x;
-            sums[2][lane] += y;
-            sums[3][lane] += x * x;
-            sums[4][lane] += y * y;
-            sums[5][lane] += x * y;
+            let usable = !ANY || !marks[i].is_nan();
+            let length = if ANY { f64::from(lengths[i]) } else { f64::from(lengths[i] as i32) };
+            let (x, y) = if usable { (reward(i), length) } else { (0.0, 0.0) };
+            count[lane] += u32::from(usable);
+            sums[0][lane] += x;
+            sums[1][lane] += y;
+            sums[2][lane] += x * x;
+            sums[3][lane] += y * y;
+            sums[4][lane] += x * y;
         };
         let rows = lengths.len();
         let whole = rows - rows % WIDE;
@@ -258,8 +238,8 @@ impl Moments {
         for i in whole..rows {
             one(0, i);
         }
-        self.count += sums[0].iter().sum::<f64>();
-        for (sum, lanes) in self.sums.iter_mut().zip(&sums[1..]) {
+        self.count += f64::from(count.iter().sum::<u32>());
+        for (sum, lanes) in self.sums.iter_mut().zip(&sums) {
             *sum += lanes.iter().sum::<f64>();
         }
     }

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use crate::Error;
 use crate::block::{Block, Source};
 use crate::filter::{BadLength, Dropped};
+use crate::lanes::{Lanes, changes};
 
 /// An integer column of any width.
 #[derive(Debug, Clone)]
@@ -64,6 +65,11 @@ pub trait Int: Copy + Ord + Send + Sync {
     fn from_ordinal(ordinal: u64) -> Self;
     /// The value.
     fn wide(self) -> i128;
+    /// Places `i` with `keys[i] != keys[i + 1]`, of 64.
+    #[inline(always)]
+    fn changes<L: Lanes>(_: L, keys: &[Self; 65]) -> u64 {
+        changes(keys)
+    }
     /// The value as a length, if it is a count of 32 bits.
     #[inline]
     fn length(self) -> Option<u32> {
@@ -72,21 +78,35 @@ pub trait Int: Copy + Ord + Send + Sync {
 }
 
 macro_rules! int {
-    ($($signed:ty)+; $($unsigned:ty)+) => {
+    ($($signed:ty $({ $($signed_more:item)* })?)+; $($unsigned:ty $({ $($unsigned_more:item)* })?)+) => {
         $(impl Int for $signed {
             // Flipping the sign bit maps the signed order onto the unsigned one.
             fn ordinal(self) -> u64 { (i64::from(self) as u64) ^ (1 << 63) }
             fn from_ordinal(ordinal: u64) -> Self { (ordinal ^ (1 << 63)) as $signed }
             fn wide(self) -> i128 { i128::from(self) }
+            $($($signed_more)*)?
         })+
         $(impl Int for $unsigned {
             fn ordinal(self) -> u64 { u64::from(self) }
             fn from_ordinal(ordinal: u64) -> Self { ordinal as $unsigned }
             fn wide(self) -> i128 { i128::from(self) }
+            $($($unsigned_more)*)?
         })+
     };
 }
-int!(i8 i16 i32 i64; u8 u16 u32 u64);
+/// With the lanes' own comparison.
+macro_rules! changes {
+    ($lanes:ident) => {
+        #[inline(always)]
+        fn changes<L: Lanes>(lanes: L, keys: &[Self; 65]) -> u64 {
+            lanes.$lanes(pulp::bytemuck::cast_slice(keys).try_into().expect("as many"))
+        }
+    };
+}
+int!(
+    i8 i16 i32 { changes!(changes_32); } i64 { changes!(changes_64); };
+    u8 u16 u32 { changes!(changes_32); } u64 { changes!(changes_64); }
+);
 
 impl Ints {
     /// The column's buffer, without its nulls.
@@ -337,13 +357,6 @@ impl Columns {
         (batch, (row - batch.start) as usize)
     }
 
-    /// [`Int::ordinal`] of the prompt key of a row.
-    #[inline]
-    pub fn key(&self, row: u64) -> u64 {
-        let (batch, index) = self.locate(row);
-        batch.keys.ordinal(index)
-    }
-
     /// A prompt key as a number of 64 bits (two's complement), from its [`Int::ordinal`].
     pub fn key_number(&self, ordinal: u64) -> u64 {
         match self.batches.first().map(|batch| &batch.keys) {
@@ -389,6 +402,28 @@ impl Source for Columns {
         for (batch, range) in self.parts(rows) {
             with_ints!(&batch.keys, values => keys.extend(values[range].iter().map(|key| key.ordinal())));
         }
+    }
+
+    #[inline(always)]
+    fn changes<L: Lanes>(&self, lanes: L, rows: Range<u64>, _: &mut Vec<u64>, starts: &mut Vec<u32>) {
+        let (mut before, mut last) = (0, None);
+        for (batch, range) in self.parts(rows) {
+            with_ints!(&batch.keys, values => {
+                let values = &values[range];
+                if last.is_some_and(|last| last != values[0].ordinal()) {
+                    starts.push(before);
+                }
+                places(lanes, values, before, starts);
+                before += values.len() as u32;
+                last = values.last().map(|key| key.ordinal());
+            });
+        }
+    }
+
+    #[inline(always)]
+    fn key(&self, row: u64) -> u64 {
+        let (batch, index) = self.locate(row);
+        batch.keys.ordinal(index)
     }
 
     fn values(&self, rows: Range<u64>, block: &mut Block, dropped: &mut Dropped) -> Result<(), BadLength> {
@@ -446,6 +481,21 @@ impl Batch {
         }
         Ok(())
     }
+}
+
+/// Appends the places (but the first) at which the key is another than before, counted from `before`.
+#[inline(always)]
+pub(crate) fn places<L: Lanes, T: Int>(lanes: L, keys: &[T], before: u32, starts: &mut Vec<u32>) {
+    let mut at = 0;
+    while let Some(window) = keys.get(at..at + 65) {
+        let mut changes = T::changes(lanes, window.try_into().expect("65 keys"));
+        while changes != 0 {
+            starts.push(before + at as u32 + 1 + changes.trailing_zeros());
+            changes &= changes - 1;
+        }
+        at += 64;
+    }
+    starts.extend((at + 1..keys.len()).filter(|&i| keys[i - 1] != keys[i]).map(|i| before + i as u32));
 }
 
 /// The value as a length; sets `bad` if it is no count of 32 bits.

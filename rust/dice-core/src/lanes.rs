@@ -41,7 +41,9 @@ pub trait Lanes: Copy + Send + Sync {
     /// Lanes in which a ≤ b (never where one is NaN).
     fn at_most(self, a: Self::V, b: Self::V) -> u32;
     /// Places `i` with `keys[i] != keys[i + 1]`, of 64.
-    fn changes(self, keys: &[u64; 65]) -> u64;
+    fn changes_32(self, keys: &[u32; 65]) -> u64;
+    /// The same of wider keys.
+    fn changes_64(self, keys: &[u64; 65]) -> u64;
 }
 
 /// Work that can be done with any [`Lanes`].
@@ -81,6 +83,12 @@ fn each(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; 
 #[inline(always)]
 fn bits(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> bool) -> u32 {
     (0..LANES).fold(0, |mask, i| mask | u32::from(f(a[i], b[i])) << i)
+}
+
+/// Places `i` with `keys[i] != keys[i + 1]`, of 64.
+#[inline(always)]
+pub fn changes<T: PartialEq>(keys: &[T; 65]) -> u64 {
+    (0..64).fold(0, |mask, i| mask | u64::from(keys[i] != keys[i + 1]) << i)
 }
 
 impl Lanes for Portable {
@@ -142,8 +150,12 @@ impl Lanes for Portable {
         bits(a, b, |a, b| a <= b)
     }
     #[inline(always)]
-    fn changes(self, keys: &[u64; 65]) -> u64 {
-        (0..64).fold(0, |mask, i| mask | u64::from(keys[i] != keys[i + 1]) << i)
+    fn changes_32(self, keys: &[u32; 65]) -> u64 {
+        changes(keys)
+    }
+    #[inline(always)]
+    fn changes_64(self, keys: &[u64; 65]) -> u64 {
+        changes(keys)
     }
 }
 
@@ -242,19 +254,32 @@ mod avx2 {
             half(0) | half(1) << 8
         }
         #[inline(always)]
-        fn changes(self, keys: &[u64; 65]) -> u64 {
-            let (this, next): (&[u64], &[u64]) = (&keys[..64], &keys[1..]);
-            let mut mask = 0;
-            for i in 0..16 {
-                let four = |of: &[u64]| -> __m256i {
-                    pulp::cast([of[4 * i], of[4 * i + 1], of[4 * i + 2], of[4 * i + 3]])
-                };
-                let same = self.avx2._mm256_cmpeq_epi64(four(this), four(next));
-                let same = self.avx._mm256_movemask_pd(self.avx._mm256_castsi256_pd(same)) as u64;
-                mask |= same << (4 * i);
+        fn changes_32(self, keys: &[u32; 65]) -> u64 {
+            let mut same = 0;
+            for i in 0..8 {
+                let eight = |from: usize| -> __m256i { pulp::cast(array::<u32, 8>(&keys[from..])) };
+                let equal = self.avx2._mm256_cmpeq_epi32(eight(8 * i), eight(8 * i + 1));
+                let equal = self.avx._mm256_movemask_ps(self.avx._mm256_castsi256_ps(equal)) as u32;
+                same |= u64::from(equal) << (8 * i);
             }
-            !mask
+            !same
         }
+        #[inline(always)]
+        fn changes_64(self, keys: &[u64; 65]) -> u64 {
+            let mut same = 0;
+            for i in 0..16 {
+                let four = |from: usize| -> __m256i { pulp::cast(array::<u64, 4>(&keys[from..])) };
+                let equal = self.avx2._mm256_cmpeq_epi64(four(4 * i), four(4 * i + 1));
+                let equal = self.avx._mm256_movemask_pd(self.avx._mm256_castsi256_pd(equal)) as u32;
+                same |= u64::from(equal) << (4 * i);
+            }
+            !same
+        }
+    }
+
+    #[inline(always)]
+    fn array<T: Copy, const N: usize>(from: &[T]) -> [T; N] {
+        from[..N].try_into().expect("as many")
     }
 }
 
@@ -266,10 +291,10 @@ mod tests {
     type Floats = [f32; LANES];
 
     /// Everything that a pair of vectors gives, as bits.
-    struct All<'a>(&'a Floats, &'a Floats, &'a [u32; LANES], &'a [u64; 65], usize);
+    struct All<'a>(&'a Floats, &'a Floats, &'a [u32; LANES], &'a [u32; 65], usize);
 
     impl Job for All<'_> {
-        type Output = (Vec<u32>, u64);
+        type Output = (Vec<u32>, [u64; 2]);
         #[inline(always)]
         fn run<L: Lanes>(self, v: L) -> Self::Output {
             let (a, b, ints) = (v.load(self.0), v.load(self.1), v.load_ints(self.2));
@@ -287,7 +312,7 @@ mod tests {
                 found.push((v.greatest(v.max(vector, low)) + 0.0).to_bits());
                 found.push((v.least(v.min(vector, low)) + 0.0).to_bits());
             }
-            (found, v.changes(self.3))
+            (found, [v.changes_32(self.3), v.changes_64(&self.3.map(|key| u64::from(key) << 33))])
         }
     }
 
@@ -297,7 +322,7 @@ mod tests {
             a in prop::array::uniform16(any::<f32>()),
             b in prop::array::uniform16(-9i8..9),
             ints in prop::array::uniform16(0u32..1 << 31),
-            keys in prop::collection::vec(0u64..3, 65),
+            keys in prop::collection::vec(0u32..3, 65),
             count in 0usize..20,
         ) {
             let (b, keys) = (b.map(f32::from), keys.try_into().unwrap());

@@ -94,7 +94,7 @@ impl Layout {
             pieces.into_par_iter().map(|piece| dispatch(Starts(columns, piece))).collect::<Option<_>>()?;
         let mut starts: Vec<u64> = parts.into_iter().flatten().collect();
         let runs = u32::try_from(starts.len()).ok()?;
-        let keys: Vec<u64> = starts.par_iter().map(|&start| columns.key(start)).collect();
+        let keys: Vec<u64> = starts.par_iter().map(|&start| Source::key(columns, start)).collect();
         let mut order: Vec<u32> = (0..runs).collect();
         order.par_sort_unstable_by_key(|&run| keys[run as usize]);
         // A prompt of two runs would be two prompts.
@@ -162,23 +162,25 @@ impl Layout {
         Ok(at)
     }
 
-    /// About `count` prompts, spread evenly.
+    /// About `count` prompts in places spread evenly, some neighbours in each: a place costs more than a prompt.
     pub fn sample(&self, source: &impl Source, count: u64) -> Self {
+        const NEIGHBOURS: u64 = 4;
+        let count = count / NEIGHBOURS;
         let spread =
             |of: u64| (0..count).map(move |i| (u128::from(of) * u128::from(i) / u128::from(count)) as u64);
         let mut ranges: Vec<Range<u64>> = match self {
             Self::InOrder => {
                 let rows: Vec<u64> = spread(source.rows()).collect();
-                rows.into_par_iter().map(|row| prompt_from(source, row)).collect()
+                rows.into_par_iter().flat_map_iter(|row| prompts_from(source, row, NEIGHBOURS)).collect()
             }
             Self::Runs { starts, order } => spread(order.len() as u64)
+                .flat_map(|i| i..(i + NEIGHBOURS).min(order.len() as u64))
                 .map(|i| order[i as usize] as usize)
                 .map(|run| starts[run]..starts[run + 1])
                 .collect(),
             Self::Some(ranges) => spread(ranges.len() as u64).map(|i| ranges[i as usize].clone()).collect(),
         };
         ranges.dedup();
-        ranges.retain(|range| !range.is_empty());
         Self::Some(ranges)
     }
 }
@@ -201,10 +203,17 @@ fn aligned(source: &impl Source, row: u64) -> u64 {
     change_from(source, row - 1)
 }
 
-/// The first prompt that starts at or after a row; empty if none does.
-fn prompt_from(source: &impl Source, row: u64) -> Range<u64> {
-    let start = aligned(source, row);
-    if start == source.rows() { start..start } else { start..change_from(source, start) }
+/// The first prompts that start at or after a row, at most `count`.
+fn prompts_from(source: &impl Source, row: u64, count: u64) -> impl Iterator<Item = Range<u64>> {
+    let mut next = aligned(source, row);
+    std::iter::from_fn(move || {
+        let start = next;
+        (start < source.rows()).then(|| {
+            next = change_from(source, start);
+            start..next
+        })
+    })
+    .take(count as usize)
 }
 
 /// The first row after `row` with another key than it has, or the number of rows.

@@ -85,7 +85,7 @@ impl Steps {
     /// Nothing is known of the sample outside `known`.
     pub fn bracket(&self, target: Target, known: Bracket, prompts: u64, deviation: f64) -> Bracket {
         /// Standard errors of the sample's mean gap to both sides.
-        const ERRORS: f64 = 4.0;
+        const ERRORS: f64 = 3.0;
         /// Steps of the sample to both sides of a given penalty.
         const NEAR: usize = 16;
         let (first, last) = match target {

@@ -21,8 +21,9 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use rayon::prelude::*;
 
 use crate::block::{Block, Source};
-use crate::columns::{Floats, Int, with_ints};
+use crate::columns::{Floats, Int, places, with_ints};
 use crate::filter::{BadLength, Dropped};
+use crate::lanes::Lanes;
 use crate::layout::pieces;
 use crate::{Columns, Error};
 
@@ -339,6 +340,20 @@ impl Source for Records {
             let least = self.keys[partition];
             keys.extend(records.map(|record| least + self.format.key(|i| record[i].load(Relaxed))));
         }
+    }
+
+    #[inline(always)]
+    fn changes<L: Lanes>(&self, lanes: L, rows: Range<u64>, keys: &mut Vec<u64>, starts: &mut Vec<u32>) {
+        keys.clear();
+        self.keys(rows, keys);
+        places(lanes, keys, 0, starts);
+    }
+
+    #[inline(always)]
+    fn key(&self, row: u64) -> u64 {
+        let mut keys = Vec::new();
+        self.keys(row..row + 1, &mut keys);
+        keys[0]
     }
 
     fn values(&self, rows: Range<u64>, block: &mut Block, _: &mut Dropped) -> Result<(), BadLength> {

@@ -20,7 +20,7 @@ use crate::lanes::{Job, LANES, Lanes, dispatch};
 use crate::layout::{Layout, Rising, Stop};
 use crate::mine::DroppedPrompts;
 use crate::pool::{Group, Pool};
-use crate::select::{best, worst};
+use crate::select::{beats, best, worst};
 use crate::table::Table;
 
 /// A response takes another's place in a pair.
@@ -176,25 +176,27 @@ impl<S: Source> Job for Piece<'_, S> {
                 let choice = match &probe {
                     Some(probe) if end - start <= LANES => probe.short(lanes, &block, start, end - start),
                     Some(probe) => probe.long(lanes, &block, start, end),
-                    None => None,
+                    None => Choice::default(),
                 };
-                if let Some(choice) = choice
-                    && choice.usable >= wanted.min_responses
+                if let Choice {
+                    chosen: Some(chosen),
+                    rejected: Some(rejected),
+                    best: Some(best),
+                    worst: Some(worst),
+                    usable,
+                } = choice
+                    && usable >= wanted.min_responses
                 {
                     let length = |place: u32| i64::from(block.lengths[place as usize]);
-                    let difference = length(choice.chosen) - length(choice.rejected);
+                    let difference = length(chosen) - length(rejected);
                     gap += difference;
                     squares += (difference * difference) as f64;
-                    gap_before += length(choice.best) - length(choice.worst);
+                    gap_before += length(best) - length(worst);
                     contrast += 1;
-                    picks.push(Pick {
-                        prompt: prompt as u32,
-                        chosen: choice.chosen,
-                        rejected: choice.rejected,
-                    });
+                    picks.push(Pick { prompt: prompt as u32, chosen, rejected });
                 } else {
                     let pair = pairs + picks.len();
-                    picks.extend(exact.prompt(&block, prompt, wanted, pair, &mut found));
+                    picks.extend(exact.prompt(&block, prompt, wanted, pair, &choice, &mut found));
                 }
             }
             found.gap += i128::from(gap);
@@ -236,12 +238,14 @@ struct Probe<V> {
     gaps: bool,
 }
 
-/// Best and worst of a prompt on the whole bracket and by reward alone, as places in the block.
+/// Best and worst of a prompt on the whole bracket and by reward alone, as places in the block; `None` where that is
+/// not certain.
+#[derive(Default)]
 struct Choice {
-    chosen: u32,
-    rejected: u32,
-    best: u32,
-    worst: u32,
+    chosen: Option<u32>,
+    rejected: Option<u32>,
+    best: Option<u32>,
+    worst: Option<u32>,
     usable: usize,
 }
 
@@ -269,9 +273,9 @@ impl<V: Copy> Probe<V> {
         })
     }
 
-    /// The choice of a prompt of at most [`LANES`] rows, if it is certain.
+    /// The choice of a prompt of at most [`LANES`] rows.
     #[inline(always)]
-    fn short<L: Lanes<V = V>>(&self, lanes: L, block: &Block, start: usize, rows: usize) -> Option<Choice> {
+    fn short<L: Lanes<V = V>>(&self, lanes: L, block: &Block, start: usize, rows: usize) -> Choice {
         let (rewards, lengths) = block.lanes(start);
         // NaN, as of rows that are not usable, neither wins nor is counted.
         let rewards = lanes.head(lanes.load(rewards), rows);
@@ -292,21 +296,20 @@ impl<V: Copy> Probe<V> {
         };
         let rivals = lanes.at_least(lanes.add(scores, gain(chosen)), lanes.splat(most - self.error));
         let low_rivals = lanes.at_most(lanes.sub(scores, gain(rejected)), lanes.splat(least + self.error));
-        let certain = [rivals, low_rivals, best, worst].iter().all(|lanes| lanes.count_ones() == 1);
         let usable = if self.gaps { lanes.at_least(rewards, lowest).count_ones() as usize } else { rows };
-        let place = |lane: usize| (start + lane) as u32;
-        certain.then_some(Choice {
-            chosen: place(chosen),
-            rejected: place(rejected),
-            best: place(best.trailing_zeros() as usize),
-            worst: place(worst.trailing_zeros() as usize),
+        let only = |lanes: u32, lane: usize| (lanes.count_ones() == 1).then_some((start + lane) as u32);
+        Choice {
+            chosen: only(rivals, chosen),
+            rejected: only(low_rivals, rejected),
+            best: only(best, best.trailing_zeros() as usize),
+            worst: only(worst, worst.trailing_zeros() as usize),
             usable,
-        })
+        }
     }
 
-    /// The choice of a prompt of any number of rows, if it is certain.
+    /// The choice of a prompt of any number of rows.
     #[inline(always)]
-    fn long<L: Lanes<V = V>>(&self, lanes: L, block: &Block, start: usize, end: usize) -> Option<Choice> {
+    fn long<L: Lanes<V = V>>(&self, lanes: L, block: &Block, start: usize, end: usize) -> Choice {
         let (lowest, highest) = (lanes.splat(f32::NEG_INFINITY), lanes.splat(f32::INFINITY));
         let vectors = |at: usize| {
             let (rewards, lengths) = block.lanes(at);
@@ -349,9 +352,6 @@ impl<V: Copy> Probe<V> {
             at += LANES;
         }
         let [chosen, rejected, best, worst] = places;
-        if counts != [1; 4] {
-            return None;
-        }
         let size = |place: u32| lanes.splat(block.lengths[place as usize] as i32 as f32);
         let (chosen_size, rejected_size) = (size(chosen), size(rejected));
         let (mut rivals, mut low_rivals) = (0, 0);
@@ -365,7 +365,13 @@ impl<V: Copy> Probe<V> {
             low_rivals += down.count_ones();
             at += LANES;
         }
-        (rivals == 1 && low_rivals == 1).then_some(Choice { chosen, rejected, best, worst, usable })
+        Choice {
+            chosen: (rivals == 1).then_some(chosen),
+            rejected: (low_rivals == 1).then_some(rejected),
+            best: (counts[2] == 1).then_some(best),
+            worst: (counts[3] == 1).then_some(worst),
+            usable,
+        }
     }
 }
 
@@ -373,18 +379,19 @@ impl<V: Copy> Probe<V> {
 #[derive(Default)]
 struct Exact {
     group: Group,
-    points: Vec<Point>,
     turns: Vec<(f64, Point)>,
 }
 
 impl Exact {
-    /// The pick of a prompt, whose pair would be number `pair`; adds its turns and what else there is to count.
+    /// The pick of a prompt, whose pair would be number `pair`; adds its turns and what else there is to count. What is
+    /// certain in `choice` is taken from there.
     fn prompt(
         &mut self,
         block: &Block,
         prompt: usize,
         wanted: &Wanted,
         pair: usize,
+        choice: &Choice,
         found: &mut Found,
     ) -> Option<Pick> {
         let group = &mut self.group;
@@ -395,24 +402,23 @@ impl Exact {
             found.dropped_prompts.too_few_responses += 1;
             return None;
         }
-        let (best, worst) = (best(&group.chosen, 0.0)?, worst(&group.rejected, 0.0)?);
-        let contrast = crate::select::beats(best, worst, 0.0);
+        let point = |place: u32| block.point(place as usize);
+        let best = choice.best.map(point).or_else(|| best(&group.chosen, 0.0).copied())?;
+        let worst = choice.worst.map(point).or_else(|| worst(&group.rejected, 0.0).copied())?;
+        let contrast = beats(&best, &worst, 0.0);
         if contrast {
             found.contrast += 1;
             found.gap_before += i128::from(best.length) - i128::from(worst.length);
         } else {
             found.dropped_prompts.no_contrast += 1;
         }
-        let mut at_low = [0u32; 2];
-        let mut lengths = [0i64; 2];
-        for (i, (side, of)) in
-            [(Side::Chosen, &group.chosen), (Side::Rejected, &group.rejected)].into_iter().enumerate()
-        {
-            self.points.clone_from(of);
-            walk(&mut self.points, side, wanted.bracket, &mut self.turns);
-            let mut previous = self.turns[0].1;
-            at_low[i] = previous.row as u32;
-            lengths[i] = i64::from(previous.length);
+        let mut side = |side: Side, certain: Option<u32>, points: &mut Vec<Point>| {
+            if let Some(place) = certain {
+                return (place, i64::from(block.lengths[place as usize]));
+            }
+            walk(points, side, wanted.bracket, &mut self.turns);
+            let first = self.turns[0].1;
+            let mut previous = first;
             for &(at, point) in &self.turns[1..] {
                 found.turns.push(Turn {
                     at,
@@ -425,10 +431,13 @@ impl Exact {
                 });
                 previous = point;
             }
-        }
-        let difference = lengths[0] - lengths[1];
+            (first.row as u32, i64::from(first.length))
+        };
+        let chosen = side(Side::Chosen, choice.chosen, &mut group.chosen);
+        let rejected = side(Side::Rejected, choice.rejected, &mut group.rejected);
+        let difference = chosen.1 - rejected.1;
         found.gap += i128::from(difference);
         found.squares += (difference as f64).powi(2);
-        contrast.then_some(Pick { prompt: prompt as u32, chosen: at_low[0], rejected: at_low[1] })
+        contrast.then_some(Pick { prompt: prompt as u32, chosen: chosen.0, rejected: rejected.0 })
     }
 }
