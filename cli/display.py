@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from dice_py.report import number, seconds
+from dice_py.report import mining_rows, number, seconds, share
 
 PLAIN_EVERY = 10.0  # seconds between two lines of one stage's progress
 _PLAIN_WIDTH = 1000  # so that a pipe or a file gets each row of a table on one line
@@ -21,11 +21,35 @@ _PLAIN_WIDTH = 1000  # so that a pipe or a file gets each row of a table on one 
 _HIGHLIGHTS = {
     "generate": ("responses", "response_tokens", "cut_off", "engine"),
     "score": ("responses", "mean_reward", "reward_std"),
-    "mine": ("pairs", "alpha", "mean_length_gap_before", "mean_length_gap_after"),
+    "mine": ("pairs", "alpha"),
     "replay": ("mined", "replay", "reached_share"),
     "train": ("pairs", "steps", "step0_loss", "final_loss"),
     "evaluate": ("oracle_win_rate", "oracle_accuracy", "mean_response_tokens", "implicit_reward_accuracy"),
 }
+
+
+_SHOWN_MARGINS = ("0.05", "0.5", "0.95")
+
+
+def _told(stage: str, counts: dict[str, Any]) -> str:
+    """What a stage's line says of its counts; those that are not there (yet) are left out."""
+    told = [f"{name.replace('_', ' ')} {number(counts[name])}" for name in _HIGHLIGHTS[stage] if name in counts]
+    if stage == "mine" and counts:
+        told += _mining(counts)
+    return ", ".join(told)
+
+
+def _mining(counts: dict[str, Any]) -> list[str]:
+    told = []
+    for name, words in (("mean_length_gap", "mean length gap"), ("reward_length_correlation", "length correlation")):
+        if f"{name}_after" in counts:
+            told.append(f"{words} {number(counts[f'{name}_before'])} to {number(counts[f'{name}_after'])}")
+    if "chosen_longer_share" in counts:
+        told.append(f"chosen longer {share(counts['chosen_longer_share'])}")
+    if "margin_quantiles" in counts:
+        found = [number(counts["margin_quantiles"][name]) for name in _SHOWN_MARGINS]
+        told.append(f"margin {found[1]} ({found[0]} to {found[2]})")
+    return told
 
 
 class _Pace(ProgressColumn):
@@ -85,8 +109,7 @@ class Display:
                 self._begin(name)
             else:
                 self._end()
-                counts, known = fields["counts"], _HIGHLIGHTS[name]
-                told = ", ".join(f"{key.replace('_', ' ')} {number(counts[key])}" for key in known if key in counts)
+                told = _told(name, fields["counts"])
                 took = "kept" if fields["status"] == "kept" else seconds(fields["seconds"])
                 self.line(f"  {name:<9} {took:>11}  {told}")
 
@@ -105,7 +128,7 @@ class Display:
             self.progress.remove_task(self.task)
         self.task, self.stage = None, ""
 
-    def _progress(self, stage: str, done: int, total: int, unit: str) -> None:
+    def _progress(self, stage: str, done: int, total: int, unit: str = "rows") -> None:
         now = time.monotonic()
         if stage != self.stage:
             self._begin(stage)
@@ -133,9 +156,17 @@ def status_table(found: dict[str, Any]) -> Table:
     title = f"{found['run']}: {found['state']}, {found['done']} of {found['stages']} stages"
     table = _table(title, {"stage": "left", "status": "left", "time": "right", "counts": "left"})
     for entry in found["entries"]:
-        known = _HIGHLIGHTS[entry["stage"].split("/")[-1]]
-        told = [f"{key.replace('_', ' ')} {number(entry['counts'][key])}" for key in known if key in entry["counts"]]
-        table.add_row(entry["stage"], entry["status"], seconds(entry["seconds"]), ", ".join(told))
+        told = _told(entry["stage"].split("/")[-1], entry["counts"])
+        table.add_row(entry["stage"], entry["status"], seconds(entry["seconds"]), told)
+    return table
+
+
+def mining_table(found: dict[str, Any], out: str) -> Table:
+    """What `dice mine` found: a row for each measure."""
+    table = _table(f"pairs in {out}", {"": "left", "found": "left"})
+    table.show_header = False
+    for row in mining_rows(found):
+        table.add_row(*row)
     return table
 
 

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import stages
+from cli.mine import Panels, mine
 from cli.stages import Config, Json, Set, overrides, print_json, print_result, work_apart
 from dice_py.errors import DiceError, InterruptedRunError
 
@@ -144,8 +145,8 @@ def status(
     print_table(status_table(found))
 
 
-for stage in (stages.generate, stages.score, stages.mine, stages.replay, stages.train, stages.evaluate):
-    app.command()(stage)
+for stage in (stages.generate, stages.score, mine, stages.replay, stages.train, stages.evaluate):
+    app.command(cls=Panels)(stage)
 
 
 @app.command()

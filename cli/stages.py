@@ -155,48 +155,6 @@ def score(
     print_result({"files": [str(file) for file in files]}, as_json)
 
 
-def mine(
-    scored: Annotated[Path, typer.Argument(help="Parquet with one row per response.")],
-    out: Out,
-    prompt_column: Annotated[str, typer.Option(help="Column that names the prompt.")] = "prompt_id",
-    reward_column: Annotated[str, typer.Option(help="Column of rewards.")] = "reward",
-    length_column: Annotated[str, typer.Option(help="Column of lengths.")] = "response_tokens",
-    debias: Annotated[str, typer.Option(help="none, linear or bucket.")] = "linear",
-    alpha: Annotated[str, typer.Option(help="The length penalty: auto, or a number ≥ 0.")] = "auto",
-    min_responses: Annotated[int, typer.Option(help="Usable responses that a prompt needs.")] = 2,
-    min_length: Annotated[int | None, typer.Option(help="Shortest response to use.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest response to use.")] = None,
-    buckets: Annotated[int, typer.Option(help="Length quantiles of --debias bucket.")] = 10,
-    bucket_scale: Annotated[bool, typer.Option(help="Scale inside buckets too.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Stage 3: pairs of chosen and rejected, less the length bias.
-
-    Written to OUT (Parquet) with the row numbers of both responses in SCORED.
-    """
-    from dice_py.mine import mine_file
-
-    try:
-        penalty: Any = "auto" if alpha == "auto" else float(alpha)
-    except ValueError:
-        raise UsageError(f"--alpha is {alpha!r}, but must be 'auto' or a finite number of zero or more") from None
-    summary = mine_file(
-        scored,
-        out,
-        prompt_column=prompt_column,
-        reward_column=reward_column,
-        length_column=length_column,
-        debias=debias,
-        alpha=penalty,
-        min_responses=min_responses,
-        min_length=min_length,
-        max_length=max_length,
-        buckets=buckets,
-        bucket_scale=bucket_scale,
-    )
-    print_result(summary, as_json)
-
-
 def _buffers(given: list[str] | None) -> dict[str, dict[str, Any]] | None:
     """`--buffer NAME=FILE[:SHARE]` as replay.buffers."""
     found: dict[str, dict[str, Any]] = {}

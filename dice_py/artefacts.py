@@ -61,6 +61,17 @@ MINED = _schema(
     rejected_length=pl.UInt32,
 )
 
+# What mining adds to the columns of `MINED` where it is asked for (the policy is the round that sampled).
+MINED_LABELS = _schema(
+    chosen_win_rate=pl.Float32,
+    rejected_win_rate=pl.Float32,
+    soft_label=pl.Float32,
+    difficulty=pl.String,
+    consistency=pl.Float32,
+    chosen_policy=pl.UInt32,
+    rejected_policy=pl.UInt32,
+)
+
 PAIRS = _schema(
     prompt=MESSAGES,
     chosen=MESSAGES,
@@ -217,6 +228,39 @@ def write_parquet(
         writer.write_table(table)
         writer.add_key_value_metadata(footer)
     return path
+
+
+class ParquetStream:
+    """A Parquet file written in parts, as `write_parquet` writes one; not atomic by itself.
+
+    A context manager: the file is whole when it is left. Without any part, nothing is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> ParquetStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, frame: pl.DataFrame) -> None:
+        """Appends rows; all parts have the columns of the first."""
+        self.write_arrow(frame.to_arrow(compat_level=pl.CompatLevel.oldest()))
+
+    def write_arrow(self, table: pa.Table) -> None:
+        """Appends rows; all parts have the columns of the first."""
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", store_schema=False)
+        self._writer.write_table(table)
+
+    def describe(self, key: str, meta: Any) -> None:
+        """Sets what `parquet_key` and `parquet_meta` read."""
+        if self._writer is not None:
+            self._writer.add_key_value_metadata({_KEY: key, _META: json.dumps(meta)})
 
 
 def _footer(path: Path, name: str) -> str | None:

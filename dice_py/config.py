@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from dice_py.errors import UsageError
+from dice_py.mine_options import Debias, MineOptions, Pairing, PickFrom
 
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -101,23 +102,72 @@ class ScoreConfig(Section):
 
 
 class MineConfig(Section):
-    """Pair mining (design: the exact length penalty). The keywords of `dice_py.mine_pairs`."""
+    """Pair mining: the keywords of `dice_py.mine_pairs`, where each is explained, but for columns and the seed.
+
+    A run knows its columns, and seeds come from its own.
+    """
 
     length: Literal["tokens", "chars"] = Field(default="tokens", description="what the penalty counts")
-    debias: Literal["none", "linear", "bucket"] = "linear"
+    debias: Debias = "linear"
     alpha: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     min_responses: Annotated[int, Field(ge=2)] = 2
     min_length: Annotated[int, Field(ge=0)] | None = Field(default=1, description="inclusive")
     max_length: Annotated[int, Field(ge=0)] | None = Field(default=None, description="inclusive")
     buckets: Positive = 10
     bucket_scale: bool = False
+    length_tolerance: int | None = Field(default=None, description="debias=matched: this or length_ratio")
+    length_ratio: float | None = Field(default=None, description="debias=matched: of the longer response's length")
+    pairing: Pairing = "max_min"
+    top_k: int = Field(default=2, description="pairing=top_bottom")
+    bottom_k: int = Field(default=2, description="pairing=top_bottom")
+    pairs_per_prompt: int | None = Field(default=None, description="pairing=top_bottom or all_pairs: at most")
+    sweet_spot_deviations: float = Field(default=2.0, description="pairing=max_sweet_spot")
+    min_margin: float | None = Field(default=None, description="drops pairs of a smaller margin")
+    min_margin_quantile: float | None = Field(default=None, description="drops pairs below this quantile of margins")
+    chosen_from: PickFrom = Field(default="any", description="newest or oldest: of the rounds in the pool")
+    rejected_from: PickFrom = Field(default="any", description="newest or oldest: of the rounds in the pool")
+    win_rates: bool = False
+    soft_labels: bool = False
+    label_scale: float = Field(default=1.0, description="win_rates and soft_labels: sigmoid(difference / label_scale)")
+    difficulty_quantile: float | None = None
+    drop_duplicates: bool = Field(default=False, description="equal token ids of a prompt count once")
+    second_reward: Literal["logp", "ref_logp"] | None = Field(
+        default=None, description="a column of the scores: agreement with the reward as the column consistency"
+    )
+    pool_rounds: Positive = Field(
+        default=1, description="the candidates of the last n rounds in one pool, scored by the current policy"
+    )
+
+    def options(self, seed: int = 0) -> MineOptions:
+        """The keywords of `dice_py.mine_pairs` on a round's generations and scores.
+
+        The round that sampled a response is in a column `round` where there is a pool.
+
+        Raises:
+            UsageError: options that contradict each other.
+        """
+        own = {"length", "drop_duplicates", "second_reward", "pool_rounds"}
+        return MineOptions(
+            **self.model_dump(exclude=own),
+            length_column="response_tokens" if self.length == "tokens" else "response_chars",
+            duplicate_column="token_ids" if self.drop_duplicates else None,
+            policy_column="round" if self.pool_rounds > 1 else None,
+            second_reward_column=self.second_reward,
+            seed=seed,
+        )
 
     @model_validator(mode="after")
-    def _some_length_passes(self) -> MineConfig:
-        if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
-            raise ValueError(
-                f"min_length ({self.min_length}) is above max_length ({self.max_length}): no response passes"
-            )
+    def _as_the_miner_checks(self) -> MineConfig:
+        for name in ("chosen_from", "rejected_from"):
+            if getattr(self, name) != "any" and self.pool_rounds == 1:
+                raise ValueError(
+                    f"{name} is '{getattr(self, name)}', but the candidates are those of one round: "
+                    "set pool_rounds to 2 or more"
+                )
+        try:
+            self.options()
+        except UsageError as error:
+            raise ValueError(str(error)) from None
         return self
 
 

@@ -13,18 +13,17 @@ that step function, not on a grid.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 
 from dice_py import _native
-from dice_py.artefacts import MINED, digest, file_digest, write_json, write_parquet
-from dice_py.config import MineConfig
 from dice_py.errors import DataError
-from dice_py.mine_columns import Frame, narrow_frame, numeric_columns
+from dice_py.mine_columns import Frame, arrow_frame, narrow_frame, numeric_columns
 from dice_py.mine_options import Debias, MineOptions, Pairing, PickFrom
 
 QUANTILES = {"min": 0.0, "0.05": 0.05, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "0.95": 0.95, "max": 1.0}
@@ -80,10 +79,7 @@ class MinedPairs:
     @cached_property
     def margin_quantiles(self) -> dict[str, float]:
         """Quantiles of the pairs' margins (linear interpolation), from `min` to `max`; NaN without pairs."""
-        if self.pairs.is_empty():
-            return dict.fromkeys(QUANTILES, math.nan)
-        margin = self.pairs["margin"].cast(pl.Float64).sort()
-        return {name: _quantile(margin, q) for name, q in QUANTILES.items()}
+        return margin_quantiles(self.pairs["margin"])
 
     @property
     def mean_consistency(self) -> float | None:
@@ -95,15 +91,9 @@ class MinedPairs:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the frames, ready for JSON (infinity and NaN become None)."""
-
-        def finite(value: float | None) -> float | None:
-            return value if value is not None and math.isfinite(value) else None
-
         return {
             "pairs": self.pairs.height,
-            "alpha": finite(self.alpha),
-            "alpha_low": finite(self.alpha_low),
-            "alpha_high": finite(self.alpha_high),
+            **{name: finite(getattr(self, name)) for name in ("alpha", "alpha_low", "alpha_high")},
             "mean_length_gap_before": finite(self.mean_length_gap_before),
             "mean_length_gap_after": finite(self.mean_length_gap_after),
             "chosen_longer_share": finite(self.chosen_longer_share),
@@ -119,13 +109,26 @@ class MinedPairs:
         }
 
 
+def finite(value: float | None) -> float | None:
+    """The number, if JSON has a word for it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _mean(frame: pl.DataFrame) -> float:
     value = frame.item()
     return math.nan if value is None else float(value)
 
 
-def _quantile(ascending: pl.Series, q: float) -> float:
-    return float(ascending.quantile(q, interpolation="linear"))  # type: ignore[arg-type]
+def margin_quantiles(margins: pl.Series) -> dict[str, float]:
+    """`MinedPairs.margin_quantiles` of some margins."""
+    ascending = margins.cast(pl.Float64).sort()
+    return {name: quantile(ascending, q) for name, q in QUANTILES.items()}
+
+
+def quantile(values: pl.Series, q: float) -> float:
+    """A quantile by linear interpolation; NaN of no values."""
+    found = values.cast(pl.Float64).quantile(q, interpolation="linear")
+    return math.nan if found is None else float(found)
 
 
 def mine_pairs(
@@ -213,7 +216,7 @@ def mine_pairs(
 
     - `policy_column`: which policy (or round) sampled the response, greater being newer. `chosen_from` and
       `rejected_from` hold that side to the "newest" or "oldest" policy among the prompt's usable responses.
-    - `min_margin`: pairs of a smaller margin are dropped; then, by `min_margin_quantile`, those below that quantile of
+    - `min_margin`: pairs of a smaller margin (as it is stored, in float32) are dropped; then, by `min_margin_quantile`, those below that quantile of
       the margins that are left.
 
     **Labels**, as further columns of the pairs:
@@ -238,35 +241,40 @@ def mine_pairs(
 def _mine(frame: Frame, options: MineOptions) -> MinedPairs:
     narrow = narrow_frame(frame, options)
     numbers, native_key = numeric_columns(narrow, options)
-    try:
+    with column_names(options):
         # As one struct column the chunks are exported as they are. A frame's own export joins them first.
         reader, found = _native.mine(numbers.to_struct("rows"), options.native())
-    except DataError as error:
-        place = ", ".join(f"{role} column '{name}'" for role, name in options.columns.items())
-        raise DataError(f"{error} ({place})") from None
-    # Not rechunked: that would copy every column.
-    pairs = pl.DataFrame(pl.from_arrow(reader.read_all(), rechunk=False))
+    pairs = arrow_frame(reader.read_all())
     if native_key:
         prompts = pairs["prompt"].alias("prompt_id")
     else:
         prompts = narrow[options.prompt_column].gather(pairs["chosen_row"]).alias("prompt_id")
-    pairs = pairs.drop("prompt").insert_column(0, prompts)
-    if options.policy_column is not None:
-        policies = narrow[options.policy_column]
-        for side in ("chosen", "rejected"):
-            pairs = pairs.with_columns(policies.gather(pairs[f"{side}_row"]).alias(f"{side}_policy"))
-    mined = MinedPairs(
+    pairs = add_policies(pairs.drop("prompt").insert_column(0, prompts), narrow, options)
+    count = pairs.height
+    pairs = with_margin(pairs, options)
+    dropped_pairs = {"below_min_margin": count - pairs.height, "below_quantile": 0}
+    if options.min_margin_quantile is not None:
+        kept = above(pairs, quantile(pairs["margin"], options.min_margin_quantile))
+        dropped_pairs["below_quantile"] = pairs.height - kept.height
+        pairs = kept
+    if options.difficulty_quantile is not None:
+        pairs = add_difficulty(pairs, quantile(pairs["margin"], options.difficulty_quantile))
+    gap = found.mean_length_gap_after
+    if pairs.height != count:
+        longer = pl.col("chosen_length").cast(pl.Int64) - pl.col("rejected_length").cast(pl.Int64)
+        gap = _mean(pairs.select(longer.mean()))
+    return MinedPairs(
         pairs=pairs,
         alpha=found.alpha,
         alpha_low=found.alpha_low,
         alpha_high=found.alpha_high,
         mean_length_gap_before=found.mean_length_gap_before,
-        mean_length_gap_after=found.mean_length_gap_after,
+        mean_length_gap_after=gap,
         reward_length_correlation_before=found.correlation_before,
         reward_length_correlation_after=found.correlation_after,
         dropped=dict(found.dropped),
         dropped_prompts=dict(found.dropped_prompts),
-        dropped_pairs={"below_min_margin": 0, "below_quantile": 0},
+        dropped_pairs=dropped_pairs,
         prompts=found.prompts,
         rows=found.rows,
         curve=pl.DataFrame(
@@ -274,97 +282,43 @@ def _mine(frame: Frame, options: MineOptions) -> MinedPairs:
             schema={"alpha": pl.Float64, "mean_length_gap": pl.Float64, "exact": pl.Boolean},
         ),
     )
-    return _label(_threshold(mined, options), options)
 
 
-def _threshold(mined: MinedPairs, options: MineOptions) -> MinedPairs:
-    """Drops pairs of small margins."""
-    pairs, dropped = mined.pairs, dict(mined.dropped_pairs)
-    if options.min_margin is not None:
-        pairs = pairs.filter(pl.col("margin").cast(pl.Float64) >= options.min_margin)
-        dropped["below_min_margin"] = mined.pairs.height - pairs.height
-    if options.min_margin_quantile is not None and not pairs.is_empty():
-        least = _quantile(pairs["margin"].cast(pl.Float64).sort(), options.min_margin_quantile)
-        kept = pairs.filter(pl.col("margin").cast(pl.Float64) >= least)
-        dropped["below_quantile"] = pairs.height - kept.height
-        pairs = kept
-    if pairs.height == mined.pairs.height:
-        return mined
-    gap = pl.col("chosen_length").cast(pl.Int64) - pl.col("rejected_length").cast(pl.Int64)
-    return replace(mined, pairs=pairs, dropped_pairs=dropped, mean_length_gap_after=_mean(pairs.select(gap.mean())))
-
-
-def _label(mined: MinedPairs, options: MineOptions) -> MinedPairs:
-    """Adds the labels that are functions of the margin."""
-    pairs, margin = mined.pairs, pl.col("margin").cast(pl.Float64)
-    if options.soft_labels:
-        label = (1.0 / (1.0 + (-margin / options.label_scale).exp())).cast(pl.Float32)
-        pairs = pairs.with_columns(label.alias("soft_label"))
-    if options.difficulty_quantile is not None:
-        ascending = pairs["margin"].cast(pl.Float64).sort()
-        least = _quantile(ascending, options.difficulty_quantile) if len(ascending) else 0.0
-        hard = pl.when(margin < least).then(pl.lit("hard")).otherwise(pl.lit("easy"))
-        pairs = pairs.with_columns(hard.cast(pl.Enum(["easy", "hard"])).alias("difficulty"))
-    return replace(mined, pairs=pairs) if pairs is not mined.pairs else mined
-
-
-def mine(config: MineConfig, *, generations: list[Path], scores: list[Path], out: Path, key: str) -> dict[str, Any]:
-    """Stage 3: mines the pairs of one round's shards into `out/mined.parquet`; row numbers count through them.
-
-    Beside it, `mining.json` has the summary and the curve of mean length gap against alpha.
-
-    Raises:
-        DataError: generations and scores do not belong together, or no pair is left (saying what was dropped).
-    """
-    length = "response_tokens" if config.length == "tokens" else "response_chars"
-    responses = pl.scan_parquet(generations, glob=False).select("prompt_id", length, "finish_reason").collect()
-    rewards = pl.scan_parquet(scores, glob=False).select("reward").collect()
-    if responses.height != rewards.height:
-        raise DataError(
-            f"{generations[0].parent} has {responses.height} responses, but {scores[0].parent} {rewards.height} "
-            "scores: they are not of one round; score these generations"
-        )
-    mined = mine_pairs(
-        responses.hstack(rewards),
-        length_column=length,
-        debias=config.debias,
-        alpha=config.alpha,
-        min_responses=config.min_responses,
-        min_length=config.min_length,
-        max_length=config.max_length,
-        buckets=config.buckets,
-        bucket_scale=config.bucket_scale,
-    )
-    if mined.pairs.is_empty():
-        raise DataError(
-            f"no pair is left of {mined.rows} responses to {mined.prompts} prompts; dropped rows: {mined.dropped}, "
-            f"prompts: {mined.dropped_prompts}. Raise generate.max_new_tokens if most were truncated, or loosen the "
-            "mine.* filters"
-        )
-    summary = {
-        "length": config.length,
-        "debias": config.debias,
-        **mined.summary(),
-        "curve": mined.curve.to_dict(as_series=False),
-    }
-    write_json(out / "mining.json", summary)
-    write_parquet(out / "mined.parquet", mined.pairs, key=key, schema=MINED)
-    return {name: value for name, value in summary.items() if name != "curve"}
-
-
-def mine_file(scored: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """Mines one Parquet file of a user's own into `out`, with the keywords of `mine_pairs`; returns the summary.
-
-    Raises:
-        DataError: the file is absent, not Parquet, empty, or lacks a column.
-    """
-    if not scored.is_file():
-        raise DataError(f"{scored} does not exist (or is not a file)")
+@contextmanager
+def column_names(options: MineOptions) -> Iterator[None]:
+    """Says in errors of the extension which column has which role."""
     try:
-        mined = mine_pairs(pl.scan_parquet(scored, glob=False), **options)
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{scored} cannot be read as Parquet: {error}") from None
+        yield
     except DataError as error:
-        raise DataError(f"{scored}: {error}") from None
-    write_parquet(out, mined.pairs, key=digest("mine", file_digest(scored), options), meta=mined.summary())
-    return mined.summary()
+        place = ", ".join(f"{role} column '{name}'" for role, name in options.columns.items())
+        raise DataError(f"{error} ({place})") from None
+
+
+def add_policies(pairs: pl.DataFrame, rows: pl.DataFrame, options: MineOptions) -> pl.DataFrame:
+    """`chosen_policy` and `rejected_policy`, of the rows that the pairs name."""
+    if options.policy_column is None:
+        return pairs
+    policies = rows[options.policy_column]
+    return pairs.with_columns(policies.gather(pairs[f"{s}_row"]).alias(f"{s}_policy") for s in ("chosen", "rejected"))
+
+
+def with_margin(pairs: pl.DataFrame, options: MineOptions) -> pl.DataFrame:
+    """What depends on each pair's own margin: `min_margin` and `soft_label`."""
+    margin = pl.col("margin").cast(pl.Float64)
+    if options.min_margin is not None:
+        pairs = above(pairs, options.min_margin)
+    if options.soft_labels:
+        label = 1.0 / (1.0 + (-margin / options.label_scale).exp())
+        pairs = pairs.with_columns(label.cast(pl.Float32).alias("soft_label"))
+    return pairs
+
+
+def above(pairs: pl.DataFrame, least: float) -> pl.DataFrame:
+    """The pairs with a margin of at least this."""
+    return pairs.filter(pl.col("margin").cast(pl.Float64) >= least)
+
+
+def add_difficulty(pairs: pl.DataFrame, least_easy: float) -> pl.DataFrame:
+    """`difficulty`: "hard" below this margin, else "easy"."""
+    hard = pl.when(pl.col("margin").cast(pl.Float64) < least_easy).then(pl.lit("hard")).otherwise(pl.lit("easy"))
+    return pairs.with_columns(hard.cast(pl.Enum(["easy", "hard"])).alias("difficulty"))

@@ -5,7 +5,6 @@ Only these columns are collected of a LazyFrame or kept of an Arrow stream, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import polars as pl
@@ -33,20 +32,31 @@ def narrow_frame(frame: Frame, options: MineOptions) -> pl.DataFrame:
         UsageError: it is no frame.
         DataError: a column is missing, or there are no rows.
     """
-    flag = "finish_reason" if options.truncated_column == "auto" else options.truncated_column
-    wanted = dict.fromkeys(options.columns.values()) | ({} if flag is None else {flag: None})
-    lazy, columns = _open(frame, wanted)
-    for role, name in options.columns.items():
-        if name not in columns:
-            raise DataError(_missing(name, columns, f"{role}_column=/--{role.replace('_', '-')}-column"))
-    if flag is not None and flag not in columns:
-        if options.truncated_column != "auto":
-            raise DataError(_missing(flag, columns, "truncated_column="))
-        wanted = dict.fromkeys(options.columns.values())
-    narrow = lazy.select(list(wanted)).collect()
+    lazy, columns = _open(frame, options)
+    wanted = wanted_columns(columns, options)
+    narrow = lazy.select(wanted).collect()
     if narrow.height == 0:
         raise DataError("the frame has no rows: give a table with at least one response")
     return narrow
+
+
+def wanted_columns(columns: list[str], options: MineOptions) -> list[str]:
+    """The columns that the options name, of those that there are.
+
+    Raises:
+        DataError: one is not there.
+    """
+    for role, name in options.columns.items():
+        if name not in columns:
+            raise DataError(missing_column(name, columns, f"{role}_column=/--{role.replace('_', '-')}-column"))
+    wanted = dict.fromkeys(options.columns.values())
+    if options.truncated_column == "auto":
+        wanted |= {"finish_reason": None} if "finish_reason" in columns else {}
+    elif options.truncated_column is not None:
+        if options.truncated_column not in columns:
+            raise DataError(missing_column(options.truncated_column, columns, "truncated_column="))
+        wanted |= {options.truncated_column: None}
+    return list(wanted)
 
 
 def numeric_columns(narrow: pl.DataFrame, options: MineOptions) -> tuple[pl.DataFrame, bool]:
@@ -70,11 +80,11 @@ def numeric_columns(narrow: pl.DataFrame, options: MineOptions) -> tuple[pl.Data
     return narrow.select(columns), native_key
 
 
-def _missing(name: str, columns: list[str], option: str) -> str:
+def missing_column(name: str, columns: list[str], option: str) -> str:
     return f"column '{name}' not found in the frame; columns are {', '.join(columns)}; name it with {option}"
 
 
-def _open(frame: Frame, wanted: Iterable[str]) -> tuple[pl.LazyFrame, list[str]]:
+def _open(frame: Frame, options: MineOptions) -> tuple[pl.LazyFrame, list[str]]:
     """The frame and the names of all its columns. Of Arrow input only the wanted columns are kept."""
     if isinstance(frame, pl.LazyFrame):
         return frame, frame.collect_schema().names()
@@ -96,17 +106,30 @@ def _open(frame: Frame, wanted: Iterable[str]) -> tuple[pl.LazyFrame, list[str]]
             "or anything with __arrow_c_stream__"
         )
     names = reader.schema.names
-    kept = [name for name in wanted if name in names]
+    kept = wanted_columns(names, options)
     schema = pa.schema([reader.schema.field(name) for name in kept])
     for field in schema:
-        _refuse_foreign(field.name, field.type)
+        refuse_foreign(field.name, field.type)
     # Batch by batch, so that text columns of a stream are never all in memory.
     table = pa.Table.from_batches([batch.select(kept) for batch in reader], schema)
-    # Not rechunked: that would copy every column.
-    return pl.DataFrame(pl.from_arrow(table, rechunk=False)).lazy(), names
+    return arrow_frame(table).lazy(), names
 
 
-def _refuse_foreign(name: str, dtype: pa.DataType) -> None:
+def arrow_frame(table: pa.Table) -> pl.DataFrame:
+    """The columns of an Arrow table, in place.
+
+    Raises:
+        DataError: Polars cannot hold one of them.
+    """
+    try:
+        # Not rechunked: that would copy every column.
+        return pl.DataFrame(pl.from_arrow(table, rechunk=False))
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        columns = ", ".join(f"'{field.name}' ({field.type})" for field in table.schema)
+        raise DataError(f"the columns {columns} cannot be read: {error}; cast them first") from None
+
+
+def refuse_foreign(name: str, dtype: pa.DataType) -> None:
     """Refuses Arrow types that Polars does not know (it would panic at some)."""
     import pyarrow as pa
 
@@ -119,10 +142,10 @@ def _refuse_foreign(name: str, dtype: pa.DataType) -> None:
     if foreign:
         raise DataError(f"column '{name}' has the Arrow type {dtype}, which cannot be read: cast it first")
     if pa.types.is_dictionary(dtype):
-        _refuse_foreign(name, dtype.value_type)
+        refuse_foreign(name, dtype.value_type)
     elif pa.types.is_nested(dtype):
         for i in range(dtype.num_fields):
-            _refuse_foreign(name, dtype.field(i).type)
+            refuse_foreign(name, dtype.field(i).type)
 
 
 def _native_integer(dtype: pl.DataType) -> bool:

@@ -23,7 +23,8 @@ td { font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 svg { max-width: 100%; height: auto; } .axis { stroke: var(--line); }
 .curve { stroke: var(--accent); fill: none;
-stroke-width: 2; } .chosen { fill: var(--accent); } svg text { font-size: 12px; fill: currentColor; }
+stroke-width: 2; } .sampled { opacity: .4; }
+.chosen { fill: var(--accent); } svg text { font-size: 12px; fill: currentColor; }
 p.note { color: var(--muted); }
 """
 
@@ -37,7 +38,9 @@ def number(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(number(item) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{name} {number(item)}" for name, item in value.items() if item) or "none"
+        # A count of zero says nothing; a measure of zero does.
+        told = [f"{name} {number(item)}" for name, item in value.items() if item or isinstance(item, float)]
+        return ", ".join(told) or "none"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}"
@@ -64,20 +67,74 @@ def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
     return f'<div class="scroll"><table>{caption}<tr>{top}</tr>{body}</table></div>'
 
 
-def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, gap: float | None) -> str:
-    """The falling step function of mean length gap against α, with the chosen α marked.
+def mining_rows(found: dict[str, Any]) -> list[list[str]]:
+    """What mining found (`MinedPairs.summary`, or `mining.json`), as rows of a name and what a person reads.
 
-    `gaps[i]` holds from `alphas[i]` to `alphas[i + 1]`.
+    Counts of zero and what was not asked for are left out, and so is what an older version did not write.
     """
-    points = [(a, g) for a, g in zip(alphas, gaps, strict=True) if math.isfinite(a) and math.isfinite(g)]
+
+    def change(name: str) -> str:
+        return f"{number(found[f'{name}_before'])} before, {number(found[f'{name}_after'])} after"
+
+    of = f"of {number(found['prompts'])} prompts with {number(found['rows'])} responses"
+    rows = [["pairs", f"{number(found['pairs'])} ({of})"]]
+    rows += [[name, found[name]] for name in ("debias", "pairing") if name in found]
+    if "pooled_rounds" in found:
+        rows.append(["candidates of rounds", number(found["pooled_rounds"])])
+    if found["alpha"] is not None:
+        interval = f"the same pairs from {number(found['alpha_low'])} to {_or_infinity(found['alpha_high'])}"
+        rows.append(["alpha", f"{number(found['alpha'])} ({interval})"])
+    rows.append(["mean length gap", change("mean_length_gap")])
+    if "reward_length_correlation_before" in found:
+        rows.append(["correlation of reward and length", change("reward_length_correlation")])
+        rows.append(["chosen is the longer", share(found["chosen_longer_share"])])
+        rows.append(["margins", quantiles(found["margin_quantiles"])])
+        if found["mean_consistency"] is not None:
+            rows.append(["mean consistency", number(found["mean_consistency"])])
+    dropped = [("rows", "dropped"), ("prompts", "dropped_prompts"), ("pairs", "dropped_pairs")]
+    for what, name in dropped:
+        if any(found.get(name, {}).values()):
+            rows.append([f"dropped {what}", number(found[name]).replace("_", " ")])
+    return rows
+
+
+def _or_infinity(value: float | None) -> str:
+    # JSON has no word for it.
+    return "infinity" if value is None else number(value)
+
+
+def share(value: float | None) -> str:
+    """A share of one as a percentage."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def quantiles(found: dict[str, float | None]) -> str:
+    """Quantiles under names such as "min", "0.05" and "max", as a person reads them; – where there are none."""
+    if None in found.values():
+        return "–"
+
+    def name(key: str) -> str:
+        return key if key in ("min", "max") else f"{100 * float(key):g} %"
+
+    return ", ".join(f"{name(key)}: {number(value)}" for key, value in found.items())
+
+
+def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, exact: list[bool] | None = None) -> str:
+    """The falling step function of mean length gap against α, with the α in use marked on it.
+
+    `gaps[i]` holds from `alphas[i]` to `alphas[i + 1]`, and is drawn lighter where `exact[i]` is False: there it is
+    of a sample of the prompts.
+    """
+    given = zip(alphas, gaps, exact or [True] * len(alphas), strict=True)
+    points = [(a, g, e) for a, g, e in given if math.isfinite(a) and math.isfinite(g)]
     if len(points) < 2:
         return "<p class='note'>The gap does not change with α here: there is no curve to draw.</p>"
     # A few break points far out would flatten everything near the answer.
     limit = max(min(points[-1][0], 4 * alpha) if alpha else points[-1][0], 1e-12)
     points = [p for p in points if p[0] <= limit]
     width, height, left, bottom, top = 640, 260, 70, 40, 15
-    low = min(0.0, *(g for _, g in points))
-    high = max(0.0, *(g for _, g in points))
+    low = min(0.0, *(g for _, g, _ in points))
+    high = max(0.0, *(g for _, g, _ in points))
     span = (high - low) or 1.0
 
     def label(at: float, value: float) -> str:
@@ -89,18 +146,23 @@ def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, g
     def y(value: float) -> float:
         return top + (high - value) / span * (height - top - bottom)
 
-    path = f"M{x(points[0][0]):.1f},{y(points[0][1]):.1f}"
-    for a, g in points[1:]:
-        path += f"H{x(a):.1f}V{y(g):.1f}"
-    path += f"H{x(limit):.1f}"
+    # Consecutive steps of one kind are one path, from the first one's beginning to where the next kind begins.
+    paths = {True: "", False: ""}
+    for i, (a, g, e) in enumerate(points):
+        if i == 0 or points[i - 1][2] != e:
+            paths[e] += f"M{x(a):.1f},{y(g):.1f}"
+        end, after = points[i + 1][:2] if i + 1 < len(points) else (limit, g)
+        paths[e] += f"H{x(end):.1f}V{y(after):.1f}"
+    drawn = "".join(f'<path class="curve{"" if e else " sampled"}" d="{path}"/>' for e, path in paths.items() if path)
     marked = ""
-    if alpha is not None and gap is not None and alpha <= limit:
-        marked = f'<circle class="chosen" cx="{x(alpha):.1f}" cy="{y(gap):.1f}" r="5"/>'
+    reached = [g for a, g, _ in points if alpha is not None and a <= alpha]
+    if alpha is not None and reached and alpha <= limit:
+        marked = f'<circle class="chosen" cx="{x(alpha):.1f}" cy="{y(reached[-1]):.1f}" r="5"/>'
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="mean length gap against alpha">'
         f'<line class="axis" x1="{left}" y1="{y(0):.1f}" x2="{width - 20}" y2="{y(0):.1f}"/>'
         f'<line class="axis" x1="{left}" y1="{top}" x2="{left}" y2="{height - bottom}"/>'
-        f'<path class="curve" d="{path}"/>{marked}'
+        f"{drawn}{marked}"
         f"{''.join(label(y(value), value) for value in sorted({low, 0.0, high}))}"
         f'<text x="{left}" y="{height - 22}">0</text>'
         f'<text x="{width - 20}" y="{height - 22}" text-anchor="end">{number(limit)}</text>'
@@ -144,18 +206,16 @@ def write_report(folder: Path) -> Path:
         mining = folder / name / "mine" / "mining.json"
         if mining.is_file():
             found = read_json(mining)
-            rows = [[key.replace("_", " "), number(value)] for key, value in found.items() if key != "curve"]
-            parts.append(_table(f"mine (lengths in {found['length']})", ["", ""], rows))
-            if found["curve"]["alpha"]:
-                parts.append("<p>Mean length gap, |chosen| − |rejected|, against α; the dot is the α in use.</p>")
+            parts.append(_table(f"mine (lengths in {found['length']})", ["", ""], mining_rows(found)))
+            curve = found["curve"]
+            if curve["alpha"]:
+                exact = curve.get("exact")  # an older version's curve has none, and is exact
+                note = "" if exact is None or all(exact) else " Lighter: of a sample of the prompts."
                 parts.append(
-                    gap_curve_svg(
-                        found["curve"]["alpha"],
-                        found["curve"]["mean_length_gap"],
-                        found["alpha"],
-                        found["mean_length_gap_after"],
-                    )
+                    "<p>Mean length gap of the best and the worst response, |best| − |worst|, against α; the dot is "
+                    f"the α in use.{note}</p>"
                 )
+                parts.append(gap_curve_svg(curve["alpha"], curve["mean_length_gap"], found["alpha"], exact))
     parts.append("</body></html>")
     path = folder / "report.html"
     write_text(path, "\n".join(parts))

@@ -41,7 +41,7 @@ from dice_py.artefacts import (
 from dice_py.config import RunConfig, dump, load_resolved
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.inputs import Inputs, prepare, round_prompts
-from dice_py.mine import mine
+from dice_py.mine_stage import candidates, mine
 from dice_py.models import model_identity
 from dice_py.replay_buffer import ReplayBuffer, append_mined
 from dice_py.report import write_report
@@ -269,7 +269,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
         files = [{"file": this.relative(file), "key": key} for file, key in zip(made.files, made.keys, strict=True)]
         return {"files": files, "counts": made.counts()}
 
-    generated = this.stage(
+    this.stage(
         f"{name}/generate",
         digest(
             prompts_key, config.generate.model_dump(), held, identity, config.seed, number, libraries,
@@ -278,11 +278,13 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
         shards_whole,
         generate_stage,
     )  # fmt: skip
-    generations = [this.path(f["file"]) for f in generated["files"]]
+    # In a pool of rounds, those of the earlier ones too: their responses are scored anew.
+    pool = candidates(this.folder, this.manifest, number, config.mine.pool_rounds)
+    generations = pool.generations
 
     score_keys = [
-        digest("score", f["key"], config.score.model_dump(), held, identity, ref_identity, config.beta, libraries)
-        for f in generated["files"]
+        digest("score", key, config.score.model_dump(), held, identity, ref_identity, config.beta, libraries)
+        for key in pool.keys
     ]
 
     def score_stage() -> dict[str, Any]:
@@ -309,11 +311,20 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
     scored = this.stage(f"{name}/score", digest(score_keys), shards_whole, score_stage)
     scores = [this.path(f["file"]) for f in scored["files"]]
 
-    mined_key = digest("mine", score_keys, config.mine.model_dump(), versions("polars"))
+    mine_seed = seed_for(config.seed, number, "mine")
+    mined_key = digest("mine", score_keys, config.mine.model_dump(), mine_seed, versions("polars"))
     mined_file = base / "mine" / "mined.parquet"
 
     def mine_stage() -> dict[str, Any]:
-        counts = mine(config.mine, generations=generations, scores=scores, out=mined_file.parent, key=mined_key)
+        counts = mine(
+            config.mine,
+            generations=generations,
+            scores=scores,
+            rounds=pool.rounds,
+            out=mined_file.parent,
+            seed=mine_seed,
+            key=mined_key,
+        )
         return {"files": [{"file": this.relative(mined_file), "key": mined_key}], "counts": counts}
 
     this.stage(f"{name}/mine", mined_key, shards_whole, mine_stage)
@@ -328,7 +339,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
             mined=mined_file,
             generations=generations,
             scores=scores,
-            prompts=prompts,
+            prompts=pool.prompts,
             key=mined_key,
             report=this.report,
         )
@@ -354,7 +365,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
             mined=mined_file,
             generations=generations,
             scores=scores,
-            prompts=prompts,
+            prompts=pool.prompts,
             offline=inputs.offline,
             out=base / "replay",
             seed=replay_seed,

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import polars as pl
-from mine_oracle import Choices, assert_agrees, assert_least_gap, assert_step, expected, with_defaults
+from mine_oracle import (
+    BASE,
+    QUANTILES,
+    REASONS,
+    Choices,
+    assert_least_gap,
+    assert_step,
+    expected,
+    with_defaults,
+)  # fmt: skip
 
 from dice_py import MinedPairs, mine_pairs
 
@@ -116,6 +126,55 @@ def random_options(seed: int) -> dict[str, Any]:
         ends = ["any", "newest", "oldest"]
         options |= {"policy_column": pick(["round", "policy"]), "chosen_from": pick(ends), "rejected_from": pick(ends)}
     return options
+
+
+def _near(one: float | None, other: float | None, rel: float = 1e-9) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (math.isnan(one) and math.isnan(other)) or math.isclose(one, other, rel_tol=rel, abs_tol=1e-7)
+
+
+def _fill(counts: dict[str, int], names: Any) -> dict[str, int]:
+    return {name: counts.get(name, 0) for name in names}
+
+
+NUMBERS = [
+    "mean_length_gap_before", "mean_length_gap_after", "chosen_longer_share", "mean_consistency",
+    "reward_length_correlation_before", "reward_length_correlation_after",
+]  # fmt: skip
+ROUNDED = ("margin", "chosen_win_rate", "rejected_win_rate", "soft_label", "consistency")
+
+
+def assert_agrees(mined: Any, want: dict[str, Any], *, exact_margins: bool = True) -> None:
+    """`mined` has what `want` has. Labels may differ in their last bits, and margins where it is said so."""
+    pairs, other = mined.pairs, want["pairs"]
+    assert pairs.columns[: len(BASE)] == BASE
+    assert dict(pairs.schema) == {name: other.schema[name] for name in pairs.columns}
+    assert set(pairs.columns) == set(other.columns)
+    other = other.select(pairs.columns)
+    loose = [name for name in ROUNDED if name in pairs.columns and not (name == "margin" and exact_margins)]
+    assert pairs.height == other.height
+    for name in pairs.columns:
+        if name in loose:
+            assert pairs[name].is_null().equals(other[name].is_null()), name
+            one, two = (f[name].cast(pl.Float64).drop_nulls() for f in (pairs, other))
+            off = ((one - two).abs() - two.abs() * 1e-6).max()
+            assert off is None or off <= 1e-6, name  # type: ignore[operator]
+        else:
+            differ = pairs.select(pairs[name].ne_missing(other[name]).arg_true()).to_series()
+            assert differ.is_empty(), f"{name} at {differ[:3].to_list()}: {pairs[differ[:3]]} but {other[differ[:3]]}"
+    assert list(mined.dropped) == REASONS
+    assert dict(mined.dropped) == want["dropped"]
+    for name in ("dropped_prompts", "dropped_pairs"):
+        counts, wanted = getattr(mined, name), want[name]
+        names = counts.keys() | wanted.keys()
+        assert _fill(counts, names) == _fill(wanted, names), name
+    for name in NUMBERS:
+        assert _near(getattr(mined, name), want[name]), f"{name}: {getattr(mined, name)} but {want[name]}"
+    assert set(mined.margin_quantiles) == set(QUANTILES)
+    for k in QUANTILES:
+        assert _near(mined.margin_quantiles[k], want["margin_quantiles"][k], 1e-6), f"margin quantile {k}"
+    assert (mined.prompts, mined.rows) == (want["prompts"], want["rows"])
 
 
 def check(frame: pl.DataFrame, *, search: bool = True, **options: Any) -> MinedPairs:

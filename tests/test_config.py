@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from dice_py.config import RunConfig, dump, known_keys, load_resolved, resolve
+from cli.mine import mine as mine_command
+from dice_py import mine_pairs
+from dice_py.config import MineConfig, RunConfig, dump, known_keys, load_resolved, resolve
 from dice_py.errors import UsageError
+from dice_py.mine_options import MineOptions
 
 OWN = {
     "model": {"policy": "policy-folder", "reference": "reference-folder"},
@@ -135,7 +140,7 @@ def test_both_ends_of_gamma(gamma: int) -> None:
 
 def test_values_that_contradict_each_other() -> None:
     said = refused("mine.min_length=10", "mine.max_length=9")
-    assert "mine: min_length (10) is above max_length (9): no response passes" in said
+    assert "mine: min_length is 10 and max_length 9: no length can be both" in said
     said = refused("generate.samples=4", "mine.min_responses=5")
     assert "mine.min_responses is 5, but generate.samples is 4: no prompt could give a pair" in said
 
@@ -240,6 +245,69 @@ def test_every_key_has_a_place_in_the_dump() -> None:
         for part in name.replace("*", "mine").split("."):
             assert part in value
             value = value[part]
+
+
+# Mining
+
+OPTIONS = {field.name: field.default for field in fields(MineOptions)}
+
+
+def test_the_miners_options_are_the_same_everywhere() -> None:
+    def defaults(function) -> dict[str, object]:
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    assert defaults(mine_pairs) == OPTIONS
+    assert defaults(mine_command) == OPTIONS | {"memory": 1.0, "as_json": False}
+    config = {name: field.default for name, field in MineConfig.model_fields.items()}
+    columns = {name for name in OPTIONS if name.endswith("_column")}
+    own = {"length": "tokens", "drop_duplicates": False, "second_reward": None, "pool_rounds": 1}
+    # A run knows its columns, gives the seeds, and has responses of no tokens, which were not scored.
+    expected = {name: value for name, value in OPTIONS.items() if name not in columns | {"seed"}}
+    assert config == expected | own | {"min_length": 1}
+
+
+@pytest.mark.parametrize(
+    ("assignments", "changed"),
+    [
+        ([], {}),
+        (["length=chars"], {"length_column": "response_chars"}),
+        (["drop_duplicates=true"], {"duplicate_column": "token_ids"}),
+        (["second_reward=ref_logp"], {"second_reward_column": "ref_logp"}),
+        (["pool_rounds=2", "chosen_from=newest"], {"policy_column": "round", "chosen_from": "newest"}),
+        (["debias=matched", "length_ratio=0.1"], {"debias": "matched", "length_ratio": 0.1}),
+        (["pairing=all_pairs", "pairs_per_prompt=3"], {"pairing": "all_pairs", "pairs_per_prompt": 3}),
+        (["win_rates=true", "label_scale=0.5"], {"win_rates": True, "label_scale": 0.5}),
+    ],
+)
+def test_what_a_run_asks_of_the_miner(assignments: list[str], changed: dict[str, object]) -> None:
+    found = resolve([], [f"mine.{text}" for text in assignments], OWN).mine
+    assert found.options(7) == MineOptions(**{"min_length": 1, "seed": 7} | changed)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (["mine.pairing=best"], "mine.pairing: Input should be 'max_min', 'max_random', 'top_bottom'"),
+        (["mine.debias=matched"], "mine: debias 'matched' needs one of length_tolerance and length_ratio"),
+        (["mine.length_tolerance=3"], "mine: length_tolerance is for debias 'matched', but debias is 'linear'"),
+        (["mine.pairs_per_prompt=3"], "mine: pairs_per_prompt is for pairing 'top_bottom' or 'all_pairs'"),
+        (["mine.pairing=top_bottom", "mine.top_k=0"], "mine: top_k is 0: give 1 or more"),
+        (["mine.min_margin_quantile=2"], "mine: min_margin_quantile is 2.0: give a number from 0 to 1"),
+        (["mine.min_margin=.inf"], "mine.min_margin: Input should be a finite number"),
+        (["mine.label_scale=0"], "mine: label_scale is 0.0: give a finite number above zero"),
+        (["mine.second_reward=reward"], "mine.second_reward: Input should be 'logp' or 'ref_logp'"),
+        (["mine.pool_rounds=0"], "mine.pool_rounds: Input should be greater than or equal to 1"),
+        (
+            ["mine.chosen_from=newest"],
+            "mine: chosen_from is 'newest', but the candidates are those of one round: set pool_rounds to 2 or more",
+        ),
+        (["mine.rejected_from=oldest"], "mine: rejected_from is 'oldest', but the candidates are those of one round"),
+        (["mine.seed=1"], "unknown key 'mine.seed'; did you mean 'seed'"),
+    ],
+)
+def test_what_is_refused_of_mining(assignments: list[str], said: str) -> None:
+    assert said in refused(*assignments)
 
 
 # Replay

@@ -66,6 +66,14 @@ def test_per_token_ties_go_to_the_shorter(who: Any) -> None:
     assert rows(found) == [(1, 3), (1, 2), (0, 3), (0, 2), (1, 0), (2, 3)]
 
 
+def test_a_tie_of_rounded_scores_goes_by_the_reward(who: Any) -> None:
+    low, high = math.nextafter(2, 0), 2.0
+    assert low / 3 == high / 3
+    found = who(frame([low, high, low], [3, 3, 3]), debias="per_token", pairing="all_pairs")
+    assert rows(found) == [(1, 0), (1, 2)]
+    assert found.pairs["margin"].to_list() == [0.0, 0.0]
+
+
 def test_top_bottom(who: Any) -> None:
     found = who(FIVE, pairing="top_bottom")
     assert rows(found) == [(0, 3), (0, 4), (1, 3), (1, 4)]
@@ -229,6 +237,9 @@ def test_min_margin(who: Any) -> None:
     assert rows(found) == ALL[:2]
     assert (found.dropped_pairs["below_min_margin"], found.dropped_pairs["below_quantile"]) == (6, 2)
     assert rows(who(FIVE, min_margin=6.0)) == []
+    # It is the stored margin that counts: in float32, 0.7 is a little less and 0.1 a little more.
+    assert rows(who(frame([0.7, 0.0], [3, 3]), min_margin=0.7)) == []
+    assert rows(who(frame([0.1, 0.0], [3, 3]), min_margin=0.1)) == [(0, 1)]
 
 
 def test_win_rates(who: Any) -> None:

@@ -18,9 +18,9 @@ use rayon::prelude::*;
 
 use crate::block::{Block, Moments, Source};
 use crate::exact::ExactSum;
-use crate::filter::{BadLength, Dropped, Filter, Point};
+use crate::filter::{Dropped, Filter, Point};
 use crate::lanes::Portable;
-use crate::layout::Layout;
+use crate::layout::{Layout, Rising, Stop};
 use crate::pool::{Group, Pool};
 
 /// The adjustment of each bucket.
@@ -33,57 +33,130 @@ pub struct Buckets {
     scale: Vec<f64>,
 }
 
+/// Buckets being measured, in passes over all usable rows: lengths first, then means, then deviations.
+#[derive(Debug)]
+pub struct Measure {
+    buckets: usize,
+    scaled: bool,
+    counts: BTreeMap<u32, u64>,
+    /// Of what the pass sums up, and rows, for each bucket.
+    sums: Vec<(ExactSum, u64)>,
+    found: Buckets,
+    pass: Pass,
+}
+
+/// What a pass measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    Lengths,
+    Means,
+    Deviations,
+    Done,
+}
+
+impl Measure {
+    /// Nothing measured yet.
+    pub fn new(buckets: usize, scaled: bool) -> Self {
+        let found = Buckets { cuts: vec![], mean: vec![], scale: vec![] };
+        Self { buckets, scaled, counts: BTreeMap::new(), sums: vec![], found, pass: Pass::Lengths }
+    }
+
+    /// Whether another pass is needed.
+    pub fn needs_pass(&self) -> bool {
+        self.pass != Pass::Done
+    }
+
+    /// Looks at some of the rows, for this pass.
+    ///
+    /// # Errors
+    /// [`Stop`] if a length is no count or rows are not in the order of the layout.
+    pub fn observe<S: Source>(&mut self, rows: &Usable<S>) -> Result<(), Stop> {
+        let found = &self.found;
+        match self.pass {
+            Pass::Lengths => {
+                let parts = rows.fold(BTreeMap::<u32, u64>::new, |counts, point| {
+                    *counts.entry(point.length).or_default() += 1;
+                })?;
+                for (length, count) in parts.into_iter().flatten() {
+                    *self.counts.entry(length).or_default() += count;
+                }
+            }
+            Pass::Means => add(&mut self.sums, rows, |point| (found.bucket(point.length), point.raw))?,
+            Pass::Deviations => add(&mut self.sums, rows, |point| {
+                let bucket = found.bucket(point.length);
+                let deviation = point.raw - found.mean[bucket];
+                (bucket, deviation * deviation)
+            })?,
+            Pass::Done => {}
+        }
+        Ok(())
+    }
+
+    /// Ends a pass over all rows.
+    pub fn end_pass(&mut self) {
+        // Exact up to their last rounding, so that neither the order of rows nor the number of threads shows.
+        let means = self.sums.iter().map(|(sum, count)| sum.value() / (*count).max(1) as f64);
+        match self.pass {
+            Pass::Lengths => {
+                self.found.cuts = cuts(&self.counts, self.buckets);
+                self.found.scale = vec![1.0; self.found.cuts.len() + 1];
+            }
+            Pass::Means => self.found.mean = means.collect(),
+            Pass::Deviations => {
+                self.found.scale = means.map(|v| if v > 0.0 { v.sqrt() } else { 1.0 }).collect();
+            }
+            Pass::Done => {}
+        }
+        self.sums = vec![(ExactSum::default(), 0); self.found.cuts.len() + 1];
+        self.pass = match self.pass {
+            Pass::Lengths => Pass::Means,
+            Pass::Means if self.scaled => Pass::Deviations,
+            _ => Pass::Done,
+        };
+    }
+
+    /// What was measured.
+    pub fn buckets(&self) -> &Buckets {
+        &self.found
+    }
+}
+
+/// Adds a value of each row to the sum of a bucket.
+fn add<S: Source>(
+    sums: &mut [(ExactSum, u64)],
+    rows: &Usable<S>,
+    value: impl Fn(&Point) -> (usize, f64) + Sync,
+) -> Result<(), Stop> {
+    let size = sums.len();
+    let parts = rows.fold(
+        || vec![(ExactSum::default(), 0u64); size],
+        |sums, point| {
+            let (bucket, value) = value(point);
+            sums[bucket].0.add(value);
+            sums[bucket].1 += 1;
+        },
+    )?;
+    for part in parts {
+        for (sum, part) in sums.iter_mut().zip(part) {
+            sum.0.merge(&part.0);
+            sum.1 += part.1;
+        }
+    }
+    Ok(())
+}
+
 impl Buckets {
     /// Measures the buckets over all usable rows.
     ///
     /// # Errors
-    /// [`BadLength`] if a length is no count of 32 bits.
-    pub fn measure<S: Source>(rows: &Usable<S>, buckets: usize, scaled: bool) -> Result<Self, BadLength> {
-        let counts = rows.fold(BTreeMap::<u32, u64>::new, |counts, point| {
-            *counts.entry(point.length).or_default() += 1;
-        })?;
-        let counts = counts.into_iter().reduce(|mut all, part| {
-            part.into_iter().for_each(|(length, count)| *all.entry(length).or_default() += count);
-            all
-        });
-        let mut found =
-            Self { cuts: cuts(&counts.unwrap_or_default(), buckets), mean: vec![], scale: vec![] };
-        let size = found.cuts.len() + 1;
-        found.mean = vec![0.0; size];
-        found.scale = vec![1.0; size];
-        found.mean = found.means(rows, |_, point| point.raw)?;
-        if scaled {
-            let square = |bucket: usize, point: &Point| {
-                let deviation = point.raw - found.mean[bucket];
-                deviation * deviation
-            };
-            let variance = found.means(rows, square)?;
-            found.scale = variance.iter().map(|v| if *v > 0.0 { v.sqrt() } else { 1.0 }).collect();
+    /// [`Stop`] if a length is no count or rows are not in the order of the layout.
+    pub fn measure<S: Source>(rows: &Usable<S>, buckets: usize, scaled: bool) -> Result<Self, Stop> {
+        let mut measure = Measure::new(buckets, scaled);
+        while measure.needs_pass() {
+            measure.observe(rows)?;
+            measure.end_pass();
         }
-        Ok(found)
-    }
-
-    /// Mean of a value in each bucket, exact up to its last rounding, so that neither the order of rows
-    /// nor the number of threads shows in it.
-    fn means<S: Source>(
-        &self,
-        rows: &Usable<S>,
-        value: impl Fn(usize, &Point) -> f64 + Sync,
-    ) -> Result<Vec<f64>, BadLength> {
-        let empty = || vec![(ExactSum::default(), 0u64); self.cuts.len() + 1];
-        let parts = rows.fold(empty, |sums, point| {
-            let bucket = self.bucket(point.length);
-            sums[bucket].0.add(value(bucket, point));
-            sums[bucket].1 += 1;
-        })?;
-        let sums = parts.into_iter().fold(empty(), |mut all, part| {
-            for (all, part) in all.iter_mut().zip(part) {
-                all.0.merge(&part.0);
-                all.1 += part.1;
-            }
-            all
-        });
-        Ok(sums.iter().map(|(sum, count)| sum.value() / (*count).max(1) as f64).collect())
+        Ok(measure.found)
     }
 
     fn bucket(&self, length: u32) -> usize {
@@ -140,16 +213,18 @@ impl<S: Source> Usable<'_, S> {
         &self,
         empty: impl Fn() -> T + Sync,
         add: impl Fn(&mut T, &Point) + Sync,
-    ) -> Result<Vec<T>, BadLength> {
+    ) -> Result<Vec<T>, Stop> {
         let pieces = self.layout.pieces(self.source).into_par_iter();
         let piece = |piece| {
             let piece = self.layout.aligned(self.source, piece);
             let mut state = empty();
             let (mut block, mut group, mut ignored) =
                 (Block::default(), Group::default(), Dropped::default());
+            let mut rising = Rising::before(self.layout, self.source, piece.start);
             let mut at = piece.start;
             while at < piece.end {
                 at = self.layout.fill(Portable, self.source, at, piece.end, &mut block, &mut ignored)?;
+                rising.check(self.layout, &block)?;
                 block.screen(&self.filter, &mut ignored, &mut Moments::default());
                 for prompt in 0..block.prompts() {
                     self.pool.fill(&block, prompt, &mut group, &mut ignored);

@@ -10,10 +10,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::Columns;
 use crate::block::{Block, ROWS, Source};
 use crate::filter::{BadLength, Dropped};
 use crate::lanes::{Job, Lanes, dispatch};
+use crate::records::Records;
+use crate::{Columns, Error};
 
 /// Rows in the order of prompts.
 #[derive(Debug)]
@@ -44,6 +45,43 @@ impl From<BadLength> for Stop {
     fn from(_: BadLength) -> Self {
         Self::Length
     }
+}
+
+/// Work over all rows of an input, whatever their order.
+pub trait Over {
+    /// What comes out.
+    type Output;
+    /// Does it. May be called again with another layout.
+    ///
+    /// # Errors
+    /// [`Stop`].
+    fn run<S: Source>(&mut self, source: &S, layout: &Layout) -> Result<Self::Output, Stop>;
+    /// Corrects counts of what was dropped before the records were made.
+    fn correct(output: &mut Self::Output, records: &Records);
+}
+
+/// Does work over an input, in the layout that it has.
+///
+/// # Errors
+/// The first bad length; too many rows to be sorted.
+pub fn over<W: Over>(columns: &Columns, mut work: W) -> Result<W::Output, Error> {
+    let explain = |stop| match stop {
+        Stop::Length => columns.bad_length(),
+        Stop::Order => Error::Read("the prompts changed while they were read".into()),
+    };
+    if Layout::seems_in_order(columns) {
+        match work.run(columns, &Layout::InOrder) {
+            Err(Stop::Order) => {}
+            other => return other.map_err(explain),
+        }
+    }
+    if let Some(layout) = Layout::runs(columns) {
+        return work.run(columns, &layout).map_err(explain);
+    }
+    let records = Records::new(columns)?;
+    let mut output = work.run(&records, &Layout::InOrder).map_err(explain)?;
+    W::correct(&mut output, &records);
+    Ok(output)
 }
 
 /// Checks on the way that the keys of prompts rise.

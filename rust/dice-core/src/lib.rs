@@ -39,6 +39,7 @@ pub mod replay;
 pub mod scan;
 pub mod select;
 pub mod solve;
+pub mod stream;
 pub mod table;
 
 pub use columns::Columns;

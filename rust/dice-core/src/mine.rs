@@ -2,17 +2,17 @@
 
 use arrow_array::RecordBatch;
 
-use crate::block::Source;
+use crate::block::{Moments, Source};
 use crate::bucket::{Buckets, Usable};
 use crate::filter::{Dropped, Filter};
 use crate::hull::Bracket;
-use crate::layout::{Layout, Stop};
+use crate::layout::{Layout, Over, Stop, over};
 use crate::pairing::Pairing;
 use crate::penalty::Target;
-use crate::pick::{Picked, Rules, Scoring, pick};
+use crate::pick::{Rules, Scoring, pick};
 use crate::pool::{PickFrom, Pool};
 use crate::records::Records;
-use crate::scan::Wanted;
+use crate::scan::{Found, Wanted};
 use crate::solve::solve;
 use crate::table::{self, Table};
 use crate::{Columns, Error};
@@ -172,30 +172,9 @@ pub struct Mined {
 /// [`Error::Usage`] for an option out of range; [`Error::Length`] for a length that is no count.
 pub fn mine(columns: &Columns, options: &Options) -> Result<Mined, Error> {
     check(columns, options)?;
-    let (tables, mut mined) = mine_tables(columns, options)?;
+    let (tables, mut mined) = over(columns, Whole { columns, options })?;
     mined.pairs = table::batches(tables, &columns.batches[0].keys)?;
     Ok(mined)
-}
-
-/// Finds the layout, and mines over it.
-fn mine_tables(columns: &Columns, options: &Options) -> Result<(Vec<Table>, Mined), Error> {
-    let explain = |stop| match stop {
-        Stop::Length => columns.bad_length(),
-        Stop::Order => Error::Read("the prompts changed while they were read".into()),
-    };
-    if Layout::seems_in_order(columns) {
-        match over(columns, &Layout::InOrder, columns, options) {
-            Err(Stop::Order) => {}
-            other => return other.map_err(explain),
-        }
-    }
-    if let Some(layout) = Layout::runs(columns) {
-        return over(columns, &layout, columns, options).map_err(explain);
-    }
-    let records = Records::new(columns)?;
-    let (tables, mut mined) = over(&records, &Layout::InOrder, columns, options).map_err(explain)?;
-    records.correct(&mut mined.dropped);
-    Ok((tables, mined))
 }
 
 /// Checks that the options fit each other and the columns.
@@ -254,7 +233,7 @@ pub fn target(options: &Options) -> Option<Target> {
 }
 
 /// Whether the pairs are just the best and worst of all of a prompt's usable rows, without labels.
-fn plain(options: &Options, columns: &Columns) -> bool {
+pub(crate) fn plain(options: &Options, columns: &Columns) -> bool {
     options.pairing == Pairing::MaxMin
         && options.win_rates.is_none()
         && options.chosen_from == PickFrom::Any
@@ -262,78 +241,157 @@ fn plain(options: &Options, columns: &Columns) -> bool {
         && columns.batches.iter().all(|batch| batch.second.is_none() && batch.duplicate.is_none())
 }
 
-/// Mines over a layout; the pairs are apart.
-fn over<S: Source>(
-    source: &S,
-    layout: &Layout,
-    columns: &Columns,
-    options: &Options,
-) -> Result<(Vec<Table>, Mined), Stop> {
-    let filter = filter(options);
-    let pool = Pool { columns, chosen: options.chosen_from, rejected: options.rejected_from };
-    let mut mined = Mined { rows: columns.rows, ..Mined::default() };
-    let plain = plain(options, columns);
-    let mut tables = Vec::new();
-    let solved = match target(options) {
-        None => None,
-        Some(target) => {
-            let wanted = Wanted {
-                filter,
-                min_responses: options.min_responses,
-                bracket: Bracket::ALL,
-                pool,
-                pairs: plain,
-            };
-            let solved = solve(source, layout, &wanted, target)?;
+/// All of the mining; the pairs are apart.
+struct Whole<'a> {
+    columns: &'a Columns,
+    options: &'a Options,
+}
+
+impl Over for Whole<'_> {
+    type Output = (Vec<Table>, Mined);
+
+    fn correct((_, mined): &mut Self::Output, records: &Records) {
+        records.correct(&mut mined.dropped);
+    }
+
+    fn run<S: Source>(&mut self, source: &S, layout: &Layout) -> Result<Self::Output, Stop> {
+        let Self { columns, options } = *self;
+        let mut tables = Vec::new();
+        let mut mined = Mined { rows: columns.rows, ..Mined::default() };
+        let plain = plain(options, columns);
+        let mut totals = Totals::default();
+        if let Some(target) = target(options) {
+            let solved = solve(source, layout, &wanted(options, columns, plain), target)?;
             mined.alpha = Some(solved.alpha);
             mined.alpha_interval = Some(solved.interval);
             mined.curve = solved.curve;
             if plain {
                 tables = solved.tables;
+                totals = Totals::of(&solved.total, solved.alpha);
             }
-            Some(solved.total)
         }
-    };
-    if let Some(total) = solved.filter(|_| plain) {
-        mined.gap_before = total.gap_before as f64 / total.contrast as f64;
-        mined.correlation_before = total.moments.correlation(0.0);
-        mined.correlation_after = total.moments.correlation(mined.alpha.unwrap_or(0.0));
-        mined.dropped = total.dropped;
-        mined.dropped_prompts = total.dropped_prompts;
-        mined.prompts = total.prompts;
-    } else {
-        let buckets = match options.debias {
-            Debias::Bucket { buckets, scale } => {
-                Some(Buckets::measure(&Usable { source, layout, filter, pool }, buckets, scale)?)
+        if !(plain && mined.alpha.is_some()) {
+            let buckets = match options.debias {
+                Debias::Bucket { buckets, scale } => {
+                    Some(Buckets::measure(&usable(source, layout, options, columns), buckets, scale)?)
+                }
+                _ => None,
+            };
+            let rules = rules(options, columns, mined.alpha, buckets.as_ref());
+            for part in pick(source, layout, &rules)? {
+                totals.add(&part.totals);
+                tables.push(part.table);
             }
-            _ => None,
-        };
-        let scoring = match (&buckets, options.debias) {
-            (Some(buckets), _) => Scoring::Bucket(buckets),
-            (None, Debias::PerToken) => Scoring::PerToken,
-            _ => Scoring::Linear(mined.alpha.unwrap_or(0.0)),
-        };
-        let rules = Rules {
-            filter,
-            min_responses: options.min_responses,
-            pool,
-            scoring,
-            pairing: options.pairing,
-            win_rates: options.win_rates,
-        };
-        let mut total = Picked::default();
-        for part in pick(source, layout, &rules)? {
-            total.merge(&part);
-            tables.push(part.table);
         }
-        mined.gap_before = total.gap_before as f64 / total.contrast as f64;
-        mined.correlation_before = total.moments.correlation(0.0);
-        mined.correlation_after = total.scores.correlation(mined.alpha.unwrap_or(0.0));
-        mined.dropped = total.dropped;
-        mined.dropped_prompts = total.dropped_prompts;
-        mined.prompts = total.prompts;
+        totals.tell(&mut mined);
+        let pairs: usize = tables.iter().map(Table::len).sum();
+        mined.gap_after = tables.iter().map(Table::gap).sum::<i128>() as f64 / pairs as f64;
+        Ok((tables, mined))
     }
-    let pairs: usize = tables.iter().map(Table::len).sum();
-    mined.gap_after = tables.iter().map(Table::gap).sum::<i128>() as f64 / pairs as f64;
-    Ok((tables, mined))
+}
+
+/// The rows that count.
+pub(crate) fn usable<'a, S>(
+    source: &'a S,
+    layout: &'a Layout,
+    options: &Options,
+    columns: &'a Columns,
+) -> Usable<'a, S> {
+    Usable { source, layout, filter: filter(options), pool: pool(options, columns) }
+}
+
+fn pool<'a>(options: &Options, columns: &'a Columns) -> Pool<'a> {
+    Pool { columns, chosen: options.chosen_from, rejected: options.rejected_from }
+}
+
+/// What a scan looks for; on all penalties.
+pub(crate) fn wanted<'a>(options: &Options, columns: &'a Columns, pairs: bool) -> Wanted<'a> {
+    Wanted {
+        filter: filter(options),
+        min_responses: options.min_responses,
+        bracket: Bracket::ALL,
+        pool: pool(options, columns),
+        pairs,
+    }
+}
+
+/// What the pass that picks pairs does.
+pub(crate) fn rules<'a>(
+    options: &Options,
+    columns: &'a Columns,
+    alpha: Option<f64>,
+    buckets: Option<&'a Buckets>,
+) -> Rules<'a> {
+    let scoring = match (buckets, options.debias) {
+        (Some(buckets), _) => Scoring::Bucket(buckets),
+        (None, Debias::PerToken) => Scoring::PerToken,
+        _ => Scoring::Linear(alpha.unwrap_or(0.0)),
+    };
+    Rules {
+        filter: filter(options),
+        min_responses: options.min_responses,
+        pool: pool(options, columns),
+        scoring,
+        pairing: options.pairing,
+        win_rates: options.win_rates,
+    }
+}
+
+/// What is told of all rows, added up over parts of them.
+#[derive(Debug, Clone, Default)]
+pub struct Totals {
+    /// Σ (|best| − |worst|) by reward alone, of the prompts with contrast.
+    pub gap_before: i128,
+    /// Prompts whose best response beats the worst by reward alone.
+    pub contrast: u64,
+    /// Prompts.
+    pub prompts: u64,
+    /// Rows that are not usable.
+    pub dropped: Dropped,
+    /// Prompts without a pair.
+    pub dropped_prompts: DroppedPrompts,
+    /// Sums of reward and length over the usable rows.
+    pub moments: Moments,
+    /// Sums of score (before a linear penalty) and length over the usable rows.
+    pub scores: Moments,
+    /// The penalty that the scores still lack.
+    pub alpha: f64,
+}
+
+impl Totals {
+    /// Of a scan.
+    pub(crate) fn of(found: &Found, alpha: f64) -> Self {
+        Self {
+            gap_before: found.gap_before,
+            contrast: found.contrast,
+            prompts: found.prompts,
+            dropped: found.dropped,
+            dropped_prompts: found.dropped_prompts,
+            moments: found.moments,
+            scores: found.moments,
+            alpha,
+        }
+    }
+
+    /// Adds those of other rows, of the same penalty.
+    pub fn add(&mut self, other: &Self) {
+        self.gap_before += other.gap_before;
+        self.contrast += other.contrast;
+        self.prompts += other.prompts;
+        self.dropped.add(&other.dropped);
+        self.dropped_prompts.add(&other.dropped_prompts);
+        self.moments.merge(&other.moments);
+        self.scores.merge(&other.scores);
+        self.alpha = other.alpha;
+    }
+
+    /// Writes them down.
+    pub(crate) fn tell(&self, mined: &mut Mined) {
+        mined.gap_before = self.gap_before as f64 / self.contrast as f64;
+        mined.correlation_before = self.moments.correlation(0.0);
+        mined.correlation_after = self.scores.correlation(self.alpha);
+        mined.dropped = self.dropped;
+        mined.dropped_prompts = self.dropped_prompts;
+        mined.prompts = self.prompts;
+    }
 }

@@ -4,11 +4,11 @@ use rayon::prelude::*;
 
 use crate::block::{Block, Moments, Source};
 use crate::bucket::Buckets;
-use crate::filter::{Dropped, Filter, Point};
+use crate::filter::{Filter, Point};
 use crate::labels::{consistency, win_rate};
 use crate::lanes::{Job, Lanes, dispatch};
 use crate::layout::{Layout, Rising, Stop};
-use crate::mine::DroppedPrompts;
+use crate::mine::Totals;
 use crate::pairing::Pairing;
 use crate::pool::{Group, Pool};
 use crate::select::{beats, best, best_first, stored, worst};
@@ -47,33 +47,8 @@ pub struct Rules<'a> {
 pub struct Picked {
     /// The pairs.
     pub table: Table,
-    /// Σ (|best| − |worst|) by reward alone, of the prompts with contrast.
-    pub gap_before: i128,
-    /// Prompts whose best response beats the worst by reward alone.
-    pub contrast: u64,
-    /// Prompts.
-    pub prompts: u64,
-    /// Rows that are not usable.
-    pub dropped: Dropped,
-    /// Prompts without a pair.
-    pub dropped_prompts: DroppedPrompts,
-    /// Sums of reward and length over the usable rows.
-    pub moments: Moments,
-    /// Sums of score (before a linear penalty) and length over the usable rows.
-    pub scores: Moments,
-}
-
-impl Picked {
-    /// Adds what was found in other prompts, but for the pairs.
-    pub fn merge(&mut self, other: &Self) {
-        self.gap_before += other.gap_before;
-        self.contrast += other.contrast;
-        self.prompts += other.prompts;
-        self.dropped.add(&other.dropped);
-        self.dropped_prompts.add(&other.dropped_prompts);
-        self.moments.merge(&other.moments);
-        self.scores.merge(&other.scores);
-    }
+    /// What else there is to tell.
+    pub totals: Totals,
 }
 
 /// Passes over all prompts of a layout; one part for each piece of it.
@@ -109,15 +84,18 @@ impl<S: Source> Job for Piece<'_, S> {
         if rules.pool.columns.batches.iter().any(|batch| batch.second.is_some()) {
             picked.table.consistency = Some(Vec::new());
         }
+        if let Scoring::Linear(alpha) = rules.scoring {
+            picked.totals.alpha = alpha;
+        }
         let mut work = Work::default();
         let mut block = Block::default();
         let mut rising = Rising::before(layout, source, from);
         let mut at = from;
         while at < end {
-            at = layout.fill(lanes, source, at, end, &mut block, &mut picked.dropped)?;
+            at = layout.fill(lanes, source, at, end, &mut block, &mut picked.totals.dropped)?;
             rising.check(layout, &block)?;
             // Moments are taken of what is left without duplicates.
-            block.screen(&rules.filter, &mut picked.dropped, &mut Moments::default());
+            block.screen(&rules.filter, &mut picked.totals.dropped, &mut Moments::default());
             for prompt in 0..block.prompts() {
                 work.prompt(&block, prompt, rules, &mut picked);
             }
@@ -135,9 +113,10 @@ struct Work {
 
 impl Work {
     fn prompt(&mut self, block: &Block, prompt: usize, rules: &Rules, picked: &mut Picked) {
-        picked.prompts += 1;
+        let totals = &mut picked.totals;
+        totals.prompts += 1;
         let group = &mut self.group;
-        rules.pool.fill(block, prompt, group, &mut picked.dropped);
+        rules.pool.fill(block, prompt, group, &mut totals.dropped);
         let adjust = |point: &mut Point| match rules.scoring {
             Scoring::Linear(_) => {}
             Scoring::PerToken => point.score = point.raw / f64::from(point.length),
@@ -145,21 +124,21 @@ impl Work {
         };
         group.all.iter_mut().for_each(adjust);
         for point in &group.all {
-            picked.moments.push(point.raw, point.length);
-            picked.scores.push(point.score, point.length);
+            totals.moments.push(point.raw, point.length);
+            totals.scores.push(point.score, point.length);
         }
         let usable = group.all.len();
         if usable < rules.min_responses {
-            picked.dropped.too_few_responses += usable as u64;
-            picked.dropped_prompts.too_few_responses += 1;
+            totals.dropped.too_few_responses += usable as u64;
+            totals.dropped_prompts.too_few_responses += 1;
             return;
         }
         // By reward alone.
         if let (Some(best), Some(worst)) = (best(&group.chosen, 0.0), worst(&group.rejected, 0.0))
             && beats(best, worst, 0.0)
         {
-            picked.contrast += 1;
-            picked.gap_before += i128::from(best.length) - i128::from(worst.length);
+            totals.contrast += 1;
+            totals.gap_before += i128::from(best.length) - i128::from(worst.length);
         }
         group.chosen.iter_mut().for_each(adjust);
         group.rejected.iter_mut().for_each(adjust);
@@ -168,7 +147,7 @@ impl Work {
         self.pairs.clear();
         rules.pairing.pairs(group, alpha, number, &mut self.pairs);
         if self.pairs.is_empty() {
-            picked.dropped_prompts.count_pairless(rules.pairing);
+            totals.dropped_prompts.count_pairless(rules.pairing);
             return;
         }
         let table = &mut picked.table;

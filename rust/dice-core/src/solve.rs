@@ -135,7 +135,7 @@ pub fn wider(Bracket { low, high }: Bracket) -> Bracket {
 }
 
 /// Exact inside the bracket, and from the sample outside.
-fn curve(steps: &Steps, step: usize, total: &Found, guess: &Guess) -> Vec<CurvePoint> {
+pub(crate) fn curve(steps: &Steps, step: usize, total: &Found, guess: &Guess) -> Vec<CurvePoint> {
     if total.contrast == 0 {
         return Vec::new();
     }

@@ -25,7 +25,7 @@ fn to_python(error: Error) -> PyErr {
 #[pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]
-    use crate::mining::{MineSummary, addresses, mine};
+    use crate::mining::{MineSummary, SegmentMiner, addresses, mine};
     #[pymodule_export]
     use crate::replay::sample;
 }

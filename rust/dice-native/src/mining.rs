@@ -7,8 +7,10 @@ use dice_core::filter::{Dropped, Filter};
 use dice_core::mine::DroppedPrompts;
 use dice_core::pairing::{Pairing, Tolerance};
 use dice_core::pool::PickFrom;
+use dice_core::stream::Miner;
 use dice_core::{Columns, Debias, Error, Mined, Options, mine as core_mine};
 use pyo3::prelude::*;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::to_python;
 
@@ -182,6 +184,57 @@ pub fn mine(
     let mined = py.detach(|| core_mine(&Columns::new(stream.0)?, &options.options()?)).map_err(to_python)?;
     let summary = MineSummary::from(&mined);
     Ok((reader(mined.pairs).map_err(to_python)?, summary))
+}
+
+/// Mines an input that comes in segments of whole prompts: `look` at a sample, `observe` all segments and `end_pass`
+/// while `needs_pass`, then take the `pairs` of each.
+#[pyclass(frozen, module = "dice_py._native")]
+pub struct SegmentMiner(Mutex<Miner>);
+
+#[pymethods]
+impl SegmentMiner {
+    #[new]
+    fn new(options: Keywords) -> PyResult<Self> {
+        let miner = options.options().and_then(Miner::new).map_err(to_python)?;
+        Ok(Self(Mutex::new(miner)))
+    }
+
+    /// Takes a first guess from a stream of some of the prompts.
+    fn look(&self, py: Python<'_>, stream: PyArrowType<RecordBatchStreamReader>) -> PyResult<()> {
+        py.detach(|| self.lock().look(&Columns::new(stream.0)?)).map_err(to_python)
+    }
+
+    /// Whether another pass over all segments is needed before the pairs.
+    fn needs_pass(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.lock().needs_pass())
+    }
+
+    /// Adds a segment to the pass.
+    fn observe(&self, py: Python<'_>, stream: PyArrowType<RecordBatchStreamReader>) -> PyResult<()> {
+        py.detach(|| self.lock().observe(&Columns::new(stream.0)?)).map_err(to_python)
+    }
+
+    /// Ends a pass over all segments.
+    fn end_pass(&self, py: Python<'_>) {
+        py.detach(|| self.lock().end_pass());
+    }
+
+    /// The pairs of a segment, with row numbers of the segment.
+    fn pairs(&self, py: Python<'_>, stream: PyArrowType<RecordBatchStreamReader>) -> PyResult<Batches> {
+        py.detach(|| self.lock().pairs(&Columns::new(stream.0)?)).and_then(reader).map_err(to_python)
+    }
+
+    /// What was found, without the pairs.
+    fn summary(&self, py: Python<'_>) -> MineSummary {
+        py.detach(|| MineSummary::from(&self.lock().summary()))
+    }
+}
+
+impl SegmentMiner {
+    /// A panic of another call leaves the state as it was between two steps.
+    fn lock(&self) -> MutexGuard<'_, Miner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn reader(pairs: Vec<RecordBatch>) -> Result<Batches, Error> {

@@ -1,0 +1,193 @@
+"""`mine_files`: Parquet in all its arrangements, and streaming that changes nothing but the memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+import dice_py
+from dice_py.artefacts import TEMPORARY, parquet_meta
+from dice_py.errors import DataError, UsageError
+from dice_py.mine_files import mine_files
+
+# Rows that a segment takes: 128 bytes each.
+THOUSAND = 1000 * 128 / 2**30
+
+
+def scored(prompts: int = 900, *, seed: int = 0, order: str = "ascending", most: int = 12) -> pl.DataFrame:
+    random = np.random.default_rng(seed)
+    ids = random.permutation(np.arange(prompts) * 7 + 3)
+    prompt = np.repeat(np.sort(ids) if order == "ascending" else ids, random.integers(1, most, prompts))
+    if order == "shuffled":
+        random.shuffle(prompt)
+    rows = len(prompt)
+    length = random.integers(1, 400, rows)
+    reward = random.integers(-300, 300, rows) / 64 + length / 128
+    frame = pl.DataFrame(
+        {
+            "prompt_id": pl.Series(prompt, dtype=pl.UInt32),
+            "reward": pl.Series(reward, dtype=pl.Float32),
+            "response_tokens": pl.Series(length, dtype=pl.UInt32),
+            "finish_reason": random.choice(["stop", "stop", "stop", "length"], rows),
+            "round": random.integers(1, 4, rows),
+            "token_ids": [[int(v)] for v in random.integers(0, 300, rows)],
+            "judge": random.integers(0, 50, rows) / 4,
+            "response": [f"text {i}" for i in range(rows)],
+        }
+    )
+    holes = random.random(rows) < 0.02
+    return frame.with_columns(reward=pl.when(~pl.Series(holes)).then("reward"))
+
+
+def same(summary: dict[str, Any], out: Path, mined: dice_py.MinedPairs) -> None:
+    pairs = pl.read_parquet(out)
+    expected = mined.pairs
+    if "difficulty" in expected.columns:
+        pairs, expected = (f.with_columns(pl.col("difficulty").cast(pl.String)) for f in (pairs, expected))
+    assert pairs.columns == expected.columns
+    assert pairs.equals(expected)
+    whole = mined.summary()
+    assert summary.keys() == whole.keys()
+    for name, value in whole.items():
+        if isinstance(value, float):
+            assert summary[name] == pytest.approx(value, rel=1e-9, abs=2e-9), name
+        else:
+            assert summary[name] == value, name
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"alpha": 0.004, "min_responses": 3, "min_length": 5, "max_length": 350},
+    {"debias": "none", "truncated_column": None},
+    {"debias": "per_token", "min_margin": 0.01},
+    {"debias": "bucket", "buckets": 5},
+    {"debias": "bucket", "bucket_scale": True, "duplicate_column": "token_ids"},
+    {"debias": "matched", "length_tolerance": 20},
+    {"pairing": "top_bottom", "pairs_per_prompt": 3, "min_margin_quantile": 0.3, "soft_labels": True},
+    {"pairing": "max_random", "seed": 5, "duplicate_column": "token_ids"},
+    {"pairing": "all_pairs", "pairs_per_prompt": 4, "difficulty_quantile": 0.4, "min_margin": 0.5},
+    {"policy_column": "round", "chosen_from": "newest", "rejected_from": "oldest", "win_rates": True},
+    {"second_reward_column": "judge", "pairing": "max_sweet_spot"},
+]
+
+
+@pytest.mark.parametrize("order", ["ascending", "grouped", "shuffled"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_streaming_changes_nothing(options: dict[str, Any], order: str, tmp_path: Path) -> None:
+    frame = scored(order=order)
+    for i, part in enumerate(frame.iter_slices(1700)):
+        part.write_parquet(tmp_path / f"part-{i}.parquet", row_group_size=300)
+    out = tmp_path / "out" / "pairs.parquet"
+    mined = dice_py.mine_pairs(frame, **options)
+    events: list[dict[str, Any]] = []
+    summary = mine_files(
+        [str(tmp_path / "part-*.parquet")],
+        out,
+        memory_gib=THOUSAND,
+        report=lambda event, **fields: events.append({"event": event, **fields}),
+        **options,
+    )
+    same(summary, out, mined)
+    steps = {event["step"] for event in events}
+    assert ("deal" in steps) == (order != "ascending")
+    assert {"look", "pairs"} <= steps
+    assert all(0 < event["done"] <= event["total"] == frame.height for event in events)
+    assert [path.name for path in out.parent.iterdir()] == ["pairs.parquet"]
+    assert parquet_meta(out)["files"] == sorted(str(p) for p in tmp_path.glob("part-*.parquet"))
+
+
+def test_held_in_memory_is_the_same(tmp_path: Path) -> None:
+    frame = scored(order="shuffled")
+    frame.write_parquet(tmp_path / "scored.parquet")
+    out = tmp_path / "pairs.parquet"
+    same(mine_files([str(tmp_path / "scored.parquet")], out), out, dice_py.mine_pairs(frame))
+
+
+def test_a_prompt_longer_than_a_segment(tmp_path: Path) -> None:
+    frame = scored(prompts=40, most=4)
+    long = pl.concat([frame.with_columns(prompt_id=pl.lit(1, pl.UInt32))] * 60)
+    whole = pl.concat([long, frame])
+    whole.write_parquet(tmp_path / "scored.parquet", row_group_size=200)
+    out = tmp_path / "pairs.parquet"
+    summary = mine_files([str(tmp_path / "scored.parquet")], out, memory_gib=THOUSAND)
+    same(summary, out, dice_py.mine_pairs(whole))
+
+
+def test_hive_folders_give_columns(tmp_path: Path) -> None:
+    frame = scored(order="shuffled").sort("round", maintain_order=True)
+    for (number,), part in frame.group_by("round", maintain_order=True):
+        folder = tmp_path / "scored" / f"round={number}"
+        folder.mkdir(parents=True)
+        part.drop("round").write_parquet(folder / "0.parquet")
+    (tmp_path / "scored" / "_metadata.parquet").write_text("not a table")
+    (tmp_path / "scored" / "round=1" / ".unfinished.parquet").write_text("not a table")
+    options: dict[str, Any] = {"policy_column": "round", "chosen_from": "newest", "rejected_from": "oldest"}
+    mined = dice_py.mine_pairs(frame, **options)
+    for memory in (1.0, THOUSAND):
+        out = tmp_path / "pairs.parquet"
+        mine_files([str(tmp_path / "scored")], out, memory_gib=memory, **options)
+        found = pl.read_parquet(out)
+        assert found.drop("chosen_policy", "rejected_policy").equals(
+            mined.pairs.drop("chosen_policy", "rejected_policy")
+        )
+        assert found["chosen_policy"].cast(pl.Int64).equals(mined.pairs["chosen_policy"])
+
+
+def test_rows_count_through_the_arguments_in_order(tmp_path: Path) -> None:
+    frame = scored()
+    frame[:1000].write_parquet(tmp_path / "b.parquet")
+    frame[1000:].write_parquet(tmp_path / "a.parquet")
+    out = tmp_path / "pairs.parquet"
+    files = [str(tmp_path / "b.parquet"), str(tmp_path / "a.parquet")]
+    same(mine_files(files, out, memory_gib=THOUSAND), out, dice_py.mine_pairs(frame))
+    texts = pl.read_parquet(out).pipe(dice_py.attach_text, files)
+    assert texts["chosen"].equals(frame["response"].gather(texts["chosen_row"]).alias("chosen"))
+
+
+@pytest.mark.parametrize("memory", [1.0, THOUSAND])
+def test_errors(memory: float, tmp_path: Path) -> None:
+    out = tmp_path / "pairs.parquet"
+    frame = scored()
+    path = tmp_path / "scored.parquet"
+
+    def mine(*files: Path | str, **options: Any) -> dict[str, Any]:
+        return mine_files([str(file) for file in files], out, memory_gib=memory, **options)
+
+    with pytest.raises(DataError, match="absent.*does not exist"):
+        mine(tmp_path / "absent.parquet")
+    with pytest.raises(DataError, match=r"no \*\.parquet"):
+        (tmp_path / "empty").mkdir()
+        mine(tmp_path / "empty")
+    path.write_text("not Parquet")
+    with pytest.raises(DataError, match="scored.parquet.*Parquet"):
+        mine(path)
+    frame.head(0).write_parquet(path)
+    with pytest.raises(DataError, match="no rows"):
+        mine(path)
+    frame.write_parquet(path)
+    with pytest.raises(DataError, match="column 'nothing' not found"):
+        mine(path, reward_column="nothing")
+    with pytest.raises(UsageError, match="memory_gib is 0"):
+        mine_files([str(path)], out, memory_gib=0)
+    frame.drop("reward").write_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"other.parquet has no column 'reward'"):
+        mine(path, tmp_path / "other.parquet")
+    negative = frame.with_columns(response_tokens=pl.col("response_tokens").cast(pl.Int64) - 390)
+    negative.write_parquet(path)
+    with pytest.raises(DataError, match="the length is -"):
+        mine(path)
+    holes = frame.with_columns(prompt_id=pl.when(pl.int_range(pl.len()) != 1234).then("prompt_id"))
+    holes.write_parquet(path)
+    with pytest.raises(DataError, match="row 1234: the prompt is null"):
+        mine(path)
+    frame.with_columns(pl.col("prompt_id").cast(pl.String)).write_parquet(path)
+    if memory < 1.0:
+        with pytest.raises(DataError, match="prompt column 'prompt_id' has the type.*needs integers"):
+            mine(path)
+    else:
+        mine(path)
+    assert not [left for left in tmp_path.iterdir() if left.name.endswith(TEMPORARY)]
