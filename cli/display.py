@@ -128,8 +128,10 @@ class Display:
             self.progress.remove_task(self.task)
         self.task, self.stage = None, ""
 
-    def _progress(self, stage: str, done: int, total: int, unit: str = "rows") -> None:
+    def _progress(self, stage: str, done: int, total: int, unit: str = "rows", step: str | None = None) -> None:
         now = time.monotonic()
+        # Each step of a stage goes over the same rows: a bar of its own.
+        stage = stage if step is None else f"{stage} ({step})"
         if stage != self.stage:
             self._begin(stage)
         if self.first is None:

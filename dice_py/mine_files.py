@@ -54,7 +54,7 @@ from dice_py.mine_options import MineOptions
 
 HELD_BYTES = 48
 """Memory for a row that is mined at once: the columns, the sorted copy, the pairs."""
-SEGMENT_BYTES = 128
+SEGMENT_BYTES = 256
 """Memory for a row of a segment: the columns as read and as cut, what is read ahead, the sorted copy, the pairs."""
 SAMPLE_ROWS = 1 << 20
 KEYS = 1 << 16
@@ -123,7 +123,8 @@ class _Tally:
         self.pairs += pairs.height
         self.longer += int((difference > 0).sum())
         self.gap += int(difference.sum())
-        self.margins.append(pairs["margin"])
+        # Sorted is a copy: a column as it came keeps the memory of all columns of its batch.
+        self.margins.append(pairs["margin"].sort())
         if "consistency" in pairs.columns:
             known = pairs.unique("prompt_id")["consistency"].cast(pl.Float64).drop_nulls()
             self.consistency += float(known.sum())
@@ -188,12 +189,14 @@ class _Stream:
         for segment in segments():
             yield segment
             done += segment.rows.height
-            pa.default_memory_pool().release_unused()
             self.report("progress", stage="mine", step=name, done=done, total=self.files.rows)
 
     def _numeric(self) -> Iterator[pl.DataFrame]:
         """Batches of the columns of the extension."""
-        for batch in self.files.batches(self.columns):
+        for i, batch in enumerate(self.files.batches(self.columns)):
+            if i % 16 == 0:
+                # The pool keeps what decoded pages took.
+                pa.default_memory_pool().release_unused()
             if batch.num_rows:
                 narrow = arrow_frame(pa.Table.from_batches([batch]))
                 yield numeric_columns(narrow, self.options)[0]

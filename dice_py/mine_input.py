@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 from dice_py.errors import DataError
 from dice_py.mine_columns import refuse_foreign
 
-BATCH_ROWS = 1 << 19
+BATCH_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,14 @@ class ScoredFiles:
             if missing:
                 raise DataError(f"{one.file} has no column '{missing[0]}'; its columns are {', '.join(physical.names)}")
             try:
-                # Little is read ahead: memory is what this is for.
+                # Little is read ahead, and what was read is not kept: memory is what this is for.
                 yield from one.fragment.to_batches(
-                    schema=schema, columns=columns, batch_size=batch_rows, batch_readahead=1, fragment_readahead=1
+                    schema=schema,
+                    columns=columns,
+                    batch_size=batch_rows,
+                    batch_readahead=1,
+                    fragment_readahead=1,
+                    fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=False),
                 )
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{one.file} cannot be read: {error}") from None

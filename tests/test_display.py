@@ -7,7 +7,27 @@ import re
 import pytest
 
 from cli import display
-from cli.display import Display, metrics_table, print_table
+from cli.display import Display, metrics_table, mining_table, print_table, status_table
+
+MINED = {
+    "pairs": 1200,
+    "alpha": 0.0125,
+    "alpha_low": 0.0124,
+    "alpha_high": None,
+    "mean_length_gap_before": 12.5,
+    "mean_length_gap_after": 0.25,
+    "chosen_longer_share": 0.485,
+    "reward_length_correlation_before": 0.625,
+    "reward_length_correlation_after": -0.125,
+    "margin_quantiles": {"min": 0.0, "0.05": 0.25, "0.25": 0.5, "0.5": 1.0, "0.75": 2.0, "0.95": 4.0, "max": 8.5},
+    "mean_consistency": None,
+    "dropped": {"truncated": 1034, "duplicate": 0, "too_few_responses": 2},
+    "dropped_prompts": {"no_contrast": 7},
+    "dropped_pairs": {"below_min_margin": 0, "below_quantile": 0},
+    "prompts": 1300,
+    "rows": 10400,
+}
+"""What mining tells; the numbers are made up."""
 
 DONE = {
     "stage": "round-01/generate",
@@ -95,3 +115,65 @@ def test_tables_are_whole_lines_without_a_terminal(
     assert re.fullmatch(r"oracle win rate +0\.5 +0\.51 .* 0\.58", lines[2])
     assert lines[4].split() == ["only", "here", *["–"] * 8, "1"]
     assert lines == [line.rstrip() for line in lines]
+
+
+# Mining
+
+
+def test_rows_of_mining_by_step(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Display() as show:
+        show("stage", stage="mine", status="running")
+        for seconds, step, done in ((0.0, "look", 100), (10.0, "look", 1000), (20.0, "pairs", 0), (30.0, "pairs", 500)):
+            clock[0] = 100.0 + seconds
+            show("progress", stage="mine", step=step, done=done, total=1000)
+        show("progress", stage="mine", done=1000, total=1000)
+    # The rate of a step is of that step alone.
+    assert capsys.readouterr().err.splitlines() == [
+        "  mine (look): 1,000/1,000 rows, 90.0/s",
+        "  mine (pairs): 500/1,000 rows, 50.0/s, 10.0 s left",
+    ]
+
+
+TOLD = (
+    "pairs 1,200, alpha 0.0125, mean length gap 12.5 to 0.25, length correlation 0.625 to -0.125, "
+    "chosen longer 48.5 %, margin 1 (0.25 to 4)"
+)
+
+
+def test_a_line_of_mining(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display() as show:
+        show("stage", stage="round-01/mine", status="done", seconds=1.0, counts=MINED)
+        # Of a run that an older version mined.
+        show("stage", stage="round-01/mine", status="kept", counts={"pairs": 3, "alpha": 0.5})
+    assert capsys.readouterr().err.splitlines() == [
+        f"  mine            1.0 s  {TOLD}",
+        "  mine             kept  pairs 3, alpha 0.5",
+    ]
+
+
+def test_status_tells_of_mining(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"stage": "round-01/mine", "status": "done", "seconds": 1.0, "counts": MINED}
+    print_table(status_table({"run": "r", "state": "stopped", "done": 1, "stages": 6, "entries": [entry]}))
+    assert capsys.readouterr().out.splitlines()[-1].endswith(TOLD)
+
+
+def test_the_table_of_mining(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(mining_table(MINED, "pairs.parquet"))
+    lines = [re.sub("  +", "|", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "pairs in pairs.parquet",
+        "pairs|1,200 (of 1,300 prompts with 10,400 responses)",
+        "alpha|0.0125 (the same pairs from 0.0124 to infinity)",
+        "mean length gap|12.5 before, 0.25 after",
+        "correlation of reward and length|0.625 before, -0.125 after",
+        "chosen is the longer|48.5 %",
+        "margins|min: 0, 5 %: 0.25, 25 %: 0.5, 50 %: 1, 75 %: 2, 95 %: 4, max: 8.5",
+        "dropped rows|truncated 1,034, too few responses 2",
+        "dropped prompts|no contrast 7",
+    ]
+    nothing = dict.fromkeys(MINED["margin_quantiles"])
+    more = {"alpha": None, "chosen_longer_share": None, "margin_quantiles": nothing, "mean_consistency": 0.75}
+    print_table(mining_table(MINED | more, "pairs.parquet"))
+    lines = [re.sub("  +", "|", line) for line in capsys.readouterr().out.splitlines()]
+    assert {"chosen is the longer|–", "margins|–", "mean consistency|0.75"} <= set(lines)
+    assert not [line for line in lines if line.startswith("alpha")]

@@ -14,8 +14,8 @@ from dice_py.artefacts import TEMPORARY, parquet_meta
 from dice_py.errors import DataError, UsageError
 from dice_py.mine_files import mine_files
 
-# Rows that a segment takes: 128 bytes each.
-THOUSAND = 1000 * 128 / 2**30
+# Rows that a segment takes: 256 bytes each.
+THOUSAND = 1000 * 256 / 2**30
 
 
 def scored(prompts: int = 900, *, seed: int = 0, order: str = "ascending", most: int = 12) -> pl.DataFrame:

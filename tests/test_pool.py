@@ -1,0 +1,284 @@
+"""The mine stage of a run: which shards a round mines, in a pool of rounds too, and what it leaves behind.
+
+Shards are made by hand: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from dice_py import mine_pairs
+from dice_py.artefacts import (
+    GENERATIONS,
+    MINED,
+    PROMPTS,
+    SCORES,
+    Manifest,
+    parquet_key,
+    read_json,
+    read_parquet,
+    write_parquet,
+)
+from dice_py.config import MineConfig
+from dice_py.errors import DataError
+from dice_py.mine_stage import Candidates, candidates, mine
+from dice_py.replay_buffer import ReplayBuffer, append_mined, gather_mined
+
+SAMPLES, SHARDS = 3, 2
+ROUNDS = {1: range(4), 2: range(2, 6)}
+"""Of each round its prompts: 2 and 3 are in both."""
+
+
+def messages(prompt: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"question {prompt}"}]
+
+
+def make_generations(folder: Path, number: int, tokens: Any = lambda prompt: [100 + prompt]) -> list[dict[str, str]]:
+    """A round's prompts and shards of generations, as a run leaves them; what the manifest says of the shards."""
+    base = folder / f"round-{number:02d}/generate"
+    asked = ROUNDS[number]
+    prompts = pl.DataFrame({"prompt_id": asked, "messages": [messages(p) for p in asked]}, schema=PROMPTS)
+    write_parquet(base / "prompts.parquet", prompts, key=f"prompts {number}", schema=PROMPTS)
+    made = []
+    for shard in range(SHARDS):
+        rows = [
+            # In both rounds the first sample of a prompt is the same; the others are not.
+            (p, s, tokens(p), [p, s, number if s else 0, 4], f"round {number} {p} {s}", 4 + s, 20 + s, "stop", -1.0)
+            for p in asked[shard * 2 : shard * 2 + 2]
+            for s in range(SAMPLES)
+        ]
+        file = base / f"generations-{shard:05d}.parquet"
+        write_parquet(file, pl.DataFrame(rows, schema=GENERATIONS, orient="row"), key=f"shard {number} {shard}")
+        made.append({"file": str(file.relative_to(folder)), "key": f"shard {number} {shard}"})
+    Manifest(folder / "manifest.json").record(f"round-{number:02d}/generate", files=made)
+    return made
+
+
+def make_scores(folder: Path, pool: Candidates) -> list[Path]:
+    """Scores of every shard, row-aligned: rewards by the row's number in the pool, without ties."""
+    files, row = [], 0
+    for n, shard in enumerate(pool.generations):
+        rows = []
+        for _ in range(read_parquet(shard).height):
+            rows.append((-float(row), -1.0 - row % 3, math.sin(5.0 * row)))
+            row += 1
+        file = folder / f"scores-{n:05d}.parquet"
+        files.append(write_parquet(file, pl.DataFrame(rows, schema=SCORES, orient="row"), key=f"scores {n}"))
+    return files
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with two rounds of generations."""
+    for number in ROUNDS:
+        make_generations(tmp_path, number)
+    return tmp_path
+
+
+def pool_of(run: Path, number: int = 2, pool_rounds: int = 2) -> Candidates:
+    return candidates(run, Manifest(run / "manifest.json"), number, pool_rounds)
+
+
+def mined_pool(
+    run: Path, config: MineConfig, number: int = 2
+) -> tuple[dict[str, Any], pl.DataFrame, Candidates, list[Path]]:
+    """The stage's answer, its pairs, the pool and its scores."""
+    pool = pool_of(run, number, config.pool_rounds)
+    scores = make_scores(run / "scores", pool)
+    files = {"generations": pool.generations, "scores": scores, "rounds": pool.rounds}
+    found = mine(config, **files, out=run / "out", seed=5, key="mined")
+    return found, read_parquet(run / "out/mined.parquet"), pool, scores
+
+
+def whole(pool: Candidates, scores: list[Path]) -> pl.DataFrame:
+    """All rows of a pool with the round that sampled them, put together without the stage."""
+    shards = zip(pool.generations, scores, pool.rounds, strict=True)
+    parts = [
+        pl.read_parquet(g).hstack(pl.read_parquet(s)).with_columns(round=pl.lit(r, pl.UInt32)) for g, s, r in shards
+    ]
+    return pl.concat(parts)
+
+
+# Which shards
+
+
+def test_one_round_is_its_own_pool(run: Path) -> None:
+    pool = pool_of(run, pool_rounds=1)
+    assert [str(file.relative_to(run)) for file in pool.generations] == [
+        "round-02/generate/generations-00000.parquet",
+        "round-02/generate/generations-00001.parquet",
+    ]
+    assert (pool.keys, pool.rounds) == (["shard 2 0", "shard 2 1"], [2, 2])
+    assert pool.prompts == run / "round-02/generate/prompts.parquet"
+    assert not (run / "round-02/mine").exists()
+
+
+def test_a_pool_is_of_the_last_rounds_the_oldest_first(run: Path) -> None:
+    assert pool_of(run, number=1) == pool_of(run, number=1, pool_rounds=1)
+    pool = pool_of(run)
+    assert pool.keys == ["shard 1 0", "shard 1 1", "shard 2 0", "shard 2 1"]
+    assert pool.rounds == [1, 1, 2, 2]
+    assert pool == pool_of(run, pool_rounds=9)
+    prompts = read_parquet(pool.prompts)
+    assert prompts["prompt_id"].to_list() == [0, 1, 2, 3, 4, 5]
+    assert prompts["messages"].to_list() == [messages(p) for p in range(6)]
+    assert dict(prompts.schema) == dict(PROMPTS)
+    assert pool.prompts == run / "round-02/mine/prompts.parquet"
+
+
+def test_the_prompts_of_a_pool_are_written_once(run: Path) -> None:
+    before = pool_of(run).prompts.stat().st_mtime_ns
+    key = parquet_key(pool_of(run).prompts)
+    assert pool_of(run).prompts.stat().st_mtime_ns == before
+    manifest = Manifest(run / "manifest.json")
+    made = manifest.data["stages"]["round-01/generate"]["files"]
+    manifest.record("round-01/generate", files=[made[0], {**made[1], "key": "another"}])
+    assert parquet_key(pool_of(run).prompts) != key
+
+
+def test_equal_ids_of_unequal_prompts_are_refused(run: Path) -> None:
+    file = run / "round-02/generate/prompts.parquet"
+    prompts = read_parquet(file).with_columns(prompt_id=pl.col("prompt_id") - 1)
+    write_parquet(file, prompts, key="others", schema=PROMPTS)
+    with pytest.raises(DataError, match=r"prompt_id [123] is of two prompts in the rounds whose candidates are pooled"):
+        pool_of(run)
+    assert not (run / "round-02/mine").exists()
+
+
+def test_a_prompt_of_other_tokens_is_refused(run: Path) -> None:
+    make_generations(run, 2, tokens=lambda prompt: [100 + prompt + (prompt == 3)])
+    with pytest.raises(DataError, match=r"prompt_id 3 has other token ids in one of the pooled rounds"):
+        pool_of(run)
+    assert pool_of(run, pool_rounds=1).rounds == [2, 2]
+
+
+# What is mined
+
+
+def test_by_default_the_pairs_have_no_further_column(run: Path) -> None:
+    found, pairs, pool, scores = mined_pool(run, MineConfig())
+    expected = mine_pairs(whole(pool, scores), min_length=1)
+    assert dict(pairs.schema) == dict(MINED)
+    assert_frame_equal(pairs, expected.pairs, check_exact=True)
+    stored = read_json(run / "out/mining.json")
+    curve = stored.pop("curve")
+    assert stored == found
+    assert stored == {"length": "tokens", "debias": "linear", "pairing": "max_min"} | expected.summary()
+    assert curve == expected.curve.to_dict(as_series=False)
+    assert list(curve) == ["alpha", "mean_length_gap", "exact"]
+    assert parquet_key(run / "out/mined.parquet") == "mined"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_rounds": 2},
+        {"pool_rounds": 2, "chosen_from": "newest", "rejected_from": "oldest"},
+        {"pool_rounds": 2, "drop_duplicates": True, "min_responses": 5},
+        {"pairing": "max_random", "length": "chars", "second_reward": "logp"},
+        {
+            "pool_rounds": 2, "pairing": "top_bottom", "pairs_per_prompt": 3, "win_rates": True, "soft_labels": True,
+            "difficulty_quantile": 0.5, "second_reward": "ref_logp", "min_margin": 0.1,
+        },
+    ],
+)  # fmt: skip
+def test_the_stage_mines_as_the_miner_does(run: Path, options: dict[str, Any]) -> None:
+    config = MineConfig(**options)
+    found, pairs, pool, scores = mined_pool(run, config)
+    expected = mine_pairs(whole(pool, scores), **asdict(config.options(5)))
+    assert expected.pairs.height > 0
+    told = expected.pairs
+    if "difficulty" in told.columns:  # text in a file, so that every reader gets it
+        told = told.with_columns(pl.col("difficulty").cast(pl.String))
+    assert_frame_equal(pairs, told, check_exact=True)
+    assert found["pairs"] == pairs.height
+    assert found.get("pooled_rounds") == ([1, 2] if "pool_rounds" in options else None)
+
+
+def test_the_seed_of_the_run_is_the_draws(run: Path) -> None:
+    config = MineConfig(pairing="max_random", pool_rounds=2)
+    pool = pool_of(run)
+    scores = make_scores(run / "scores", pool)
+    drawn = []
+    for seed in (1, 1, 2, 3):
+        files = {"generations": pool.generations, "scores": scores, "rounds": pool.rounds}
+        mine(config, **files, out=run / "out", seed=seed, key="mined")
+        drawn.append(read_parquet(run / "out/mined.parquet")["rejected_row"].to_list())
+    assert drawn[0] == drawn[1]
+    assert len({tuple(rows) for rows in drawn}) > 1
+
+
+def test_newest_and_oldest_are_rounds(run: Path) -> None:
+    config = MineConfig(pool_rounds=2, chosen_from="newest", rejected_from="oldest", debias="none")
+    _, pairs, pool, scores = mined_pool(run, config)
+    rows = whole(pool, scores)
+    for side in ("chosen", "rejected"):
+        assert pairs[f"{side}_policy"].to_list() == rows["round"].gather(pairs[f"{side}_row"]).to_list()
+        assert rows["prompt_id"].gather(pairs[f"{side}_row"]).to_list() == pairs["prompt_id"].to_list()
+    # Prompts 0 and 1 are of the first round alone, 4 and 5 of the second; the others have a choice.
+    policies = {row[0]: row[1:] for row in pairs.select("prompt_id", "chosen_policy", "rejected_policy").iter_rows()}
+    assert {p: policies[p] for p in (0, 1, 4, 5)} == {0: (1, 1), 1: (1, 1), 4: (2, 2), 5: (2, 2)}
+    shared = [policies[p] for p in (2, 3) if p in policies]
+    assert shared
+    assert set(shared) == {(2, 1)}
+
+
+def test_equal_tokens_of_two_rounds_count_once(run: Path) -> None:
+    found = mined_pool(run, MineConfig(pool_rounds=2, drop_duplicates=True))[0]
+    assert found["dropped"]["duplicate"] == 2  # the first sample of prompts 2 and 3
+    assert mined_pool(run, MineConfig(pool_rounds=2))[0]["dropped"]["duplicate"] == 0
+
+
+def test_no_pair_is_left(run: Path) -> None:
+    with pytest.raises(DataError, match=r"no pair is left of 12 responses to 4 prompts.*'below_min_margin': 4"):
+        mined_pool(run, MineConfig(min_margin=1e6))
+    with pytest.raises(DataError, match="no pair is left of 12 responses") as caught:
+        mined_pool(run, MineConfig(min_length=100))
+    assert "below_min_margin" not in str(caught.value)
+    assert not (run / "out").exists()
+
+
+def test_scores_of_another_round_are_refused(run: Path) -> None:
+    pool = pool_of(run)
+    scores = make_scores(run / "scores", pool)
+    with pytest.raises(DataError, match=r"has 24 responses, but .* 18 scores: they are not of one round"):
+        mine(
+            MineConfig(pool_rounds=2),
+            generations=pool.generations,
+            scores=scores[:-1],
+            rounds=pool.rounds,
+            out=run / "out",
+            seed=0,
+            key="mined",
+        )
+
+
+# What comes after
+
+
+@pytest.mark.parametrize("pairing", ["max_min", "all_pairs"])
+def test_the_training_set_is_gathered_from_the_pool(run: Path, pairing: Any) -> None:
+    _, pairs, pool, scores = mined_pool(run, MineConfig(pool_rounds=2, pairing=pairing))
+    rows = whole(pool, scores)
+    files = {"generations": pool.generations, "scores": scores}
+    found = gather_mined(pairs, **files, prompts=read_parquet(pool.prompts))
+    assert found.height == pairs.height
+    assert found["prompt"].to_list() == [messages(p) for p in pairs["prompt_id"]]
+    assert found["prompt_ids"].to_list() == [[100 + p] for p in pairs["prompt_id"]]
+    for side in ("chosen", "rejected"):
+        at = pairs[f"{side}_row"]
+        assert found[f"{side}_ids"].to_list() == rows["token_ids"].gather(at).to_list()
+        assert [turns[0]["content"] for turns in found[side]] == rows["response"].gather(at).to_list()
+        assert found[f"ref_{side}_logps"].to_list() == rows["logp"].gather(at).to_list()
+    buffer = ReplayBuffer(run / "buffer", 100, 0)
+    append_mined(buffer, 2, mined=run / "out/mined.parquet", **files, prompts=pool.prompts, key="mined")
+    kept = buffer.read()
+    assert kept["chosen_ids"].to_list() == found["chosen_ids"].to_list()
+    assert kept["margin"].to_list() == pairs["margin"].to_list()
