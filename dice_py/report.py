@@ -80,10 +80,11 @@ def mining_rows(found: dict[str, Any]) -> list[list[str]]:
     rows = [["pairs", f"{number(found['pairs'])} ({of})"]]
     rows += [[name, found[name]] for name in ("debias", "pairing") if name in found]
     if "pooled_rounds" in found:
-        rows.append(["candidates of rounds", number(found["pooled_rounds"])])
+        pooled = found["pooled_rounds"]
+        rows.append(["candidates of rounds", number([pooled[0], pooled[-1]] if len(pooled) > 1 else pooled)])
     if found["alpha"] is not None:
-        interval = f"the same pairs from {number(found['alpha_low'])} to {_or_infinity(found['alpha_high'])}"
-        rows.append(["alpha", f"{number(found['alpha'])} ({interval})"])
+        interval = f"the same pairs from {_alpha(found['alpha_low'])} to {_alpha(found['alpha_high'])}"
+        rows.append(["alpha", f"{_alpha(found['alpha'])} ({interval})"])
     rows.append(["mean length gap", change("mean_length_gap")])
     if "reward_length_correlation_before" in found:
         rows.append(["correlation of reward and length", change("reward_length_correlation")])
@@ -98,9 +99,9 @@ def mining_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _or_infinity(value: float | None) -> str:
-    # JSON has no word for it.
-    return "infinity" if value is None else number(value)
+def _alpha(value: float | None) -> str:
+    # The interval is narrow where there are many prompts. JSON has no word for infinity.
+    return "infinity" if value is None else f"{value:.6g}"
 
 
 def share(value: float | None) -> str:

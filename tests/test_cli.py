@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -21,6 +22,7 @@ from small_disk import small_disk
 from cli.main import main
 from dice_py.artefacts import Manifest, parquet_meta, read_parquet
 from dice_py.config import dump, resolve
+from dice_py.mine_options import MineOptions
 
 COMMANDS = (
     "run", "resume", "status", "generate", "score", "mine", "replay", "train", "evaluate", "world", "doctor",
@@ -410,10 +412,91 @@ def test_mine_prints_one_json_object_and_nothing_else(dice) -> None:
     assert abs(found["mean_length_gap_after"]) <= abs(found["mean_length_gap_before"])
     assert set(found["dropped"]) >= {"not_finite", "truncated", "too_short", "too_long", "too_few_responses"}
     assert all(isinstance(count, int) for count in found["dropped"].values())
-    assert parquet_meta(Path("pairs.parquet")) == found
-    code, out, _ = dice("mine", "scored.parquet", "-o", "pairs.parquet")
-    assert code == 0
-    assert "pairs: 20\n" in out
+    assert parquet_meta(Path("pairs.parquet")) == found | {"files": ["scored.parquet"]}
+    code, out, err = dice("mine", "scored.parquet", "-o", "pairs.parquet")
+    assert (code, err) == (0, "")
+    lines = [re.sub("  +", "|", line) for line in out.splitlines()]
+    assert lines[:2] == ["pairs in pairs.parquet", "pairs|20 (of 20 prompts with 80 responses)"]
+    assert [line.split("|")[0] for line in lines[2:]] == [
+        "alpha", "mean length gap", "correlation of reward and length", "chosen is the longer", "margins",
+    ]  # fmt: skip
+    # What was dropped, if anything was.
+    out = dice("mine", "scored.parquet", "-o", "pairs.parquet", "--max-length", 7, "--min-margin", 0.5)[1]
+    assert re.search(r"^dropped rows +too long 20$", out, flags=re.M)
+    assert re.search(r"^dropped pairs +below min margin \d+$", out, flags=re.M)
+
+
+MINE_OPTIONS: list[tuple[str, object]] = [
+    ("--prompt-column", "question"), ("--reward-column", "r"), ("--length-column", "l"), ("--truncated-column", "cut"),
+    ("--duplicate-column", "text"), ("--policy-column", "model"), ("--second-reward-column", "r2"),
+    ("--debias", "bucket"), ("--alpha", 0.25), ("--buckets", 3), ("--bucket-scale", True), ("--length-tolerance", 4),
+    ("--length-ratio", 0.5), ("--pairing", "all_pairs"), ("--top-k", 5), ("--bottom-k", 6), ("--pairs-per-prompt", 7),
+    ("--sweet-spot-deviations", 1.5), ("--seed", 2**64 - 1), ("--chosen-from", "newest"), ("--rejected-from", "oldest"),
+    ("--min-responses", 8), ("--min-length", 9), ("--max-length", 10), ("--min-margin", -0.5),
+    ("--min-margin-quantile", 0.125), ("--win-rates", True), ("--soft-labels", True), ("--label-scale", 2.5),
+    ("--difficulty-quantile", 0.75),
+]  # fmt: skip
+"""Every option of mining with a value that is not its default."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `dice mine` asks of the miner, which does nothing but count its rows."""
+    from dice_py import mine_files
+
+    seen: dict[str, Any] = {}
+
+    def counted(scored: list[str], out: Path, *, memory_gib: float, report: Any, **options: Any) -> dict[str, Any]:
+        report("progress", stage="mine", done=3, total=3)
+        seen.update(scored=scored, out=out, memory_gib=memory_gib, **options)
+        return {"pairs": 3}
+
+    monkeypatch.setattr(mine_files, "mine_files", counted)
+    return seen
+
+
+def test_every_option_of_mining_reaches_the_miner(dice, asked: dict[str, Any]) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(MineOptions)}
+    where = {"scored": ["a.parquet"], "out": Path("pairs.parquet")}
+    assert dice("mine", "a.parquet", "-o", "pairs.parquet", "--json") == (0, '{"pairs": 3}\n', "")
+    assert asked == where | {"memory_gib": 1.0} | defaults
+    given = [part for name, value in MINE_OPTIONS for part in ((name,) if value is True else (name, value))]
+    assert dice("mine", "a.parquet", "-o", "pairs.parquet", "--json", "--memory", "0.5", *given)[0] == 0
+    names = {name.removeprefix("--").replace("-", "_"): value for name, value in MINE_OPTIONS}
+    assert asked == where | {"memory_gib": 0.5} | names
+    assert [name for name in defaults if names.get(name, defaults[name]) == defaults[name]] == []
+    # The word none turns the default off.
+    dice("mine", "a.parquet", "-o", "pairs.parquet", "--json", "--truncated-column", "none")
+    assert asked["truncated_column"] is None
+
+
+def test_mine_takes_files_patterns_and_folders(dice, asked: dict[str, Any]) -> None:
+    for given in (["a.parquet", "b.parquet"], ["shards/*.parquet"], ["by-round/", "a.parquet"]):
+        assert dice("mine", *given, "-o", "pairs.parquet", "--json")[0] == 0
+        assert asked["scored"] == given
+
+
+def test_mine_counts_rows_through_its_files(dice) -> None:
+    frame = read_parquet(scored(Path("scored.parquet")))
+    for n in range(2):
+        folder = Path(f"shards/part={n}")
+        folder.mkdir(parents=True)
+        frame[n * 40 : n * 40 + 40].write_parquet(folder / "rows.parquet")
+    assert dice("mine", "scored.parquet", "-o", "whole.parquet", "--json")[0] == 0
+    for given in (["shards"], ["shards/*/rows.parquet"], ["shards/part=0/rows.parquet", "shards/part=1/rows.parquet"]):
+        assert dice("mine", *given, "-o", "pairs.parquet", "--json")[0] == 0
+        assert read_parquet(Path("pairs.parquet")).equals(read_parquet(Path("whole.parquet")))
+
+
+def test_help_of_mining_has_headings(dice) -> None:
+    out = dice("mine", "--help")[1]
+    headings = re.findall(r"^(\w+):$", out, flags=re.M)
+    assert headings == ["Arguments", "Columns", "Length", "Pairs", "Filters", "Labels", "Options"]
+    for name, _ in MINE_OPTIONS:
+        assert len(re.findall(rf"^  {name}(?= )", out, flags=re.M)) == 1
+    # Every command is written by the same code.
+    out = dice("score", "--help")[1]
+    assert re.findall(r"^(\w+):$", out, flags=re.M) == ["Arguments", "Options"]
 
 
 def test_mine_with_names_and_options_of_ones_own(dice) -> None:
@@ -435,14 +518,16 @@ def test_mine_refuses_and_leaves_the_old_pairs(refused) -> None:
     out.write_text("pairs of yesterday")
     Path("text.parquet").write_text("no Parquet at all")
     Path("nothing.parquet").touch()
+    Path("no-files").mkdir()
     frame.clear().write_parquet("empty.parquet")
     frame.with_columns(pl.col("reward").cast(pl.String)).write_parquet("words.parquet")
     for file, said in {
         "absent.parquet": "absent.parquet does not exist (or is not a file)",
-        ".": "does not exist (or is not a file)",
+        "absent/*.parquet": "absent/*.parquet does not exist (or is not a file)",
+        "no-files": "no-files",
         "text.parquet": "text.parquet cannot be read as Parquet",
         "nothing.parquet": "nothing.parquet",
-        "empty.parquet": "empty.parquet: the frame has no rows",
+        "empty.parquet": "empty.parquet: there are no rows",
         "words.parquet": "reward",
     }.items():
         assert said in refused(3, "mine", file, "-o", out)
@@ -451,7 +536,11 @@ def test_mine_refuses_and_leaves_the_old_pairs(refused) -> None:
     assert "columns are prompt_id, sample_id, reward, response_tokens" in said
     assert "--reward-column" in said
     for options, said in {
-        ("--debias", "lienar"): "debias is 'lienar', but must be one of none, linear, bucket",
+        ("--debias", "lienar"): "debias is 'lienar', but must be one of none, linear, per_token, bucket, matched",
+        ("--pairing", "best"): "pairing is 'best', but must be one of max_min, max_random",
+        ("--chosen-from", "newest"): "chosen_from is 'newest', which needs policy_column: name it",
+        ("--length-ratio", "0.5"): "length_ratio is for debias 'matched', but debias is 'linear'",
+        ("--memory", "0"): "memory_gib is 0.0: give a number of GiB above zero",
         ("--alpha", "much"): "--alpha is 'much', but must be 'auto' or a finite number of zero or more",
         ("--alpha", "-1"): "alpha is -1.0",
         ("--alpha", "nan"): "alpha is nan",
@@ -492,7 +581,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_ctrl_c_is_exit_code_5(refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dice_py.mine.mine_file", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("dice_py.mine_files.mine_files", raising(KeyboardInterrupt()))
     assert "interrupted" in refused(5, "mine", "scored.parquet", "-o", "pairs.parquet")
 
 
@@ -504,7 +593,7 @@ def test_a_folder_that_may_not_be_written(refused) -> None:
 
 
 def test_a_bug_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dice_py.mine.mine_file", raising(ZeroDivisionError("ours")))
+    monkeypatch.setattr("dice_py.mine_files.mine_files", raising(ZeroDivisionError("ours")))
     monkeypatch.setattr(sys, "argv", ["dice", "mine", "scored.parquet", "-o", "pairs.parquet"])
     with pytest.raises(ZeroDivisionError, match="ours"):
         main()
