@@ -424,6 +424,73 @@ def test_a_second_round_replays_what_the_first_mined(tmp_path: Path, monkeypatch
     assert ("round-01/replay", "kept") in told.stages()
 
 
+# Candidates of several rounds
+
+
+@pytest.mark.slow
+def test_a_second_round_mines_the_candidates_of_both(tmp_path: Path) -> None:
+    # Of 22 prompts each round takes 14, so that some are asked in both.
+    config = own_config(
+        tmp_path, make_mistral, "rounds=2", "data.prompts_per_round=14", "evaluate.prompts=2", "train.max_steps=2",
+        "mine.pool_rounds=2", "mine.chosen_from=newest", "mine.rejected_from=oldest", "replay.buffer.capacity=50",
+    )  # fmt: skip
+    folder = tmp_path / "run"
+    rounds.run(config, folder)
+
+    stages = read_json(folder / "manifest.json")["stages"]
+    sampled = [[folder / f["file"] for f in stages[f"round-{n:02d}/generate"]["files"]] for n in (1, 2)]
+    files = [[folder / f["file"] for f in stages[f"round-{n:02d}/score"]["files"]] for n in (1, 2)]
+    assert [len(found) for found in files] == [2, 4]
+    generations = pl.concat(pl.read_parquet(file) for found in sampled for file in found)
+    first, second = (pl.concat(map(pl.read_parquet, found)) for found in files)
+    old, new = second[: first.height], second[first.height :]
+    assert second.height == generations.height == 2 * first.height == 2 * new.height
+    # Round 2's reference is what round 1 started from; its policy is another model.
+    assert (old["ref_logp"] - first["logp"]).abs().max() < 1e-3
+    assert (old["logp"] - first["logp"]).abs().max() > 1e-2
+    assert ((second["logp"] - second["ref_logp"]) * 0.1 - second["reward"]).abs().max() < 1e-4
+
+    mined = pl.read_parquet(folder / "round-02/mine/mined.parquet")
+    sampled_in = pl.Series([1 + (row >= first.height) for row in range(second.height)])
+    for side in ("chosen", "rejected"):
+        rows = mined[f"{side}_row"]
+        assert generations["prompt_id"].gather(rows).to_list() == mined["prompt_id"].to_list()
+        assert second["reward"].gather(rows).to_list() == mined[f"{side}_reward"].to_list()
+        assert sampled_in.gather(rows).to_list() == mined[f"{side}_policy"].to_list()
+    asked = [set(pl.read_parquet(folder / f"round-{n:02d}/generate/prompts.parquet")["prompt_id"]) for n in (1, 2)]
+    assert len(asked[0] & asked[1]) == 6
+    # The newest and the oldest round that left the prompt something to use.
+    usable = generations.with_columns(round=sampled_in).filter(pl.col("finish_reason") != "length")
+    known = usable.group_by("prompt_id").agg(newest=pl.col("round").max(), oldest=pl.col("round").min())
+    expected = mined.select("prompt_id").join(known, on="prompt_id", how="left", maintain_order="left")
+    assert mined["chosen_policy"].to_list() == expected["newest"].to_list()
+    assert mined["rejected_policy"].to_list() == expected["oldest"].to_list()
+    assert mined.filter(chosen_policy=2, rejected_policy=1).height > 0
+    assert read_json(folder / "round-02/mine/mining.json")["pooled_rounds"] == [1, 2]
+
+    # What is trained on is of the right prompts, and has the log-probabilities of round 2's policy.
+    training = pl.read_parquet(folder / "round-02/replay/training_set.parquet").filter(pl.col("source") == "mined")
+    prompts = pl.read_parquet(folder / "inputs/prompts.parquet")
+    texts = dict(zip(prompts["prompt_id"], prompts["messages"].to_list(), strict=True))
+    assert training["prompt"].to_list() == [texts[prompt] for prompt in mined["prompt_id"]]
+    assert training["chosen_ids"].to_list() == generations["token_ids"].gather(mined["chosen_row"]).to_list()
+    logps = score_pairs(config.score, config.model, policy=folder / "round-01/train/model", pairs=training)
+    for side in ("chosen", "rejected"):
+        assert (logps[f"{side}_logp"] - training[f"ref_{side}_logps"]).abs().max() < 1e-3
+    assert abs(stages["round-02/train"]["counts"]["step0_loss"] - math.log(2)) < 1e-3
+    buffer = pl.read_parquet(folder / "buffer/round-02.parquet")
+    assert set(map(tuple, buffer["chosen_ids"])) <= set(map(tuple, training["chosen_ids"]))
+
+    # A resume scores the lost shard of the first round again, and nothing else.
+    lost = files[1][0]
+    lost.unlink()
+    told = Told()
+    rounds.resume(folder, told)
+    assert [stage for stage, status in told.stages() if status == "done"] == ["round-02/score"]
+    assert [fields["file"] for event, fields in told.events if event == "shard"] == [lost.name]
+    assert_frame_equal(pl.concat(map(pl.read_parquet, files[1])), second, check_exact=True)
+
+
 # What a kill costs
 
 _KILLED = """

@@ -232,8 +232,6 @@ struct Probe<V> {
     alpha: V,
     half: V,
     error: f32,
-    /// The error of comparing rewards alone: none where they came as float32.
-    error_before: f32,
     /// Whether to count usable rows.
     gaps: bool,
 }
@@ -253,11 +251,11 @@ impl<V: Copy> Probe<V> {
     /// `None` if float32 is not enough for this block or bracket.
     #[inline(always)]
     fn new<L: Lanes<V = V>>(lanes: L, block: &Block, bracket: Bracket) -> Option<Self> {
-        /// Lengths up to here are float32 exactly.
-        const LONGEST: u32 = 1 << 24;
-        /// Sixteen units in the last place. The score of either response is rounded three times (the reward, the
-        /// product, the difference), the third term and the two sums another five.
-        const ULPS: f32 = 16.0 * (f32::EPSILON / 2.0);
+        /// Lengths from here on are not read as signed integers.
+        const LONGEST: u32 = 1 << 31;
+        /// Roundings, in units of 2⁻²⁴ of the scale below. The score of either response takes four (the reward, the
+        /// length, the product, the difference), the third term another four, the sums three: fifteen, and some to spare.
+        const ROUNDINGS: f32 = 24.0 * (f32::EPSILON / 2.0);
         let alpha = (bracket.low + (bracket.high - bracket.low) / 2.0) as f32;
         let ends = [bracket.low, bracket.high].map(|end| (end - f64::from(alpha)).abs());
         let half = (ends[0].max(ends[1]) as f32).next_up();
@@ -267,8 +265,7 @@ impl<V: Copy> Probe<V> {
         fits.then(|| Self {
             alpha: lanes.splat(alpha),
             half: lanes.splat(half),
-            error: ULPS * scale + f32::MIN_POSITIVE,
-            error_before: if block.wide.is_empty() { 0.0 } else { ULPS * block.reach + f32::MIN_POSITIVE },
+            error: ROUNDINGS * scale + f32::MIN_POSITIVE,
             gaps: block.gaps,
         })
     }
@@ -289,8 +286,9 @@ impl<V: Copy> Probe<V> {
         // Without a usable row there is no lane, and what is read for it does not matter.
         let chosen = lanes.at_least(scores, lanes.splat(most)).trailing_zeros() as usize % LANES;
         let rejected = lanes.at_most(scores, lanes.splat(least)).trailing_zeros() as usize % LANES;
-        let best = lanes.at_least(rewards, lanes.splat(most_before - self.error_before));
-        let worst = lanes.at_most(rewards, lanes.splat(least_before + self.error_before));
+        // Rounding to float32 keeps the order, so a reward that is greatest alone is the greatest.
+        let best = lanes.at_least(rewards, lanes.splat(most_before));
+        let worst = lanes.at_most(rewards, lanes.splat(least_before));
         let gain = |of: usize| {
             lanes.mul(self.half, lanes.abs(lanes.sub(sizes, lanes.splat(lengths[of] as i32 as f32))))
         };
@@ -339,8 +337,8 @@ impl<V: Copy> Probe<V> {
             let masks = [
                 lanes.at_least(scores, lanes.splat(most)),
                 lanes.at_most(scores, lanes.splat(least)),
-                lanes.at_least(rewards, lanes.splat(most_before - self.error_before)),
-                lanes.at_most(rewards, lanes.splat(least_before + self.error_before)),
+                lanes.at_least(rewards, lanes.splat(most_before)),
+                lanes.at_most(rewards, lanes.splat(least_before)),
             ];
             for i in 0..4 {
                 if masks[i] != 0 {
