@@ -289,11 +289,14 @@ impl<V: Copy> Probe<V> {
         // Rounding to float32 keeps the order, so a reward that is greatest alone is the greatest.
         let best = lanes.at_least(rewards, lanes.splat(most_before));
         let worst = lanes.at_most(rewards, lanes.splat(least_before));
-        let gain = |of: usize| {
-            lanes.mul(self.half, lanes.abs(lanes.sub(sizes, lanes.splat(lengths[of] as i32 as f32))))
-        };
-        let rivals = lanes.at_least(lanes.add(scores, gain(chosen)), lanes.splat(most - self.error));
-        let low_rivals = lanes.at_most(lanes.sub(scores, gain(rejected)), lanes.splat(least + self.error));
+        let rivals = lanes.at_least(
+            lanes.add(scores, self.gain(lanes, sizes, lengths[chosen])),
+            lanes.splat(most - self.error),
+        );
+        let low_rivals = lanes.at_most(
+            lanes.sub(scores, self.gain(lanes, sizes, lengths[rejected])),
+            lanes.splat(least + self.error),
+        );
         let usable = if self.gaps { lanes.at_least(rewards, lowest).count_ones() as usize } else { rows };
         let only = |lanes: u32, lane: usize| (lanes.count_ones() == 1).then_some((start + lane) as u32);
         Choice {
@@ -305,20 +308,30 @@ impl<V: Copy> Probe<V> {
         }
     }
 
+    /// Rewards, lengths and scores of the rows from `at` on, up to row `end`.
+    // Closures would not be made of the instructions that this is for.
+    #[inline(always)]
+    fn vectors<L: Lanes<V = V>>(&self, lanes: L, block: &Block, at: usize, end: usize) -> [V; 3] {
+        let (rewards, lengths) = block.lanes(at);
+        let rewards = lanes.head(lanes.load(rewards), end - at);
+        let sizes = lanes.load_ints(lengths);
+        [rewards, sizes, lanes.sub(rewards, lanes.mul(self.alpha, sizes))]
+    }
+
+    /// What a response can gain on one of another length, on half of the bracket.
+    #[inline(always)]
+    fn gain<L: Lanes<V = V>>(&self, lanes: L, sizes: V, other: u32) -> V {
+        lanes.mul(self.half, lanes.abs(lanes.sub(sizes, lanes.splat(other as i32 as f32))))
+    }
+
     /// The choice of a prompt of any number of rows.
     #[inline(always)]
     fn long<L: Lanes<V = V>>(&self, lanes: L, block: &Block, start: usize, end: usize) -> Choice {
         let (lowest, highest) = (lanes.splat(f32::NEG_INFINITY), lanes.splat(f32::INFINITY));
-        let vectors = |at: usize| {
-            let (rewards, lengths) = block.lanes(at);
-            let rewards = lanes.head(lanes.load(rewards), end - at);
-            let sizes = lanes.load_ints(lengths);
-            (rewards, sizes, lanes.sub(rewards, lanes.mul(self.alpha, sizes)))
-        };
         let (mut most, mut least, mut most_before, mut least_before) = (lowest, highest, lowest, highest);
         let mut at = start;
         while at < end {
-            let (rewards, _, scores) = vectors(at);
+            let [rewards, _, scores] = self.vectors(lanes, block, at, end);
             most = lanes.max(scores, most);
             least = lanes.min(scores, least);
             most_before = lanes.max(rewards, most_before);
@@ -327,49 +340,60 @@ impl<V: Copy> Probe<V> {
         }
         let (most, least) = (lanes.greatest(most), lanes.least(least));
         let (most_before, least_before) = (lanes.greatest(most_before), lanes.least(least_before));
-        // Places of (chosen, rejected, best, worst), and how many there are of the last two.
-        let mut places = [0u32; 4];
-        let mut counts = [0u32; 4];
+        let mut chosen = Places::default();
+        let mut rejected = Places::default();
+        let mut best = Places::default();
+        let mut worst = Places::default();
         let mut usable = 0;
         let mut at = start;
         while at < end {
-            let (rewards, _, scores) = vectors(at);
-            let masks = [
-                lanes.at_least(scores, lanes.splat(most)),
-                lanes.at_most(scores, lanes.splat(least)),
-                lanes.at_least(rewards, lanes.splat(most_before)),
-                lanes.at_most(rewards, lanes.splat(least_before)),
-            ];
-            for i in 0..4 {
-                if masks[i] != 0 {
-                    places[i] = at as u32 + masks[i].trailing_zeros();
-                    counts[i] += masks[i].count_ones();
-                }
-            }
+            let [rewards, _, scores] = self.vectors(lanes, block, at, end);
+            chosen.add(at, lanes.at_least(scores, lanes.splat(most)));
+            rejected.add(at, lanes.at_most(scores, lanes.splat(least)));
+            best.add(at, lanes.at_least(rewards, lanes.splat(most_before)));
+            worst.add(at, lanes.at_most(rewards, lanes.splat(least_before)));
             usable += lanes.at_least(rewards, lowest).count_ones() as usize;
             at += LANES;
         }
-        let [chosen, rejected, best, worst] = places;
-        let size = |place: u32| lanes.splat(block.lengths[place as usize] as i32 as f32);
-        let (chosen_size, rejected_size) = (size(chosen), size(rejected));
-        let (mut rivals, mut low_rivals) = (0, 0);
+        let length = |places: &Places| block.lengths[places.last as usize];
+        let (chosen_length, rejected_length) = (length(&chosen), length(&rejected));
+        let (mut rivals, mut low_rivals) = (Places::default(), Places::default());
         let mut at = start;
         while at < end {
-            let (_, sizes, scores) = vectors(at);
-            let gain = |size: V| lanes.mul(self.half, lanes.abs(lanes.sub(sizes, size)));
-            let up = lanes.at_least(lanes.add(scores, gain(chosen_size)), lanes.splat(most - self.error));
-            let down = lanes.at_most(lanes.sub(scores, gain(rejected_size)), lanes.splat(least + self.error));
-            rivals += up.count_ones();
-            low_rivals += down.count_ones();
+            let [_, sizes, scores] = self.vectors(lanes, block, at, end);
+            let up = lanes.add(scores, self.gain(lanes, sizes, chosen_length));
+            let down = lanes.sub(scores, self.gain(lanes, sizes, rejected_length));
+            rivals.add(at, lanes.at_least(up, lanes.splat(most - self.error)));
+            low_rivals.add(at, lanes.at_most(down, lanes.splat(least + self.error)));
             at += LANES;
         }
         Choice {
-            chosen: (rivals == 1).then_some(chosen),
-            rejected: (low_rivals == 1).then_some(rejected),
-            best: (counts[2] == 1).then_some(best),
-            worst: (counts[3] == 1).then_some(worst),
+            chosen: rivals.only(),
+            rejected: low_rivals.only(),
+            best: best.only(),
+            worst: worst.only(),
             usable,
         }
+    }
+}
+
+/// Places in the block, of which there should be one.
+#[derive(Default)]
+struct Places {
+    count: u32,
+    last: u32,
+}
+
+impl Places {
+    #[inline(always)]
+    fn add(&mut self, at: usize, lanes: u32) {
+        self.count += lanes.count_ones();
+        self.last = if lanes == 0 { self.last } else { at as u32 + lanes.trailing_zeros() };
+    }
+
+    #[inline(always)]
+    fn only(&self) -> Option<u32> {
+        (self.count == 1).then_some(self.last)
     }
 }
 
