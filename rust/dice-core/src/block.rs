@@ -27,7 +27,7 @@ pub trait Source: Sync {
 }
 
 /// Rows that a block is meant to hold; more if one prompt has more.
-pub const ROWS: usize = 2048;
+pub const ROWS: usize = 4096;
 
 /// Whole prompts, one after another.
 #[derive(Debug, Default)]
