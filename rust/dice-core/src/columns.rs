@@ -262,10 +262,11 @@ fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef, Error>
 /// # Errors
 /// [`Error::Null`].
 pub fn no_nulls(array: &ArrayRef, column: &'static str, start: u64) -> Result<(), Error> {
-    match (0..array.len()).find(|&i| array.null_count() > 0 && array.is_null(i)) {
-        Some(i) => Err(Error::Null { column, row: start + i as u64 }),
-        None => Ok(()),
+    if array.null_count() == 0 {
+        return Ok(());
     }
+    let first = (0..array.len()).position(|i| array.is_null(i)).unwrap_or(0);
+    Err(Error::Null { column, row: start + first as u64 })
 }
 
 impl Columns {

@@ -17,13 +17,15 @@ use crate::scan::{Found, Wanted, scan};
 use crate::table::Table;
 
 /// Rows from which on a sample is worth it.
-const MANY: u64 = 1 << 17;
+const MANY: u64 = 1 << 14;
 /// Prompts of the first sample, all of whose break points are found.
-const FIRST: u64 = 1 << 10;
-/// Prompts of the second sample, at most; it is scanned with the bracket of the first.
-const SECOND: u64 = 1 << 15;
-/// Rows for each prompt of the second sample, at least.
-const SPARSE: u64 = 1 << 8;
+const FIRST: u64 = 1 << 8;
+/// How many times more prompts the next sample has; it is scanned with the bracket of the one before.
+const MORE: u64 = 1 << 4;
+/// Prompts of the last sample, at most.
+const LAST: u64 = 1 << 15;
+/// Rows for each prompt of a sample, at least.
+const SPARSE: u64 = 1 << 6;
 
 /// The answer.
 #[derive(Debug)]
@@ -93,7 +95,7 @@ impl Default for Guess {
     }
 }
 
-/// Looks at a sample of the prompts.
+/// Looks at samples of the prompts, each larger than the one before.
 ///
 /// # Errors
 /// [`Stop`], of the scan.
@@ -112,9 +114,11 @@ pub fn guess<S: Source>(source: &S, layout: &Layout, wanted: &Wanted, target: Ta
     let near = steps.representative(steps.least());
     let (_, total) = look(&first, Bracket { low: near, high: near })?;
     let mut bracket = steps.bracket(target, Bracket::ALL, prompts, total.deviation());
-    let second = SECOND.min(source.rows() / SPARSE);
-    if target == Target::LeastGap && second >= 4 * FIRST {
-        let (steps, total) = look(&layout.sample(source, second), bracket)?;
+    let most = LAST.min(source.rows() / SPARSE);
+    let mut count = FIRST;
+    while target == Target::LeastGap && count < most {
+        count = most.min(count * MORE);
+        let (steps, total) = look(&layout.sample(source, count), bracket)?;
         bracket = steps.bracket(target, bracket, total.contrast, total.deviation());
     }
     Ok(Guess { bracket, sample: Some((steps, prompts)) })
