@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-rust test-python bench bench-peers lock clean
+.PHONY: help setup run test lint test-rust test-python bench bench-peers bench-stream lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ test-python: setup ## Python's tests
 
 bench: setup ## criterion's benches
 	cargo bench
+
+bench-stream: setup ## mining of 200,000,000 rows of Parquet: seconds and peak memory (minutes, 3 GB of disk)
+	$(BIN)/python benches/stream.py $(BENCH_ARGS)
 
 bench-peers: setup ## mining against Polars, DuckDB and NumPy: table, benches/results/mining.json and .png (BENCH_ARGS adds options)
 	$(BIN)/python benches/peers.py $(BENCH_ARGS)

@@ -23,7 +23,9 @@ def attach_text(
     text_columns: Sequence[str] = ("response",),
     prompt_columns: Sequence[str] = (),
 ) -> pl.DataFrame:
-    """The pairs, with columns of the responses that their row numbers name: `mined.pairs.pipe(attach_text, generations)`.
+    """The pairs, with columns of the responses that their row numbers name.
+
+    `mined.pairs.pipe(attach_text, generations)`.
 
     Args:
         pairs: with `chosen_row` and `rejected_row`, row numbers of `generations` from zero.
@@ -90,6 +92,6 @@ def _refuse(wanted: pl.Series, found: pl.Series, lazy: pl.LazyFrame, place: str)
     missing = wanted.filter(~wanted.is_in(found.implode())).sort()[0]
     rows = lazy.select(pl.len()).collect().item()
     raise DataError(
-        f"the pairs name row {missing}, but {place} has {rows} rows: give the generations that were mined, whole and in "
-        "the same order"
+        f"the pairs name row {missing}, but {place} has {rows} rows: give the generations that were mined, whole and "
+        "in the same order"
     )

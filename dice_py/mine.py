@@ -209,15 +209,16 @@ def mine_pairs(
     | "max_min" | the best and the worst (DICE) |
     | "max_random" | the best and one of those it beats, drawn by `seed` and prompt |
     | "top_bottom" | the `top_k` best with the `bottom_k` worst, greatest margins first, at most `pairs_per_prompt` |
-    | "max_sweet_spot" | the best and the one nearest mean - `sweet_spot_deviations` * std of the prompt's s (population) |
+    | "max_sweet_spot" | the best and the one nearest mean - `sweet_spot_deviations` * std of the prompt's s |
     | "all_pairs" | all, greatest margins first, at most `pairs_per_prompt` |
 
-    "max_sweet_spot" is of Xiao et al., arXiv 2502.16825. "all_pairs" grows with the square of a prompt's responses.
+    "max_sweet_spot" is of Xiao et al., arXiv 2502.16825; std is the population's. "all_pairs" grows with the square of
+    a prompt's responses.
 
     - `policy_column`: which policy (or round) sampled the response, greater being newer. `chosen_from` and
       `rejected_from` hold that side to the "newest" or "oldest" policy among the prompt's usable responses.
-    - `min_margin`: pairs of a smaller margin (as it is stored, in float32) are dropped; then, by `min_margin_quantile`, those below that quantile of
-      the margins that are left.
+    - `min_margin`: pairs of a smaller margin (as it is stored, in float32) are dropped; then, by
+      `min_margin_quantile`, those below that quantile of the margins that are left.
 
     **Labels**, as further columns of the pairs:
 

@@ -1,4 +1,4 @@
-"""The comparison with peers (benches/peers.py): all ways give the same pairs, and the results hold what is named.
+"""The benches in Python: all ways of mining give the same pairs, and the results hold what is named.
 
 No time is asserted here.
 """
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benches"))
 
 import peers
 import peers_ways as ways
+import stream
 
 ROWS, RESPONSES = 8000, 4
 KEYS = ["prompt_id", "chosen_row", "rejected_row"]
@@ -147,7 +148,7 @@ def test_results_hold_what_is_named(
         for name in {"grouped", "shuffled"} & set(way):
             assert 0 < way[name]["best_s"] <= way[name]["median_s"]
     assert results["ways"][results["fastest"]["polars_pass"]["shuffled"]]["kind"] == "polars_pass"
-    for name in ("speedup_over_polars_bisection", "ratio_to_numpy_sum"):
+    for name in ("speedup_over_polars_bisection", "speedup_over_fastest_polars_bisection", "ratio_to_numpy_sum"):
         assert all(results[name][order] > 0 for order in ways.ORDERS)
     assert results["shuffled_ratio_to_polars_pass"] > 0
     assert set(results["bytes_per_row"]) == set(ways.ORDERS)
@@ -202,3 +203,14 @@ def test_sizes_that_are_none_are_refused(sizes: str, capsys: pytest.CaptureFixtu
         peers.main([f"--sizes={sizes}", "--responses", "4"])
     assert stopped.value.code == 2
     assert "--sizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ways.ORDERS)
+def test_streaming_is_measured(order: str, tmp_path: Path) -> None:
+    stream.write_scored(tmp_path / "scored.parquet", 20_000, order, seed=0)
+    # Far less memory than the rows take, so that they are streamed.
+    found = stream.measure(tmp_path / "scored.parquet", tmp_path / "pairs.parquet", 0.0005)
+    assert found["rows"] == 20_000
+    assert found["pairs"] == pl.read_parquet(tmp_path / "pairs.parquet").height > 1000
+    assert found["seconds"] > 0
+    assert 0 < found["peak_resident_gib"] < 4

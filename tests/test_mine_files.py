@@ -157,13 +157,13 @@ def test_errors(memory: float, tmp_path: Path) -> None:
     def mine(*files: Path | str, **options: Any) -> dict[str, Any]:
         return mine_files([str(file) for file in files], out, memory_gib=memory, **options)
 
-    with pytest.raises(DataError, match="absent.*does not exist"):
+    with pytest.raises(DataError, match=r"absent.*does not exist"):
         mine(tmp_path / "absent.parquet")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no \*\.parquet"):
-        (tmp_path / "empty").mkdir()
         mine(tmp_path / "empty")
     path.write_text("not Parquet")
-    with pytest.raises(DataError, match="scored.parquet.*Parquet"):
+    with pytest.raises(DataError, match=r"scored\.parquet.*Parquet"):
         mine(path)
     frame.head(0).write_parquet(path)
     with pytest.raises(DataError, match="no rows"):
@@ -174,7 +174,7 @@ def test_errors(memory: float, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="memory_gib is 0"):
         mine_files([str(path)], out, memory_gib=0)
     frame.drop("reward").write_parquet(tmp_path / "other.parquet")
-    with pytest.raises(DataError, match=r"other.parquet has no column 'reward'"):
+    with pytest.raises(DataError, match=r"other\.parquet has no column 'reward'"):
         mine(path, tmp_path / "other.parquet")
     negative = frame.with_columns(response_tokens=pl.col("response_tokens").cast(pl.Int64) - 390)
     negative.write_parquet(path)
@@ -186,7 +186,7 @@ def test_errors(memory: float, tmp_path: Path) -> None:
         mine(path)
     frame.with_columns(pl.col("prompt_id").cast(pl.String)).write_parquet(path)
     if memory < 1.0:
-        with pytest.raises(DataError, match="prompt column 'prompt_id' has the type.*needs integers"):
+        with pytest.raises(DataError, match=r"prompt column 'prompt_id' has the type.*needs integers"):
             mine(path)
     else:
         mine(path)

@@ -12,9 +12,9 @@ use crate::lanes::{LANES, Lanes};
 pub trait Source: Sync {
     /// Number of rows.
     fn rows(&self) -> u64;
-    /// Appends [`Int::ordinal`](crate::columns::Int::ordinal) of the prompt keys of some rows.
+    /// Appends [`Int::ordinal`](crate::numbers::Int::ordinal) of the prompt keys of some rows.
     fn keys(&self, rows: Range<u64>, keys: &mut Vec<u64>);
-    /// [`Int::ordinal`](crate::columns::Int::ordinal) of the prompt key of a row.
+    /// [`Int::ordinal`](crate::numbers::Int::ordinal) of the prompt key of a row.
     fn key(&self, row: u64) -> u64;
     /// Appends the places among some rows (but the first) at which the key is another than before. `keys` is scratch.
     fn changes<L: Lanes>(&self, lanes: L, rows: Range<u64>, keys: &mut Vec<u64>, starts: &mut Vec<u32>);
@@ -42,7 +42,7 @@ pub struct Block {
     pub rows: Vec<u32>,
     /// Rows that were marked as not usable, and counted, before the block is screened.
     pub marked: u64,
-    /// [`Int::ordinal`](crate::columns::Int::ordinal) of the key of each prompt.
+    /// [`Int::ordinal`](crate::numbers::Int::ordinal) of the key of each prompt.
     pub keys: Vec<u64>,
     /// Where each prompt starts, and the number of rows at the end.
     pub starts: Vec<u32>,

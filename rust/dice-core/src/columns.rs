@@ -1,218 +1,18 @@
 //! The input: numeric columns in batches, each sharing the Arrow buffers that it came in.
 //!
-//! Nothing is copied: a [`ScalarBuffer`] is a counted reference into the caller's memory. Types are
-//! looked at once a batch (an enum per column), never once a value.
+//! Nothing is copied: a buffer is a counted reference into the caller's memory.
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{
-    Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type,
-    UInt64Type,
-};
-use arrow_array::{Array, ArrayRef, PrimitiveArray, RecordBatch};
-use arrow_buffer::{BooleanBuffer, NullBuffer, ScalarBuffer};
-use arrow_schema::{ArrowError, DataType};
+use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_buffer::{BooleanBuffer, NullBuffer};
+use arrow_schema::ArrowError;
 use std::ops::Range;
-use std::sync::Arc;
 
 use crate::Error;
 use crate::block::{Block, Source};
 use crate::filter::{BadLength, Dropped};
-use crate::lanes::{Lanes, changes};
-
-/// An integer column of any width.
-#[derive(Debug, Clone)]
-pub enum Ints {
-    /// 8 bits, signed.
-    I8(ScalarBuffer<i8>),
-    /// 16 bits, signed.
-    I16(ScalarBuffer<i16>),
-    /// 32 bits, signed.
-    I32(ScalarBuffer<i32>),
-    /// 64 bits, signed.
-    I64(ScalarBuffer<i64>),
-    /// 8 bits, unsigned.
-    U8(ScalarBuffer<u8>),
-    /// 16 bits, unsigned.
-    U16(ScalarBuffer<u16>),
-    /// 32 bits, unsigned.
-    U32(ScalarBuffer<u32>),
-    /// 64 bits, unsigned.
-    U64(ScalarBuffer<u64>),
-}
-
-/// Runs `$body` with `$values` bound to the slice of the column, once per integer type.
-macro_rules! with_ints {
-    ($column:expr, $values:ident => $body:expr) => {
-        match $column {
-            $crate::columns::Ints::I8($values) => $body,
-            $crate::columns::Ints::I16($values) => $body,
-            $crate::columns::Ints::I32($values) => $body,
-            $crate::columns::Ints::I64($values) => $body,
-            $crate::columns::Ints::U8($values) => $body,
-            $crate::columns::Ints::U16($values) => $body,
-            $crate::columns::Ints::U32($values) => $body,
-            $crate::columns::Ints::U64($values) => $body,
-        }
-    };
-}
-pub(crate) use with_ints;
-
-/// An integer that can be a prompt key or a length.
-pub trait Int: Copy + Ord + Send + Sync {
-    /// The value's place in the order of its type, as an unsigned number.
-    fn ordinal(self) -> u64;
-    /// The inverse of [`Int::ordinal`].
-    fn from_ordinal(ordinal: u64) -> Self;
-    /// The value.
-    fn wide(self) -> i128;
-    /// Places `i` with `keys[i] != keys[i + 1]`, of 64.
-    #[inline(always)]
-    fn changes<L: Lanes>(_: L, keys: &[Self; 65]) -> u64 {
-        changes(keys)
-    }
-    /// The value as a length, if it is a count of 32 bits.
-    #[inline]
-    fn length(self) -> Option<u32> {
-        u32::try_from(self.wide()).ok()
-    }
-}
-
-macro_rules! int {
-    ($($signed:ty $({ $($signed_more:item)* })?)+; $($unsigned:ty $({ $($unsigned_more:item)* })?)+) => {
-        $(impl Int for $signed {
-            // Flipping the sign bit maps the signed order onto the unsigned one.
-            fn ordinal(self) -> u64 { (i64::from(self) as u64) ^ (1 << 63) }
-            fn from_ordinal(ordinal: u64) -> Self { (ordinal ^ (1 << 63)) as $signed }
-            fn wide(self) -> i128 { i128::from(self) }
-            $($($signed_more)*)?
-        })+
-        $(impl Int for $unsigned {
-            fn ordinal(self) -> u64 { u64::from(self) }
-            fn from_ordinal(ordinal: u64) -> Self { ordinal as $unsigned }
-            fn wide(self) -> i128 { i128::from(self) }
-            $($($unsigned_more)*)?
-        })+
-    };
-}
-/// With the lanes' own comparison.
-macro_rules! changes {
-    ($lanes:ident) => {
-        #[inline(always)]
-        fn changes<L: Lanes>(lanes: L, keys: &[Self; 65]) -> u64 {
-            lanes.$lanes(pulp::bytemuck::cast_slice(keys).try_into().expect("as many"))
-        }
-    };
-}
-int!(
-    i8 i16 i32 { changes!(changes_32); } i64 { changes!(changes_64); };
-    u8 u16 u32 { changes!(changes_32); } u64 { changes!(changes_64); }
-);
-
-impl Ints {
-    /// The column's buffer, without its nulls.
-    ///
-    /// # Errors
-    /// [`Error::ColumnType`] if it is not an integer column.
-    pub fn new(array: &ArrayRef, column: &'static str) -> Result<Self, Error> {
-        Ok(match array.data_type() {
-            DataType::Int8 => Self::I8(array.as_primitive::<Int8Type>().values().clone()),
-            DataType::Int16 => Self::I16(array.as_primitive::<Int16Type>().values().clone()),
-            DataType::Int32 => Self::I32(array.as_primitive::<Int32Type>().values().clone()),
-            DataType::Int64 => Self::I64(array.as_primitive::<Int64Type>().values().clone()),
-            DataType::UInt8 => Self::U8(array.as_primitive::<UInt8Type>().values().clone()),
-            DataType::UInt16 => Self::U16(array.as_primitive::<UInt16Type>().values().clone()),
-            DataType::UInt32 => Self::U32(array.as_primitive::<UInt32Type>().values().clone()),
-            DataType::UInt64 => Self::U64(array.as_primitive::<UInt64Type>().values().clone()),
-            other => {
-                return Err(Error::ColumnType { column, found: other.clone(), wanted: "an integer type" });
-            }
-        })
-    }
-
-    /// Number of values.
-    pub fn len(&self) -> usize {
-        with_ints!(self, values => values.len())
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// [`Int::ordinal`] of the value at `index`.
-    #[inline]
-    pub fn ordinal(&self, index: usize) -> u64 {
-        with_ints!(self, values => values[index].ordinal())
-    }
-
-    /// Where the values lie in memory.
-    pub fn address(&self) -> usize {
-        with_ints!(self, values => values.as_ptr() as usize)
-    }
-
-    /// A new column of this one's type, of the values with the given ordinals.
-    pub fn from_ordinals(&self, ordinals: &[u64]) -> ArrayRef {
-        macro_rules! array {
-            ($type:ty) => {
-                Arc::new(PrimitiveArray::<$type>::from_iter_values(
-                    ordinals.iter().map(|&ordinal| Int::from_ordinal(ordinal)),
-                ))
-            };
-        }
-        match self {
-            Self::I8(_) => array!(Int8Type),
-            Self::I16(_) => array!(Int16Type),
-            Self::I32(_) => array!(Int32Type),
-            Self::I64(_) => array!(Int64Type),
-            Self::U8(_) => array!(UInt8Type),
-            Self::U16(_) => array!(UInt16Type),
-            Self::U32(_) => array!(UInt32Type),
-            Self::U64(_) => array!(UInt64Type),
-        }
-    }
-}
-
-/// A floating-point column. Everything is compared in 64 bits, to which 32 convert exactly.
-#[derive(Debug, Clone)]
-pub enum Floats {
-    /// 32 bits.
-    F32(ScalarBuffer<f32>),
-    /// 64 bits.
-    F64(ScalarBuffer<f64>),
-}
-
-impl Floats {
-    /// The column's buffer, without its nulls.
-    ///
-    /// # Errors
-    /// [`Error::ColumnType`] if it is neither float32 nor float64.
-    pub fn new(array: &ArrayRef, column: &'static str) -> Result<Self, Error> {
-        Ok(match array.data_type() {
-            DataType::Float32 => Self::F32(array.as_primitive::<Float32Type>().values().clone()),
-            DataType::Float64 => Self::F64(array.as_primitive::<Float64Type>().values().clone()),
-            other => {
-                return Err(Error::ColumnType { column, found: other.clone(), wanted: "float32 or float64" });
-            }
-        })
-    }
-
-    /// The value at `index`.
-    #[inline]
-    pub fn get(&self, index: usize) -> f64 {
-        match self {
-            Self::F32(values) => f64::from(values[index]),
-            Self::F64(values) => values[index],
-        }
-    }
-
-    /// Where the values lie in memory.
-    pub fn address(&self) -> usize {
-        match self {
-            Self::F32(values) => values.as_ptr() as usize,
-            Self::F64(values) => values.as_ptr() as usize,
-        }
-    }
-}
+use crate::lanes::Lanes;
+use crate::numbers::{Floats, Int, Ints, places, with_ints};
 
 /// One batch of rows.
 #[derive(Debug, Clone)]
@@ -482,21 +282,6 @@ impl Batch {
         }
         Ok(())
     }
-}
-
-/// Appends the places (but the first) at which the key is another than before, counted from `before`.
-#[inline(always)]
-pub(crate) fn places<L: Lanes, T: Int>(lanes: L, keys: &[T], before: u32, starts: &mut Vec<u32>) {
-    let mut at = 0;
-    while let Some(window) = keys.get(at..at + 65) {
-        let mut changes = T::changes(lanes, window.try_into().expect("65 keys"));
-        while changes != 0 {
-            starts.push(before + at as u32 + 1 + changes.trailing_zeros());
-            changes &= changes - 1;
-        }
-        at += 64;
-    }
-    starts.extend((at + 1..keys.len()).filter(|&i| keys[i - 1] != keys[i]).map(|i| before + i as u32));
 }
 
 /// The value as a length; sets `bad` if it is no count of 32 bits.

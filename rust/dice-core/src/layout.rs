@@ -226,7 +226,7 @@ impl Layout {
 /// Even pieces of `items`, which are made of `rows`.
 pub fn pieces(items: u64, rows: u64) -> Vec<Range<u64>> {
     /// Rows that are worth a piece of their own.
-    const WORTH: u64 = 1 << 18;
+    const WORTH: u64 = 1 << 17;
     const MOST: u64 = 64;
     let count = rows.div_ceil(WORTH).clamp(1, MOST);
     let cut = |i: u64| (u128::from(items) * u128::from(i) / u128::from(count)) as u64;

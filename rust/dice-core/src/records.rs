@@ -21,10 +21,10 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use rayon::prelude::*;
 
 use crate::block::{Block, Source};
-use crate::columns::{Floats, Int, places, with_ints};
 use crate::filter::{BadLength, Dropped};
 use crate::lanes::Lanes;
 use crate::layout::pieces;
+use crate::numbers::{Floats, Int, places, with_ints};
 use crate::{Columns, Error};
 
 /// Most bins of the histogram of keys.

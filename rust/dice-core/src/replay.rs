@@ -11,7 +11,7 @@ use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
 
 use crate::Error;
-use crate::columns::{Floats, Int, Ints, with_ints};
+use crate::numbers::{Floats, Int, Ints, with_ints};
 
 /// Rows to sample from, in one batch.
 #[derive(Debug, Clone)]

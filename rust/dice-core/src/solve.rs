@@ -25,7 +25,7 @@ const MORE: u64 = 1 << 4;
 /// Prompts of the last sample, at most.
 const LAST: u64 = 1 << 15;
 /// Rows for each prompt of a sample, at least.
-const SPARSE: u64 = 1 << 6;
+const SPARSE: u64 = 1 << 8;
 
 /// The answer.
 #[derive(Debug)]
@@ -116,7 +116,7 @@ pub fn guess<S: Source>(source: &S, layout: &Layout, wanted: &Wanted, target: Ta
     let mut bracket = steps.bracket(target, Bracket::ALL, prompts, total.deviation());
     let most = LAST.min(source.rows() / SPARSE);
     let mut count = FIRST;
-    while target == Target::LeastGap && count < most {
+    while count < most {
         count = most.min(count * MORE);
         let (steps, total) = look(&layout.sample(source, count), bracket)?;
         bracket = steps.bracket(target, bracket, total.contrast, total.deviation());

@@ -8,13 +8,13 @@ use arrow_schema::{Field, Schema};
 use rayon::prelude::*;
 
 use crate::Error;
-use crate::columns::Ints;
+use crate::numbers::Ints;
 use crate::select::{difference, stored};
 
 /// Pairs of some prompts, by ascending key.
 #[derive(Debug, Default)]
 pub struct Table {
-    /// [`Int::ordinal`](crate::columns::Int::ordinal) of the prompt keys.
+    /// [`Int::ordinal`](crate::numbers::Int::ordinal) of the prompt keys.
     pub keys: Vec<u64>,
     /// Row numbers.
     pub chosen_row: Vec<u64>,
