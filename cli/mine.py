@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
 from cli.stages import Json, Out, print_json
-from dice_py.errors import UsageError
+from dice_py.errors import InterruptedRunError, UsageError
 
 
 class Panels(TyperCommand):
@@ -36,6 +38,18 @@ class Panels(TyperCommand):
 
 def _option(panel: str, text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=panel)
+
+
+@contextlib.contextmanager
+def _interrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end it with the temporary files removed."""
+    from dice_py.rounds import terminate_as_interrupt
+
+    try:
+        with terminate_as_interrupt():
+            yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError("interrupted; no pairs were written: start it again") from None
 
 
 def mine(
@@ -109,7 +123,7 @@ def mine(
         penalty: Any = "auto" if alpha == "auto" else float(alpha)
     except ValueError:
         raise UsageError(f"--alpha is {alpha!r}, but must be 'auto' or a finite number of zero or more") from None
-    with Display() as display:
+    with _interrupted(), Display() as display:
         display("stage", stage="mine", status="running")
         summary = mine_files(
             scored,

@@ -86,7 +86,8 @@ class MinedPairs:
         """Mean of `consistency` over the prompts that gave a pair and have one; None without a second reward."""
         if "consistency" not in self.pairs.columns:
             return None
-        by_prompt = self.pairs.group_by("prompt_id").agg(pl.col("consistency").first())
+        # In one order, so that the sum does not depend on threads.
+        by_prompt = self.pairs.unique("prompt_id", keep="first", maintain_order=True)
         return _mean(by_prompt.select(pl.col("consistency").cast(pl.Float64).mean()))
 
     def summary(self) -> dict[str, Any]:
@@ -250,7 +251,9 @@ def _mine(frame: Frame, options: MineOptions) -> MinedPairs:
         prompts = pairs["prompt"].alias("prompt_id")
     else:
         prompts = narrow[options.prompt_column].gather(pairs["chosen_row"]).alias("prompt_id")
-    pairs = add_policies(pairs.drop("prompt").insert_column(0, prompts), narrow, options)
+    pairs = pairs.drop("prompt").insert_column(0, prompts)
+    if options.policy_column is not None:
+        pairs = add_policies(pairs, narrow[options.policy_column])
     count = pairs.height
     pairs = with_margin(pairs, options)
     dropped_pairs = {"below_min_margin": count - pairs.height, "below_quantile": 0}
@@ -295,11 +298,8 @@ def column_names(options: MineOptions) -> Iterator[None]:
         raise DataError(f"{error} ({place})") from None
 
 
-def add_policies(pairs: pl.DataFrame, rows: pl.DataFrame, options: MineOptions) -> pl.DataFrame:
+def add_policies(pairs: pl.DataFrame, policies: pl.Series) -> pl.DataFrame:
     """`chosen_policy` and `rejected_policy`, of the rows that the pairs name."""
-    if options.policy_column is None:
-        return pairs
-    policies = rows[options.policy_column]
     return pairs.with_columns(policies.gather(pairs[f"{s}_row"]).alias(f"{s}_policy") for s in ("chosen", "rejected"))
 
 

@@ -1,6 +1,7 @@
 """The columns that the miner needs of a frame, as numbers: without copying those that are.
 
-Only these columns are collected of a LazyFrame or kept of an Arrow stream, so that text is never read.
+Only these columns are collected of a LazyFrame or kept of an Arrow stream. Text is read only to compare responses
+(`duplicate_column`), and then hashed on the way.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def narrow_frame(frame: Frame, options: MineOptions) -> pl.DataFrame:
     """
     lazy, columns = _open(frame, options)
     wanted = wanted_columns(columns, options)
-    narrow = lazy.select(wanted).collect()
+    chosen = lazy.select(wanted)
+    hashed = _hashed(chosen.collect_schema(), options)
+    # Text and token ids are hashed as they are read: they are never in memory as a whole.
+    narrow = chosen.collect() if hashed is None else chosen.with_columns(hashed).collect(engine="streaming")
     if narrow.height == 0:
         raise DataError("the frame has no rows: give a table with at least one response")
     return narrow
@@ -72,7 +76,8 @@ def numeric_columns(narrow: pl.DataFrame, options: MineOptions) -> tuple[pl.Data
     if truncated is not None:
         columns.append(truncated.alias("truncated"))
     if options.duplicate_column is not None:
-        columns.append(_duplicate(narrow, options.duplicate_column))
+        name = options.duplicate_column
+        columns.append(_duplicate(narrow.schema[name], name).alias("duplicate"))
     if options.policy_column is not None:
         columns.append(_ordered(narrow, options.policy_column, "policy")[0])
     if options.second_reward_column is not None:
@@ -197,12 +202,26 @@ def _truncated(narrow: pl.DataFrame, option: str | None) -> pl.Expr | None:
     return pl.col(option)
 
 
-def _duplicate(narrow: pl.DataFrame, name: str) -> pl.Expr:
+def hash_duplicates(rows: pl.DataFrame, options: MineOptions) -> pl.DataFrame:
+    """The rows with text and token ids of the duplicate column as hashes."""
+    hashed = _hashed(rows.schema, options)
+    return rows if hashed is None else rows.with_columns(hashed)
+
+
+def _hashed(schema: pl.Schema, options: MineOptions) -> pl.Expr | None:
+    """The duplicate column as hashes, unless it is integers already or is needed as it is for something else."""
+    name = options.duplicate_column
+    others = [column for role, column in options.columns.items() if role != "duplicate"]
+    if name is None or name in others or _native_integer(schema[name]):
+        return None
+    return _duplicate(schema[name], name).alias(name)
+
+
+def _duplicate(dtype: pl.DataType, name: str) -> pl.Expr:
     """Equal values to equal integers of 64 bits; null stays null."""
-    dtype = narrow.schema[name]
     column = pl.col(name)
     if _native_integer(dtype):
-        return column.alias("duplicate")
+        return column
     text = dtype in (pl.String, pl.Binary, pl.Categorical, pl.Enum)
     numbers = isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.DataType) and dtype.inner.is_integer()
     if not (text or numbers):
@@ -211,4 +230,4 @@ def _duplicate(narrow: pl.DataFrame, name: str) -> pl.Expr:
         )
     if dtype in (pl.Categorical, pl.Enum):
         column = column.cast(pl.String)
-    return pl.when(pl.col(name).is_not_null()).then(column.hash()).alias("duplicate")
+    return pl.when(pl.col(name).is_not_null()).then(column.hash())

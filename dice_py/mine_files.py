@@ -13,9 +13,11 @@ The pairs, alpha and counts are those of all rows at once: rust/dice-core/src/st
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,6 @@ from dice_py.artefacts import (
     Report,
     atomic,
     digest,
-    file_digest,
     no_report,
     write_parquet,
 )
@@ -48,14 +49,16 @@ from dice_py.mine import (
     quantile,
     with_margin,
 )
-from dice_py.mine_columns import arrow_frame, numeric_columns, wanted_columns
+from dice_py.mine_columns import arrow_frame, hash_duplicates, numeric_columns, wanted_columns
 from dice_py.mine_input import ScoredFiles
-from dice_py.mine_options import MineOptions
+from dice_py.mine_options import MAX_LENGTH, MineOptions
 
 HELD_BYTES = 48
 """Memory for a row that is mined at once: the columns, the sorted copy, the pairs."""
 SEGMENT_BYTES = 256
 """Memory for a row of a segment: the columns as read and as cut, what is read ahead, the sorted copy, the pairs."""
+MOST_SEGMENTS = 256
+"""Segments on disk: a file is open for each while rows are dealt."""
 SAMPLE_ROWS = 1 << 20
 KEYS = 1 << 16
 """Prompts that are noted to cut segments by."""
@@ -82,12 +85,14 @@ def mine_files(
     if files.rows == 0:
         raise DataError(f"{', '.join(scored)}: there are no rows; give files with at least one response")
     place = scored[0] if len(scored) == 1 else f"{scored[0]}, …"
-    key = digest("mine", [file_digest(Path(file)) for file in files.files], options)
+    _check_out(files.files, out)
+    # Not of their contents: that would read the text, too.
+    stats = [(file, Path(file).stat()) for file in files.files]
+    key = digest("mine", [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], options)
     try:
         columns = wanted_columns(files.schema.names, asked)
         if files.rows * HELD_BYTES <= memory_gib * 2**30:
-            table = pa.Table.from_batches(files.batches(columns))
-            mined = mine_pairs(arrow_frame(table), **options)
+            mined = mine_pairs(pl.concat(_narrow(files, columns, asked), rechunk=False), **options)
             report("progress", stage="mine", done=files.rows, total=files.rows)
             summary = mined.summary()
             write_parquet(out, mined.pairs, key=key, meta={**summary, "files": files.files})
@@ -96,6 +101,29 @@ def mine_files(
         return _Stream(files, columns, asked, segment_rows, report).mine(out, key)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
+
+
+def _check_out(files: list[str], out: Path) -> None:
+    """Refuses input that would be read twice, and output that cannot be written or would be input."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: name a file for the pairs")
+    resolved = [Path(file).resolve() for file in files]
+    if out.resolve() in resolved:
+        raise UsageError(f"{out} is one of the files to be mined: name another one for the pairs")
+    seen: set[Path] = set()
+    twice = [file for file, path in zip(files, resolved, strict=True) if path in seen or seen.add(path)]  # type: ignore[func-returns-value]
+    if twice:
+        raise UsageError(f"{twice[0]} is named twice: each file counts once")
+
+
+def _narrow(files: ScoredFiles, columns: list[str], options: MineOptions) -> Iterator[pl.DataFrame]:
+    """Batches of the named columns, in order of rows; those that are compared for duplicates as hashes."""
+    for i, batch in enumerate(files.batches(columns)):
+        if i % 16 == 0:
+            # The pool keeps what decoded pages took.
+            pa.default_memory_pool().release_unused()
+        if batch.num_rows:
+            yield hash_duplicates(arrow_frame(pa.Table.from_batches([batch])), options)
 
 
 @dataclass
@@ -126,13 +154,36 @@ class _Tally:
         # Sorted is a copy: a column as it came keeps the memory of all columns of its batch.
         self.margins.append(pairs["margin"].sort())
         if "consistency" in pairs.columns:
-            known = pairs.unique("prompt_id")["consistency"].cast(pl.Float64).drop_nulls()
+            known = (
+                pairs.unique("prompt_id", keep="first", maintain_order=True)["consistency"]
+                .cast(pl.Float64)
+                .drop_nulls()
+            )
             self.consistency += float(known.sum())
             self.consistent += len(known)
 
     @property
     def all_margins(self) -> pl.Series:
         return pl.concat(self.margins) if self.margins else pl.Series("margin", [], pl.Float32)
+
+
+def _remove_left(out: Path) -> None:
+    """Removes what a process that was killed left beside `out`."""
+    for path in out.parent.iterdir():
+        number = path.name.removeprefix(f".{out.name}.").split(".")[0]
+        ours = path.name.startswith(f".{out.name}.") and path.name.endswith(TEMPORARY) and number.isdigit()
+        if ours and path.is_dir() and not _lives(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 class _Stream:
@@ -152,7 +203,8 @@ class _Stream:
 
     def mine(self, out: Path, key: str) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY, dir=out.parent))
+        _remove_left(out)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=TEMPORARY, dir=out.parent))
         try:
             return self._mine(work, out, key)
         finally:
@@ -161,8 +213,9 @@ class _Stream:
     def _mine(self, work: Path, out: Path, key: str) -> dict[str, Any]:
         miner = _native.SegmentMiner(self.options.native())
         in_order, keys, sample = self._look()
-        with column_names(self.options):
-            miner.look(sample.to_struct("rows"))
+        if sample.height:
+            with column_names(self.options):
+                miner.look(sample.to_struct("rows"))
         del sample
         segments = self._in_order if in_order else self._dealt(work, keys)
         number = 0
@@ -193,13 +246,8 @@ class _Stream:
 
     def _numeric(self) -> Iterator[pl.DataFrame]:
         """Batches of the columns of the extension."""
-        for i, batch in enumerate(self.files.batches(self.columns)):
-            if i % 16 == 0:
-                # The pool keeps what decoded pages took.
-                pa.default_memory_pool().release_unused()
-            if batch.num_rows:
-                narrow = arrow_frame(pa.Table.from_batches([batch]))
-                yield numeric_columns(narrow, self.options)[0]
+        for narrow in _narrow(self.files, self.columns, self.options):
+            yield numeric_columns(narrow, self.options)[0]
 
     def _look(self) -> tuple[bool, pl.Series, pl.DataFrame]:
         """Whether prompts never fall; prompts to cut segments by; some whole prompts, as a sample."""
@@ -210,12 +258,7 @@ class _Stream:
         share = max(1, self.files.rows // SAMPLE_ROWS)
         for rows in self._numeric():
             prompts = rows["prompt"]
-            if prompts.null_count():
-                null = done + int(prompts.is_null().arg_max() or 0)
-                raise DataError(
-                    f"row {null}: the prompt is null; fill or drop such rows first (column "
-                    f"'{self.options.prompt_column}')"
-                )
+            self._refuse_bad(rows, done)
             in_order = in_order and prompts.is_sorted() and (last is None or prompts[0] >= last)
             last = prompts[-1]
             keys.append(prompts.gather_every(every, offset=-done % every))
@@ -224,6 +267,23 @@ class _Stream:
             done += rows.height
             self.report("progress", stage="mine", step="look", done=done, total=self.files.rows)
         return in_order, pl.concat(keys).sort(), pl.concat(sample, rechunk=False)
+
+    def _refuse_bad(self, rows: pl.DataFrame, start: int) -> None:
+        """Refuses what the extension would refuse, with row numbers of the whole input."""
+        for role in ("prompt", "policy"):
+            if role in rows.columns and rows[role].null_count():
+                null = start + int(rows[role].is_null().arg_max() or 0)
+                name = self.options.columns[role]
+                raise DataError(f"row {null}: the {role} is null; fill or drop such rows first (column '{name}')")
+        length = rows["length"]
+        if length.dtype.is_signed_integer() or length.dtype == pl.UInt64:
+            bad = ((length < 0) | (length > MAX_LENGTH)).fill_null(False)
+            if bad.any():
+                row = int(bad.arg_max() or 0)
+                raise DataError(
+                    f"row {start + row}: the length is {length[row]}; lengths are counts between 0 and {MAX_LENGTH}: "
+                    f"correct or drop such rows (column '{self.options.length_column}')"
+                )
 
     def _in_order(self) -> Iterator[_Segment]:
         """Segments of rows that are in order."""
@@ -247,26 +307,31 @@ class _Stream:
     def _dealt(self, work: Path, keys: pl.Series) -> Callable[[], Iterator[_Segment]]:
         """Deals rows in any order to segments on disk."""
         count = math.ceil(self.files.rows / self.segment_rows)
+        if count > MOST_SEGMENTS:
+            raise UsageError(
+                f"{self.files.rows} rows in random order would take {count} segments of --memory (memory_gib), but at "
+                f"most {MOST_SEGMENTS} can be open: raise it, or sort the rows by prompt"
+            )
         cuts = keys.gather([len(keys) * i // count for i in range(1, count)]).unique().sort()
-        writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
+        names: list[int] = []
         done = 0
-        try:
+        with ExitStack() as stack:
+            writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
             for rows in self._numeric():
                 numbers = pl.int_range(done, done + rows.height, dtype=pl.UInt64, eager=True).alias("row")
                 part = cuts.search_sorted(rows["prompt"], side="right").alias("part")
                 for (name,), some in rows.with_columns(numbers, part).group_by("part"):
                     table = some.drop("part").to_arrow(compat_level=pl.CompatLevel.oldest())
                     if name not in writers:
-                        writers[name] = pa.ipc.new_file(str(work / f"segment-{name:05d}.arrow"), table.schema)
+                        sink = stack.enter_context(pa.OSFile(str(work / f"segment-{name:05d}.arrow"), "wb"))
+                        writers[name] = stack.enter_context(pa.ipc.new_file(sink, table.schema))
                     writers[name].write_table(table)
                 done += rows.height
                 self.report("progress", stage="mine", step="deal", done=done, total=self.files.rows)
-        finally:
-            for writer in writers.values():
-                writer.close()
+            names = sorted(writers)
 
         def read() -> Iterator[_Segment]:
-            for name in sorted(writers):
+            for name in names:
                 with pa.OSFile(str(work / f"segment-{name:05d}.arrow"), "rb") as source:
                     rows = arrow_frame(pa.ipc.open_file(source).read_all())
                 yield _Segment(rows.drop("row"), rows["row"])
@@ -277,7 +342,7 @@ class _Stream:
         """The pairs of a segment, with row numbers of the whole input and the names of `mine_pairs`."""
         pairs = pairs.rename({"prompt": "prompt_id"})
         if self.options.policy_column is not None:
-            pairs = add_policies(pairs, segment.rows.rename({"policy": self.options.policy_column}), self.options)
+            pairs = add_policies(pairs, segment.rows["policy"])
         sides = ("chosen_row", "rejected_row")
         if isinstance(segment.numbers, int):
             return pairs.with_columns((pl.col(side) + segment.numbers).cast(pl.UInt64) for side in sides)
@@ -291,9 +356,10 @@ class _Stream:
         dropped = {"below_min_margin": count - tally.pairs, "below_quantile": 0}
         least, least_easy = options.min_margin_quantile, options.difficulty_quantile
         final = tally
+        source = pq.ParquetFile(first)
         with atomic(out) as temporary, ParquetStream(temporary) as writer:
             if least is None and least_easy is None:
-                for batch in pq.ParquetFile(first).iter_batches():
+                for batch in source.iter_batches():
                     writer.write_arrow(pa.Table.from_batches([batch]))
             else:
                 margins = tally.all_margins
@@ -303,13 +369,17 @@ class _Stream:
                 if least_easy is not None:
                     least_easy = quantile(margins, least_easy)
                 final = _Tally()
-                for batch in pq.ParquetFile(first).iter_batches():
+                for batch in source.iter_batches():
                     pairs = arrow_frame(pa.Table.from_batches([batch]))
                     pairs = pairs if least is None else above(pairs, least)
                     pairs = pairs if least_easy is None else add_difficulty(pairs, least_easy)
                     final.add(pairs)
                     writer.write(pairs)
                 dropped["below_quantile"] = tally.pairs - final.pairs
+            if not final.pairs:
+                # The columns all the same.
+                none = arrow_frame(source.schema_arrow.empty_table())
+                writer.write(none if least_easy is None else add_difficulty(none, 0.0))
             summary = _summary(found, final, dropped)
             writer.describe(key, {**summary, "files": self.files.files})
         return summary

@@ -70,6 +70,14 @@ class ScoredFiles:
             missing = [name for name in columns if name not in physical.names and name not in one.partition]
             if missing:
                 raise DataError(f"{one.file} has no column '{missing[0]}'; its columns are {', '.join(physical.names)}")
+            for field in schema:
+                found = physical.field(field.name).type if field.name in physical.names else field.type
+                # Text has several types that mean the same; a number that is cast may be another one.
+                if found != field.type and (_number(found) or _number(field.type)):
+                    raise DataError(
+                        f"{one.file} has column '{field.name}' as {found}, but {self._fragments[0].file} as "
+                        f"{field.type}: cast one of them"
+                    )
             try:
                 # Little is read ahead, and what was read is not kept: memory is what this is for.
                 yield from one.fragment.to_batches(
@@ -103,6 +111,10 @@ def _dataset(argument: str) -> ds.Dataset:
         return ds.dataset(files, format="parquet")
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{argument} cannot be read as Parquet: {error}") from None
+
+
+def _number(dtype: pa.DataType) -> bool:
+    return pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_decimal(dtype)
 
 
 def _hidden(path: Path) -> bool:

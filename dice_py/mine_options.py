@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from dice_py.errors import UsageError
 
 MAX_LENGTH = 2**32 - 1
+MAX_BUCKETS = 1_000_000
 
 Debias: TypeAlias = Literal["none", "linear", "per_token", "bucket", "matched"]
 Pairing: TypeAlias = Literal["max_min", "max_random", "top_bottom", "max_sweet_spot", "all_pairs"]
@@ -71,6 +72,8 @@ class MineOptions:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"{name} is {value}, but lengths are counts: give zero or more, or nothing")
+        if self.min_length is not None and self.min_length > MAX_LENGTH:
+            raise UsageError(f"min_length is {self.min_length}, but no length is above {MAX_LENGTH}")
         most = MAX_LENGTH if self.max_length is None else self.max_length
         if self.min_length is not None and self.min_length > most:
             raise UsageError(f"min_length is {self.min_length} and max_length {self.max_length}: no length can be both")
@@ -78,6 +81,13 @@ class MineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: give 1 or more")
+        for name, most in (
+            ("buckets", MAX_BUCKETS),
+            *((name, MAX_LENGTH) for name in ("min_responses", "top_k", "bottom_k", "pairs_per_prompt")),
+        ):
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise UsageError(f"{name} is {value}: give at most {most}")
         for name in ("min_margin_quantile", "difficulty_quantile", "length_ratio"):
             value = getattr(self, name)
             if value is not None and not (_number(value) and 0 <= value <= 1):
@@ -166,4 +176,9 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        return False

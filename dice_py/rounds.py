@@ -156,7 +156,7 @@ def is_running(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM (a scheduler's) ends the run as Ctrl-C does: whole shards stay, exit code 5."""
 
     def handler(number: int, frame: object) -> None:
@@ -189,7 +189,7 @@ def run(config: RunConfig, folder: Path, report: Report = no_report) -> dict[str
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), _terminate_as_interrupt():
+    with _locked(folder), terminate_as_interrupt():
         remove_temporaries(folder)
         write_text(stored, dump(config))
         this = Run(folder, config, report)

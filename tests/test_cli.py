@@ -556,7 +556,7 @@ def test_mine_refuses_and_leaves_the_old_pairs(refused) -> None:
 def test_mine_into_a_folder(refused) -> None:
     scored(Path("scored.parquet"))
     Path("folder").mkdir()
-    assert "folder: Is a directory" in refused(2, "mine", "scored.parquet", "-o", "folder")
+    assert "folder is a folder: name a file" in refused(2, "mine", "scored.parquet", "-o", "folder")
     assert contents(Path("folder")) == {}
 
 

@@ -375,7 +375,7 @@ def test_buckets_against_numpy(scale: bool) -> None:
         ({"min_length": -1}, "min_length is -1"),
         ({"max_length": -2}, "max_length is -2"),
         ({"min_length": 5, "max_length": 4}, "no length can be both"),
-        ({"min_length": 2**40}, "no length can be both"),
+        ({"min_length": 2**40}, "no length is above"),
         ({"buckets": 0, "debias": "bucket"}, "buckets is 0"),
     ],
 )

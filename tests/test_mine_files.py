@@ -191,3 +191,72 @@ def test_errors(memory: float, tmp_path: Path) -> None:
     else:
         mine(path)
     assert not [left for left in tmp_path.iterdir() if left.name.endswith(TEMPORARY)]
+
+
+@pytest.mark.parametrize("options", [{"min_length": 1000}, {"min_margin": 1e9, "difficulty_quantile": 0.5}], ids=str)
+def test_no_pair_is_left(options: dict[str, Any], tmp_path: Path) -> None:
+    frame = scored()
+    frame.write_parquet(tmp_path / "scored.parquet")
+    out = tmp_path / "pairs.parquet"
+    summary = mine_files([str(tmp_path / "scored.parquet")], out, memory_gib=THOUSAND, **options)
+    same(summary, out, dice_py.mine_pairs(frame, **options))
+    assert summary["pairs"] == 0
+
+
+@pytest.mark.parametrize("memory", [1.0, THOUSAND])
+def test_input_is_not_overwritten(memory: float, tmp_path: Path) -> None:
+    frame = scored()
+    path = tmp_path / "scored.parquet"
+    frame.write_parquet(path)
+    with pytest.raises(UsageError, match="is one of the files"):
+        mine_files([str(path)], path, memory_gib=memory)
+    with pytest.raises(UsageError, match="named twice"):
+        mine_files([str(path), str(tmp_path / "*.parquet")], tmp_path / "pairs.parquet", memory_gib=memory)
+    with pytest.raises(UsageError, match="is a folder"):
+        mine_files([str(path)], tmp_path, memory_gib=memory)
+    assert pl.read_parquet(path).equals(frame)
+
+
+@pytest.mark.parametrize("memory", [1.0, THOUSAND])
+def test_files_of_other_number_types_are_refused(memory: float, tmp_path: Path) -> None:
+    frame = scored()
+    frame[:900].write_parquet(tmp_path / "a.parquet")
+    frame[900:].with_columns(pl.col("reward").cast(pl.Float64)).write_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet has column 'reward' as double, but .*a\.parquet as float"):
+        mine_files([str(tmp_path / "*.parquet")], tmp_path / "pairs.parquet", memory_gib=memory)
+
+
+def test_few_prompts_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So few that the sample has none.
+    monkeypatch.setattr("dice_py.mine_files.SAMPLE_ROWS", 1)
+    frame = scored(prompts=6, most=900, order="shuffled").rename({"round": "length"})
+    frame.write_parquet(tmp_path / "scored.parquet")
+    out = tmp_path / "pairs.parquet"
+    options: dict[str, Any] = {"policy_column": "length", "chosen_from": "newest"}
+    summary = mine_files([str(tmp_path / "scored.parquet")], out, memory_gib=THOUSAND, **options)
+    same(summary, out, dice_py.mine_pairs(frame, **options))
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    scored().write_parquet(tmp_path / "scored.parquet")
+    # No process has the number that is one above the greatest.
+    dead = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+    left, other = tmp_path / f".pairs.parquet.{dead}.x{TEMPORARY}", tmp_path / f".more.parquet.{dead}.x{TEMPORARY}"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "segment-00000.arrow").write_text("half")
+    mine_files([str(tmp_path / "scored.parquet")], tmp_path / "pairs.parquet", memory_gib=THOUSAND)
+    assert not left.exists()
+    assert other.exists()
+
+
+def test_rows_in_errors_are_those_of_the_input(tmp_path: Path) -> None:
+    frame = scored(order="shuffled").with_columns(pl.col("response_tokens").cast(pl.Int64))
+    row = frame.height - 7
+    bad = frame.with_columns(
+        response_tokens=pl.when(pl.int_range(pl.len()) != row).then("response_tokens").otherwise(-5)
+    )
+    bad.write_parquet(tmp_path / "scored.parquet")
+    for memory in (1.0, THOUSAND):
+        with pytest.raises(DataError, match=f"row {row}: the length is -5"):
+            mine_files([str(tmp_path / "scored.parquet")], tmp_path / "pairs.parquet", memory_gib=memory)

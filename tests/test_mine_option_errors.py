@@ -67,6 +67,12 @@ def mine(**options: Any) -> dice_py.MinedPairs:
         ({"rejected_from": "oldest"}, "rejected_from.*policy_column"),
         ({"policy_column": "round", "chosen_from": "latest"}, "chosen_from.*'latest'.*any, newest, oldest"),
         ({"policy_column": "round", "rejected_from": "first"}, "rejected_from.*'first'.*any, newest, oldest"),
+        # beyond what can be counted
+        ({"min_responses": 2**70}, "min_responses.*at most"),
+        ({"debias": "bucket", "buckets": 10**12}, "buckets.*at most"),
+        ({"pairing": "all_pairs", "pairs_per_prompt": 2**64}, "pairs_per_prompt.*at most"),
+        ({"min_length": 5 * 10**9}, "min_length.*no length is above"),
+        ({"alpha": 10**400}, "alpha"),
         # labels
         ({"soft_labels": True, "label_scale": 0.0}, r"label_scale.*0\.0"),
         ({"win_rates": True, "label_scale": -1.0}, r"label_scale.*-1\.0"),

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use crate::filter::{BadLength, Dropped, Filter, Point};
 use crate::lanes::{LANES, Lanes};
+use crate::layout::Stop;
 
 /// Rows by number, of which any range can be read.
 pub trait Source: Sync {
@@ -96,11 +97,23 @@ impl Block {
     /// the last of them. The prompt of the last row is left out unless it ends there (or at `end`).
     ///
     /// Rows of a prompt must lie together.
+    ///
+    /// # Errors
+    /// [`Stop::Huge`] for a prompt of 2³² − 1 rows or more.
     #[inline(always)]
-    pub fn split<L: Lanes, S: Source>(&mut self, lanes: L, source: &S, from: u64, end: u64) -> u64 {
+    pub fn split<L: Lanes, S: Source>(
+        &mut self,
+        lanes: L,
+        source: &S,
+        from: u64,
+        end: u64,
+    ) -> Result<u64, Stop> {
         let mut size = ROWS as u64;
         loop {
-            let to = end.min(from + size);
+            let to = end.min(from.saturating_add(size));
+            if to - from >= u64::from(u32::MAX) {
+                return Err(Stop::Huge);
+            }
             self.starts.clear();
             self.starts.push(0);
             source.changes(lanes, from..to, &mut self.row_keys, &mut self.starts);
@@ -120,7 +133,7 @@ impl Block {
         self.keys.extend(starts.iter().map(|&start| source.key(from + u64::from(start))));
         self.origins.clear();
         self.origins.extend(starts.iter().map(|&start| from + u64::from(start)));
-        from + u64::from(self.starts[prompts])
+        Ok(from + u64::from(self.starts[prompts]))
     }
 
     /// Marks the rows that are not usable for their length or reward, counts them, and adds the others to
@@ -198,14 +211,16 @@ fn reach(rewards: &[f32]) -> Option<f32> {
     reach.is_finite().then_some(reach)
 }
 
-/// Sums over usable rows, for the correlation of reward and length. Rounded: the last digits depend on the order
-/// of rows.
+/// Sums over usable rows, for the correlation of reward and length. Counted from a pivot (the first row), so that
+/// nothing is lost where rewards are far from zero.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Moments {
     /// Rows.
-    pub count: f64,
+    count: f64,
+    /// Reward and length that are taken as zero.
+    pivot: [f64; 2],
     /// Σ reward, Σ length, Σ reward², Σ length², Σ reward · length
-    pub sums: [f64; 5],
+    sums: [f64; 5],
 }
 
 impl Moments {
@@ -213,12 +228,17 @@ impl Moments {
     #[inline(always)]
     fn add<const ANY: bool>(&mut self, marks: &[f32], lengths: &[u32], reward: impl Fn(usize) -> f64) {
         const WIDE: usize = 8;
+        if self.count == 0.0 {
+            let Some(first) = marks[..lengths.len()].iter().position(|mark| !mark.is_nan()) else { return };
+            self.pivot = [reward(first), f64::from(lengths[first])];
+        }
+        let [zero, zero_length] = self.pivot;
         let mut sums = [[0.0f64; WIDE]; 5];
         let mut count = [0u32; WIDE];
         let mut one = |lane: usize, i: usize| {
             let usable = !ANY || !marks[i].is_nan();
             let length = if ANY { f64::from(lengths[i]) } else { f64::from(lengths[i] as i32) };
-            let (x, y) = if usable { (reward(i), length) } else { (0.0, 0.0) };
+            let (x, y) = if usable { (reward(i) - zero, length - zero_length) } else { (0.0, 0.0) };
             count[lane] += u32::from(usable);
             sums[0][lane] += x;
             sums[1][lane] += y;
@@ -247,15 +267,32 @@ impl Moments {
     /// Adds one row.
     pub fn push(&mut self, reward: f64, length: u32) {
         let length = f64::from(length);
+        if self.count == 0.0 {
+            self.pivot = [reward, length];
+        }
+        let (x, y) = (reward - self.pivot[0], length - self.pivot[1]);
         self.count += 1.0;
-        let terms = [reward, length, reward * reward, length * length, reward * length];
-        self.sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+        self.sums.iter_mut().zip([x, y, x * x, y * y, x * y]).for_each(|(sum, term)| *sum += term);
     }
 
     /// Adds other rows.
     pub fn merge(&mut self, other: &Self) {
-        self.count += other.count;
-        self.sums.iter_mut().zip(other.sums).for_each(|(sum, other)| *sum += other);
+        if self.count == 0.0 {
+            *self = *other;
+            return;
+        }
+        // Those of the other, counted from this pivot.
+        let (n, [x, y, xx, yy, xy]) = (other.count, other.sums);
+        let (u, v) = (other.pivot[0] - self.pivot[0], other.pivot[1] - self.pivot[1]);
+        let terms = [
+            x + n * u,
+            y + n * v,
+            xx + 2.0 * u * x + n * u * u,
+            yy + 2.0 * v * y + n * v * v,
+            xy + u * y + v * x + n * u * v,
+        ];
+        self.count += n;
+        self.sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
     }
 
     /// Pearson's correlation of `reward − alpha · length` with length, to nine decimals (further ones would depend on
@@ -274,5 +311,36 @@ impl Moments {
         let correlation = (covariance - alpha * variance_y) / (penalised * variance_y).sqrt();
         // Adding zero turns −0 into 0.
         (correlation.clamp(-1.0, 1.0) * 1e9).round() / 1e9 + 0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn correlation_far_from_zero_and_in_parts() {
+        let rows: Vec<(f64, u32)> =
+            (0..1000u32).map(|i| (1e4 + f64::from(i * 7919 % 1000) * 5e-6, 500 + i * 31 % 777)).collect();
+        let of = |rows: &[(f64, u32)]| {
+            let mut moments = Moments::default();
+            rows.iter().for_each(|row| moments.push(row.0, row.1));
+            moments
+        };
+        let mean = |value: &dyn Fn(&(f64, u32)) -> f64| rows.iter().map(value).sum::<f64>() / 1000.0;
+        let (x, y) = (mean(&|row| row.0 - 1e4), mean(&|row| f64::from(row.1)));
+        let spread =
+            |a: &dyn Fn(&(f64, u32)) -> f64, b: &dyn Fn(&(f64, u32)) -> f64| mean(&|row| a(row) * b(row));
+        let (u, v) = (|row: &(f64, u32)| row.0 - 1e4 - x, |row: &(f64, u32)| f64::from(row.1) - y);
+        let truth = spread(&u, &v) / (spread(&u, &u) * spread(&v, &v)).sqrt();
+        let whole = of(&rows).correlation(0.0);
+        assert!((whole - truth).abs() < 2e-9, "{whole} is not {truth}");
+        let mut parts = of(&rows[..1]);
+        parts.merge(&of(&rows[1..400]));
+        parts.merge(&Moments::default());
+        parts.merge(&of(&rows[400..]));
+        assert!((parts.correlation(0.0) - whole).abs() < 2e-9);
+        assert!(of(&rows[..1]).correlation(0.0).is_nan());
+        assert!(Moments::default().correlation(0.0).is_nan());
     }
 }

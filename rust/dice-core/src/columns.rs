@@ -6,6 +6,7 @@ use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_buffer::{BooleanBuffer, NullBuffer};
 use arrow_schema::ArrowError;
+use std::mem::discriminant;
 use std::ops::Range;
 
 use crate::Error;
@@ -139,6 +140,19 @@ impl Columns {
             },
         };
         no_nulls(keys, "prompt", start)?;
+        if let Some(first) = self.batches.first() {
+            // Ordinals of two types do not compare.
+            for (column, array, same) in [
+                ("prompt", keys, discriminant(&first.keys) == discriminant(&parsed.keys)),
+                ("reward", rewards, discriminant(&first.rewards) == discriminant(&parsed.rewards)),
+                ("length", lengths, discriminant(&first.lengths) == discriminant(&parsed.lengths)),
+            ] {
+                if !same {
+                    let wanted = "of one type in all batches";
+                    return Err(Error::ColumnType { column, found: array.data_type().clone(), wanted });
+                }
+            }
+        }
         if parsed.len > 0 {
             self.rows += parsed.len as u64;
             self.batches.push(parsed);

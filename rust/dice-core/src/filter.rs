@@ -65,6 +65,6 @@ impl Dropped {
 }
 
 /// A length that is negative or needs more than 32 bits was met; see
-/// [`Columns::first_bad_length`](crate::Columns::first_bad_length).
+/// [`Columns::bad_length`](crate::Columns::bad_length).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BadLength;

@@ -1,6 +1,6 @@
 //! Sixteen float32 lanes at a time, with AVX2 where the processor has it.
 //!
-//! The pass over all rows ([`scan`](crate::lanes)) is written once against [`Lanes`]. [`dispatch`] runs it with
+//! The test of each prompt ([`probe`](crate::probe)) is written once against [`Lanes`]. [`dispatch`] runs it with
 //! the widest implementation there is, chosen when the program runs; [`Portable`] is plain Rust, which the
 //! compiler turns into whatever the target has. Both give the same bits: every operation is one IEEE operation
 //! per lane.

@@ -39,6 +39,8 @@ pub enum Stop {
     Length,
     /// The key of a row is below that of the row before.
     Order,
+    /// A prompt has more rows than a block can count.
+    Huge,
 }
 
 impl From<BadLength> for Stop {
@@ -68,6 +70,9 @@ pub fn over<W: Over>(columns: &Columns, mut work: W) -> Result<W::Output, Error>
     let explain = |stop| match stop {
         Stop::Length => columns.bad_length(),
         Stop::Order => Error::Read("the prompts changed while they were read".into()),
+        Stop::Huge => {
+            Error::Usage("a prompt has 4294967295 rows or more, which cannot be mined: drop some".into())
+        }
     };
     if Layout::seems_in_order(columns) {
         match work.run(columns, &Layout::InOrder) {
@@ -125,7 +130,7 @@ impl Layout {
         keys.is_sorted() || source.rows() < LOOKS * EACH
     }
 
-    /// The runs of the input, if each prompt has one.
+    /// The runs of the input, if each prompt has one (and runs are not so short that sorting the rows is as quick).
     pub fn runs(columns: &Columns) -> Option<Self> {
         let pieces = pieces(columns.rows, columns.rows);
         let parts: Vec<Vec<u64>> =
@@ -172,7 +177,7 @@ impl Layout {
         end: u64,
         block: &mut Block,
         dropped: &mut Dropped,
-    ) -> Result<u64, BadLength> {
+    ) -> Result<u64, Stop> {
         block.clear();
         let range = |i: u64| match self {
             Self::Runs { starts, order } => {
@@ -183,7 +188,7 @@ impl Layout {
             Self::InOrder => 0..0,
         };
         if self.by_rows() {
-            let next = block.split(lanes, source, from, end);
+            let next = block.split(lanes, source, from, end)?;
             source.values(from..next, block, dropped)?;
             return Ok(next);
         }
@@ -192,7 +197,7 @@ impl Layout {
         while at < end && block.rewards.len() < ROWS {
             let rows = range(at);
             block.origins.push(rows.start);
-            source.keys(rows.start..rows.start + 1, &mut block.keys);
+            block.keys.push(source.key(rows.start));
             source.values(rows, block, dropped)?;
             block.starts.push(block.rewards.len() as u32);
             at += 1;
@@ -218,6 +223,8 @@ impl Layout {
                 .collect(),
             Self::Some(ranges) => spread(ranges.len() as u64).map(|i| ranges[i as usize].clone()).collect(),
         };
+        // Places may lie within the same prompts, where those are long.
+        ranges.sort_unstable_by_key(|range| range.start);
         ranges.dedup();
         Self::Some(ranges)
     }
@@ -269,7 +276,7 @@ fn change_from(source: &impl Source, row: u64) -> u64 {
             return at + place as u64;
         }
         at = end;
-        step *= 2;
+        step = (2 * step).min(1 << 16);
     }
     source.rows()
 }
@@ -288,7 +295,7 @@ impl Job for Starts<'_> {
         let mut starts = Vec::new();
         let mut at = piece.start;
         while at < piece.end {
-            at = block.split(lanes, columns, at, piece.end);
+            at = block.split(lanes, columns, at, piece.end).ok()?;
             starts.extend_from_slice(&block.origins);
             if starts.len() > 1000 && starts.len() as u64 * 3 / 2 > at - piece.start {
                 return None;

@@ -29,7 +29,7 @@
 //! | [`table`] | the pairs, as columns |
 //! | [`replay`] | seeded sampling of offline rows |
 //!
-//! Results do not depend on the number of threads, on how the input is cut into batches, or on the
+//! Pairs, penalty and counts do not depend on the number of threads, on how the input is cut into batches, or on the
 //! order of rows (but for exact ties, which go to the lower row number).
 
 pub mod block;

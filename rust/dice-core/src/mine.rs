@@ -236,9 +236,8 @@ pub fn target(options: &Options) -> Option<Target> {
 pub(crate) fn plain(options: &Options, columns: &Columns) -> bool {
     options.pairing == Pairing::MaxMin
         && options.win_rates.is_none()
-        && options.chosen_from == PickFrom::Any
-        && options.rejected_from == PickFrom::Any
-        && columns.batches.iter().all(|batch| batch.second.is_none() && batch.duplicate.is_none())
+        && pool(options, columns).everything()
+        && columns.batches.iter().all(|batch| batch.second.is_none())
 }
 
 /// All of the mining; the pairs are apart.
@@ -262,12 +261,13 @@ impl Over for Whole<'_> {
         let mut totals = Totals::default();
         if let Some(target) = target(options) {
             let solved = solve(source, layout, &wanted(options, columns, plain), target)?;
-            mined.alpha = Some(solved.alpha);
-            mined.alpha_interval = Some(solved.interval);
-            mined.curve = solved.curve;
+            let alpha = solved.answer.alpha;
+            mined.alpha = Some(alpha);
+            mined.alpha_interval = Some(solved.answer.interval);
+            mined.curve = solved.answer.curve;
             if plain {
                 tables = solved.tables;
-                totals = Totals::of(&solved.total, solved.alpha);
+                totals = Totals::of(&solved.total, alpha);
             }
         }
         if !(plain && mined.alpha.is_some()) {

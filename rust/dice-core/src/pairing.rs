@@ -120,10 +120,12 @@ impl Pairing {
                     let worse =
                         group.rejected.iter().take(bottom).filter(|other| beats(chosen, other, alpha));
                     pairs.extend(worse.map(|rejected| pair(chosen, rejected)));
+                    // What cannot be among the first is not held.
+                    if pairs.len() - from > most.saturating_mul(2).max(1 << 12) {
+                        first(pairs, from, most);
+                    }
                 }
-                // Stable: equal margins stay in the order of ranks.
-                pairs[from..].sort_by(|a, b| b.margin.total_cmp(&a.margin));
-                pairs.truncate(from.saturating_add(most));
+                first(pairs, from, most);
             }
             Self::Matched(tolerance) => {
                 let apart = |a: &Point, b: &Point| a.length.abs_diff(b.length);
@@ -163,6 +165,13 @@ impl Pairing {
             }
         }
     }
+}
+
+/// Sorts the pairs from `from` on, greatest margins first, and keeps the first `most`.
+fn first(pairs: &mut Vec<Pair>, from: usize, most: usize) {
+    // Stable: equal margins stay in the order of ranks.
+    pairs[from..].sort_by(|a, b| b.margin.total_cmp(&a.margin));
+    pairs.truncate(from.saturating_add(most));
 }
 
 /// Steele, Lea and Flood's generator (2014, doi 10.1145/2660193.2660195), as a mixing of one number.

@@ -102,7 +102,7 @@ impl<V: Copy> Probe<V> {
     }
 
     /// Rewards, lengths and scores of the rows from `at` on, up to row `end`.
-    // Closures would not be made of the instructions that this is for.
+    // Not a closure: that would not inherit the target's features.
     #[inline(always)]
     fn vectors<L: Lanes<V = V>>(&self, lanes: L, block: &Block, at: usize, end: usize) -> [V; 3] {
         let (rewards, lengths) = block.lanes(at);

@@ -351,9 +351,10 @@ impl Source for Records {
 
     #[inline(always)]
     fn key(&self, row: u64) -> u64 {
-        let mut keys = Vec::new();
-        self.keys(row..row + 1, &mut keys);
-        keys[0]
+        let partition = self.starts.partition_point(|&start| start <= row) - 1;
+        let size = self.format.words();
+        let record = &self.words[row as usize * size..][..size];
+        self.keys[partition] + self.format.key(|i| record[i].load(Relaxed))
     }
 
     fn values(&self, rows: Range<u64>, block: &mut Block, _: &mut Dropped) -> Result<(), BadLength> {

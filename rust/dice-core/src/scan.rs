@@ -45,6 +45,8 @@ pub struct Found {
     pub gap_before: i128,
     /// Prompts whose best response beats the worst by reward alone.
     pub contrast: u64,
+    /// Prompts that enter the gap. In pools these may be more than those with contrast.
+    pub entered: u64,
     /// Prompts.
     pub prompts: u64,
     /// Rows that are not usable.
@@ -62,6 +64,7 @@ impl Found {
         self.squares += other.squares;
         self.gap_before += other.gap_before;
         self.contrast += other.contrast;
+        self.entered += other.entered;
         self.prompts += other.prompts;
         self.dropped.add(&other.dropped);
         self.dropped_prompts.add(&other.dropped_prompts);
@@ -70,7 +73,7 @@ impl Found {
 
     /// Standard deviation of |best| − |worst| at the low end of the bracket.
     pub fn deviation(&self) -> f64 {
-        let (count, gap) = (self.contrast as f64, self.gap as f64);
+        let (count, gap) = (self.entered as f64, self.gap as f64);
         (self.squares / count - (gap / count).powi(2)).max(0.0).sqrt()
     }
 
@@ -154,6 +157,7 @@ impl<S: Source> Job for Piece<'_, S> {
         let mut found = Found::default();
         let (mut block, mut picks) = (Block::default(), Vec::new());
         let mut exact = Exact::default();
+        let everything = wanted.pool.everything();
         let mut rising = Rising::before(layout, source, from);
         let mut at = from;
         while at < end {
@@ -162,7 +166,7 @@ impl<S: Source> Job for Piece<'_, S> {
             block.screen(&wanted.filter, &mut found.dropped, &mut found.moments);
             found.prompts += block.prompts() as u64;
             picks.clear();
-            let probe = wanted.pool.everything().then(|| Probe::new(lanes, &block, wanted.bracket)).flatten();
+            let probe = everything.then(|| Probe::new(lanes, &block, wanted.bracket)).flatten();
             let pairs = found.table.len();
             let (mut gap, mut gap_before, mut squares, mut contrast) = (0i64, 0i64, 0.0f64, 0u64);
             for prompt in 0..block.prompts() {
@@ -197,6 +201,7 @@ impl<S: Source> Job for Piece<'_, S> {
             found.gap_before += i128::from(gap_before);
             found.squares += squares;
             found.contrast += contrast;
+            found.entered += contrast;
             if wanted.pairs {
                 write(&mut found.table, &block, &picks);
             }
@@ -252,6 +257,9 @@ impl Exact {
         let best = choice.best.map(point).or_else(|| best(&group.chosen, 0.0).copied())?;
         let worst = choice.worst.map(point).or_else(|| worst(&group.rejected, 0.0).copied())?;
         let contrast = beats(&best, &worst, 0.0);
+        if contrast || !wanted.pool.one_pool() {
+            found.entered += 1;
+        }
         if contrast {
             found.contrast += 1;
             found.gap_before += i128::from(best.length) - i128::from(worst.length);

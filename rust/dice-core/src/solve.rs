@@ -22,20 +22,31 @@ const MANY: u64 = 1 << 14;
 const FIRST: u64 = 1 << 8;
 /// How many times more prompts the next sample has; it is scanned with the bracket of the one before.
 const MORE: u64 = 1 << 4;
+/// Prompts from which on a sample says something.
+const FEW: u64 = 32;
+/// Times that a bracket is widened before all penalties are looked at.
+const TRIES: u32 = 3;
 /// Prompts of the last sample, at most.
 const LAST: u64 = 1 << 15;
 /// Rows for each prompt of a sample, at least.
 const SPARSE: u64 = 1 << 8;
 
 /// The answer.
-#[derive(Debug)]
-pub struct Solved {
+#[derive(Debug, Clone)]
+pub struct Answer {
     /// The penalty.
     pub alpha: f64,
     /// The penalties `[low, high)` with the same best and worst responses.
     pub interval: (f64, f64),
     /// The curve around it.
     pub curve: Vec<CurvePoint>,
+}
+
+/// The answer, and what was found on the way.
+#[derive(Debug)]
+pub struct Solved {
+    /// The answer.
+    pub answer: Answer,
     /// What was found in all prompts.
     pub total: Found,
     /// The pairs at the penalty, if they were wanted.
@@ -54,30 +65,16 @@ pub fn solve<S: Source>(
 ) -> Result<Solved, Stop> {
     let mut guess =
         if source.rows() < MANY { Guess::default() } else { guess(source, layout, wanted, target)? };
-    for attempt in 0.. {
+    loop {
         let bracket = guess.bracket;
         let mut parts = scan(source, layout, &Wanted { bracket, ..*wanted })?;
         let (steps, total) = assemble(bracket, &parts);
-        let Some(step) = steps.find(target, bracket) else {
-            guess.bracket = if attempt == 0 { wider(bracket) } else { Bracket::ALL };
-            continue;
-        };
-        let alpha = match target {
-            Target::LeastGap => steps.representative(step),
-            Target::At(alpha) => alpha,
-        };
+        let Some(answer) = guess.answer(target, &steps, &total) else { continue };
         if wanted.pairs {
-            parts.par_iter_mut().for_each(|part| part.settle(alpha));
+            parts.par_iter_mut().for_each(|part| part.settle(answer.alpha));
         }
-        return Ok(Solved {
-            alpha,
-            interval: steps.interval(step),
-            curve: curve(&steps, step, &total, &guess),
-            tables: parts.into_iter().map(|part| part.table).collect(),
-            total,
-        });
+        return Ok(Solved { answer, tables: parts.into_iter().map(|part| part.table).collect(), total });
     }
-    unreachable!("every step is known in the bracket of all penalties")
 }
 
 /// What a sample says.
@@ -85,13 +82,31 @@ pub fn solve<S: Source>(
 pub struct Guess {
     /// Where the answer must lie.
     pub bracket: Bracket,
-    /// The sample's steps and its prompts with contrast.
+    /// The sample's steps and its prompts.
     sample: Option<(Steps, u64)>,
+    /// Times that the answer was not inside.
+    misses: u32,
+}
+
+impl Guess {
+    /// The answer, if it is among the steps of the bracket; otherwise widens the bracket.
+    pub fn answer(&mut self, target: Target, steps: &Steps, total: &Found) -> Option<Answer> {
+        let Some(step) = steps.find(target, self.bracket) else {
+            self.misses += 1;
+            self.bracket = if self.misses < TRIES { wider(self.bracket) } else { Bracket::ALL };
+            return None;
+        };
+        let alpha = match target {
+            Target::LeastGap => steps.representative(step),
+            Target::At(alpha) => alpha,
+        };
+        Some(Answer { alpha, interval: steps.interval(step), curve: curve(steps, step, total, self) })
+    }
 }
 
 impl Default for Guess {
     fn default() -> Self {
-        Self { bracket: Bracket::ALL, sample: None }
+        Self { bracket: Bracket::ALL, sample: None, misses: 0 }
     }
 }
 
@@ -106,8 +121,8 @@ pub fn guess<S: Source>(source: &S, layout: &Layout, wanted: &Wanted, target: Ta
     };
     let first = layout.sample(source, FIRST);
     let (steps, total) = look(&first, Bracket::ALL)?;
-    let prompts = total.contrast;
-    if prompts == 0 {
+    let prompts = total.entered;
+    if prompts < FEW {
         return Ok(Guess::default());
     }
     // The gaps spread more at the answer than without a penalty.
@@ -119,9 +134,9 @@ pub fn guess<S: Source>(source: &S, layout: &Layout, wanted: &Wanted, target: Ta
     while count < most {
         count = most.min(count * MORE);
         let (steps, total) = look(&layout.sample(source, count), bracket)?;
-        bracket = steps.bracket(target, bracket, total.contrast, total.deviation());
+        bracket = steps.bracket(target, bracket, total.entered, total.deviation());
     }
-    Ok(Guess { bracket, sample: Some((steps, prompts)) })
+    Ok(Guess { bracket, sample: Some((steps, prompts)), misses: 0 })
 }
 
 /// The steps of a scan, and its parts added up.
@@ -133,14 +148,14 @@ pub fn assemble(bracket: Bracket, parts: &[Found]) -> (Steps, Found) {
 }
 
 /// A bracket around one that did not hold the answer.
-pub fn wider(Bracket { low, high }: Bracket) -> Bracket {
+fn wider(Bracket { low, high }: Bracket) -> Bracket {
     let more = 8.0 * (high - low);
     if more.is_finite() { Bracket { low: (low - more).max(0.0), high: high + more } } else { Bracket::ALL }
 }
 
 /// Exact inside the bracket, and from the sample outside.
-pub(crate) fn curve(steps: &Steps, step: usize, total: &Found, guess: &Guess) -> Vec<CurvePoint> {
-    if total.contrast == 0 {
+fn curve(steps: &Steps, step: usize, total: &Found, guess: &Guess) -> Vec<CurvePoint> {
+    if total.entered == 0 {
         return Vec::new();
     }
     let point = |(alpha, gap): (f64, i128), prompts: u64, exact| CurvePoint {
@@ -149,7 +164,7 @@ pub(crate) fn curve(steps: &Steps, step: usize, total: &Found, guess: &Guess) ->
         exact,
     };
     let mut curve: Vec<CurvePoint> =
-        steps.curve(step).into_iter().map(|step| point(step, total.contrast, true)).collect();
+        steps.curve(step).into_iter().map(|step| point(step, total.entered, true)).collect();
     if let Some((sample, prompts)) = &guess.sample
         && guess.bracket != Bracket::ALL
         && *prompts > 0

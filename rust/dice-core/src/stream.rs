@@ -10,12 +10,12 @@ use crate::block::Source;
 use crate::bucket::{Buckets, Measure};
 use crate::hull::{Bracket, Break};
 use crate::layout::{Layout, Over, Stop, over};
-use crate::mine::{CurvePoint, Debias, Mined, Options, Totals, check, plain, rules, target, usable, wanted};
+use crate::mine::{Debias, Mined, Options, Totals, check, plain, rules, target, usable, wanted};
 use crate::penalty::{Steps, Target};
 use crate::pick::pick;
 use crate::records::Records;
 use crate::scan::{Found, Wanted, scan};
-use crate::solve::{Guess, curve, guess, wider};
+use crate::solve::{Answer, Guess, guess};
 use crate::table::{self, Table};
 use crate::{Columns, Error};
 
@@ -24,11 +24,10 @@ use crate::{Columns, Error};
 pub struct Miner {
     options: Options,
     guess: Guess,
-    attempts: u32,
     /// Of the pass for the penalty.
     breaks: Vec<Break>,
     found: Found,
-    answer: Option<(f64, (f64, f64), Vec<CurvePoint>)>,
+    answer: Option<Answer>,
     measure: Option<Measure>,
     rows: u64,
     totals: Totals,
@@ -50,7 +49,6 @@ impl Miner {
         Ok(Self {
             options,
             guess: Guess::default(),
-            attempts: 0,
             breaks: Vec::new(),
             found: Found::default(),
             answer: None,
@@ -108,20 +106,7 @@ impl Miner {
         let bracket = self.guess.bracket;
         let found = std::mem::take(&mut self.found);
         let steps = Steps::new(bracket.low, found.gap, std::mem::take(&mut self.breaks));
-        match steps.find(target, bracket) {
-            Some(step) => {
-                let alpha = match target {
-                    Target::LeastGap => steps.representative(step),
-                    Target::At(alpha) => alpha,
-                };
-                let curve = curve(&steps, step, &found, &self.guess);
-                self.answer = Some((alpha, steps.interval(step), curve));
-            }
-            None => {
-                self.guess.bracket = if self.attempts == 0 { wider(bracket) } else { Bracket::ALL };
-                self.attempts += 1;
-            }
-        }
+        self.answer = self.guess.answer(target, &steps, &found);
     }
 
     /// The pairs of a segment, with row numbers of the segment.
@@ -133,7 +118,7 @@ impl Miner {
         let work = Pairs {
             columns,
             options: &self.options,
-            alpha: self.answer.as_ref().map(|answer| answer.0),
+            alpha: self.answer.as_ref().map(|answer| answer.alpha),
             buckets: self.measure.as_ref().map(Measure::buckets),
         };
         let (tables, totals) = over(columns, work)?;
@@ -147,10 +132,10 @@ impl Miner {
     /// What was found, without the pairs.
     pub fn summary(&self) -> Mined {
         let mut mined = Mined { rows: self.rows, ..Mined::default() };
-        if let Some((alpha, interval, curve)) = &self.answer {
-            mined.alpha = Some(*alpha);
-            mined.alpha_interval = Some(*interval);
-            mined.curve.clone_from(curve);
+        if let Some(answer) = &self.answer {
+            mined.alpha = Some(answer.alpha);
+            mined.alpha_interval = Some(answer.interval);
+            mined.curve.clone_from(&answer.curve);
         }
         self.totals.tell(&mut mined);
         mined.gap_after = self.gap as f64 / self.pairs as f64;

@@ -231,7 +231,7 @@ impl SegmentMiner {
 }
 
 impl SegmentMiner {
-    /// A panic of another call leaves the state as it was between two steps.
+    /// Who goes on after a panic of another call gets what it left.
     fn lock(&self) -> MutexGuard<'_, Miner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
