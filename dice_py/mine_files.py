@@ -72,7 +72,8 @@ def mine_files(
     Args:
         scored: files, glob patterns, or folders (Hive-partitioned or plain). The pairs' row numbers count through all
             files, in the order of the arguments and by path inside each; the footer of `out` names the files.
-        memory_gib: what the rows may take; larger input is streamed. Streaming needs integer prompts (and policies).
+        memory_gib: what the rows may take, if prompts are integers; text comes on top. Larger input is streamed, which
+            needs integer prompts (and policies).
 
     Raises:
         UsageError: an option out of range.
@@ -277,7 +278,9 @@ class _Stream:
                 raise DataError(f"row {null}: the {role} is null; fill or drop such rows first (column '{name}')")
         length = rows["length"]
         if length.dtype.is_signed_integer() or length.dtype == pl.UInt64:
-            bad = ((length < 0) | (length > MAX_LENGTH)).fill_null(False)
+            # Narrower types do not hold the bound to compare with.
+            wide = length if length.dtype == pl.UInt64 else length.cast(pl.Int64)
+            bad = ((wide < 0) | (wide > MAX_LENGTH)).fill_null(False)
             if bad.any():
                 row = int(bad.arg_max() or 0)
                 raise DataError(

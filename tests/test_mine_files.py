@@ -260,3 +260,19 @@ def test_rows_in_errors_are_those_of_the_input(tmp_path: Path) -> None:
     for memory in (1.0, THOUSAND):
         with pytest.raises(DataError, match=f"row {row}: the length is -5"):
             mine_files([str(tmp_path / "scored.parquet")], tmp_path / "pairs.parquet", memory_gib=memory)
+
+
+@pytest.mark.parametrize("dtype", [pl.Int16, pl.Int32, pl.Int64, pl.UInt16, pl.UInt64], ids=str)
+def test_lengths_of_any_width(dtype: Any, tmp_path: Path) -> None:
+    frame = scored(order="shuffled").with_columns(pl.col("response_tokens").cast(dtype))
+    frame.write_parquet(tmp_path / "scored.parquet")
+    out = tmp_path / "pairs.parquet"
+    same(mine_files([str(tmp_path / "scored.parquet")], out, memory_gib=THOUSAND), out, dice_py.mine_pairs(frame))
+
+
+def test_too_many_segments_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scored.parquet"
+    scored(order="shuffled").write_parquet(path)
+    with pytest.raises(UsageError, match=r"segments of --memory.*at most 256.*raise it"):
+        mine_files([str(path)], tmp_path / "pairs.parquet", memory_gib=THOUSAND / 100)
+    assert [left.name for left in tmp_path.iterdir()] == ["scored.parquet"]
