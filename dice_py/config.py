@@ -44,6 +44,23 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
 
 
+class DevicesConfig(Section):
+    """Which devices work on the shards of generation and scoring, and what becomes of a group that fails.
+
+    One process per group of devices; a group is one GPU, or generate.vllm.tensor_parallel_size of them. None of it
+    changes a result, so none of it is part of a key.
+    """
+
+    gpus: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
+        default="all", description="by number, among those that CUDA_VISIBLE_DEVICES leaves visible"
+    )
+    cpu_processes: Positive = Field(default=1, description="groups where no GPU is used; they share the cores")
+    on_dead_group: Literal["go_on", "stop"] = Field(
+        default="go_on", description="a group's process that dies: go on with the other groups, or stop the run"
+    )
+    shard_attempts: Positive = Field(default=2, description="groups that may try a shard before the stage fails")
+
+
 class DataConfig(Section):
     """Prompts for the rounds, offline preference pairs for the replay, and what is held out."""
 
@@ -313,6 +330,7 @@ class RunConfig(Section):
         description="π_ref of round t > 1: what round t−1 started from, or always the first one",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
+    devices: DevicesConfig = Field(default_factory=DevicesConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)

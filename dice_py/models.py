@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from dice_py.artefacts import PAIRS, digest, file_digest
+from dice_py.clock import clocked
 from dice_py.config import ModelConfig
 from dice_py.data import Message
 from dice_py.errors import DataError, UsageError
@@ -144,14 +145,15 @@ def load_model(folder: Path, config: ModelConfig, *, training: bool = False) -> 
     options: dict[str, Any] = {}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, where.dtype), trust_remote_code=config.trust_remote_code, **options
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: transformers cannot load a causal language model from it: {error}") from None
-    model.eval()
-    return model if training else model.to(where.device)
+    with clocked("load"):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, where.dtype), trust_remote_code=config.trust_remote_code, **options
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{folder}: transformers cannot load a causal language model from it: {error}") from None
+        model.eval()
+        return model if training else model.to(where.device)
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
