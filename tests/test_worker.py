@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dice_py.artefacts import DiskFullError, Report
+from dice_py.artefacts import DiskFullError, Report, no_report
+from dice_py.clock import clocked
 from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemoryError, UsageError
-from dice_py.worker import _failure, is_out_of_memory, run_stage
+from dice_py.process import Worker, _failure, is_out_of_memory
+from dice_py.worker import Spares, run_stage
 
 REMEDY = "lower some.budget"
 PATIENCE = 20.0  # seconds; what is waited for takes a fraction of one
@@ -99,6 +101,14 @@ def wait_long(pid_file: str, *, report: Report) -> None:
     time.sleep(10 * PATIENCE)
 
 
+def take_time(loading: float, working: float, error: BaseException | None = None, *, report: Report) -> None:
+    with clocked("load"):
+        time.sleep(loading)
+    time.sleep(working)
+    if error is not None:
+        raise error
+
+
 def unpicklable(*, report: Report) -> Any:
     return lambda: None
 
@@ -112,16 +122,46 @@ def test_values_events_and_the_log(stage, tmp_path: Path) -> None:
     assert value["sum"] == 3
     assert value["path"] == Path("x")
     assert value["pid"] != os.getpid()
-    assert [event for event, _ in heard] == ["note", "progress", "progress"]
-    assert heard[-1][1] == {"stage": "add", "done": 2, "total": 2, "unit": "numbers"}
+    assert [event for event, _ in heard] == ["note", "progress", "progress", "process"]
+    assert heard[-2][1] == {"stage": "add", "done": 2, "total": 2, "unit": "numbers"}
     log = tmp_path / "deep" / "worker.log"
     assert log.read_text() == "printed by the stage\nwritten by a library\n"
     stage(add, left=1, right=2)
     assert log.read_text().count("printed") == 2  # a resume goes on in the same log
 
 
+def test_what_every_process_imports_is_light() -> None:
+    heavy = ("polars", "pyarrow", "pydantic", "torch", "transformers")
+    code = f"import sys, dice_py.worker, dice_py.groups; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_a_stage_by_name(stage) -> None:
     assert stage(f"{__name__}:add", left=2, right=2)["sum"] == 4
+
+
+def test_a_worker_tells_where_its_time_went(stage) -> None:
+    heard: list[tuple[str, dict[str, Any]]] = []
+
+    def hear(event: str, **fields: Any) -> None:
+        heard.append((event, fields))
+
+    stage(take_time, hear, loading=0.1, working=0.2)
+    with pytest.raises(UsageError, match="no result"):  # a failure has its times too
+        stage(f"{__name__}:take_time", hear, loading=0.1, working=0.2, error=UsageError("no result"))
+    assert [event for event, _ in heard] == ["process"] * 2
+    for _, fields in heard:
+        assert fields["work"] == f"{__name__}:take_time"
+        seconds = fields["seconds"]
+        assert set(seconds) == {"spawn", "import", "load", "work", "total"}
+        assert all(value >= 0 for value in seconds.values())
+        assert seconds["spawn"] > 0
+        assert seconds["import"] > 0
+        assert seconds["load"] >= 0.1
+        assert seconds["work"] >= 0.2
+        parts = sum(value for name, value in seconds.items() if name != "total")
+        assert seconds["total"] == pytest.approx(parts, abs=0.005)  # each is rounded
 
 
 # --- errors ------------------------------------------------------------------------------------------------
@@ -258,7 +298,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from dice_py.artefacts import no_report\n"
-        "from dice_py.worker import run_stage\n"
+        "from dice_py.worker import Spares, run_stage\n"
         "folder = Path(sys.argv[1])\n"
         "if __name__ == '__main__':\n"
         "    arguments = {'pid_file': str(folder / 'pid')}\n"
@@ -294,3 +334,155 @@ def test_a_process_that_the_worker_left_holds_nobody_up(stage, tmp_path: Path) -
         assert time.monotonic() - began < PATIENCE
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+# --- processes started ahead -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spares() -> Iterator[Spares]:
+    with Spares() as there:
+        yield there
+
+
+@pytest.fixture
+def with_spare(tmp_path: Path) -> Callable[..., Any]:
+    """Runs `group_work:whoami` in the spare, or without one: its answer."""
+
+    def run(spare: Worker | None, work: str = "group_work:whoami", report: Report = no_report) -> Any:
+        return run_stage(work, {}, log=tmp_path / "worker.log", remedy=REMEDY, report=report, spare=spare)
+
+    return run
+
+
+MODULES = ["json", "group_work"]
+
+
+def test_a_stage_works_in_the_spare(spares: Spares, with_spare, tmp_path: Path) -> None:
+    spares.prepare(MODULES, log=tmp_path / "spare.log")
+    spares.prepare(MODULES)  # one is enough
+    assert wait_for(lambda: (tmp_path / "spare.log").exists() and "imported" in (tmp_path / "spare.log").read_text())
+    assert spares.take(["another"]) is None
+    spare = spares.take(MODULES)
+    assert spare is not None
+    assert spares.take(MODULES) is None  # it is given away
+    heard: list[tuple[str, dict[str, Any]]] = []
+    found = with_spare(spare, report=lambda event, **fields: heard.append((event, fields)))
+    assert found["pid"] == spare.pid != os.getpid()
+    assert [event for event, _ in heard] == ["note", "process"]
+    assert (tmp_path / "spare.log").read_text() == "group_work is imported\n"
+    assert (tmp_path / "worker.log").read_text() == "printed by the work\n"
+    seconds = heard[-1][1]["seconds"]
+    assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=0.005)
+    assert all(value >= 0 for value in seconds.values())
+    assert gone(spare.pid)
+
+
+def test_a_spare_that_is_not_done_yet_goes_on_with_the_work(spares: Spares, with_spare) -> None:
+    spares.prepare(MODULES)
+    spare = spares.take(MODULES)
+    assert spare is not None
+    assert with_spare(spare)["pid"] == spare.pid
+
+
+def test_a_spare_works_in_the_environment_of_its_work(
+    spares: Spares, with_spare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    monkeypatch.delenv(nvml, raising=False)
+    monkeypatch.setenv("FOR_A_WHILE", "1")
+    spares.prepare(MODULES)
+    monkeypatch.delenv("FOR_A_WHILE")
+    monkeypatch.setenv("SINCE_THEN", "2")
+    found = with_spare(spares.take(MODULES))
+    assert found["at_import"][nvml] == "1"  # the CUDA driver is left alone
+    assert nvml not in found["now"]
+    assert found["at_import"]["FOR_A_WHILE"] == "1"
+    assert "FOR_A_WHILE" not in found["now"]
+    assert found["now"]["SINCE_THEN"] == "2"
+
+
+def test_a_dead_spare_is_not_handed_out(spares: Spares, with_spare) -> None:
+    spares.prepare(MODULES)
+    first = spares.take(MODULES)
+    assert first is not None
+    first.end()
+    spares.prepare(["no_such_module"])
+    assert wait_for(lambda: spares.take(["no_such_module"]) is None)
+    spares.prepare(["no_such_module"])
+    assert with_spare(spares.take(["no_such_module"]))["pid"] != os.getpid()
+
+
+@pytest.mark.parametrize("when", ["before it gets the work", "as it gets the work"])
+def test_a_spare_that_dies_first_loses_nothing(
+    spares: Spares, with_spare, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_module.py").write_text(f"import time\ntime.sleep({10 * PATIENCE})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spares.prepare(["slow_module"])  # it does not come to its work
+    spare = spares.take(["slow_module"])
+    assert spare is not None
+    if when == "before it gets the work":
+        os.kill(spare.pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(spare.pid))
+        found = with_spare(spare)
+    else:
+        give = spare.give
+
+        def give_and_kill(*args: Any, **options: Any) -> None:
+            give(*args, **options)
+            os.kill(spare.pid, signal.SIGKILL)
+
+        spare.give = give_and_kill  # type: ignore[method-assign]
+        found = with_spare(spare)
+    assert found["pid"] not in (spare.pid, os.getpid())
+
+
+def test_work_that_kills_the_spare_is_not_done_again(spares: Spares, tmp_path: Path) -> None:
+    spares.prepare(MODULES)
+    with pytest.raises(OutOfMemoryError, match="killed after"):
+        run_stage(
+            end,
+            {"how": "kill"},
+            log=tmp_path / "worker.log",
+            remedy=REMEDY,
+            report=no_report,
+            spare=spares.take(MODULES),
+        )
+    assert (tmp_path / "worker.log").read_text().count("the last words") == 1
+
+
+def test_spares_that_nobody_takes_are_ended(spares: Spares) -> None:
+    spares.prepare(MODULES)
+    (waiting,) = spares._spares.values()
+    spares.close()
+    assert gone(waiting.pid)
+    assert spares.take(MODULES) is None
+
+
+@pytest.mark.parametrize("how", ["end", "kill"])
+def test_a_forgotten_spare_ends_with_the_program(tmp_path: Path, how: str) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from dice_py.worker import Spares\n"
+        "if __name__ == '__main__':\n"
+        "    spares = Spares()\n"
+        "    spares.prepare(['json'])\n"
+        "    Path(sys.argv[1]).write_text(str(spares._spares['json',].pid))\n"
+        "    time.sleep(0 if sys.argv[2] == 'end' else 600)\n"
+    )
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid"), how], env=here)
+    try:
+        assert wait_for(lambda: (tmp_path / "pid").is_file() and bool((tmp_path / "pid").read_text()))
+        spare = int((tmp_path / "pid").read_text())
+        if how == "kill":
+            assert not gone(spare)
+            parent.kill()
+        parent.wait(PATIENCE)
+        assert wait_for(lambda: gone(spare))
+    finally:
+        parent.kill()
+        parent.wait()
