@@ -163,6 +163,58 @@ def status_table(found: dict[str, Any]) -> Table:
     return table
 
 
+def profile_table(found: dict[str, Any]) -> Table:
+    """What `dice_py.status.run_profile` found: rows for each stage, what lies between them, each round and the run."""
+    heads = ("time", "share", "start-up", "load", "work", "GPU idle", "tokens/s", "MFU")
+    table = _table(f"{found['run']}: {found['state']}", {"": "left", **dict.fromkeys(heads, "right")})
+
+    def row(name: str, of: dict[str, Any]) -> None:
+        starting = None if of["import_seconds"] is None else of["spawn_seconds"] + of["import_seconds"]
+        rate = of.get("tokens_per_second")
+        table.add_row(
+            name,
+            seconds(of["seconds"]),
+            share(of.get("share")),
+            *(seconds(part) for part in (starting, of["load_seconds"], of["work_seconds"])),
+            share(of["gpu_idle_share"]),
+            "–" if rate is None else f"{rate:,.1f}",
+            share(of.get("mfu")),
+        )
+
+    if found["before"]:
+        row("before the rounds", found["before"])
+    for one in found["rounds"]:
+        for stage in one["stages"]:
+            row(stage["stage"] + ("" if stage["status"] == "done" else " (unfinished)"), stage)
+        if one["between"]:
+            row(f"{one['round']}, between stages", one["between"])
+        row(one["round"], one | {"share": 1.0})
+    row("all", found["total"])
+    return table
+
+
+def profile_lines(found: dict[str, Any]) -> list[str]:
+    """What stands below the table of a profile: lost time, what was not measured, and the cost of starting up."""
+    if not found["rounds"]:
+        return [f"{found['run']}: {found['state']}, and no stage has begun: there is no profile yet"]
+    total = found["total"]
+    lines = []
+    for stage in (stage for one in found["rounds"] for stage in one["stages"]):
+        if stage["lost_seconds"]:
+            earlier = number(stage["attempts"] - 1)
+            lines.append(f"{stage['stage']}: {seconds(stage['lost_seconds'])} more in earlier attempts ({earlier})")
+    lines += found["notes"]
+    if total["start_up_seconds"] is not None:
+        count = total["processes"]
+        processes = f"{number(count)} process{'' if count == 1 else 'es'}"
+        parts = ", ".join(f"{name} {seconds(total[f'{name}_seconds'])}" for name in ("spawn", "import", "load"))
+        lines.append(
+            f"start-up costs: {processes}, {seconds(total['start_up_seconds'])}, "
+            f"{share(total['start_up_share'])} of the run ({parts})"
+        )
+    return lines
+
+
 def mining_table(found: dict[str, Any], out: str) -> Table:
     """What `dice mine` found: a row for each measure."""
     table = _table(f"pairs in {out}", {"": "left", "found": "left"})

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from cli import stages
 from cli.mine import Panels, mine
 from cli.stages import Config, Json, Set, overrides, print_json, print_result, work_apart
-from dice_py.errors import DiceError, InterruptedRunError
+from dice_py.errors import DiceError, InterruptedRunError, UsageError
 
 
 class _Commands(TyperGroup):
@@ -71,8 +71,8 @@ def run(
     """
     from cli.display import Display
     from dice_py.config import resolve
-    from dice_py.rounds import new_run_folder
     from dice_py.rounds import run as run_rounds
+    from dice_py.run_folder import new_run_folder
 
     resolved = resolve(
         config or [],
@@ -121,12 +121,17 @@ def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
 @app.command()
 def status(
     folder: Annotated[Path | None, typer.Argument(help="A run folder; default: all runs under runs/.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Where its time went: stages, start-up of processes, idle GPUs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the stages of a run, with their counts and times."""
-    from dice_py.status import list_runs, run_status
+    from dice_py.status import list_runs, run_profile, run_status
 
     if folder is None:
+        if profile:
+            raise UsageError("--profile is of one run: name its folder (dice status RUN --profile)")
         runs = list_runs(DEFAULT_RUNS)
         if as_json:
             print_json(runs)
@@ -136,13 +141,19 @@ def status(
         for found in runs:
             typer.echo(f"{found['run']}  {found['state']}  {found['done']}/{found['stages']} stages")
         return
-    found = run_status(folder)
+    found = run_profile(folder) if profile else run_status(folder)
     if as_json:
         print_json(found)
         return
-    from cli.display import print_table, status_table
+    from cli.display import print_table, profile_lines, profile_table, status_table
 
-    print_table(status_table(found))
+    if not profile:
+        print_table(status_table(found))
+        return
+    if found["rounds"]:
+        print_table(profile_table(found))
+    for line in profile_lines(found):
+        typer.echo(line)
 
 
 for stage in (stages.generate, stages.score, mine, stages.replay, stages.train, stages.evaluate):
@@ -153,7 +164,8 @@ for stage in (stages.generate, stages.score, mine, stages.replay, stages.train, 
 def world(config: Config = None, assign: Set = None, as_json: Json = False) -> None:
     """Make the synthetic world, or find it, and show what is in it."""
     from dice_py.config import resolve
-    from dice_py.world import World, cache_folder, find_world
+    from dice_py.remembered import cache_folder
+    from dice_py.world import World, find_world
 
     resolved = resolve(config or [], assign or []).world
     found = find_world(resolved)

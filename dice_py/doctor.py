@@ -9,7 +9,7 @@ from typing import Any
 
 from dice_py.config import GenerateConfig, ModelConfig
 from dice_py.errors import DiceError
-from dice_py.world import cache_folder
+from dice_py.remembered import cache_folder
 
 _TRAIN = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 _PACKAGES = ("dice-align", "polars", "pyarrow", "typer", "pydantic", *_TRAIN, "vllm")

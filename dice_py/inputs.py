@@ -29,10 +29,11 @@ from dice_py.config import BufferConfig, ReplayConfig, RunConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
 from dice_py.models import model_identity, require, resolve_model
-from dice_py.world import World, cache_folder, find_world
+from dice_py.remembered import cache_folder
+from dice_py.world import World, find_world
 
 if TYPE_CHECKING:
-    from dice_py.rounds import Run
+    from dice_py.run_folder import Run
 
 _HELD_OUT = 0.1  # at most this share of a user's prompts or pairs is held out when no file of them is named
 

@@ -12,24 +12,19 @@ it is the policy that round t−1 started from (`reward_reference: previous`), o
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from dice_py.artefacts import (
-    DiskFullError,
     Manifest,
     Report,
     digest,
     file_digest,
-    is_disk_full,
     no_report,
     parquet_key,
     read_json,
@@ -40,119 +35,15 @@ from dice_py.artefacts import (
 )
 from dice_py.config import RunConfig, dump, load_resolved
 from dice_py.errors import InterruptedRunError, UsageError
+from dice_py.gpu_watch import GpuWatch, usable_gpus
 from dice_py.inputs import Inputs, prepare, round_prompts
 from dice_py.mine_stage import candidates, mine
 from dice_py.models import model_identity
+from dice_py.profile import write_profile
 from dice_py.replay_buffer import ReplayBuffer, append_mined
 from dice_py.report import write_report
+from dice_py.run_folder import Run, end_torn_line, locked
 from dice_py.train import is_trained
-from dice_py.worker import run_stage
-
-STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
-
-REMEDIES = {
-    "world": "close other programs",
-    "check": "close other programs",
-    "generate": "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
-    "score": "lower score.token_budget",
-    "replay": "lower score.token_budget",
-    "train": "lower train.micro_batch_size, set train.gradient_checkpointing=true or train.lora.r=16",
-    "evaluate": "lower generate.token_budget and score.token_budget",
-}
-
-
-class Run:
-    """One run folder: its config, manifest, events and stages."""
-
-    def __init__(self, folder: Path, config: RunConfig, report: Report = no_report) -> None:
-        self.folder = folder
-        self.config = config
-        self.manifest = Manifest(folder / "manifest.json")
-        self._listen = report
-
-    def report(self, event: str, **fields: Any) -> None:
-        """Tells the listener, and keeps what is not mere progress in `events.jsonl`."""
-        if event != "progress":
-            line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
-            try:
-                with (self.folder / "events.jsonl").open("a", encoding="utf-8") as handle:
-                    handle.write(line + "\n")
-            except OSError as error:
-                if not is_disk_full(error):
-                    raise
-                raise DiskFullError(
-                    f"no room left on the disk for {self.folder / 'events.jsonl'}; nothing that was whole is lost. "
-                    f"Free some space, then: dice resume {self.folder}"
-                ) from error
-        self._listen(event, **fields)
-
-    def stage(
-        self, name: str, key: str, whole: Callable[[dict[str, Any]], bool], work: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """The entry of stage `name`: the manifest's if its key is `key` and its files are whole, else made now."""
-        entry = self.manifest.stage(name)
-        if entry is not None and entry.get("key") == key and entry.get("status") == "done" and whole(entry):
-            self.report("stage", stage=name, status="kept", seconds=entry["seconds"], counts=entry["counts"])
-            return entry
-        started = time.time()
-        self.manifest.record(name, key=key, status="running", started=started, seconds=None, counts={}, files=[])
-        self.report("stage", stage=name, status="running")
-        made = work()
-        seconds = time.time() - started
-        self.manifest.record(name, status="done", seconds=seconds, **made)
-        self.report("stage", stage=name, status="done", seconds=seconds, counts=made["counts"])
-        entry = self.manifest.stage(name)
-        assert entry is not None
-        return entry
-
-    def spawn(self, stage: str, work: str, folder: Path, **arguments: Any) -> Any:
-        """Runs `work` ("module:function") in a process of its own, its output in `folder/worker.log`."""
-        return run_stage(work, arguments, log=folder / "worker.log", remedy=REMEDIES[stage], report=self.report)
-
-    def path(self, name: str) -> Path:
-        """A path in the run folder, from how the manifest names it."""
-        return self.folder / name
-
-    def relative(self, path: Path) -> str:
-        """How the manifest names a path."""
-        return str(path.relative_to(self.folder))
-
-
-def new_run_folder(runs: Path) -> Path:
-    """A folder that does not exist yet, named by the time."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = runs / stamp
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = runs / f"{stamp}-{number}"
-    return folder
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{folder} is in use by another `dice` process; wait for it, or stop it") from None
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
-
-
-def is_running(folder: Path) -> bool:
-    """True while a process works in this run folder."""
-    lock = folder / ".lock"
-    if not lock.exists():
-        return False
-    with lock.open("r") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    return False
 
 
 @contextlib.contextmanager
@@ -189,19 +80,30 @@ def run(config: RunConfig, folder: Path, report: Report = no_report) -> dict[str
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), terminate_as_interrupt():
+    with locked(folder), terminate_as_interrupt(), GpuWatch(usable_gpus(config.devices, config.model)) as watch:
         remove_temporaries(folder)
         write_text(stored, dump(config))
-        this = Run(folder, config, report)
+        this = Run(folder, config, report, watch)
         try:
+            end_torn_line(folder / "events.jsonl")
+            this.report("started", pid=os.getpid())
             return _rounds(this)
         except KeyboardInterrupt:
             this.report("interrupted")
+            _write_profile_of_a_stopped(folder)
             raise InterruptedRunError(f"interrupted; whole shards are kept. Go on with: dice resume {folder}") from None
         except BaseException as error:
             with contextlib.suppress(OSError):
                 this.report("failed", text=f"{type(error).__name__}: {error}"[:2000])
+            _write_profile_of_a_stopped(folder)
             raise
+        finally:
+            this.close()
+
+
+def _write_profile_of_a_stopped(folder: Path) -> None:
+    with contextlib.suppress(Exception):  # what stopped the run is what the user must hear of
+        write_profile(folder)
 
 
 def resume(folder: Path, report: Report = no_report) -> dict[str, Any]:
@@ -229,13 +131,17 @@ def _rounds(this: Run) -> dict[str, Any]:
     policy, reference = inputs.policy, inputs.reference
     metrics: dict[str, Any] = {}
     for number in range(1, config.rounds + 1):
+        this.tell_gpus(None)
         this.report("round", number=number, rounds=config.rounds)
         next_policy = _round(this, inputs, number, policy, reference)
         next_reference = policy if config.reward_reference == "previous" else inputs.reference
         metrics[f"round-{number:02d}"] = _evaluate(this, inputs, number, next_policy, next_reference)
         policy, reference = next_policy, next_reference
         write_report(this.folder)
+        this.tell_gpus(None)
+        write_profile(this.folder)
     this.report("finished", policy=str(policy), report=str(this.folder / "report.html"))
+    write_profile(this.folder)  # the end of the last round is known now
     return metrics
 
 
@@ -265,6 +171,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
             seed=config.seed,
             round_number=number,
             max_prompt_tokens=config.data.max_prompt_tokens,
+            devices=config.devices,
         )
         files = [{"file": this.relative(file), "key": key} for file, key in zip(made.files, made.keys, strict=True)]
         return {"files": files, "counts": made.counts()}
@@ -288,7 +195,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
     ]
 
     def score_stage() -> dict[str, Any]:
-        files = this.spawn(
+        made = this.spawn(
             "score",
             "dice_py.score:score",
             base / "score",
@@ -300,12 +207,20 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
             out=base / "score",
             keys=score_keys,
             beta=config.beta,
+            # Those of earlier rounds were sampled by other policies.
+            sampled=[shard_round == number for shard_round in pool.rounds],
+            devices=config.devices,
         )
-        rewards = pl.scan_parquet(files, glob=False).select(pl.col("reward")).collect()["reward"]
+        rewards = pl.scan_parquet(made.files, glob=False).select(pl.col("reward")).collect()["reward"]
         finite = rewards.filter(rewards.is_finite())
         return {
-            "files": [{"file": this.relative(f), "key": key} for f, key in zip(files, score_keys, strict=True)],
-            "counts": {"responses": len(rewards), "mean_reward": finite.mean(), "reward_std": finite.std()},
+            "files": [{"file": this.relative(f), "key": key} for f, key in zip(made.files, score_keys, strict=True)],
+            "counts": {
+                "responses": len(rewards),
+                "mean_reward": finite.mean(),
+                "reward_std": finite.std(),
+                "policy_logps_gate": made.gate,
+            },
         }
 
     scored = this.stage(f"{name}/score", digest(score_keys), shards_whole, score_stage)
@@ -380,7 +295,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
 
     train_seed = seed_for(config.seed, number, "train")
     train_key = digest(
-        "train", replay_key, config.train.model_dump(), held, identity, config.beta, train_seed,
+        "train", replay_key, config.train.decisive(), held, identity, config.beta, train_seed,
         versions("torch", "transformers", "trl", "accelerate", "peft"),
     )  # fmt: skip
     model = base / "train" / "model"
@@ -398,6 +313,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
             beta=config.beta,
             seed=train_seed,
             key=train_key,
+            devices=config.devices,
         )
         return {"files": [{"file": this.relative(model), "key": train_key}], "counts": counts}
 
@@ -422,6 +338,7 @@ def _evaluate(this: Run, inputs: Inputs, number: int, policy: Path, reference: P
             "evaluate",
             "dice_py.evaluate:evaluate",
             out,
+            following="generate" if number < config.rounds else None,
             config=config.evaluate,
             generate_config=config.generate,
             score_config=config.score,
@@ -436,6 +353,7 @@ def _evaluate(this: Run, inputs: Inputs, number: int, policy: Path, reference: P
             shared=this.folder / "evaluate",
             seed=seed_for(config.seed, "evaluate"),
             max_prompt_tokens=config.data.max_prompt_tokens,
+            devices=config.devices,
             with_oracle=config.is_world,
         )
         return {"files": [{"file": this.relative(file), "key": file_digest(file)}], "counts": metrics}

@@ -8,7 +8,8 @@ from typing import Any
 from dice_py.artefacts import Manifest
 from dice_py.config import load_resolved
 from dice_py.errors import DiceError, UsageError
-from dice_py.rounds import STAGES, is_running
+from dice_py.profile import profile
+from dice_py.run_folder import STAGES, is_running
 
 
 def run_status(folder: Path) -> dict[str, Any]:
@@ -44,6 +45,16 @@ def run_status(folder: Path) -> dict[str, Any]:
     done = sum(entry["status"] == "done" for entry in entries)
     state = "running" if running else "finished" if done == len(entries) else "stopped"
     return {"run": str(folder), "state": state, "stages": len(entries), "done": done, "entries": entries}
+
+
+def run_profile(folder: Path) -> dict[str, Any]:
+    """Where the time of a run went, up to now: `run`, `state` as `run_status` has it, and what `profile` found.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    status = run_status(folder)
+    return {"run": status["run"], "state": status["state"], **profile(folder)}
 
 
 def list_runs(runs: Path) -> list[dict[str, Any]]:
