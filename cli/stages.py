@@ -45,7 +45,7 @@ def _one_stage(config: list[Path] | None, assign: list[str] | None, **options: A
 def work_apart(stage: str, work: str, folder: Path, **arguments: Any) -> Any:
     """Runs a stage in a process of its own, whose log goes to `folder`, and shows how far it is."""
     from cli.display import Display
-    from dice_py.rounds import REMEDIES
+    from dice_py.run_folder import REMEDIES
     from dice_py.worker import run_stage
 
     with Display() as display:
@@ -101,6 +101,7 @@ def generate(
         seed=seed,
         round_number=1,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
+        devices=resolved.devices,
     )
     print_result({"files": [str(file) for file in made.files], **made.counts()}, as_json)
 
@@ -138,7 +139,7 @@ def score(
         tokens_column,
     ]
     models = [model_identity(folder) for folder in folders.values()]
-    files = work_apart(
+    scored = work_apart(
         "score",
         "dice_py.score:score",
         out,
@@ -149,10 +150,11 @@ def score(
         out=out,
         keys=[digest("score", content, models, settings) for content in contents],
         beta=resolved.beta,
+        devices=resolved.devices,
         prompt_column=prompt_tokens_column,
         response_column=tokens_column,
     )
-    print_result({"files": [str(file) for file in files]}, as_json)
+    print_result({"files": [str(file) for file in scored.files]}, as_json)
 
 
 def _buffers(given: list[str] | None) -> dict[str, dict[str, Any]] | None:
@@ -312,7 +314,7 @@ def train(
     resolved = _one_stage(config, assign, beta=beta)
     content = file_digest(training_set)
     folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
-    settings = [resolved.train.model_dump(), resolved.model.model_dump(), resolved.beta, seed]
+    settings = [resolved.train.decisive(), resolved.model.model_dump(), resolved.beta, seed]
     counts = work_apart(
         "train",
         "dice_py.train:train",
@@ -325,6 +327,7 @@ def train(
         beta=resolved.beta,
         seed=seed,
         key=digest("train", content, model_identity(folder), settings),
+        devices=resolved.devices,
     )
     print_result({"model": str(out / "model"), **counts}, as_json)
 
@@ -390,6 +393,7 @@ def evaluate(
         shared=out,
         seed=seed,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
+        devices=resolved.devices,
         with_oracle=world_oracle,
     )
     print_result(metrics, as_json)

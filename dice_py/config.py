@@ -114,8 +114,20 @@ class GenerateConfig(Section):
 class ScoreConfig(Section):
     """Log-probabilities of policy and reference over the stored token ids."""
 
-    token_budget: Positive = Field(default=16384, description="padded tokens of one batch")
+    token_budget: Literal["auto"] | Positive = Field(
+        default="auto", description="tokens of one batch; auto: found, and remembered for the model and the device"
+    )
     logit_chunk: Positive = Field(default=1024, description="response positions whose logits exist at one time")
+    policy_logps: Literal["gate", "scored"] = Field(
+        default="gate",
+        description="scored: the policy's own forward, always; gate: those that came with the samples, where they are "
+        "measured to be the same",
+    )
+    gate_responses: Positive = Field(default=256, description="policy_logps=gate: responses that are compared")
+    gate_tolerance: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.01,
+        description="policy_logps=gate: largest mean |difference| of the reward, as a share of its standard deviation",
+    )
 
 
 class MineConfig(Section):
@@ -277,7 +289,9 @@ class TrainConfig(Section):
     optim: str = "adamw_torch"
     adam_beta2: Probability = 0.999
     lora: LoraConfig | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        default=False, description="activations of a layer are computed again in the backward pass, not kept"
+    )
     max_length: Positive | None = Field(default=None, description="longer pairs are left out, and counted")
     save_steps: Positive | None = Field(default=100, description="checkpoints that a resume goes on from")
     logging_steps: Positive = 10
@@ -286,6 +300,35 @@ class TrainConfig(Section):
     step0_tolerance: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-3, description="largest |loss − ln 2| at step 0"
     )
+    processes: Literal["auto"] | Positive = Field(
+        default="auto",
+        description="auto: one per GPU of devices.gpus, as many as batch_size divides among; one on the CPU",
+    )
+    strategy: Literal["auto", "ddp", "fsdp2", "zero3"] = Field(
+        default="auto", description="of several processes; auto: fsdp2 on GPUs, ddp on the CPU and with lora"
+    )
+    accelerate_config: str | None = Field(
+        default=None, description="a YAML file of accelerate's, used as it is in place of processes and strategy"
+    )
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the trained weights, for keys: all but how the work is spread over processes."""
+        return self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
+
+    @model_validator(mode="after")
+    def _spread(self) -> TrainConfig:
+        if self.accelerate_config is not None and (self.processes != "auto" or self.strategy != "auto"):
+            raise ValueError("accelerate_config says how many processes, and how: leave out processes and strategy")
+        if self.lora is not None and self.strategy in ("fsdp2", "zero3"):
+            raise ValueError(
+                f"strategy is {self.strategy}, but adapters are small and their base is frozen: with lora, take ddp"
+            )
+        if self.processes != "auto" and self.batch_size % (self.micro_batch_size * self.processes):
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size × processes "
+                f"({self.micro_batch_size} × {self.processes})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:

@@ -24,10 +24,11 @@ from dice_py.artefacts import (
     write_json,
     write_parquet,
 )
-from dice_py.config import EvaluateConfig, GenerateConfig, ModelConfig, ScoreConfig
+from dice_py.clock import clocked
+from dice_py.config import DevicesConfig, EvaluateConfig, GenerateConfig, ModelConfig, ScoreConfig
 from dice_py.generate import generate
-from dice_py.models import encode_pairs, load_tokenizer, model_identity, stop_token_ids
-from dice_py.score import score_pairs
+from dice_py.models import encode_pairs, held_model, load_tokenizer, model_identity, stop_token_ids
+from dice_py.score import score_pairs, token_arrays
 
 _PAIR_LOGPS = pl.Schema({"chosen_logp": pl.Float32, "rejected_logp": pl.Float32})
 RESAMPLES = 2000
@@ -160,6 +161,7 @@ def evaluate(
     seed: int,
     max_prompt_tokens: int,
     with_oracle: bool,
+    devices: DevicesConfig | None = None,
     report: Report = no_report,
 ) -> dict[str, Any]:
     """Measures `policy` against `start` and writes `out/metrics.json`.
@@ -170,6 +172,7 @@ def evaluate(
         initial_reference: π_ref of round 1, for the same policy's reward against it.
         prompts, pairs: Parquet files, held out (None: that part is not measured).
         with_oracle: the prompts are the synthetic world's.
+        devices: which devices sample; None for the defaults.
 
     Returns:
         The metrics, as written. Accuracies and rates lie in [0, 1]; lengths are in tokens and characters.
@@ -189,6 +192,7 @@ def evaluate(
                 seed=seed,
                 round_number=0,  # the same random numbers for both, in every round
                 max_prompt_tokens=max_prompt_tokens,
+                devices=devices,
                 report=report,
             )
             drawn[name] = pl.concat([read_parquet(file) for file in made.files])
@@ -234,17 +238,14 @@ def _sample_rewards(
     report: Report,
 ) -> pl.Series:
     """log π − log π_ref of each sample (β leaves the order as it is)."""
-    from dice_py.models import load_model, release
-    from dice_py.score import sequence_logps
+    with clocked("import"):
+        from dice_py.logps import Scorer
 
-    sums: list[list[float]] = []
-    for folder in (policy, reference):
-        model = load_model(folder, models)
-        sums.append(
-            sequence_logps(model, samples["prompt_token_ids"].to_list(), samples["token_ids"].to_list(), config)
-        )
-        device = model.device
-        del model
-        release(device)
+    prompts = list(token_arrays(samples, "prompt_token_ids", "the samples"))
+    responses = list(token_arrays(samples, "token_ids", "the samples"))
+    # The policy last: it is held, and goes on to the pairs.
+    theirs, ours = (
+        Scorer(held_model(folder, models), config, report).sums(prompts, responses) for folder in (reference, policy)
+    )
     report("note", text=f"rewards of {samples.height} held-out samples computed")
-    return pl.Series([a - b for a, b in zip(*sums, strict=True)])
+    return pl.Series(ours) - pl.Series(theirs)

@@ -116,7 +116,8 @@ def placement(config: ModelConfig) -> Placement:
         UsageError: a device that this machine lacks.
     """
     require("torch", "transformers", extra="train")
-    import torch
+    with clocked("import"):
+        import torch
 
     device = config.device
     if device == "auto":
@@ -135,9 +136,10 @@ def load_model(folder: Path, config: ModelConfig, *, training: bool = False) -> 
     Raises:
         DataError: transformers cannot build it from the folder.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    with clocked("import"):
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
     where = placement(config)
@@ -156,6 +158,29 @@ def load_model(folder: Path, config: ModelConfig, *, training: bool = False) -> 
         return model if training else model.to(where.device)
 
 
+_held: list[tuple[tuple[str, str, ModelConfig], PreTrainedModel]] = []
+
+
+def held_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
+    """`load_model`, but the last one is held in this process, so that no weights are read twice in a row.
+
+    Held until another is asked for, or `release_held`: whoever is about to fill the device otherwise calls that.
+    """
+    wanted = (str(folder.resolve()), model_identity(folder), config)
+    if not _held or _held[0][0] != wanted:
+        release_held()
+        _held.append((wanted, load_model(folder, config)))
+    return _held[0][1]
+
+
+def release_held() -> None:
+    """Gives the memory of the held model back."""
+    if _held:
+        device = _held[0][1].device
+        _held.clear()
+        release(device)
+
+
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a chat template and a padding token.
 
@@ -163,7 +188,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         DataError: absent, or without a chat template or an end-of-sequence token.
     """
     require("transformers", extra="train")
-    from transformers import AutoTokenizer
+    with clocked("import"):
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)

@@ -14,7 +14,6 @@ It is not a language model's world: it shows whether the loop does what it shoul
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from dice_py.artefacts import (
 )
 from dice_py.config import ModelConfig, ScoreConfig, TrainConfig, WorldConfig
 from dice_py.data import Message, Pair, pairs_frame, prompt_key, prompts_frame
+from dice_py.remembered import cache_folder
 
 LETTERS = "abcdefghijkl"
 WORD = 3  # letters in a prompt
@@ -170,14 +170,6 @@ class World:
     def info(self) -> dict[str, Any]:
         """What was made and measured: `world.json`."""
         return dict(read_json(self.folder / "world.json"))
-
-
-def cache_folder() -> Path:
-    """`$DICE_CACHE`, else `dice` in the user's cache folder."""
-    given = os.environ.get("DICE_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dice"
 
 
 def world_key(config: WorldConfig) -> str:

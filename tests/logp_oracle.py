@@ -1,0 +1,60 @@
+"""What the scorer must agree with: one sequence at a time, no padding, all logits, log-softmax. And what it scores."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from tiny_sets import draw_ids
+from transformers import PreTrainedModel
+
+from dice_py.config import ScoreConfig
+from dice_py.logps import Scorer
+
+SAME = 1e-4
+"""Largest difference of two float32 sums: of some hundred nats over some ten tokens, each rounded to about 1e-6."""
+
+
+def mixed(count: int = 12, longest: int = 30) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses whose lengths go from one token up, in no order; no prompt twice."""
+    rng = random.Random(0)
+    lengths = [(1, 1), (longest, 1), (1, longest)]
+    lengths += [(rng.randint(1, longest), rng.randint(1, longest)) for _ in range(count - len(lengths))]
+    return [draw_ids(rng, n) for n, _ in lengths], [draw_ids(rng, n) for _, n in lengths]
+
+
+def shared(longest: int = 40) -> tuple[list[list[int]], list[list[int]]]:
+    """Four prompts, from one token up, with three responses each, from one token up; their rows are not together."""
+    rng = random.Random(1)
+    prompts = [draw_ids(rng, length) for length in (1, 5, 12, longest // 2)]
+    rows = [(prompt, draw_ids(rng, length)) for prompt in prompts for length in (1, longest // 4, longest)]
+    rng.shuffle(rows)
+    return [prompt for prompt, _ in rows], [response for _, response in rows]
+
+
+@torch.no_grad()
+def plain(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
+    """Sums of log-probabilities in nats; the forward in the model's type, the log-softmax in float32."""
+    sums = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0].float()
+        logps = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
+        sums.append(logps.gather(1, torch.tensor(response)[:, None]).double().sum().item())
+    return sums
+
+
+def apart(left: list[float], right: list[float]) -> float:
+    """The largest difference."""
+    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+
+
+def scorer(model: PreTrainedModel, notes: list[str] | None = None, **config: Any) -> Scorer:
+    """A scorer with the config's entries given; its notes go to the list."""
+
+    def hear(event: str, **fields: Any) -> None:
+        assert event == "note"
+        if notes is not None:
+            notes.append(fields["text"])
+
+    return Scorer(model, ScoreConfig(**config), hear)
