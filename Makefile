@@ -10,10 +10,11 @@ BENCH_ARGS ?=
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-rust test-python bench bench-peers bench-stream lock clean
+.PHONY: help setup run test lint test-rust test-python bench bench-peers bench-stream bench-scoring bench-generation \
+	bench-training bench-plan lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(UV):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -58,6 +59,18 @@ bench-stream: setup ## mining of 200,000,000 rows of Parquet: seconds and peak m
 
 bench-peers: setup ## mining against Polars, DuckDB and NumPy: table, benches/results/mining.json and .png (BENCH_ARGS adds options)
 	$(BIN)/python benches/peers.py $(BENCH_ARGS)
+
+bench-scoring: setup ## scoring against TRL's precompute and the DICE authors' way (minutes; BENCH_ARGS="--shape llama3-8b --device cuda")
+	$(BIN)/python benches/scoring.py $(BENCH_ARGS)
+
+bench-generation: setup ## sampling: shared prefill, shards that overlap, both engines (minutes; BENCH_ARGS as above)
+	$(BIN)/python benches/generation.py $(BENCH_ARGS)
+
+bench-training: setup ## one epoch of DPO against a stock DPOTrainer: time and peak memory (minutes)
+	$(BIN)/python benches/training.py $(BENCH_ARGS)
+
+bench-plan: setup ## the plan of the embedded default against a run of it (minutes)
+	$(BIN)/python benches/plan.py $(BENCH_ARGS)
 
 lock: $(UV) ## requirements/dev.txt from requirements/*.in
 	$(UV) pip compile requirements/dev.in --override requirements/overrides.txt --python-version 3.11 --universal \

@@ -1,0 +1,235 @@
+"""Scoring against TRL's precompute and the DICE authors' way: `make bench-scoring` (`benches/scoring.py --help`).
+
+A model of random weights in a named shape (shapes.py), prompts with K responses each, lengths with a long tail. Every
+way (scoring_ways.py) runs in processes of its own, in turn within each repeat, so that noise of the machine hits them
+alike and each has its own peak of memory. Every sum is compared with a float32 forward of one sequence at a time;
+one that is off ends the bench with status 1. Prints a table and writes results/scoring.json (tiny) or
+results/scoring-SHAPE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dice_py.artefacts import write_json
+
+HERE = Path(__file__).resolve().parent
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {"prompts": 8, "samples": 16, "prompt_median": 100, "response_median": 60, "longest": 1500},
+    "llama3-8b": {"prompts": 64, "samples": 16, "prompt_median": 200, "response_median": 300, "longest": 2048},
+    "zephyr-7b": {"prompts": 64, "samples": 16, "prompt_median": 200, "response_median": 300, "longest": 2048},
+}
+FLOAT32_APART = 2e-6
+"""Largest difference of two float32 sums, as a share of the sum's absolute value and its tokens."""
+
+
+def drawn(args: argparse.Namespace, vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses of random tokens, each prompt `samples` times in a row."""
+    from shapes import long_tailed_lengths
+
+    rng = np.random.default_rng(args.seed)
+    lengths = long_tailed_lengths(
+        args.prompts, median=args.prompt_median, sigma=0.6, low=8, high=args.longest, seed=args.seed
+    )
+    answers = long_tailed_lengths(
+        args.prompts * args.samples,
+        median=args.response_median,
+        sigma=0.8,
+        low=2,
+        high=args.longest,
+        seed=args.seed + 1,
+    )
+    prompts = [rng.integers(3, vocabulary, length).tolist() for length in lengths]
+    prompts = [prompt for prompt in prompts for _ in range(args.samples)]
+    return prompts, [rng.integers(3, vocabulary, length).tolist() for length in answers]
+
+
+def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
+    """One way, once, in this process."""
+    import torch
+    from scoring_ways import WAYS
+    from shapes import SHAPES, make_model
+
+    from dice_py.throughput import matmul_rate
+
+    device = torch.device(args.device)
+    prompts, responses = drawn(args, SHAPES[args.shape]["vocab_size"])
+    model = make_model(args.shape, getattr(torch, args.dtype), args.device, args.seed)
+    if way == "one_at_a_time":
+        model = model.float()  # the very weights that the others have
+    rate = matmul_rate(device, model.dtype)
+    # Once on a little, so that what is made at the first call (threads, kernels) is not counted.
+    WAYS[way][1](model, prompts[:2], responses[:2])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        before = _status("VmRSS")
+    outcome = WAYS[way][1](model, prompts, responses)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+    return {
+        "seconds": outcome.seconds,
+        "sums": outcome.sums,
+        "peak_memory_bytes": peak,
+        "peak_memory_beyond_model_bytes": max(peak - before, 0),
+        "matmul_flops_per_second": rate,
+        **outcome.more,
+    }
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def in_a_process(args: argparse.Namespace, way: str) -> dict[str, Any]:
+    """`measure` in a new process."""
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("way", "out")]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, __file__, *given, f"--way={way}"],
+            env=os.environ | {"HF_DATASETS_CACHE": folder, "HF_HUB_OFFLINE": "1", "DICE_CACHE": folder},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Runs all ways and gives what is written."""
+    from scoring_ways import WAYS
+    from shapes import SHAPES, machine
+
+    prompts, responses = drawn(args, SHAPES[args.shape]["vocab_size"])
+    lengths = np.array([len(response) for response in responses])
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for repeat in range(args.repeats):
+        for way in WAYS:
+            console.print(f"[dim]{way}, {repeat + 1} of {args.repeats}[/dim]", highlight=False)
+            runs[way].append(in_a_process(args, way))
+    truth = np.array(runs["one_at_a_time"][0]["sums"])
+    ways: dict[str, dict[str, Any]] = {}
+    for way, found in runs.items():
+        apart = np.abs(np.array(found[0]["sums"]) - truth)
+        ways[way] = {
+            "what": WAYS[way][0],
+            "seconds": statistics.median(run["seconds"] for run in found),
+            "all_seconds": [run["seconds"] for run in found],
+            "max_abs_difference": float(apart.max()),
+            "mean_abs_difference": float(apart.mean()),
+            "worst_relative_difference": float((apart / (np.abs(truth) + lengths)).max()),
+            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in found),
+            "peak_memory_beyond_model_bytes": max(run["peak_memory_beyond_model_bytes"] for run in found),
+        }
+    mine, seconds = runs["ours"], ways["ours"]["seconds"]
+    rate = statistics.median(run["matmul_flops_per_second"] for run in mine)
+    return {
+        "shape": args.shape,
+        "dtype": args.dtype,
+        "device": args.device,
+        "machine": machine(),
+        "prompts": args.prompts,
+        "samples": args.samples,
+        "prompt_tokens": {"median": float(np.median([len(p) for p in prompts])), "sum": sum(map(len, prompts))},
+        "response_tokens": {"median": float(np.median(lengths)), "max": int(lengths.max()), "sum": int(lengths.sum())},
+        "repeats": args.repeats,
+        # TRL at the better of its batch sizes.
+        "speedup_over_trl_precompute": min(ways[way]["seconds"] for way in ways if way.startswith("trl")) / seconds,
+        "speedup_over_reference_way": ways["authors"]["seconds"] / seconds,
+        "speedup_over_padded_rows": ways["ours_padded"]["seconds"] / seconds,
+        "speedup_over_key_value_cache": ways["key_value_cache"]["seconds"] / seconds,
+        "max_abs_difference": ways["ours"]["max_abs_difference"],
+        "tokens": mine[0]["tokens"],
+        "unshared_tokens": mine[0]["unshared_tokens"],
+        "flops": mine[0]["flops"],
+        "flops_per_second": mine[0]["flops"] / seconds,
+        "matmul_flops_per_second": rate,
+        "share_of_matmul_rate": mine[0]["flops"] / seconds / rate,
+        "token_budget": mine[0]["token_budget"],
+        "ways": ways,
+    }
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The table."""
+    table = Table(
+        title=f"{found['shape']}, {found['dtype']}: {found['prompts']} × {found['samples']} responses", box=None
+    )
+    for name in ("", "seconds", "ours is faster by", "peak memory", "beyond the model", "largest difference"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for way in found["ways"].values():
+        table.add_row(
+            way["what"],
+            f"{way['seconds']:.2f}",
+            f"{way['seconds'] / found['ways']['ours']['seconds']:.2f}",
+            f"{way['peak_memory_bytes'] / 2**30:.2f} GiB",
+            f"{way['peak_memory_beyond_model_bytes'] / 2**30:.2f} GiB",
+            f"{way['max_abs_difference']:.2g}",
+        )
+    console.print(table)
+    console.print(
+        f"ours: {found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {100 * found['share_of_matmul_rate']:.0f} % of a plain "
+        f"matrix product's {found['matmul_flops_per_second'] / 1e9:,.0f}; {found['tokens']:,} tokens instead of "
+        f"{found['unshared_tokens']:,}",
+        highlight=False,
+    )
+
+
+def main(given: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(DEFAULTS), default="tiny")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--samples", type=int, help="responses of each prompt; even")
+    parser.add_argument("--prompt-median", type=float, help="tokens")
+    parser.add_argument("--response-median", type=float, help="tokens")
+    parser.add_argument("--longest", type=int, help="prompts and responses are cut to so many tokens")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    args = parser.parse_args(given)
+    for name, value in DEFAULTS[args.shape].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    if args.way:
+        print(json.dumps(measure(args, args.way)))
+        return
+    console = Console(width=max(Console().width, 130))
+    found = compare(args, console)
+    show(found, console)
+    if args.dtype == "float32":
+        off = {
+            name: way for name, way in found["ways"].items() if not way["worst_relative_difference"] <= FLOAT32_APART
+        }
+        if off:
+            raise SystemExit(f"sums differ from the float32 forward by more than rounding: {', '.join(off)}")
+    name = "scoring" if args.shape == "tiny" else f"scoring-{args.shape}"
+    write_json(args.out / f"{name}.json", found)
+    console.print(f"written to {args.out / name}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Ways to sum log-probabilities of stored responses: ours, and what ours is compared with (benches/scoring.py).
+
+Each takes a model and token ids and gives the sums in the order of the responses, with the seconds that the scoring
+itself took: models are made, and trainers built, outside of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from dice_py.config import ScoreConfig
+from dice_py.logps import LogitHead, Scorer
+from dice_py.packing import batches_by_budget, group_rows
+from dice_py.token_budget import TokenBudget
+
+DUMMY = [7, 8]
+"""The tokens of the authors' "dummy response"."""
+
+
+@dataclass
+class Outcome:
+    """Sums of log-probabilities, and what they cost."""
+
+    sums: list[float]
+    seconds: float
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+Way = Callable[[PreTrainedModel, list[list[int]], list[list[int]]], Outcome]
+"""(model, prompts, responses) → outcome."""
+
+
+def _finish(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def one_at_a_time(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
+    """One sequence, one plain forward, all logits, log-softmax in float32: what all others are compared with."""
+    sums = []
+    started = _finish(model.device)
+    with torch.inference_mode():
+        for prompt, response in zip(prompts, responses, strict=True):
+            ids = torch.tensor([[*prompt, *response]], device=model.device)
+            logps = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+            sums.append(logps.gather(1, ids[0, len(prompt) :, None]).double().sum().item())
+    return Outcome(sums, _finish(model.device) - started)
+
+
+def authors(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
+    """As the DICE authors' code has it: pairs of a response and a dummy response, one pair in a batch.
+
+    Both sequences are padded to one length, a multiple of 8, and all logits are made float32 (LLaMA-Factory's
+    `concatenated_forward`).
+    """
+    sums = []
+    started = _finish(model.device)
+    with torch.inference_mode():
+        for prompt, response in zip(prompts, responses, strict=True):
+            rows = [[*prompt, *response], [*prompt, *DUMMY]]
+            longest = -(-max(map(len, rows)) // 8) * 8
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+            logps = logits[:, :-1].log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+            sums.append(logps[0, len(prompt) - 1 : len(rows[0]) - 1].sum().item())
+    return Outcome(sums, _finish(model.device) - started)
+
+
+def trl_precompute(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], batch: int) -> Outcome:
+    """TRL's `precompute_ref_log_probs`: the pass alone, over pairs of responses, on the same tokens.
+
+    `batch` counts pairs.
+    """
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    seconds = 0.0
+
+    class Timed(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # tokens as they are: nothing but the pass is measured
+
+        def _precompute_ref_logps(self, *given: Any) -> Any:
+            nonlocal seconds
+            started = _finish(self.model.device)
+            found = super()._precompute_ref_logps(*given)
+            seconds += _finish(self.model.device) - started
+            return found
+
+    half = len(responses) // 2
+    if len(responses) % 2 or any(prompts[2 * i] != prompts[2 * i + 1] for i in range(half)):
+        raise ValueError("TRL scores pairs: give an even number of responses to each prompt")
+    rows = {"prompt_ids": prompts[::2], "chosen_ids": responses[::2], "rejected_ids": responses[1::2]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 2}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        # On disk, since the pass keeps its result in a file beside the data.
+        Dataset.from_dict(rows).save_to_disk(f"{folder}/pairs")
+        trainer = Timed(
+            # The trainer changes the model's forward; the other ways of a process must not see that.
+            model=copy.copy(model),
+            args=DPOConfig(
+                output_dir=folder,
+                precompute_ref_log_probs=True,
+                precompute_ref_batch_size=batch,
+                per_device_train_batch_size=batch,
+                max_length=None,
+                bf16=model.dtype == torch.bfloat16,
+                use_cpu=model.device.type == "cpu",
+                gradient_checkpointing=False,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=model.device.type != "cpu",
+            ),
+            train_dataset=Dataset.load_from_disk(f"{folder}/pairs"),
+            processing_class=tokenizer,
+        )
+        found = trainer.train_dataset
+        sums = [0.0] * len(responses)
+        sums[::2], sums[1::2] = list(found["ref_chosen_logps"]), list(found["ref_rejected_logps"])
+    return Outcome(sums, seconds)
+
+
+def _scored(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], packs: bool) -> Outcome:
+    scorer = Scorer(model, ScoreConfig())
+    # What is measured is the work: the trial of the packed forward is made before, on one prompt.
+    first = prompts[0]
+    few = [row for row in range(len(prompts)) if prompts[row] == first][:2]
+    scorer.sums([prompts[row] for row in few], [responses[row] for row in few])
+    if packs and not scorer.packs:
+        raise RuntimeError("the model does not take the packed attention")
+    scorer.packs = packs
+    scorer.take_work()
+    started = _finish(model.device)
+    sums = scorer.sums(prompts, responses)
+    seconds = _finish(model.device) - started
+    return Outcome(sums, seconds, scorer.take_work() | {"token_budget": scorer.budget.tokens})
+
+
+def ours(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
+    """Packed rows: no padding, each prompt once for its responses."""
+    return _scored(model, prompts, responses, packs=True)
+
+
+def ours_padded(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
+    """Our way of models that take no other attention: sorted by length, padded, the same head."""
+    return _scored(model, prompts, responses, packs=False)
+
+
+def key_value_cache(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
+    """The other way to compute a prompt once: its keys and values from a cache, repeated for its responses.
+
+    Prompts of like length in one batch, then their responses of like length, with the same head as ours.
+    """
+    config = ScoreConfig()
+    scorer = Scorer(model, config)
+    head = LogitHead(model, config.logit_chunk)
+    budget = TokenBudget("auto", scorer.shape, model.dtype, model.device, lambda *_, **__: None).tokens
+    device = model.device
+    sums = [0.0] * len(responses)
+    started = _finish(device)
+    groups = group_rows(prompts, range(len(prompts)))
+    with torch.inference_mode():
+        for taken in batches_by_budget([len(group.prompt) for group in groups], budget // 4):
+            some = [groups[at] for at in taken]
+            longest = max(len(group.prompt) for group in some)
+            ids = torch.zeros((len(some), longest), dtype=torch.long)
+            mask = torch.zeros((len(some), longest), dtype=torch.long)
+            for at, group in enumerate(some):  # on the left, so that prompts end where responses begin
+                ids[at, longest - len(group.prompt) :] = torch.from_numpy(np.asarray(group.prompt))
+                mask[at, longest - len(group.prompt) :] = 1
+            ids, mask = ids.to(device), mask.to(device)
+            cache = DynamicCache()
+            last = head.backbone(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            kept = [(layer.keys, layer.values) for layer in cache.layers]
+            rows = [(at, row) for at, group in enumerate(some) for row in group.rows]
+            for part in batches_by_budget([len(responses[row]) for _, row in rows], budget):
+                picked = [rows[number] for number in part]
+                at = torch.tensor([group for group, _ in picked], device=device)
+                size = max(len(responses[row]) for _, row in picked)
+                answers = torch.zeros((len(picked), size), dtype=torch.long)
+                real = torch.zeros((len(picked), size), dtype=torch.long)
+                for number, (_, row) in enumerate(picked):
+                    answers[number, : len(responses[row])] = torch.tensor(responses[row])
+                    real[number, : len(responses[row])] = 1
+                answers, real = answers.to(device), real.to(device)
+                repeated = DynamicCache()
+                for number, (keys, values) in enumerate(kept):
+                    repeated.update(keys[at], values[at], number)
+                lengths = mask[at].sum(1, keepdim=True)
+                hidden = head.backbone(
+                    input_ids=answers,
+                    attention_mask=torch.cat([mask[at], real], dim=1),
+                    position_ids=lengths + torch.arange(size, device=device),
+                    past_key_values=repeated,
+                    use_cache=True,
+                ).last_hidden_state
+                before = torch.cat([last[at][:, None], hidden[:, :-1]], dim=1)
+                logps = head.token_logps(before[real.bool()], answers[real.bool()])
+                counts = real.sum(1)
+                totals = np.diff(logps.cpu().double().cumsum(0)[counts.cpu().cumsum(0) - 1].numpy(), prepend=0.0)
+                for (_, row), total in zip(picked, totals.tolist(), strict=True):
+                    sums[row] = total
+    return Outcome(sums, _finish(device) - started)
+
+
+WAYS: dict[str, tuple[str, Way]] = {
+    "ours": ("dice: packed, each prompt once", ours),
+    "ours_padded": ("dice, padded rows sorted by length", ours_padded),
+    "key_value_cache": ("a key/value cache for each prompt, same head", key_value_cache),
+    "trl_precompute": ("TRL's precompute_ref_log_probs, 8 pairs in a batch", partial(trl_precompute, batch=8)),
+    "trl_precompute_1": ("TRL's precompute_ref_log_probs, 1 pair in a batch", partial(trl_precompute, batch=1)),
+    "authors": ("the DICE authors' way: one, and a dummy response", authors),
+    "one_at_a_time": ("one sequence at a time, all logits", one_at_a_time),
+}

