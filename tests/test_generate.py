@@ -21,6 +21,7 @@ from dice_py.engine_transformers import TransformersEngine
 from dice_py.errors import DataError, UsageError
 from dice_py.generate import Generations, choose_engine, generate
 from dice_py.models import Placement
+from dice_py.open_shard import OpenShard
 
 CPU = ModelConfig(device="cpu")
 CONFIG = GenerateConfig(engine="transformers", samples=3, temperature=1.0, max_new_tokens=8, shard_prompts=2)
@@ -146,7 +147,7 @@ def test_broken_or_foreign_shard_is_made_again(run: Stage) -> None:
     first.files[0].write_bytes(first.files[0].read_bytes()[:100])
     pl.DataFrame({"a": [1]}).write_parquet(first.files[2])
     assert run() == first
-    assert run.written() == [shard(0), shard(2)]
+    assert sorted(run.written()) == [shard(0), shard(2)]
 
 
 @pytest.mark.parametrize(
@@ -217,21 +218,22 @@ def test_order_of_prompts_changes_no_sample(run: Stage) -> None:
 
 
 def test_interrupted_call_keeps_whole_shards(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, kept = stage.write_parquet, []
+    write, kept = OpenShard.write, []
 
-    def interrupt(path: Path, *rest: Any, **named: Any) -> Path:
+    def interrupt(shard: OpenShard, *rest: Any) -> None:
         if kept:
             raise KeyboardInterrupt
-        kept.append(path)
-        return write(path, *rest, **named)
+        kept.append(shard.file)
+        write(shard, *rest)
 
-    monkeypatch.setattr(stage, "write_parquet", interrupt)
+    monkeypatch.setattr(OpenShard, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert [file.name for file in run.out.iterdir()] == [shard(0)]
+    assert sorted(run.out.glob("*.parquet")) == kept
+    assert not list(run.out.glob(".*"))
     monkeypatch.undo()
     run()
-    assert run.written() == [shard(1), shard(2)]
+    assert set(run.written()) == {shard(0), shard(1), shard(2)} - {kept[0].name}
 
 
 def test_engine_is_closed_whatever_happens(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +242,7 @@ def test_engine_is_closed_whatever_happens(run: Stage, monkeypatch: pytest.Monke
     monkeypatch.setattr(TransformersEngine, "close", lambda self: (closed.append(True), close(self)))
     run()
     assert closed == [True]
-    monkeypatch.setattr(TransformersEngine, "sample", lambda *_: 1 / 0)
+    monkeypatch.setattr(TransformersEngine, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(seed=1)
     assert closed == [True, True]

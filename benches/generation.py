@@ -1,0 +1,532 @@
+"""Sampling K responses per prompt, ours against the plain ways: `make bench-generation`, or `--help` here.
+
+A model of random weights (shapes.py) answers prompts of random tokens with log-normal lengths. A random model does not
+end its answers by itself, so one in `--mean-response` tokens of the vocabulary, drawn from the seed, is a stop token:
+lengths are geometric about that mean, the longest of a thousand about seven times as long, and every way ends them the
+same way. No network.
+
+Each way runs in a process of its own, from the same files, and is timed from a loaded and warmed model to the last
+response (ours: to the last shard's file). Ours must give the same tokens as the plain way with the same seeds: in
+float32 on a CPU a mismatch ends it with status 1 and writes nothing; elsewhere the count is in the results, since
+kernels sum in another order for another batch. The sums of log-probabilities are compared with a float32 forward over
+one response at a time. Results go to `--out`: generation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, long_tailed_lengths, machine, make_model
+
+from dice_py import generate as stage
+from dice_py.artefacts import seed_for, write_json
+from dice_py.config import GenerateConfig, ModelConfig
+from dice_py.engine import Engine, Request, sample_all
+from dice_py.open_shard import read_prompts, write_prompts
+
+WAYS = {
+    "transformers": "dice, transformers: shared prefill, rows leave and join",
+    "hf_generate": "transformers' generate, K full prompts",
+    "vllm_streaming": "dice, vLLM: shards overlap",
+    "vllm_shard_by_shard": "dice, vLLM: shard by shard",
+    "vllm_no_prefix_caching": "dice, vLLM: no prefix caching",
+    "vllm_separate": "vLLM, all requests at once",
+    "vllm_n": "vLLM, LLM.generate with n=K",
+}
+SAME_TOKENS = {
+    "transformers": "hf_generate",
+    "vllm_streaming": "vllm_separate",
+    "vllm_shard_by_shard": "vllm_separate",
+    "vllm_no_prefix_caching": "vllm_separate",
+}
+"""Ways that draw with the same seeds; vLLM's random numbers are not ours, and n=K has other seeds."""
+SPEEDUPS = {
+    "speedup_over_hf_generate": ("transformers", "hf_generate"),
+    "speedup_of_streaming_over_shard_by_shard": ("vllm_streaming", "vllm_shard_by_shard"),
+    "speedup_of_prefix_caching": ("vllm_streaming", "vllm_no_prefix_caching"),
+    "speedup_over_vllm_n": ("vllm_streaming", "vllm_n"),
+    "speedup_of_separate_over_n": ("vllm_separate", "vllm_n"),
+    "speedup_of_vllm_over_transformers": ("vllm_streaming", "transformers"),
+}
+ON_CPU = {
+    "prompts": 24,
+    "prompt_median": 128,
+    "mean_response": 32,
+    "max_new_tokens": 128,
+    "shard_prompts": 8,
+    "max_num_seqs": 32,
+    "token_budget": 16384,
+}
+ON_GPU = {
+    "prompts": 512,
+    "prompt_median": 256,
+    "mean_response": 256,
+    "max_new_tokens": 2048,
+    "shard_prompts": 128,
+    "max_num_seqs": 256,
+    "token_budget": 131072,
+}
+LONGEST_PROMPT = 4  # medians
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.child:
+        print(json.dumps(child(json.loads(options.child))))
+        return 0
+    log = Console(stderr=True)
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        task = prepare(options, Path(folder))
+        done: dict[str, dict[str, Any]] = {}
+        for way in options.ways:
+            reason = skipped(way)
+            log.print(f"{WAYS[way]}" + (f": skipped, {reason}" if reason else ""))
+            done[way] = {"skipped": reason} if reason else in_child({**task, "way": way})
+        log.print("one response at a time, in float32")
+        differences = check(task, [way for way, found in done.items() if "skipped" not in found])
+        results = report(options, task, done, differences)
+    mismatches = {way: found["mismatches"] for way, found in results["ways"].items() if found.get("mismatches")}
+    if mismatches and task["dtype"] == "float32" and task["device"] == "cpu":
+        print(f"other tokens than the plain way's, by way: {mismatches}", file=sys.stderr)
+        return 1
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "generation.json", results)
+    print_table(results)
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare dice's generation with plain transformers and vLLM.")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--samples", type=int, default=16, help="K, responses per prompt")
+    for name in ON_CPU:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument("--checked", type=int, default=64, help="responses of each way that are scored one at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ways", default=",".join(WAYS), help="which, with commas")
+    parser.add_argument("--out", type=Path, default=Path("benches/results"))
+    parser.add_argument("--work", type=Path, help="where the model is put; none: the system's folder of temporaries")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.ways = options.ways.split(",")
+    if unknown := set(options.ways) - set(WAYS):
+        parser.error(f"--ways: {', '.join(sorted(unknown))} unknown; there are {', '.join(WAYS)}")
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    for name, value in (ON_CPU if options.device == "cpu" else ON_GPU).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def skipped(way: str) -> str | None:
+    if way.startswith("vllm") and importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    return None
+
+
+def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Writes model, tokenizer and prompts; what a process of a way needs to know."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    model = make_model(options.shape, getattr(torch, options.dtype), options.device, options.seed)
+    model.save_pretrained(folder / "model")
+    vocabulary = model.config.vocab_size
+    words = {f"w{token}": token for token in range(vocabulary)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")),
+        bos_token="w1",
+        eos_token="w2",
+        pad_token="w0",
+        chat_template="{{ messages[0]['content'] }}",
+    )
+    tokenizer.save_pretrained(folder / "model")
+    random = np.random.default_rng(options.seed)
+    lengths = long_tailed_lengths(
+        options.prompts,
+        median=options.prompt_median,
+        sigma=0.6,
+        low=2,
+        high=LONGEST_PROMPT * options.prompt_median,
+        seed=options.seed,
+    )
+    prompts = [(at, [1, *random.integers(3, vocabulary, length - 1).tolist()]) for at, length in enumerate(lengths)]
+    size = options.shard_prompts
+    shards = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    write_prompts(folder / "prompts.parquet", shards)
+    stops = random.choice(np.arange(3, vocabulary), max(1, vocabulary // options.mean_response), replace=False)
+    config = GenerateConfig.model_validate(
+        {
+            "samples": options.samples,
+            "temperature": 1.0,
+            "max_new_tokens": options.max_new_tokens,
+            "shard_prompts": size,
+            "token_budget": options.token_budget,
+            "vllm": {"max_num_seqs": options.max_num_seqs},
+        }
+    )
+    return {
+        "folder": str(folder),
+        "device": options.device,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "shards": len(shards),
+        "longest": int(lengths.max()),
+        "stops": sorted(stops.tolist()),
+        "checked": options.checked,
+        "config": config.model_dump(),
+    }
+
+
+# --- a way, in a process of its own ---------------------------------------------------------------------------
+
+
+def in_child(task: dict[str, Any]) -> Any:
+    command = [sys.executable, __file__, "--child", json.dumps(task)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        # Its standard error was ours: the reason is above.
+        raise SystemExit(f"the process for {task['way']} ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Way:
+    """What every way has: the workload, and where its result goes."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.name = task["way"]
+        self.folder = Path(task["folder"])
+        self.model = self.folder / "model"
+        self.config = GenerateConfig.model_validate(task["config"])
+        self.models = ModelConfig(device=task["device"], dtype=task["dtype"])
+        self.stops: list[int] = task["stops"]
+        self.longest: int = task["longest"]
+        self.seed: int = task["seed"]
+        self.shards = range(task["shards"])
+        self.file = self.folder / f"{self.name}.parquet"
+
+    def prompts(self) -> list[tuple[int, list[int]]]:
+        return [prompt for number in self.shards for prompt in read_prompts(self.folder / "prompts.parquet", number)]
+
+    def requests(self) -> list[Request]:
+        """Of all shards, the seeds as the stage has them."""
+        return [
+            Request(ids, seed_for(self.seed, 1, prompt_id, sample))
+            for prompt_id, ids in self.prompts()
+            for sample in range(self.config.samples)
+        ]
+
+    def write(self, token_ids: list[list[int]], logps: list[float] | None) -> None:
+        columns: dict[str, Any] = {"token_ids": token_ids}
+        if logps is not None:
+            columns["sampled_logp"] = logps
+        pl.DataFrame(columns).write_parquet(self.file)
+
+    def tokens(self) -> int:
+        return int(pl.read_parquet(self.file)["token_ids"].list.len().sum())
+
+
+def warmed(engine: Engine, way: Way) -> Engine:
+    """After a first answer: kernels are loaded and buffers allocated."""
+    request = Request(way.prompts()[0][1], 0)
+    sample_all(engine, [request] * 2)
+    return engine
+
+
+class Items:
+    """All shards, for one group; one after the other, or ahead as soon as there is room."""
+
+    def __init__(self, numbers: range, *, ahead: bool) -> None:
+        self.left = deque(numbers)
+        self.ahead = ahead
+
+    def take(self, *, wait: bool) -> int | None:
+        return self.left.popleft() if self.left and (wait or self.ahead) else None
+
+
+def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool = True) -> float:
+    """The stage's working half; seconds from the warmed engine to the last shard's file."""
+
+    def build(engine: str, config: GenerateConfig, models: ModelConfig, *rest: Any) -> Engine:
+        return warmed(
+            vllm_engine(way, prefix_caching) if engine == "vllm" else built(engine, config, models, *rest), way
+        )
+
+    built, stage._build = stage._build, build
+    seconds = 0.0
+
+    def hear(event: str, **fields: Any) -> None:
+        nonlocal seconds
+        seconds += fields["seconds"] if event == "throughput" else 0.0
+
+    files = [way.folder / f"{way.name}-{number:05d}.parquet" for number in way.shards]
+    stage.sample_shards(
+        Items(way.shards, ahead=ahead),
+        config=way.config,
+        models=way.models,
+        engine=engine,
+        policy=way.model,
+        stops=way.stops,
+        longest=way.longest,
+        prompts=way.folder / "prompts.parquet",
+        files=files,
+        keys=[file.name for file in files],
+        seed=way.seed,
+        round_number=1,
+        report=hear,
+    )
+    frame = pl.concat([pl.read_parquet(file) for file in files])
+    way.write(frame["token_ids"].to_list(), frame["sampled_logp"].to_list())
+    return seconds
+
+
+def vllm_engine(way: Way, prefix_caching: bool = True) -> Any:
+    from dice_py.engine_vllm import VllmEngine
+
+    return VllmEngine(
+        way.model,
+        way.config,
+        way.models,
+        stops=way.stops,
+        longest_prompt=way.longest,
+        prefix_caching=prefix_caching,
+    )
+
+
+def vllm_separate(way: Way) -> float:
+    engine, requests = vllm_engine(way), way.requests()
+    warmed(engine, way)
+    began = time.perf_counter()
+    samples = sample_all(engine, requests)
+    seconds = time.perf_counter() - began
+    way.write([sample.token_ids for sample in samples], [sample.logp for sample in samples])
+    return seconds
+
+
+def vllm_n(way: Way) -> float:
+    engine = vllm_engine(way)
+    warmed(engine, way)
+    from vllm import SamplingParams
+
+    config = way.config
+    parameters = [
+        SamplingParams(
+            n=config.samples,
+            seed=seed_for(way.seed, 1, prompt_id),
+            temperature=config.temperature,
+            max_tokens=config.max_new_tokens,
+            ignore_eos=True,
+            stop_token_ids=way.stops,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        for prompt_id, _ in way.prompts()
+    ]
+    prompts = [{"prompt_token_ids": ids} for _, ids in way.prompts()]
+    began = time.perf_counter()
+    outputs = engine.llm.generate(prompts, parameters, use_tqdm=False)
+    seconds = time.perf_counter() - began
+    completions = [completion for output in outputs for completion in output.outputs]
+    way.write([list(one.token_ids) for one in completions], [float(one.cumulative_logprob) for one in completions])
+    return seconds
+
+
+def hf_generate(way: Way) -> float:
+    """K full prompts in a batch, prompts of like length together, until the longest row of the batch has ended."""
+    from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
+
+    from dice_py.decoding import SeededSampling
+
+    config, requests = way.config, way.requests()
+    dtype = getattr(torch, way.models.dtype)
+    model = AutoModelForCausalLM.from_pretrained(way.model, dtype=dtype).to(way.models.device).eval()
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=config.max_new_tokens, eos_token_id=way.stops, pad_token_id=0
+    )
+    found: list[list[int]] = [[] for _ in requests]
+    logps = [0.0] * len(requests)
+
+    def run(rows: list[int]) -> None:
+        width = max(len(requests[row].prompt_token_ids) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for at, row in enumerate(rows):
+            prompt = requests[row].prompt_token_ids
+            ids[at, width - len(prompt) :] = torch.tensor(prompt)
+            mask[at, width - len(prompt) :] = 1
+        # Its own draw, so that the tokens can be compared; it costs less than `do_sample=True`.
+        sampling = SeededSampling([requests[row].seed for row in rows], config, way.stops, model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids.to(way.models.device),
+                attention_mask=mask.to(way.models.device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([sampling]),
+            )
+        for at, row in enumerate(rows):
+            tokens = output[at, width:].tolist()
+            end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens) - 1)
+            found[row], logps[row] = tokens[: end + 1], float(sampling.logp[at])
+
+    stops = set(way.stops)
+    run([0, 1])
+    began = time.perf_counter()
+    left = sorted(range(len(requests)), key=lambda row: -len(requests[row].prompt_token_ids))
+    while left:
+        size = max(1, config.token_budget // (len(requests[left[0]].prompt_token_ids) + config.max_new_tokens))
+        run(left[:size])
+        del left[:size]
+    seconds = time.perf_counter() - began
+    way.write(found, logps)
+    return seconds
+
+
+RUN: dict[str, Callable[[Way], float]] = {
+    "transformers": partial(our_stage, engine="transformers"),
+    "hf_generate": hf_generate,
+    "vllm_streaming": partial(our_stage, engine="vllm"),
+    "vllm_shard_by_shard": partial(our_stage, engine="vllm", ahead=False),
+    "vllm_no_prefix_caching": partial(our_stage, engine="vllm", prefix_caching=False),
+    "vllm_separate": vllm_separate,
+    "vllm_n": vllm_n,
+}
+
+
+def child(task: dict[str, Any]) -> Any:
+    # What libraries print is not the answer, which is the last line.
+    answer, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    try:
+        way = Way(task)
+        seconds = RUN[way.name](way)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "title": WAYS[way.name],
+            "seconds": seconds,
+            "tokens": way.tokens(),
+            "tokens_per_second": way.tokens() / seconds,
+            "peak_memory_bytes": memory,
+            "peak_gpu_memory_bytes": torch.cuda.max_memory_reserved() if way.models.device == "cuda" else None,
+        }
+    finally:
+        sys.stdout.flush()
+        os.dup2(answer, 1)
+
+
+def check(task: dict[str, Any], ways: list[str]) -> dict[str, dict[str, float]]:
+    """Of each way's sums, against a float32 forward over one response at a time: absolute differences."""
+    from transformers import AutoModelForCausalLM
+
+    way = Way({**task, "way": "check"})
+    model = AutoModelForCausalLM.from_pretrained(way.model, dtype=torch.float32).to(way.models.device).eval()
+    prompts = way.prompts()
+    found = {}
+    for name in ways:
+        frame = pl.read_parquet(way.folder / f"{name}.parquet")
+        rows = np.unique(np.linspace(0, frame.height - 1, task["checked"]).astype(int)).tolist()
+        apart = []
+        for row in rows:
+            prompt, response = prompts[row // way.config.samples][1], frame["token_ids"][row].to_list()
+            ids = torch.tensor([prompt + response], device=model.device)
+            with torch.inference_mode():
+                logits = model(ids, logits_to_keep=len(response) + 1).logits[0, :-1].float()
+            exact = torch.log_softmax(logits, dim=-1).gather(1, ids[0, -len(response) :, None]).double().sum()
+            apart.append(abs(float(exact) - frame["sampled_logp"][row]))
+        found[name] = {"max": max(apart), "mean": sum(apart) / len(apart)}
+    return found
+
+
+# --- results --------------------------------------------------------------------------------------------------
+
+
+def report(
+    options: argparse.Namespace,
+    task: dict[str, Any],
+    done: dict[str, dict[str, Any]],
+    differences: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """generation.json."""
+    folder = Path(task["folder"])
+    ways: dict[str, dict[str, Any]] = {}
+    for way, found in done.items():
+        ways[way] = dict(found)
+        if way in differences:
+            ways[way]["max_abs_difference"] = differences[way]["max"]
+            ways[way]["mean_abs_difference"] = differences[way]["mean"]
+        plain = SAME_TOKENS.get(way)
+        if plain in differences and way in differences:
+            mine, others = (pl.read_parquet(folder / f"{name}.parquet")["token_ids"].to_list() for name in (way, plain))
+            ways[way]["mismatches"] = sum(one != other for one, other in zip(mine, others, strict=True))
+    speedups = {
+        name: ways[fast]["tokens_per_second"] / ways[slow]["tokens_per_second"]
+        for name, (fast, slow) in SPEEDUPS.items()
+        if all("tokens_per_second" in ways.get(way, {}) for way in (fast, slow))
+    }
+    responses = [pl.read_parquet(folder / f"{way}.parquet")["token_ids"].list.len() for way in differences]
+    return {
+        "machine": machine(),
+        "parameters": {
+            **{name: getattr(options, name) for name in ("shape", "device", "dtype", "samples", "seed", "checked")},
+            **{name: getattr(options, name) for name in ON_CPU},
+            "shape_dimensions": SHAPES[options.shape],
+            "longest_prompt": task["longest"],
+            "response_tokens": {
+                "mean": float(responses[0].mean()),  # type: ignore[arg-type]
+                "longest": int(responses[0].max()),  # type: ignore[arg-type]
+            }
+            if responses
+            else None,
+        },
+        "ways": ways,
+        **speedups,
+        "max_abs_difference": max((found["max"] for found in differences.values()), default=None),
+    }
+
+
+def print_table(results: dict[str, Any]) -> None:
+    table = Table("way", "seconds", "tokens/s", "peak memory", "other tokens", "largest |Δ Σ log π|")
+    for way, found in results["ways"].items():
+        if "skipped" in found:
+            table.add_row(WAYS[way], f"skipped: {found['skipped']}")
+            continue
+        gpu = found["peak_gpu_memory_bytes"]
+        memory = f"{found['peak_memory_bytes'] / 1e9:.2f} GB" + (f", GPU {gpu / 1e9:.2f} GB" if gpu else "")
+        table.add_row(
+            found["title"],
+            f"{found['seconds']:.2f}",
+            f"{found['tokens_per_second']:.0f}",
+            memory,
+            str(found.get("mismatches", "")),
+            f"{found['max_abs_difference']:.1e}",
+        )
+    console = Console(width=max(Console().width, 130))
+    console.print(table)
+    for name in SPEEDUPS:
+        if name in results:
+            console.print(f"{name.replace('_', ' ')}: {results[name]:.2f} ×")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
