@@ -1,4 +1,4 @@
-"""What dice_py/train.py takes for granted of the installed TRL: one test for each hook, name and output.
+"""What dice_py/train_rank.py takes for granted of the installed TRL: one test for each hook, name and output.
 
 A new TRL that breaks one of these breaks training; widen its range in pyproject.toml only when all pass.
 """
@@ -19,12 +19,17 @@ from datasets import Dataset
 from packaging.requirements import Requirement
 from tiny_models import make_llama
 from tiny_sets import CPU, scored_pairs
-from transformers import LlamaModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaModel, Trainer
 from trl import DPOConfig, DPOTrainer
+from trl.kernels import chunked_logprob
+from trl.trainer import dpo_trainer
+from trl.trainer import utils as trl_utils
 
 from dice_py.config import LoraConfig, TrainConfig
 from dice_py.models import load_model, load_tokenizer
-from dice_py.train import _COLUMNS, _arguments, _peft, _trainer_class
+from dice_py.train import COLUMNS
+from dice_py.train_rank import _arguments, _peft, _trainer_class
 
 CONFIG = TrainConfig(batch_size=4, micro_batch_size=4, save_steps=None, warmup_steps=0)
 
@@ -40,11 +45,11 @@ def pairs(llama: Path) -> pl.DataFrame:
 
 
 def build(llama: Path, pairs: pl.DataFrame, out: Path, lora: LoraConfig | None = None) -> DPOTrainer:
-    """The trainer as dice_py.train.train builds it."""
+    """The trainer as dice_py.train_rank.train_rank builds it."""
     return _trainer_class()(
         model=load_model(llama, CPU, training=True),
         args=_arguments(CONFIG, CPU, out, 0.1, 0),
-        train_dataset=Dataset(pairs.select(_COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
+        train_dataset=Dataset(pairs.select(COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
         processing_class=load_tokenizer(llama, CPU),
         peft_config=_peft(lora),
     )
@@ -70,6 +75,7 @@ def test_version_is_in_the_pinned_range() -> None:
         ("_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
         ("_precompute_ref_logps", ["self", "dataset", "name", "batch_size"]),
         ("compute_loss_context_manager", ["self"]),
+        ("_validate_args", ["self"]),
     ],
 )
 def test_hooks_have_their_parameters(hook: str, parameters: list[str]) -> None:
@@ -89,7 +95,7 @@ def test_arguments_that_are_given_exist(tmp_path: Path) -> None:
 
 
 def test_dataset_is_what_was_given(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
-    assert trainer.train_dataset.column_names == _COLUMNS
+    assert trainer.train_dataset.column_names == COLUMNS
     assert pl.DataFrame(trainer.train_dataset.to_dict(), schema=pairs.schema).equals(pairs)
 
 
@@ -162,3 +168,60 @@ def test_fused_head_gives_log_probabilities(trainer: DPOTrainer, pairs: pl.DataF
     assert (logps[batch["completion_mask"][:, 1:] == 0] == 0).all()
     given = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
     torch.testing.assert_close(logps.sum(dim=1), given, rtol=0, atol=1e-4)
+
+
+def test_hash_of_the_weights_is_made_for_the_reference_pass_alone(trainer: DPOTrainer) -> None:
+    # PairTrainer replaces the name `hash_module` while it is built. What it stands for is read by the hook
+    # `_precompute_ref_logps`, which it overrides, and by nothing else.
+    assert callable(dpo_trainer.hash_module)
+    assert trainer._precompute_model_hash is None
+    source = inspect.getsource(dpo_trainer)
+    assert source.count("hash_module(") == 1
+    assert source.count("_precompute_model_hash") == 2
+    assert "_precompute_model_hash" in inspect.getsource(DPOTrainer._precompute_ref_logps)
+
+
+def test_what_reads_is_fsdp_enabled_while_the_trainer_is_built(trainer: DPOTrainer) -> None:
+    # PairTrainer hides FSDP from the end of Trainer's `_validate_args` on, so that DPOTrainer loads no reference model.
+    built = inspect.getsource(Trainer.__init__)
+    after = built[built.index("self._validate_args()") :]
+    assert "is_fsdp_enabled" not in after
+    assert "self.place_model_on_device" not in after  # the model is where it belongs by then
+    own = inspect.getsource(DPOTrainer.__init__)
+    read = [line.strip() for line in own.splitlines() if "is_fsdp_enabled" in line]
+    assert read == [
+        "if is_peft_model(self.model) or (args.precompute_ref_log_probs and not self.is_fsdp_enabled):",
+        "elif self.is_fsdp_enabled:",  # of a reference model that there is
+        "if self.is_fsdp_enabled and ref_model is None:",
+    ]
+    assert trainer.is_fsdp_enabled is False
+
+
+def test_logits_are_projected_in_tiles(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
+    # The largest tensor that the head makes in forward and backward is one tile, whatever the batch.
+    assert trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE == 32768
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == 4096
+    positions, vocabulary, hidden = 64, 100, 8
+    torch.manual_seed(0)
+    states = torch.randn(positions, hidden, requires_grad=True)
+    head = torch.randn(vocabulary, hidden, requires_grad=True)
+    labels = torch.randint(vocabulary, (positions,))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            for tensor in made if isinstance(made, tuple | list) else [made]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return made
+
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 16)
+        logps, *_ = chunked_logprob.ChunkedLogProbFunction.apply(states, head, None, labels, 1.0, 25, None, 1.0, ())
+        logps.sum().backward()
+    assert largest == max(16 * 25, vocabulary * hidden)
+    assert largest < positions * vocabulary
+    want = torch.log_softmax(states @ head.T, dim=1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(logps, want, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,393 @@
+"""One epoch of DPO: a stock DPOTrainer with precompute_ref_log_probs against ours. `python benches/training.py --help`.
+
+    stock            TRL as its documentation has it: texts are tokenised, the reference's log-probabilities are
+                     computed in a pass before training, then it trains
+    ours             dice_py.train.train on the same pairs, as tokens, with the reference log-probabilities that the
+                     score stage has computed for every mined pair: they cost nothing here
+    ours_checkpoint  the same with train.gradient_checkpointing
+    score            what a replayed pair costs on top: its reference log-probabilities, by dice_py.score.score_pairs;
+                     here for all pairs, so that a share γ of replay costs γ times as much
+
+Random weights in a named shape, lengths with a long tail, the same batches in the same order. Every way runs in a
+process of its own, in turn within each repeat; figures are medians. Stock and ours do the same work while they train:
+where those two spans differ much (`same_work`, 1 on a quiet machine), the figures are the machine's noise. A memory peak is that of the process (on a GPU:
+of torch's allocator). The losses of all ways are compared at every step first: a difference above `--tolerance` ends
+it with status 1, and writes nothing. Results: a table, and training.json in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import polars as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, long_tailed_lengths, machine, make_model
+
+from dice_py.artefacts import TRAINING_SET, read_json, write_json, write_parquet
+from dice_py.config import LoraConfig, ModelConfig, ScoreConfig, TrainConfig
+
+TRAINING = ("stock", "ours", "ours_checkpoint")
+WAYS = (*TRAINING, "score")
+SPANS = ("startup", "tokenise", "reference", "training", "save")
+BETA, SEED, EOS = 0.1, 7, 2
+GAMMA = 0.5
+"""The share of replayed pairs that a run has unless told."""
+SMOKE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.child:
+        child(options.child, Path(options.folder), options)
+        return 0
+    log = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="bench-training-", dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        lengths = prepare(folder, options)
+        # The scores come first: every way of ours trains on them.
+        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        runs["score"].append(start("score", folder, options))
+        for repeat in range(options.repeats):
+            turn = repeat % len(TRAINING)  # no way is always the first
+            for way in (*TRAINING[turn:], *TRAINING[:turn], *(["score"] if repeat else [])):
+                log.print(f"repeat {repeat + 1}: {way}")
+                runs[way].append(start(way, folder, options))
+    parity = compare(runs)
+    if not parity <= options.tolerance:
+        log.print(f"losses differ by up to {parity:.2g}, which is more than {options.tolerance:g}: nothing is written")
+        return 1
+    found = result(runs, lengths, parity, options)
+    show(found, Console())
+    write_json(options.out / "training.json", found)
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One epoch of DPO: stock TRL against ours.")
+    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs per optimizer step")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="pairs per forward")
+    parser.add_argument("--response-median", type=float, default=24.0, help="tokens; log-normal")
+    parser.add_argument("--response-sigma", type=float, default=0.8, help="of the logarithm")
+    parser.add_argument("--max-response", type=int, default=192, help="tokens; longer ones are cut to it")
+    parser.add_argument("--prompt-median", type=float, default=12.0, help="tokens; log-normal, half as wide")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="default: by the device")
+    parser.add_argument("--lora", type=int, default=None, metavar="R", help="train adapters, as an 8B needs on one GPU")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tolerance", type=float, default=None, help="of losses; default 1e-4, in bfloat16 2e-2")
+    parser.add_argument("--smoke", action="store_true", help="a model of a hundred thousand weights: for a test")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--scratch", default=None, help="folder for the models")
+    parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    options.tolerance = options.tolerance or (2e-2 if options.dtype == "bfloat16" else 1e-4)
+    return options
+
+
+# --- what is trained ------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A model folder, the pairs as texts and as tokens; returns what the lengths are."""
+    changes = SMOKE if options.smoke else {}
+    model = make_model(options.shape, getattr(torch, options.dtype), options.device, **changes)
+    vocabulary = model.config.vocab_size
+    model.save_pretrained(folder / "model")
+    del model
+    make_tokenizer(vocabulary).save_pretrained(folder / "model")
+    count = options.pairs
+    drawn = {
+        name: long_tailed_lengths(count, median=median, sigma=sigma, low=low, high=high, seed=SEED + number)
+        for number, (name, median, sigma, low, high) in enumerate(
+            [
+                ("prompt_ids", options.prompt_median, options.response_sigma / 2, 2, options.max_response),
+                ("chosen_ids", options.response_median, options.response_sigma, 1, options.max_response),
+                ("rejected_ids", options.response_median, options.response_sigma, 1, options.max_response),
+            ]
+        )
+    }
+    rng = np.random.default_rng(SEED)
+    columns: dict[str, Any] = {}
+    for name, lengths in drawn.items():
+        end = [] if name == "prompt_ids" else [EOS]
+        columns[name] = [[*rng.integers(3, vocabulary, length).tolist(), *end] for length in lengths]
+    types = {name: TRAINING_SET[name] for name in columns}
+    write_parquet(folder / "pairs.parquet", pl.DataFrame(columns, schema=types), key="bench")
+    words = {
+        name: [" ".join(f"t{token}" for token in ids if token != EOS) for ids in columns[name]] for name in columns
+    }
+    texts = {
+        "prompt": words["prompt_ids"],
+        "chosen": [" " + text for text in words["chosen_ids"]],  # TRL joins it to the prompt, and adds the EOS
+        "rejected": [" " + text for text in words["rejected_ids"]],
+    }
+    pl.DataFrame(texts).write_parquet(folder / "texts.parquet")
+    return {
+        name: {
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "largest": int(lengths.max()),
+        }
+        for name, lengths in drawn.items()
+    }
+
+
+def make_tokenizer(vocabulary: int) -> Any:
+    """Word `tN` is token N, so that texts and tokens are the same."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    names = {name: number for number, name in enumerate([*special, *(f"t{n}" for n in range(3, vocabulary))])}
+    tokenizer = Tokenizer(WordLevel(names, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # not used
+    return made
+
+
+# --- a way, in its own process --------------------------------------------------------------------------------
+
+
+def start(way: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs a way in a process of its own, and returns what it measured."""
+    began = time.time()
+    given = [item for name, value in vars(options).items() for item in argument(name, value)]
+    # What it caches is its own, so that no repeat finds the log-probabilities of another.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / f"cache-{began}")}
+    command = [sys.executable, __file__, *given, "--child", way, "--folder", str(folder)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wall = time.time() - began
+    if done.returncode:
+        raise SystemExit(f"{way} failed:\n{done.stdout[-4000:]}")
+    made: dict[str, Any] = read_json(folder / f"{way}.json")
+    spans = {name: made["spans"].get(name, 0.0) for name in SPANS}
+    spans["startup"] = wall - sum(spans.values())  # of the process, its imports, the model's reading
+    return {"wall_seconds": wall, "seconds": spans, **{k: v for k, v in made.items() if k != "spans"}}
+
+
+def argument(name: str, value: Any) -> list[str]:
+    option = "--" + name.replace("_", "-")
+    if name in ("child", "folder") or value is None or value is False:
+        return []
+    return [option] if value is True else [option, str(value)]
+
+
+def child(way: str, folder: Path, options: argparse.Namespace) -> None:
+    spans: dict[str, float] = {}
+    before = peak("cpu")
+    work = {"stock": stock, "score": score}.get(way, ours)
+    losses = work(folder, options, spans, way)
+    found = {"spans": spans, "losses": losses, "peak_memory_bytes": peak(options.device), "peak_before_bytes": before}
+    write_json(folder / f"{way}.json", found)
+
+
+def peak(device: str) -> int:
+    """Bytes: the largest resident memory of this process, or what torch had of a GPU at the most."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+@contextlib.contextmanager
+def timed(spans: dict[str, float], owner: Any, name: str, span: str) -> Iterator[None]:
+    """Adds what calls of `owner.name` take to `spans[span]`."""
+    function = getattr(owner, name)
+
+    def timed_function(*given: Any, **named: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return function(*given, **named)
+        finally:
+            spans[span] = spans.get(span, 0.0) + time.monotonic() - began
+
+    with mock.patch.object(owner, name, timed_function):
+        yield
+
+
+def settings(options: argparse.Namespace, way: str) -> TrainConfig:
+    return TrainConfig(
+        learning_rate=options.learning_rate,
+        warmup_steps=0,
+        batch_size=options.batch_size,
+        micro_batch_size=options.micro_batch_size,
+        lora=None if options.lora is None else LoraConfig(r=options.lora),
+        gradient_checkpointing=way == "ours_checkpoint",
+        save_steps=None,
+        logging_steps=1,
+        step0_pairs=min(8, options.pairs),
+        step0_tolerance=1e-3 if options.dtype == "float32" else 2e-2,
+    )
+
+
+def models(options: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(device=options.device, dtype=options.dtype)
+
+
+def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
+    """TRL's trainer as it is. Its arguments are ours, so that batches, seeds and steps are the same."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOTrainer
+    from trl.trainer import dpo_trainer
+
+    from dice_py.train_rank import _arguments, _peft
+
+    config = settings(options, way)
+    arguments = _arguments(config, models(options), folder / "stock", BETA, SEED)
+    held = options.dtype if options.lora else "float32"
+    with (
+        timed(spans, DPOTrainer, "_prepare_dataset", "tokenise"),
+        timed(spans, DPOTrainer, "_precompute_ref_logps", "reference"),
+        timed(spans, dpo_trainer, "hash_module", "reference"),  # it names the cache of that pass
+        timed(spans, DPOTrainer, "train", "training"),
+        timed(spans, DPOTrainer, "save_model", "save"),
+    ):
+        trainer = DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, held)),
+            args=arguments,
+            train_dataset=Dataset.from_dict(pl.read_parquet(folder / "texts.parquet").to_dict(as_series=False)),
+            processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+            peft_config=_peft(config.lora),
+        )
+        trainer.train()
+        trainer.save_model(str(folder / "stock-model"))
+    seen = pl.DataFrame(trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_dict())
+    same = pl.read_parquet(folder / "pairs.parquet").equals(seen.cast(pl.List(pl.Int32)))
+    if not same:
+        raise SystemExit("the stock way trains on other tokens than ours")
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def score(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
+    """The reference log-probabilities of all pairs."""
+    from dice_py import score as stage
+
+    pairs = pl.read_parquet(folder / "pairs.parquet")
+    with timed(spans, stage, "score_pairs", "reference"):
+        logps = stage.score_pairs(ScoreConfig(), models(options), policy=folder / "model", pairs=pairs)
+    scored = pairs.with_columns(ref_chosen_logps=logps["chosen_logp"], ref_rejected_logps=logps["rejected_logp"])
+    write_parquet(folder / "training_set.parquet", scored, key="bench")
+    return []
+
+
+def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
+    """The stage of a run."""
+    from trl import DPOTrainer
+
+    from dice_py import train_rank
+    from dice_py.train import train
+
+    out = Path(tempfile.mkdtemp(dir=folder))
+    with timed(spans, DPOTrainer, "train", "training"), timed(spans, train_rank, "_save", "save"):
+        train(
+            settings(options, way),
+            models(options),
+            policy=folder / "model",
+            training_set=folder / "training_set.parquet",
+            out=out,
+            beta=BETA,
+            seed=SEED,
+            key="bench",
+        )
+    return [entry["loss"] for entry in read_json(out / "model" / "train_log.json") if "loss" in entry]
+
+
+# --- results --------------------------------------------------------------------------------------------------
+
+
+def compare(runs: dict[str, list[dict[str, Any]]]) -> float:
+    """The largest difference of a step's loss from that of the first stock run."""
+    want = runs["stock"][0]["losses"]
+    curves = [run["losses"] for way in TRAINING for run in runs[way]]
+    if not want or any(len(curve) != len(want) for curve in curves):
+        raise SystemExit(f"the ways made {sorted({len(curve) for curve in curves})} steps")
+    return max(abs(a - b) for curve in curves for a, b in zip(curve, want, strict=True))
+
+
+def result(
+    runs: dict[str, list[dict[str, Any]]], lengths: dict[str, Any], parity: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    def median(way: str, name: str) -> float:
+        return statistics.median(run[name] for run in runs[way])
+
+    ways: dict[str, Any] = {
+        way: {
+            "wall_seconds": median(way, "wall_seconds"),
+            "peak_memory_bytes": int(median(way, "peak_memory_bytes")),
+            "peak_before_bytes": int(median(way, "peak_before_bytes")),
+            "seconds": {span: statistics.median(run["seconds"][span] for run in runs[way]) for span in SPANS},
+            "runs": [{"wall_seconds": run["wall_seconds"], "seconds": run["seconds"]} for run in runs[way]],
+        }
+        for way in WAYS
+    }
+    work = {way: ways[way]["wall_seconds"] - ways[way]["seconds"]["startup"] for way in WAYS}
+    shares = {"ours": 0.0, f"ours, {GAMMA:.0%} replayed": GAMMA, "ours, all replayed": 1.0}
+    extra = ways["score"]["seconds"]["reference"]
+    return {
+        "shape": "smoke" if options.smoke else options.shape,
+        "device": options.device,
+        "dtype": options.dtype,
+        "lora": options.lora,
+        "pairs": options.pairs,
+        "batch_size": options.batch_size,
+        "micro_batch_size": options.micro_batch_size,
+        "lengths": lengths,
+        "steps": len(runs["stock"][0]["losses"]),
+        "repeats": options.repeats,
+        "ways": ways,
+        # Of this run's own figures. `work`: without a process's start, its imports and the reading of the model.
+        "speedup_over_stock": {
+            name: {
+                "wall": ways["stock"]["wall_seconds"] / (ways["ours"]["wall_seconds"] + share * extra),
+                "work": work["stock"] / (work["ours"] + share * extra),
+            }
+            for name, share in shares.items()
+        },
+        "same_work": ways["stock"]["seconds"]["training"] / ways["ours"]["seconds"]["training"],
+        "peak_memory_over_stock": {
+            way: ways[way]["peak_memory_bytes"] / ways["stock"]["peak_memory_bytes"] for way in TRAINING
+        },
+        "parity": {"max_loss_difference": parity, "tolerance": options.tolerance, "losses": runs["stock"][0]["losses"]},
+        "machine": machine(),
+    }
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"one epoch of {found['pairs']} pairs, {found['shape']}, {found['device']} {found['dtype']}")
+    for name in ("way", *SPANS, "wall, s", "peak, GB"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for way, row in found["ways"].items():
+        spans = [f"{row['seconds'][span]:.2f}" for span in SPANS]
+        table.add_row(way, *spans, f"{row['wall_seconds']:.2f}", f"{row['peak_memory_bytes'] / 1e9:.2f}")
+    console.print(table)
+    for name, ratio in found["speedup_over_stock"].items():
+        console.print(f"{name}: {ratio['wall']:.2f} × as fast as stock, {ratio['work']:.2f} × without start-up")
+    console.print(f"training, the same work in both: stock {found['same_work']:.2f} × as long as ours")
+    console.print(f"largest difference of a step's loss: {found['parity']['max_loss_difference']:.2g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

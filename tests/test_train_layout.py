@@ -1,0 +1,290 @@
+"""Which processes a training gets, by which strategy, and what accelerate and DeepSpeed read in the files for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.dataclasses import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from dice_py.config import DevicesConfig, LoraConfig, ModelConfig, TrainConfig, resolve
+from dice_py.errors import UsageError
+from dice_py.train_layout import Layout, lay_out, write_accelerate_config
+
+CPU = ModelConfig(device="cpu", dtype="float32")
+AUTO = ModelConfig()
+ALL = DevicesConfig()
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with four GPUs, of which CUDA_VISIBLE_DEVICES shows three."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab12,0")
+
+
+@pytest.fixture
+def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if DeepSpeed were installed, for who looks for it."""
+    found = importlib.util.find_spec
+
+    def find_spec(name: str, *rest: Any) -> Any:
+        return object() if name == "deepspeed" else found(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
+def config(**changed: Any) -> TrainConfig:
+    return TrainConfig(**{"batch_size": 24, "micro_batch_size": 2, **changed})
+
+
+# --- lay_out --------------------------------------------------------------------------------------------------
+
+
+def test_cpu_is_one_process_unless_told() -> None:
+    assert lay_out(config(), CPU, ALL) == Layout()
+    assert lay_out(config(processes=3), CPU, ALL) == Layout(3, "ddp")
+    assert lay_out(config(processes=3), CPU, None) == Layout(3, "ddp")
+
+
+@pytest.mark.usefixtures("gpus")
+def test_one_process_per_gpu() -> None:
+    assert lay_out(config(), AUTO, ALL) == Layout(3, "fsdp2", "cuda", ("3", "GPU-ab12", "0"))
+    assert lay_out(config(strategy="ddp"), AUTO, ALL).strategy == "ddp"
+    assert lay_out(config(lora=LoraConfig()), AUTO, ALL).strategy == "ddp"
+    assert lay_out(config(processes=2), AUTO, ALL) == Layout(2, "fsdp2", "cuda", ("3", "GPU-ab12"))
+
+
+@pytest.mark.usefixtures("gpus")
+def test_gpus_are_those_of_the_config() -> None:
+    assert lay_out(config(), AUTO, DevicesConfig(gpus=[2, 1])).gpus == ("0", "GPU-ab12")
+    assert lay_out(config(), AUTO, DevicesConfig(gpus=[2])) == Layout(1, "none", "cuda", ("0",))
+    assert lay_out(config(), ModelConfig(device="cuda:1"), ALL) == Layout(1, "none", "cuda", ("GPU-ab12",))
+    with pytest.raises(UsageError, match=r"devices\.gpus names GPU 3, but 3 GPU"):
+        lay_out(config(), AUTO, DevicesConfig(gpus=[3]))
+
+
+@pytest.mark.usefixtures("gpus")
+def test_without_devices_auto_is_the_first_gpu() -> None:
+    assert lay_out(config(), AUTO, None) == Layout(device="cuda")
+    assert lay_out(config(processes=3), AUTO, None).processes == 3
+
+
+@pytest.mark.usefixtures("gpus")
+def test_as_many_gpus_as_the_batch_divides_among() -> None:
+    said: list[str] = []
+    layout = lay_out(config(batch_size=16), AUTO, ALL, lambda event, **fields: said.append(fields["text"]))
+    assert layout.gpus == ("3", "GPU-ab12")
+    assert said == [
+        "training takes 2 of 3 GPUs: train.batch_size (16) must be a multiple of train.micro_batch_size (2) × processes"
+    ]
+    assert lay_out(config(batch_size=2), AUTO, ALL).processes == 1
+
+
+@pytest.mark.usefixtures("gpus")
+def test_one_process_does_not_shard_and_says_so() -> None:
+    said: list[str] = []
+    layout = lay_out(
+        config(strategy="fsdp2"), AUTO, DevicesConfig(gpus=[0]), lambda event, **fields: said.append(fields["text"])
+    )
+    assert layout.strategy == "none"
+    assert said == ["training is one process, which has nothing to shard (fsdp2) with"]
+
+
+@pytest.mark.usefixtures("gpus")
+def test_more_processes_than_gpus() -> None:
+    with pytest.raises(UsageError, match=r"train\.processes is 4, but training has 3 GPU\(s\) to use"):
+        lay_out(config(processes=4), AUTO, ALL)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_cpu_does_not_shard(strategy: str) -> None:
+    with pytest.raises(UsageError, match=rf"train\.strategy is {strategy}, which needs GPUs; on the CPU take ddp"):
+        lay_out(config(processes=2, strategy=strategy), CPU, ALL)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_zero3_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else found(name, *a))
+    with pytest.raises(UsageError, match=r"DeepSpeed is not installed; add it with: pip install deepspeed$"):
+        lay_out(config(strategy="zero3"), AUTO, ALL)
+
+
+@pytest.mark.usefixtures("gpus", "deepspeed")
+def test_zero3() -> None:
+    assert lay_out(config(strategy="zero3"), AUTO, ALL) == Layout(3, "zero3", "cuda", ("3", "GPU-ab12", "0"))
+
+
+def test_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match=r"WORLD_SIZE=4.*run dice alone, unset WORLD_SIZE, and set train\.processes"):
+        lay_out(config(), CPU, ALL)
+
+
+# --- the config -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["train.batch_size=32", "train.micro_batch_size=4", "train.processes=3"],
+            r"batch_size \(32\) must be a multiple of micro_batch_size × processes \(4 × 3\)",
+        ),
+        (["train.accelerate_config=a.yaml", "train.processes=2"], "leave out processes and strategy"),
+        (["train.lora.r=2", "train.strategy=fsdp2"], "with lora, take ddp"),
+        (["train.strategy=fsdp"], "'auto', 'ddp', 'fsdp2' or 'zero3'"),
+        (["train.processes=0"], "train.processes"),
+    ],
+)
+def test_settings_that_cannot_be(settings: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve([], settings)
+
+
+def test_how_the_work_is_spread_is_not_decisive() -> None:
+    one, other = config(), config(processes=3, strategy="ddp")
+    assert one.decisive() == other.decisive() == config(accelerate_config="a.yaml").decisive()
+    assert one.decisive() != config(learning_rate=1.0).decisive()
+    assert set(one.model_dump()) - set(one.decisive()) == {"processes", "strategy", "accelerate_config"}
+
+
+# --- the user's own file --------------------------------------------------------------------------------------
+
+
+def own(folder: Path, text: str) -> TrainConfig:
+    file = folder / "own.yaml"
+    file.write_text(text, encoding="utf-8")
+    return config(accelerate_config=str(file))
+
+
+def test_own_file_is_used_as_it_is(tmp_path: Path) -> None:
+    given = own(tmp_path, "num_processes: 2\n")
+    layout = lay_out(given, CPU, ALL)
+    assert layout == Layout(2, "own", own=tmp_path / "own.yaml")
+    assert write_accelerate_config(layout, given, tmp_path / "out") == tmp_path / "own.yaml"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mixed_precision: bf16\n", "has no num_processes; give a file that `accelerate config` wrote"),
+        ("- 1\n", "has no num_processes"),
+        ("num_processes: '2'\n", "has no num_processes"),
+        ("a: [\n", "is not YAML"),
+        ("num_processes: 8\nnum_machines: 2\n", "is for several machines; training runs on one"),
+        ("num_processes: 5\n", r"must be a multiple of train\.micro_batch_size × num_processes of .*own\.yaml \(2 × 5"),
+    ],
+)
+def test_own_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        lay_out(own(tmp_path, text), CPU, ALL)
+
+
+def test_own_file_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match=r"train\.accelerate_config: /nowhere\.yaml: No such file"):
+        lay_out(config(accelerate_config="/nowhere.yaml"), CPU, ALL)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_own_file_for_more_gpus(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is for 4 processes, but training has 3 GPU"):
+        lay_out(own(tmp_path, "num_processes: 4\n"), AUTO, ALL)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_that_can_be_gone_on_from(tmp_path: Path) -> None:
+    assert Layout().checkpoints == Layout(4, "ddp", "cuda").checkpoints  # whole ones
+    sharded = [Layout(n, strategy, "cuda").checkpoints for strategy in ("fsdp2", "zero3") for n in (2, 4)]
+    mine, yours = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    mine.write_text("num_processes: 2")
+    yours.write_text("num_processes: 4")
+    owned = [Layout(2, "own", own=file).checkpoints for file in (mine, yours)]
+    assert len({Layout().checkpoints, *sharded, *owned}) == 7
+
+
+# --- what accelerate reads ------------------------------------------------------------------------------------
+
+
+def launcher_arguments(file: Path) -> Any:
+    """What `accelerate launch` makes of the file."""
+    given = ["--config_file", str(file), "--module", "dice_py.train_launch", "ADDRESS"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
+    return arguments
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fsdp2_as_accelerate_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    layout = Layout(4, "fsdp2", "cuda")
+    file = write_accelerate_config(layout, config(gradient_checkpointing=checkpointing), tmp_path)
+    assert file == tmp_path / "accelerate.yaml"
+    assert load_config_from_file(str(file)).distributed_type == DistributedType.FSDP
+    arguments = launcher_arguments(file)
+    assert arguments.use_fsdp
+    assert arguments.num_processes == 4
+    environment = prepare_multi_gpu_env(arguments)
+    for name in [name for name in os.environ if name.startswith("FSDP_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        if name.startswith("FSDP_"):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.activation_checkpointing is checkpointing
+    assert plugin.cpu_ram_efficient_loading is True
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert type(plugin.cpu_offload).__name__ == "OffloadPolicy"  # none
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ddp_as_accelerate_reads_it(tmp_path: Path, device: Any) -> None:
+    arguments = launcher_arguments(write_accelerate_config(Layout(2, "ddp", device), config(), tmp_path))
+    assert arguments.multi_gpu  # what starts several processes, on the CPU too
+    assert not arguments.use_fsdp
+    assert not arguments.use_deepspeed
+    assert prepare_multi_gpu_env(arguments)["ACCELERATE_MIXED_PRECISION"] == "no"  # model.dtype decides
+    assert arguments.main_process_port != 0  # one that is free was found
+
+
+def test_zero3_as_accelerate_reads_it(tmp_path: Path) -> None:
+    file = write_accelerate_config(Layout(2, "zero3", "cuda"), config(), tmp_path)
+    assert load_config_from_file(str(file)).distributed_type == DistributedType.DEEPSPEED
+    arguments = launcher_arguments(file)
+    assert arguments.use_deepspeed
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(yaml.safe_load(file.read_text())["deepspeed_config"])
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+    assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "true"
+    assert Path(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]) == tmp_path / "zero3.json"
+
+
+def test_zero3_as_transformers_fills_it_in(tmp_path: Path) -> None:
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig  # needs no DeepSpeed
+
+    write_accelerate_config(Layout(2, "zero3", "cuda"), config(), tmp_path)
+    text = json.loads((tmp_path / "zero3.json").read_text())
+    read = HfDeepSpeedConfig(str(tmp_path / "zero3.json"))
+    assert read.is_zero3()
+    assert not read.is_offload()
+    assert text["zero_optimization"]["overlap_comm"] is True
+    # The whole 16-bit model is gathered where it is saved; without it `accelerator.get_state_dict` refuses.
+    assert read.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save") is True
+    for name in ("bf16.enabled", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        assert read.get_value(name) == "auto"

@@ -1,0 +1,381 @@
+"""Training in two processes: the same model as in one, the same checks, checkpoints, and no success where one fails.
+
+One test goes through `accelerate launch`; in the others tests/fork_ranks.py stands in for it, to save the imports.
+Shards on the CPU: tests/sharded_on_cpu.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_llama, make_qwen2
+from tiny_sets import CPU, scored_pairs, token_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dice_py.train as stage
+from dice_py.artefacts import read_json, write_parquet
+from dice_py.config import LoraConfig, ModelConfig, ScoreConfig, TrainConfig
+from dice_py.errors import DataError, OutOfMemoryError
+from dice_py.score import score_pairs
+from dice_py.train import is_trained, train
+from dice_py.train_layout import Layout
+
+HERE = Path(__file__).parent
+CONFIG = TrainConfig(
+    learning_rate=1e-3,
+    lr_scheduler="cosine",
+    warmup_steps=0,
+    epochs=3.0,
+    batch_size=4,
+    micro_batch_size=2,
+    save_steps=None,
+    logging_steps=1,
+)
+TWO = {"processes": 2}
+NEAR = 2e-6
+"""Sums in another order, after six steps of AdamW at 1e-3."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def pairs(llama: Path) -> pl.DataFrame:
+    return scored_pairs(llama, 8)
+
+
+class Stage:
+    """The stage, with everything but what a test is about."""
+
+    def __init__(self, policy: Path, pairs: pl.DataFrame, folder: Path) -> None:
+        self.policy, self.pairs, self.folder, self.out = policy, pairs, folder, folder / "train"
+        self.model = self.out / "model"
+        self.models = CPU
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.on_step: Callable[[int], None] = lambda step: None
+
+    def __call__(self, pairs: pl.DataFrame | None = None, key: str = "k", **changed: Any) -> dict[str, Any]:
+        self.events.clear()
+        training_set = self.folder / "training_set.parquet"
+        write_parquet(training_set, self.pairs if pairs is None else pairs, key="mixed")
+        return train(
+            CONFIG.model_copy(update=changed),
+            self.models,
+            policy=self.policy,
+            training_set=training_set,
+            out=self.out,
+            beta=0.1,
+            seed=7,
+            key=key,
+            report=self.report,
+        )
+
+    def report(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+        if event == "progress":
+            self.on_step(fields["done"])
+
+    def steps(self) -> list[int]:
+        return [fields["done"] for event, fields in self.events if event == "progress"]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.model / "model.safetensors")
+
+
+@pytest.fixture
+def run(llama: Path, pairs: pl.DataFrame, tmp_path: Path) -> Stage:
+    return Stage(llama, pairs, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone(llama: Path, pairs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """What one process trains."""
+    made = Stage(llama, pairs, tmp_path_factory.mktemp("alone"))
+    made()
+    return made
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a weight, of models that have the same ones in the same types."""
+    assert {name: value.dtype for name, value in one.items()} == {name: value.dtype for name, value in other.items()}
+    return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
+
+
+# --- by accelerate launch -------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_the_same_model(run: Stage, alone: Stage) -> None:
+    counts = run(processes=2)
+    assert apart(run.weights(), alone.weights()) < NEAR
+    assert counts["steps"] == 6
+    assert counts["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert run.steps() == [1, 2, 3, 4, 5, 6]
+    assert read_json(run.model / "dice.json") == {"key": "k", "counts": counts}
+    for file in alone.model.iterdir():
+        if file.suffix in (".json", ".jinja") and file.name not in ("train_log.json", "dice.json"):
+            assert (run.model / file.name).read_text() == file.read_text()
+    assert sorted(file.name for file in run.model.iterdir()) == sorted(file.name for file in alone.model.iterdir())
+    losses = [[entry["loss"] for entry in read_json(made.model / "train_log.json")[:6]] for made in (run, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert sorted(file.name for file in run.out.iterdir()) == ["accelerate.yaml", "model"]
+    assert run(processes=2) == counts  # whole under its key: nothing is started
+    assert run.events == []
+
+
+# --- by forked ranks ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """The process that forks ranks: its socket, and its id."""
+    socket = tmp_path_factory.mktemp("f") / "s"
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "fork_ranks.py"), str(socket)],
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        while not Path(f"{socket}.ready").exists():
+            assert process.poll() is None, "the process that forks ranks has ended"
+            time.sleep(0.05)
+        yield str(socket), process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def forked(forker: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Ranks are forked. Returns the id of their parent."""
+    launch = stage.launch
+
+    def from_fork(command: list[str], *rest: Any, **named: Any) -> Any:
+        assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+        return launch([sys.executable, str(HERE / "fork_ranks.py"), forker[0], *command[3:]], *rest, **named)
+
+    monkeypatch.setattr(stage, "launch", from_fork)
+    return forker[1]
+
+
+@pytest.fixture
+def sharded(forked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes are FSDP2's."""
+    launch = stage.launch
+
+    def with_shards(command: list[str], *rest: Any, **named: Any) -> Any:
+        return launch([*command[:-1], "sharded_on_cpu"], *rest, **named)
+
+    def lay_out(config: TrainConfig, *_: Any) -> Layout:
+        return Layout(config.processes, "fsdp2") if config.processes != "auto" else Layout()
+
+    monkeypatch.setattr(stage, "launch", with_shards)
+    monkeypatch.setattr(stage, "lay_out", lay_out)
+
+
+@pytest.mark.parametrize("changed", [{"gradient_checkpointing": True}, {"lora": LoraConfig(r=2)}], ids=str)
+@pytest.mark.usefixtures("forked")
+def test_ddp(run: Stage, tmp_path: Path, changed: dict[str, Any]) -> None:
+    run(**changed, **TWO)
+    (tmp_path / "alone").mkdir()
+    one = Stage(run.policy, run.pairs, tmp_path / "alone")
+    one(**changed)
+    assert apart(run.weights(), one.weights()) < NEAR
+
+
+@pytest.mark.usefixtures("sharded")
+def test_fsdp2(run: Stage, alone: Stage) -> None:
+    counts = run(**TWO)
+    assert apart(run.weights(), alone.weights()) < NEAR
+    assert counts["step0_max_abs_difference"] < 1e-4
+    assert (run.model / "config.json").read_text() == (alone.model / "config.json").read_text()
+    assert run.steps() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("sharded")
+def test_fsdp2_with_activation_checkpointing_and_accumulation(run: Stage, tmp_path: Path) -> None:
+    run(gradient_checkpointing=True, batch_size=8, **TWO)
+    (tmp_path / "alone").mkdir()
+    one = Stage(run.policy, run.pairs, tmp_path / "alone")
+    one(batch_size=8)
+    assert apart(run.weights(), one.weights()) < NEAR
+
+
+@pytest.mark.usefixtures("sharded")
+def test_fsdp2_of_tied_embeddings(tmp_path: Path) -> None:
+    policy = make_qwen2(tmp_path / "qwen2")
+    two, one = (Stage(policy, scored_pairs(policy, 8), tmp_path / name) for name in ("two", "one"))
+    for made in (two, one):
+        made.folder.mkdir()
+    two(**TWO)
+    one()
+    assert "lm_head.weight" not in two.weights()
+    assert apart(two.weights(), one.weights()) < 1e-5
+    assert AutoModelForCausalLM.from_pretrained(two.model).lm_head.weight.isfinite().all()
+
+
+@pytest.mark.usefixtures("sharded")
+def test_fsdp2_in_bfloat16_saves_the_stored_type(llama: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    AutoModelForCausalLM.from_pretrained(llama).to(torch.bfloat16).save_pretrained(policy)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(policy)
+    models = ModelConfig(device="cpu", dtype="bfloat16")
+    pairs = token_pairs(8)
+    logps = score_pairs(ScoreConfig(token_budget=4096), models, policy=policy, pairs=pairs)
+    pairs = pairs.with_columns(ref_chosen_logps=logps["chosen_logp"], ref_rejected_logps=logps["rejected_logp"])
+    run = Stage(policy, pairs, tmp_path)
+    run.models = models
+    counts = run(step0_tolerance=0.01, **TWO)
+    assert counts["final_loss"] < 0.5 * math.log(2)
+    assert {value.dtype for value in run.weights().values()} == {torch.bfloat16}
+    assert read_json(run.model / "config.json")["dtype"] == "bfloat16"
+    assert apart(run.weights(), load_file(policy / "model.safetensors")) > 0
+
+
+@pytest.mark.usefixtures("sharded")
+def test_fsdp2_has_no_reference_model_and_sums_in_float32(
+    run: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launch = stage.launch
+    found: dict[str, Any] = {}
+
+    def look(command: list[str], ranks: int, work: str, arguments: dict[str, Any], **named: Any) -> Any:
+        found.update(launch(command, ranks, "sharded_on_cpu:look", arguments, **named))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "launch", look)
+    run.models = ModelConfig(device="cpu", dtype="bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        run(step0_tolerance=1.0, **TWO)
+    assert found == {
+        "models_loaded": 1,
+        "hashes": 0,
+        "reference": None,
+        "sharded": True,
+        "log_probs": "torch.float32",
+        "parameters": ["torch.float32"],
+        "computed_in": "torch.bfloat16",
+        "reduced_in": "torch.float32",
+        "held_by_each": 0.5,
+    }
+
+
+@pytest.mark.usefixtures("sharded")
+def test_fsdp2_goes_on_from_a_checkpoint(run: Stage, alone: Stage) -> None:
+    interrupt(run, at=5, save_steps=2, **TWO)
+    checkpoints = run.out / "checkpoints"
+    for file in checkpoints.glob("checkpoint-*"):
+        assert read_json(file / "dice.json") == {"key": "k", "layout": "fsdp2 of 2"}
+    assert not run.model.exists()
+    run(save_steps=2, **TWO)
+    assert run.steps() == [5, 6]
+    assert ("note", {"text": "training goes on from checkpoint-4"}) in run.events
+    assert apart(run.weights(), alone.weights()) < NEAR
+    assert not checkpoints.exists()
+
+
+def interrupt(run: Stage, at: int, **changed: Any) -> None:
+    def stop(step: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+
+    run.on_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        run(**changed)
+    run.on_step = lambda step: None
+
+
+@pytest.mark.usefixtures("sharded")
+def test_checkpoint_in_shards_is_nothing_for_one_process(run: Stage, alone: Stage) -> None:
+    interrupt(run, at=3, save_steps=2, **TWO)
+    assert run(save_steps=None)["steps"] == 6
+    assert run.steps() == [1, 2, 3, 4, 5, 6]
+    assert apart(run.weights(), alone.weights()) == 0
+
+
+@pytest.mark.usefixtures("forked")
+def test_one_process_goes_on_from_a_checkpoint_of_two_under_ddp(run: Stage, alone: Stage) -> None:
+    interrupt(run, at=5, save_steps=2, **TWO)
+    run(save_steps=2)
+    assert run.steps() == [5, 6]
+    assert apart(run.weights(), alone.weights()) < NEAR
+
+
+# Row 1 is checked by rank 1 alone; the loss that is told is the mean over all eight pairs.
+ROW_1 = pl.int_range(pl.len()) == 1
+
+
+@pytest.mark.parametrize("kind", ["forked", "sharded"])
+def test_wrong_reference_in_the_share_of_one_rank_stops_at_step_0(
+    run: Stage, kind: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(kind)
+    wrong = run.pairs.with_columns(ref_chosen_logps=pl.col("ref_chosen_logps") + pl.when(ROW_1).then(2).otherwise(0))
+    with pytest.raises(DataError, match=r"loss at step 0 is 0\.7062\d, not ln 2 = 0\.69315.*differs by up to 2\)"):
+        run(wrong, **TWO)
+    assert run.steps() == []
+    assert not run.model.exists()
+
+
+@pytest.mark.usefixtures("forked")
+def test_offset_that_leaves_the_loss_at_ln_2_stops_at_step_0(run: Stage) -> None:
+    columns = ["ref_chosen_logps", "ref_rejected_logps"]
+    wrong = run.pairs.with_columns(pl.col(name) + pl.when(ROW_1).then(3).otherwise(0) for name in columns)
+    with pytest.raises(DataError, match=r"a response's log-probability differs by 3 .*though the loss is ln 2"):
+        run(wrong, **TWO)
+    assert not run.model.exists()
+
+
+@pytest.mark.usefixtures("sharded")
+def test_rank_without_a_share_takes_part_in_step_0(run: Stage) -> None:
+    counts = run(step0_pairs=1, max_steps=1, **TWO)
+    assert counts["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.usefixtures("sharded")
+def test_weights_that_are_not_finite_are_not_saved(run: Stage) -> None:
+    with pytest.raises(DataError, match="weights that are not finite"):
+        run(learning_rate=1e38, optim="sgd", max_grad_norm=1e30, max_steps=2, **TWO)
+    assert not run.model.exists()
+
+
+def test_rank_that_dies_is_no_success(run: Stage, forked: int) -> None:
+    def kill_one(step: int) -> None:
+        if step == 2:
+            ranks = Path(f"/proc/{forked}/task/{forked}/children").read_text().split()
+            os.kill(int(ranks[-1]), signal.SIGKILL)
+
+    run.on_step = kill_one
+    with pytest.raises(OutOfMemoryError, match=r"rank \d of the training was killed \(signal 9") as caught:
+        run(epochs=1000.0, **TWO)
+    assert caught.value.exit_code == 4
+    assert not is_trained(run.model, "k")
+    assert not run.model.exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)")
+def test_zero3(run: Stage, alone: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = stage.launch
+
+    def with_zero(command: list[str], *rest: Any, **named: Any) -> Any:
+        return launch([*command[:-1], "sharded_on_cpu"], *rest, **named)
+
+    monkeypatch.setattr(stage, "launch", with_zero)
+    monkeypatch.setattr(stage, "lay_out", lambda config, *_: Layout(2, "zero3"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    run(**TWO)
+    assert apart(run.weights(), alone.weights()) < NEAR
+    assert (run.model / "config.json").read_text() == (alone.model / "config.json").read_text()
