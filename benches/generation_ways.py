@@ -1,0 +1,246 @@
+"""The ways that generation.py compares: each samples the same requests, and says how many seconds it took."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from dice_py import generate as stage
+from dice_py.artefacts import seed_for
+from dice_py.config import GenerateConfig, ModelConfig
+from dice_py.engine import Engine, Request, sample_all
+from dice_py.open_shard import read_prompts
+
+
+class Way:
+    """What every way has: the workload, and where its result goes."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.name = task["way"]
+        self.folder = Path(task["folder"])
+        self.model = self.folder / "model"
+        self.config = GenerateConfig.model_validate(task["config"])
+        self.models = ModelConfig(device=task["device"], dtype=task["dtype"])
+        self.stops: list[int] = task["stops"]
+        self.longest: int = task["longest"]
+        self.seed: int = task["seed"]
+        self.shards = range(task["shards"])
+        self.file = self.folder / f"{self.name}.parquet"
+
+    def prompts(self) -> list[tuple[int, list[int]]]:
+        return [prompt for number in self.shards for prompt in read_prompts(self.folder / "prompts.parquet", number)]
+
+    def requests(self) -> list[Request]:
+        """Of all shards, the seeds as the stage has them."""
+        return [
+            Request(ids, seed_for(self.seed, 1, prompt_id, sample))
+            for prompt_id, ids in self.prompts()
+            for sample in range(self.config.samples)
+        ]
+
+    def write(self, token_ids: list[list[int]], logps: list[float] | None) -> None:
+        columns: dict[str, Any] = {"token_ids": token_ids}
+        if logps is not None:
+            columns["sampled_logp"] = logps
+        pl.DataFrame(columns).write_parquet(self.file)
+
+    def tokens(self) -> int:
+        return int(pl.read_parquet(self.file)["token_ids"].list.len().sum())
+
+
+def warmed(engine: Engine, way: Way) -> Engine:
+    """After a first answer: kernels are loaded and buffers allocated."""
+    request = Request(way.prompts()[0][1], 0)
+    sample_all(engine, [request] * 2)
+    return engine
+
+
+class Items:
+    """All shards, for one group; one after the other, or ahead as soon as there is room."""
+
+    def __init__(self, numbers: range, *, ahead: bool) -> None:
+        self.left = deque(numbers)
+        self.ahead = ahead
+
+    def take(self, *, wait: bool) -> int | None:
+        return self.left.popleft() if self.left and (wait or self.ahead) else None
+
+
+def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool = True) -> float:
+    """The stage's working half; seconds from the warmed engine to the last shard's file."""
+
+    def build(engine: str, config: GenerateConfig, models: ModelConfig, *rest: Any) -> Engine:
+        return warmed(
+            vllm_engine(way, prefix_caching) if engine == "vllm" else built(engine, config, models, *rest), way
+        )
+
+    built, stage._build = stage._build, build
+    seconds = 0.0
+
+    def hear(event: str, **fields: Any) -> None:
+        nonlocal seconds
+        seconds += fields["seconds"] if event == "throughput" else 0.0
+
+    files = [way.folder / f"{way.name}-{number:05d}.parquet" for number in way.shards]
+    stage.sample_shards(
+        Items(way.shards, ahead=ahead),
+        config=way.config,
+        models=way.models,
+        engine=engine,
+        policy=way.model,
+        stops=way.stops,
+        longest=way.longest,
+        prompts=way.folder / "prompts.parquet",
+        files=files,
+        keys=[file.name for file in files],
+        seed=way.seed,
+        round_number=1,
+        report=hear,
+    )
+    frame = pl.concat([pl.read_parquet(file) for file in files])
+    way.write(frame["token_ids"].to_list(), frame["sampled_logp"].to_list())
+    return seconds
+
+
+def vllm_engine(way: Way, prefix_caching: bool = True) -> Any:
+    from dice_py.engine_vllm import VllmEngine
+
+    return VllmEngine(
+        way.model,
+        way.config,
+        way.models,
+        stops=way.stops,
+        longest_prompt=way.longest,
+        prefix_caching=prefix_caching,
+    )
+
+
+def vllm_separate(way: Way) -> float:
+    engine, requests = vllm_engine(way), way.requests()
+    warmed(engine, way)
+    began = time.perf_counter()
+    samples = sample_all(engine, requests)
+    seconds = time.perf_counter() - began
+    way.write([sample.token_ids for sample in samples], [sample.logp for sample in samples])
+    return seconds
+
+
+def vllm_n(way: Way) -> float:
+    engine = vllm_engine(way)
+    warmed(engine, way)
+    from vllm import SamplingParams
+
+    config = way.config
+    parameters = [
+        SamplingParams(
+            n=config.samples,
+            seed=seed_for(way.seed, 1, prompt_id),
+            temperature=config.temperature,
+            max_tokens=config.max_new_tokens,
+            ignore_eos=True,
+            stop_token_ids=way.stops,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        for prompt_id, _ in way.prompts()
+    ]
+    prompts = [{"prompt_token_ids": ids} for _, ids in way.prompts()]
+    began = time.perf_counter()
+    outputs = engine.llm.generate(prompts, parameters, use_tqdm=False)
+    seconds = time.perf_counter() - began
+    completions = [completion for output in outputs for completion in output.outputs]
+    way.write([list(one.token_ids) for one in completions], [float(one.cumulative_logprob) for one in completions])
+    return seconds
+
+
+def hf_generate(way: Way) -> float:
+    """K full prompts in a batch, prompts of like length together, until the longest row of the batch has ended."""
+    from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
+
+    from dice_py.decoding import SeededSampling
+
+    config, requests = way.config, way.requests()
+    dtype = getattr(torch, way.models.dtype)
+    model = AutoModelForCausalLM.from_pretrained(way.model, dtype=dtype).to(way.models.device).eval()
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=config.max_new_tokens, eos_token_id=way.stops, pad_token_id=0
+    )
+    found: list[list[int]] = [[] for _ in requests]
+    logps = [0.0] * len(requests)
+
+    def run(rows: list[int]) -> None:
+        width = max(len(requests[row].prompt_token_ids) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for at, row in enumerate(rows):
+            prompt = requests[row].prompt_token_ids
+            ids[at, width - len(prompt) :] = torch.tensor(prompt)
+            mask[at, width - len(prompt) :] = 1
+        # Its own draw, so that the tokens can be compared; it costs less than `do_sample=True`.
+        sampling = SeededSampling([requests[row].seed for row in rows], config, way.stops, model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids.to(way.models.device),
+                attention_mask=mask.to(way.models.device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([sampling]),
+            )
+        for at, row in enumerate(rows):
+            tokens = output[at, width:].tolist()
+            end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens) - 1)
+            found[row], logps[row] = tokens[: end + 1], float(sampling.logp[at])
+
+    stops = set(way.stops)
+    run([0, 1])
+    began = time.perf_counter()
+    left = sorted(range(len(requests)), key=lambda row: -len(requests[row].prompt_token_ids))
+    while left:
+        size = max(1, config.token_budget // (len(requests[left[0]].prompt_token_ids) + config.max_new_tokens))
+        run(left[:size])
+        del left[:size]
+    seconds = time.perf_counter() - began
+    way.write(found, logps)
+    return seconds
+
+
+RUN: dict[str, Callable[[Way], float]] = {
+    "transformers": partial(our_stage, engine="transformers"),
+    "hf_generate": hf_generate,
+    "vllm_streaming": partial(our_stage, engine="vllm"),
+    "vllm_shard_by_shard": partial(our_stage, engine="vllm", ahead=False),
+    "vllm_no_prefix_caching": partial(our_stage, engine="vllm", prefix_caching=False),
+    "vllm_separate": vllm_separate,
+    "vllm_n": vllm_n,
+}
+
+
+def check(task: dict[str, Any], ways: list[str]) -> dict[str, dict[str, float]]:
+    """Of each way's sums, against a float32 forward over one response at a time: absolute differences."""
+    from transformers import AutoModelForCausalLM
+
+    way = Way({**task, "way": "check"})
+    model = AutoModelForCausalLM.from_pretrained(way.model, dtype=torch.float32).to(way.models.device).eval()
+    prompts = way.prompts()
+    found = {}
+    for name in ways:
+        frame = pl.read_parquet(way.folder / f"{name}.parquet")
+        rows = np.unique(np.linspace(0, frame.height - 1, task["checked"]).astype(int)).tolist()
+        apart = []
+        for row in rows:
+            prompt, response = prompts[row // way.config.samples][1], frame["token_ids"][row].to_list()
+            ids = torch.tensor([prompt + response], device=model.device)
+            with torch.inference_mode():
+                logits = model(ids, logits_to_keep=len(response) + 1).logits[0, :-1].float()
+            exact = torch.log_softmax(logits, dim=-1).gather(1, ids[0, -len(response) :, None]).double().sum()
+            apart.append(abs(float(exact) - frame["sampled_logp"][row]))
+        found[name] = {"max": max(apart), "mean": sum(apart) / len(apart)}
+    return found
