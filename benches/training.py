@@ -10,9 +10,11 @@
 
 Random weights in a named shape, lengths with a long tail, the same batches in the same order. Every way runs in a
 process of its own, in turn within each repeat; figures are medians. Stock and ours do the same work while they train:
-where those two spans differ much (`same_work`, 1 on a quiet machine), the figures are the machine's noise. A memory peak is that of the process (on a GPU:
-of torch's allocator). The losses of all ways are compared at every step first: a difference above `--tolerance` ends
-it with status 1, and writes nothing. Results: a table, and training.json in `--out`.
+where those two spans differ much (`same_work`, 1 on a quiet machine), the figures are the machine's noise. On a CPU
+that others use too, one thread (`--threads 1`, the default) is the steadiest. Ours also checks the loss at step 0, on
+pairs that do not grow with the epoch (`check`). A memory peak is that of the process (on a GPU: of torch's allocator).
+The losses of all ways are compared at every step first: a difference above `--tolerance` ends it with status 1, and
+writes nothing. Results: a table, and training.json in `--out`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from dice_py.config import LoraConfig, ModelConfig, ScoreConfig, TrainConfig
 
 TRAINING = ("stock", "ours", "ours_checkpoint")
 WAYS = (*TRAINING, "score")
-SPANS = ("startup", "tokenise", "reference", "training", "save")
+SPANS = ("startup", "tokenise", "reference", "check", "training", "save")
 BETA, SEED, EOS = 0.1, 7, 2
 GAMMA = 0.5
 """The share of replayed pairs that a run has unless told."""
@@ -80,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One epoch of DPO: stock TRL against ours.")
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
-    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=8, help="pairs per optimizer step")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="pairs per forward")
     parser.add_argument("--response-median", type=float, default=24.0, help="tokens; log-normal")
@@ -92,6 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora", type=int, default=None, metavar="R", help="train adapters, as an 8B needs on one GPU")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, in every way")
     parser.add_argument("--tolerance", type=float, default=None, help="of losses; default 1e-4, in bfloat16 2e-2")
     parser.add_argument("--smoke", action="store_true", help="a model of a hundred thousand weights: for a test")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -176,6 +179,7 @@ def start(way: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]
     given = [item for name, value in vars(options).items() for item in argument(name, value)]
     # What it caches is its own, so that no repeat finds the log-probabilities of another.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / f"cache-{began}")}
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
     command = [sys.executable, __file__, *given, "--child", way, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wall = time.time() - began
@@ -301,7 +305,11 @@ def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way
     from dice_py.train import train
 
     out = Path(tempfile.mkdtemp(dir=folder))
-    with timed(spans, DPOTrainer, "train", "training"), timed(spans, train_rank, "_save", "save"):
+    with (
+        timed(spans, DPOTrainer, "train", "training"),
+        timed(spans, train_rank, "step0", "check"),
+        timed(spans, train_rank, "_save", "save"),
+    ):
         train(
             settings(options, way),
             models(options),
@@ -312,6 +320,7 @@ def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way
             seed=SEED,
             key="bench",
         )
+    spans["training"] -= spans["check"]  # which is within it
     return [entry["loss"] for entry in read_json(out / "model" / "train_log.json") if "loss" in entry]
 
 
@@ -357,6 +366,7 @@ def result(
         "lengths": lengths,
         "steps": len(runs["stock"][0]["losses"]),
         "repeats": options.repeats,
+        "threads": options.threads,
         "ways": ways,
         # Of this run's own figures. `work`: without a process's start, its imports and the reading of the model.
         "speedup_over_stock": {

@@ -215,6 +215,60 @@ def profile_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+_PLANNED = ("shards", "prompts", "prompts_too_long", "responses", "pairs", "replayed", "steps", "checkpoints")
+
+
+def plan_table(found: dict[str, Any]) -> Table:
+    """What `dice_py.plan.plan` found: a row for each stage, and the run."""
+    heads = ("time", "start-up", "GPU h", "tokens", "disk", "peak memory")
+    table = _table("planned", {"": "left", **dict.fromkeys(heads, "right"), "counts": "left"})
+    for name, stage in found["stages"].items():
+        table.add_row(
+            name,
+            seconds(stage["seconds"]),
+            seconds(stage["startup_seconds"]),
+            number(stage["gpu_hours"]),
+            number(stage["tokens"]),
+            size(stage["disk_bytes"] + stage["transient_disk_bytes"]),
+            size(stage["peak_memory_bytes"]),
+            ", ".join(f"{key.replace('_', ' ')} {number(stage[key])}" for key in _PLANNED if stage.get(key)),
+        )
+    table.add_row(
+        "all",
+        seconds(found["total_seconds"]),
+        seconds(sum(stage["startup_seconds"] for stage in found["stages"].values())),
+        number(found["gpu_hours"]),
+        number(sum(stage["tokens"] for stage in found["stages"].values())),
+        size(found["disk_bytes"]),
+        size(found["peak_memory_bytes"]),
+    )
+    return table
+
+
+def plan_lines(found: dict[str, Any]) -> list[str]:
+    """What stands below the table of a plan: where its figures come from, and whether the run fits."""
+    of, failure = found["calibration"], found["first_failure"]
+    whence = {"measured": "measured now", "stored": f"remembered from a {of['of']}"}[of["source"]]
+    lines = [
+        f"figures: {whence}, of this model shape in {of['dtype']} on {of['device']}, engine {of['engine']}; "
+        f"responses of {number(of['mean_response_tokens'])} tokens on average; pairs are an estimate"
+    ]
+    if not found["gpu_hours"]:
+        lines.append(f"no GPU is used: {number(found['cpu_hours'])} core hours")
+    free = f"{size(found['free_disk_bytes'])} of disk and {size(found['free_memory_bytes'])} of memory are free"
+    if failure is None:
+        return [*lines, f"it fits: {free}"]
+    return [*lines, f"it does not fit: {failure['text']} ({failure['setting']}); {failure['remedy']}", free]
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit, bytes_of_one in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= bytes_of_one / 10:
+            return f"{count / bytes_of_one:,.1f} {unit}"
+    return f"{count / 1024:,.1f} KiB"
+
+
 def mining_table(found: dict[str, Any], out: str) -> Table:
     """What `dice mine` found: a row for each measure."""
     table = _table(f"pairs in {out}", {"": "left", "found": "left"})

@@ -16,7 +16,20 @@ from typer.core import TyperGroup
 
 from cli import stages
 from cli.mine import Panels, mine
-from cli.stages import Config, Json, Set, overrides, print_json, print_result, work_apart
+from cli.plan import (
+    DEFAULT_RUNS,
+    Prompts,
+    Replay,
+    Rounds,
+    RunDir,
+    RunPolicy,
+    RunReference,
+    Seed,
+    plan,
+    run_config,
+    show_plan,
+)
+from cli.stages import Config, Json, Set, print_json, print_result, work_apart
 from dice_py.errors import DiceError, InterruptedRunError, UsageError
 
 
@@ -49,43 +62,34 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
-DEFAULT_RUNS = Path("runs")
 
 
 @app.command()
 def run(
     config: Config = None,
     assign: Set = None,
-    policy: Annotated[str | None, typer.Option(help="π_1, a DPO-tuned model: folder or Hugging Face id.")] = None,
-    reference: Annotated[str | None, typer.Option(help="The model that its DPO training started from.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts: JSONL, JSON or Parquet.")] = None,
-    replay: Annotated[Path | None, typer.Option(help="Offline pairs in TRL's format.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of generate, score, mine, replay, train.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="The run folder; default: a new one under runs/.")] = None,
+    policy: RunPolicy = None,
+    reference: RunReference = None,
+    prompts: Prompts = None,
+    replay: Replay = None,
+    rounds: Rounds = None,
+    seed: Seed = None,
+    run_dir: RunDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost: `dice plan`.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run the loop: on your model, or on a small synthetic world.
 
     The world is made on first use, and taken when no model is named.
     """
+    resolved = run_config(config, assign, policy, reference, prompts, replay, rounds, seed)
+    if dry_run:
+        show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
+        return
     from cli.display import Display
-    from dice_py.config import resolve
     from dice_py.rounds import run as run_rounds
     from dice_py.run_folder import new_run_folder
 
-    resolved = resolve(
-        config or [],
-        assign or [],
-        overrides(
-            model__policy=policy,
-            model__reference=reference,
-            data__prompts=None if prompts is None else str(prompts),
-            data__replay=None if replay is None else str(replay),
-            rounds=rounds,
-            seed=seed,
-        ),
-    )
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
     with Display() as display:
         display.line(f"run folder: {folder}")
@@ -156,6 +160,7 @@ def status(
         typer.echo(line)
 
 
+app.command()(plan)
 for stage in (stages.generate, stages.score, mine, stages.replay, stages.train, stages.evaluate):
     app.command(cls=Panels)(stage)
 

@@ -469,6 +469,7 @@ WORLD_DEFAULTS: dict[str, Any] = {
         "warmup_steps": 0,
         "micro_batch_size": 32,
         "sft_weight": 0.2,
+        "processes": 1,
     },
     "evaluate": {"prompts": 400, "samples": 4, "pairs": 600},
 }

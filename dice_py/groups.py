@@ -210,14 +210,14 @@ def _here(
         elif not is_whole(fields["number"]):
             raise RuntimeError(f"shard {fields['number']} was reported as whole, and it is not")
 
-    with _only_these_gpus(group):
+    with only_these_gpus(group):
         with clocked("import"):
             function = resolve(work)
         function(_Listed(items), report=hear, **arguments)
 
 
 @contextlib.contextmanager
-def _only_these_gpus(group: Group) -> Iterator[None]:
+def only_these_gpus(group: Group) -> Iterator[None]:
     """Hides other GPUs from this process. With CUDA started it is too late, but torch takes the first anyway."""
     torch = sys.modules.get("torch")
     before = os.environ.get(VISIBLE)

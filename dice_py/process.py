@@ -84,7 +84,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
+def failure_fields(error: BaseException) -> dict[str, Any]:
     """How an exception crosses to the parent: its kind, exit code and sentence ("bug": the traceback)."""
     if isinstance(error, OSError):
         from dice_py.artefacts import path_error
@@ -230,7 +230,7 @@ def _main(events: Connection, parent: Connection, modules: Sequence[str], spare_
         if not isinstance(error, DiceError | KeyboardInterrupt):
             with contextlib.suppress(OSError):  # the log's own disk may be what is full
                 traceback.print_exc()
-        ending = ForkingPickler.dumps(("failed", _failure(error)))
+        ending = ForkingPickler.dumps(("failed", failure_fields(error)))
     # The parent may read the log as soon as it has heard the end.
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -39,6 +39,7 @@ from dice_py.gpu_watch import GpuWatch, usable_gpus
 from dice_py.inputs import Inputs, prepare, round_prompts
 from dice_py.mine_stage import candidates, mine
 from dice_py.models import model_identity
+from dice_py.plan_record import remember_run
 from dice_py.profile import write_profile
 from dice_py.replay_buffer import ReplayBuffer, append_mined
 from dice_py.report import write_report
@@ -140,6 +141,7 @@ def _rounds(this: Run) -> dict[str, Any]:
         write_report(this.folder)
         this.tell_gpus(None)
         write_profile(this.folder)
+        remember_run(this.folder)  # for the next `dice plan`
     this.report("finished", policy=str(policy), report=str(this.folder / "report.html"))
     write_profile(this.folder)  # the end of the last round is known now
     return metrics

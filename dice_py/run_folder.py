@@ -29,13 +29,13 @@ REMEDIES = {
     "generate": "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
     "score": "lower score.token_budget",
     "replay": "lower score.token_budget",
-    "train": "lower train.micro_batch_size, set train.gradient_checkpointing=true or train.lora.r=16",
+    "train": "lower train.micro_batch_size, set train.gradient_checkpointing=true or train.lora.r=16, or add GPUs",
     "evaluate": "lower generate.token_budget and score.token_budget",
 }
 
 
 # What a stage's process imports, so that one started ahead has done it; and the stage that follows.
-_IMPORTS = {
+IMPORTS = {
     "generate": ("dice_py.generate", "dice_py.engine_transformers"),
     "score": ("dice_py.score", "dice_py.logps"),
     "replay": ("dice_py.replay", "dice_py.logps"),
@@ -121,10 +121,10 @@ class Run:
         Meanwhile the process of the next stage is started, and imports what it will need: that of `following`, or of
         the stage that always comes next.
         """
-        spare = self._spares.take(_IMPORTS[stage]) if stage in _IMPORTS else None
+        spare = self._spares.take(IMPORTS[stage]) if stage in IMPORTS else None
         following = following or _NEXT.get(stage)
         if following is not None:
-            self._spares.prepare(_IMPORTS[following])
+            self._spares.prepare(IMPORTS[following])
         log = folder / "worker.log"
         return run_stage(work, arguments, log=log, remedy=REMEDIES[stage], report=self.report, spare=spare)
 

@@ -23,7 +23,7 @@ import polars as pl
 from dice_py.artefacts import Report, no_report, read_json, read_parquet
 from dice_py.config import DevicesConfig, ModelConfig, TrainConfig
 from dice_py.errors import DataError
-from dice_py.groups import Group, _only_these_gpus, device_in_group
+from dice_py.groups import Group, device_in_group, only_these_gpus
 from dice_py.models import require
 from dice_py.train_launch import launch
 from dice_py.train_layout import Layout, lay_out, write_accelerate_config
@@ -146,7 +146,7 @@ def train(
     if layout.strategy == "none":
         from dice_py.train_rank import train_rank
 
-        with _only_these_gpus(Group(1, layout.gpus)) if layout.gpus else contextlib.nullcontext():
+        with only_these_gpus(Group(1, layout.gpus)) if layout.gpus else contextlib.nullcontext():
             counts = train_rank(**arguments, report=report)
     else:
         counts = _launched(layout, config, out, arguments, report)

@@ -32,7 +32,7 @@ from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dice_py.process import Failure, _failure, resolve
+from dice_py.process import Failure, failure_fields, resolve
 
 if TYPE_CHECKING:
     from dice_py.artefacts import Report
@@ -153,7 +153,10 @@ class _Stage:
         deadline: float | None = None
         while deadline is None or time.monotonic() < deadline:
             over = self._launcher.poll() is not None  # asked first: what it sent before is heard below
-            awaited = [self._server, *(rank.line for rank in self._ranks if not rank.gone)]
+            awaited: list[Connection | socket.socket] = [
+                self._server,
+                *(rank.line for rank in self._ranks if not rank.gone),
+            ]
             ready = wait(awaited, timeout=0 if over else 0.5)
             for source in ready:
                 if source is self._server:
@@ -248,7 +251,7 @@ def main() -> None:
         ending = ("result", {"value": resolve(work)(report=report, **arguments)})
     except BaseException as error:
         code = 1
-        ending = ("failed", _failure(error))
+        ending = ("failed", failure_fields(error))
         traceback.print_exc()
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -18,7 +18,7 @@ import pytest
 from dice_py.artefacts import DiskFullError, Report, no_report
 from dice_py.clock import clocked
 from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemoryError, UsageError
-from dice_py.process import Worker, _failure, is_out_of_memory
+from dice_py.process import Worker, failure_fields, is_out_of_memory
 from dice_py.worker import Spares, run_stage
 
 REMEDY = "lower some.budget"
@@ -210,7 +210,7 @@ NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
     ],
 )
 def test_every_error_has_its_kind_and_exit_code(error: BaseException, kind: str, code: int, said: str) -> None:
-    found = _failure(error)
+    found = failure_fields(error)
     assert (found["kind"], found["exit_code"]) == (kind, code)
     assert said in found["text"]
     if kind == "OutOfMemoryError":
@@ -236,7 +236,7 @@ def test_errors_cross_to_the_parent(stage, error: BaseException, kind: type[Dice
     with pytest.raises(kind) as caught:
         stage(fail, error=error)
     assert said in str(caught.value)
-    assert caught.value.exit_code == _failure(error)["exit_code"]
+    assert caught.value.exit_code == failure_fields(error)["exit_code"]
 
 
 def test_a_bug_comes_with_the_workers_traceback(stage, tmp_path: Path) -> None:

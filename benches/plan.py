@@ -1,0 +1,148 @@
+"""The plan of the embedded default against a run of it: `make bench-plan` (`benches/plan.py --help`).
+
+A plan with a fresh calibration; `dice run` of the same rounds, which is timed as a user would time it; and a plan from
+what that run alone leaves. Each is a process of its own, in a folder of its own; the synthetic world is the cache's,
+made before anything is timed. Prints planned and true seconds of each stage, and writes results/plan.json.
+
+    planned_over_true_total     ratio of the two totals: `fresh` (from the calibration), `stored` (from the run)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dice_py.artefacts import Manifest, write_json
+
+HERE = Path(__file__).resolve().parent
+
+
+def dice(given: list[str], folder: Path, cache: Path) -> tuple[str, float]:
+    """`dice …` in `folder`: what it printed, and its seconds."""
+    environment = os.environ | {"DICE_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent)}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.main", *given],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.monotonic() - began
+    if done.returncode:
+        raise SystemExit(f"dice {' '.join(given)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout, seconds
+
+
+def own_cache(folder: Path, world: Path) -> Path:
+    """A cache that remembers nothing, with the worlds of the user's."""
+    folder.mkdir()
+    (folder / "world").symlink_to(world, target_is_directory=True)
+    return folder
+
+
+def compare(fresh: dict[str, Any], stored: dict[str, Any], run: Path, seconds: float) -> dict[str, Any]:
+    """Ratios of planned to true seconds, of a run folder that took `seconds` in all."""
+    made = Manifest(run / "manifest.json").data["stages"]
+    stages = {}
+    for name, entry in made.items():
+        planned = {"fresh": fresh["stages"][name]["seconds"], "stored": stored["stages"][name]["seconds"]}
+        stages[name] = {
+            "true_seconds": entry["seconds"],
+            **{f"{of}_seconds": value for of, value in planned.items()},
+            **{f"{of}_over_true": value / entry["seconds"] for of, value in planned.items()},
+        }
+    totals = {"fresh": fresh["total_seconds"], "stored": stored["total_seconds"]}
+    return {
+        "true_total_seconds": seconds,
+        "planned_total_seconds": totals,
+        "planned_over_true_total": {of: value / seconds for of, value in totals.items()},
+        "stages": stages,
+    }
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Plans, runs and plans again."""
+    from dice_py.remembered import cache_folder
+
+    given = [f"--rounds={args.rounds}", *(f"--set={one}" for one in args.set)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        users = cache_folder()
+        worlds = (users / "world").resolve()
+        console.print("[dim]the synthetic world[/dim]")
+        dice(["world", *(f"--set={one}" for one in args.set)], folder, users)
+        planning, running = (own_cache(folder / name, worlds) for name in ("planning", "running"))
+        console.print("[dim]a plan with a calibration[/dim]")
+        fresh, took = dice(["plan", "--fresh", "--json", *given], folder, planning)
+        console.print("[dim]the run[/dim]")
+        _, seconds = dice(["run", "--run-dir=run", "--json", *given], folder, running)
+        remembered(folder / "run", running)
+        console.print("[dim]a plan from what the run left[/dim]")
+        stored, stored_took = dice(["plan", "--json", *given], folder, running)
+        plans = json.loads(fresh), json.loads(stored)
+        if [plan["calibration"]["source"] for plan in plans] != ["measured", "stored"]:
+            raise SystemExit("the second plan did not find the figures that the run should have left")
+        found = compare(*plans, folder / "run", seconds)
+    return found | {"plan_seconds": {"fresh": took, "stored": stored_took}, "rounds": args.rounds}
+
+
+def remembered(run: Path, cache: Path) -> None:
+    """Keeps the run's figures, where the run itself has not yet done so."""
+    code = f"from pathlib import Path; from dice_py.plan_record import remember_run; remember_run(Path({str(run)!r}))"
+    environment = os.environ | {"DICE_CACHE": str(cache), "PYTHONPATH": str(HERE.parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The table."""
+    table = Table(title=f"embedded default, {found['rounds']} rounds: seconds", box=None)
+    for name in ("", "true", "planned, calibrated", "over true", "planned, from the run", "over true"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for name, stage in found["stages"].items():
+        values = (stage[part] for part in ("fresh_seconds", "fresh_over_true", "stored_seconds", "stored_over_true"))
+        table.add_row(name, f"{stage['true_seconds']:.2f}", *(f"{value:.2f}" for value in values))
+    planned, ratio = found["planned_total_seconds"], found["planned_over_true_total"]
+    table.add_row(
+        "in all, with the command's own start",
+        f"{found['true_total_seconds']:.2f}",
+        *(f"{of[name]:.2f}" for name in ("fresh", "stored") for of in (planned, ratio)),
+    )
+    console.print(table)
+    took = found["plan_seconds"]
+    console.print(
+        f"planning took {took['fresh']:.1f} s with a calibration, {took['stored']:.1f} s without", highlight=False
+    )
+
+
+def main(given: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], help="as of dice run")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args(given)
+    console = Console(width=max(Console().width, 130))
+    found = measure(args, console)
+    sys.path.insert(0, str(HERE))
+    from shapes import machine
+
+    found["machine"] = machine()
+    show(found, console)
+    write_json(args.out / "plan.json", found)
+    console.print(f"written to {args.out}/plan.json")
+
+
+if __name__ == "__main__":
+    main()
