@@ -323,7 +323,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f"strategy is {self.strategy}, but adapters are small and their base is frozen: with lora, take ddp"
             )
-        if self.processes != "auto" and self.batch_size % (self.micro_batch_size * self.processes):
+        # One process is `_batch_divides`'s.
+        if (
+            self.processes != "auto"
+            and self.processes > 1
+            and self.batch_size % (self.micro_batch_size * self.processes)
+        ):
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size × processes "
                 f"({self.micro_batch_size} × {self.processes})"
