@@ -323,12 +323,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"strategy is {self.strategy}, but adapters are small and their base is frozen: with lora, take ddp"
             )
-        # One process is `_batch_divides`'s.
-        if (
-            self.processes != "auto"
-            and self.processes > 1
-            and self.batch_size % (self.micro_batch_size * self.processes)
-        ):
+        several = 1 if self.processes == "auto" else self.processes
+        if several > 1 and self.batch_size % (self.micro_batch_size * several):
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size × processes "
                 f"({self.micro_batch_size} × {self.processes})"
