@@ -82,9 +82,9 @@ def plan(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew, even where figures are remembered.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What a run would cost: time, GPU hours, disk and memory of each stage, and whether it fits.
+    """Show what a run would cost, and whether it fits.
 
-    From a short calibration, or from figures remembered of the same model shape on the same device.
+    Time, GPU hours, disk and memory of each stage, from a short calibration, or from figures remembered of the same model shape on the same device.
     """
     resolved = run_config(config, assign, policy, reference, prompts, replay, rounds, seed)
     show_plan(resolved, run_dir or DEFAULT_RUNS, fresh, as_json)

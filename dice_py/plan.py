@@ -108,6 +108,8 @@ def plan(
         record = None if fresh else recall(KIND, key)
         lengths = None if fresh else recall(LENGTHS, key_of_lengths)
         source = "measured" if record is None else "stored"
+        if record is None:
+            _tell_load(report)
         looked = apart.run(
             "generate",
             "dice_py.calibrate:look",
@@ -162,6 +164,17 @@ def plan(
         "rounds": config.rounds,
         "stages": stages,
     }
+
+
+def _tell_load(report: Report) -> None:
+    """Says so where other programs keep the cores busy: figures taken beside them are not those of a run alone."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores / 2:
+        report(
+            "note",
+            text=f"other programs keep this machine busy (load {load:.1f} on {cores} cores): what is measured now may "
+            "be far slower than a run alone; plan again with --fresh when they have ended",
+        )
 
 
 def _measure(config: RunConfig, inputs: Inputs, looked: dict[str, Any], base: Path, apart: _Apart) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def make_record(
 
 
 def remember_run(folder: Path) -> bool:
-    """Keeps the figures of the rounds that are done in a run folder, where none are remembered; True when it did.
+    """Keeps the figures of the rounds that are done in a run folder, unless a calibration's are kept; True when it did.
 
     Only of a run that was made in one go, with one group of devices and at least 256 responses a round: what was
     resumed, tried again or dealt over several groups does not tell what a stage costs.
@@ -162,7 +162,8 @@ def remember_run(folder: Path) -> bool:
         return False
     policy = Path(manifest.data["policy"]["folder"])
     key = record_key(config, policy)
-    if recall(KIND, key) is not None:
+    known = recall(KIND, key)
+    if known is not None and known["source"] != "run":
         return False
     events = read_events(folder / "events.jsonl")
     rounds = _whole_rounds(config, manifest, events)

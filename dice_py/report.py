@@ -39,7 +39,7 @@ def number(value: Any) -> str:
         return " to ".join(number(item) for item in value)
     if isinstance(value, dict):
         # A count of zero says nothing; a measure of zero does.
-        told = [f"{name} {number(item)}" for name, item in value.items() if item or isinstance(item, float)]
+        told = [f"{name} {number(item)}" for name, item in value.items() if item or isinstance(item, bool | float)]
         return ", ".join(told) or "none"
     if isinstance(value, int):
         return f"{value:,}"

@@ -25,7 +25,7 @@ from dice_py.config import dump, resolve
 from dice_py.mine_options import MineOptions
 
 COMMANDS = (
-    "run", "resume", "status", "generate", "score", "mine", "replay", "train", "evaluate", "world", "doctor",
+    "run", "resume", "status", "plan", "generate", "score", "mine", "replay", "train", "evaluate", "world", "doctor",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "vllm", "trl", "polars", "pyarrow", "rich")
 

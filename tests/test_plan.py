@@ -14,16 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from cli.main import main
 from dice_py import plan as plan_module
-from dice_py.config import RunConfig, resolve
+from dice_py.artefacts import GENERATIONS, PROMPTS, Manifest, write_json, write_parquet
+from dice_py.config import RunConfig, dump, resolve
+from dice_py.data import Message, Pair, pairs_frame, prompts_frame
 from dice_py.errors import DataError
+from dice_py.inputs import Inputs
 from dice_py.plan import plan
 from dice_py.plan_checks import Room, first_failure, peak_disk
 from dice_py.plan_counts import Data, count_rounds, training_steps
-from dice_py.plan_record import make_record
+from dice_py.plan_record import lengths_key, make_record, record_key, remember_run
 from dice_py.plan_sizes import (
     ModelSize,
     checkpoint_bytes,
@@ -36,6 +40,8 @@ from dice_py.plan_sizes import (
 )
 from dice_py.plan_stages import Estimator, Machine
 from dice_py.plan_time import Task, decode_steps, draw_lengths, fit_decoding, timeline
+from dice_py.remembered import recall
+from dice_py.train_layout import Layout
 
 GIB = 2**30
 OWN = ["model.policy=p", "model.reference=r", "data.prompts=x.jsonl", "data.replay=y.jsonl"]
@@ -614,6 +620,258 @@ def test_errors_are_those_of_the_run(dice, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "runs").exists()
 
 
+# --- what is remembered ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A plan of a hand-made model and data, whose processes are faked: `asked` is what they were to do."""
+    monkeypatch.setenv("DICE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "p"
+    folder.mkdir()
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    (folder / "config.json").write_text(json.dumps(shape))
+    weights(folder / "model.safetensors", {"w": {"dtype": "F32", "shape": [1000]}})
+    prompts = [[{"role": "user", "content": f"question {n}"}] for n in range(4)]
+    frame = prompts_frame(prompts)
+    offline = pairs_frame([Pair(prompt=p, chosen=[ANSWER], rejected=[ANSWER]) for p in (*prompts[:1], *OTHERS)])
+    inputs = Inputs(
+        policy=folder,
+        reference=folder,
+        prompts=write_parquet(tmp_path / "prompts.parquet", frame, key="prompts", schema=PROMPTS),
+        offline=write_parquet(tmp_path / "offline.parquet", offline, key="offline"),
+        eval_prompts=None,
+        eval_pairs=None,
+    )
+    config = own("rounds=1", "generate.samples=2", "train.batch_size=4", "model.device=cpu")
+    state: dict[str, Any] = {"asked": [], "config": config, "inputs": inputs, "host": 10**12}
+
+    def run(self: Any, stage: str, work: str, **given: Any) -> Any:
+        state["asked"].append((work.rpartition(":")[2], given.get("measure")))
+        self.starts[stage] = 3.0
+        if stage == "score":
+            return RECORD["score"] | {"beside": None}
+        if stage == "train":
+            return RECORD["train"]
+        measured = RECORD["generate"] | {"beside": None, "runs": [{"lengths": [5] * n, "seconds": n} for n in (4, 8)]}
+        if given["measure"] != "nothing":
+            sampled = pl.DataFrame(
+                {"prompt_id": [0, 0, 1, 1], "response_tokens": [5] * 4, "finish_reason": ["stop"] * 4}
+            )
+            write_parquet(given["out"] / "generations-00000.parquet", sampled, key="k")
+        return {
+            "engine": "transformers", "dtype": "float32", "device": "a CPU", "cuda": False, "groups": 1, "gpus": 0,
+            "gpu_names": (), "threads": 1, "layout": Layout(), "base_memory_bytes": 1000,
+            "room": {"host_free_bytes": state["host"], "gpu_free_bytes": None, "gpu_bytes": None},
+            "prompt_ids": [0, 1, 2, 3], "prompt_tokens": [10] * 4, "eval_prompt_tokens": [], "tokenizer_seconds": 0.2,
+            "encode_seconds": 0.01, "generate": None if given["measure"] == "nothing" else measured,
+        }  # fmt: skip
+
+    monkeypatch.setattr(plan_module._Apart, "run", run)
+    monkeypatch.setattr(plan_module, "prepare", lambda this: inputs)
+    return state
+
+
+ANSWER: Message = {"role": "assistant", "content": "yes"}
+OTHERS: list[list[Message]] = [[{"role": "user", "content": f"other {n}"}] for n in range(2)]
+EVERYTHING = [("look", "all"), ("measure_score", None), ("measure_train", None)]
+
+
+def test_figures_are_measured_once(remembering: dict[str, Any], tmp_path: Path) -> None:
+    def planned(**options: Any) -> list[Any]:
+        remembering["asked"].clear()
+        found = plan(remembering["config"], tmp_path / "run", **options)
+        json.dumps(found, allow_nan=False)
+        return [found["calibration"]["source"], found["stages"]["round-01/replay"]["replayed"], *remembering["asked"]]
+
+    # Of three offline pairs one is on a prompt of the round.
+    assert planned() == ["measured", 2, *EVERYTHING]
+    assert planned() == ["stored", 2, ("look", "nothing")]
+    assert planned(fresh=True) == ["measured", 2, *EVERYTHING]
+    # Other prompts may be answered at another length, at the same speed.
+    key = lengths_key(remembering["config"], remembering["inputs"].policy, remembering["inputs"].prompts)
+    stored = json.loads((tmp_path / "cache" / "remembered.json").read_text())
+    del stored["response lengths"][key]
+    (tmp_path / "cache" / "remembered.json").write_text(json.dumps(stored))
+    assert planned() == ["stored", 2, ("look", "lengths")]
+
+
+def test_a_full_disk_and_a_small_memory(
+    remembering: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = remembering["config"]
+    assert plan(config, tmp_path / "run")["fits"] is True
+    remembering["host"] = 2000
+    found = plan(config, tmp_path / "run")
+    assert (found["fits"], found["first_failure"]["what"], found["free_memory_bytes"]) == (False, "memory", 2000)
+    remembering["host"] = 10**12
+    asked: list[Path] = []
+
+    def disk_usage(place: Path) -> Any:
+        asked.append(place)
+        return shutil._ntuple_diskusage(100, 95, 5)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", disk_usage)
+    found = plan(config, tmp_path / "not" / "there" / "yet")
+    assert (found["first_failure"]["what"], found["first_failure"]["available"]) == ("disk", 5)
+    assert asked == [tmp_path]
+
+
+def test_the_key_of_figures(remembering: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, policy = remembering["config"], remembering["inputs"].policy
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    key = record_key(config, policy)
+
+    def other(*assignments: str) -> str:
+        return record_key(own("generate.samples=2", "train.batch_size=4", "model.device=cpu", *assignments), policy)
+
+    # What only changes how much there is to do is no part of it.
+    assert other("rounds=7", "data.prompts_per_round=3", "train.max_steps=9", "generate.temperature=0.5") == key
+    changed = ["train.batch_size=8", "model.dtype=bfloat16", "train.lora.r=2", "generate.token_budget=77"]
+    keys = {key, *map(other, changed)}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert len(keys | {record_key(config, policy)}) == 6
+
+
+# --- what a run leaves -------------------------------------------------------------------------------------
+
+TOOK = {"generate": 4.0, "score": 3.0, "mine": 0.5, "replay": 2.0, "train": 6.0, "evaluate": 5.0}
+PARTS = {
+    # spawn, import, load, work
+    "generate": (0.0, 2.0, 0.5, 1.5),
+    "score": (1.0, 0.0, 1.0, 1.0),
+    "replay": (0.5, 0.0, 0.5, 1.0),
+    "train": (2.0, 0.0, 0.5, 3.5),
+    "evaluate": (0.0, 0.0, 1.0, 4.0),
+}
+"""Replay's process is started with score, and training's with replay."""
+
+
+def made_run(folder: Path, remembering: dict[str, Any], **changes: Any) -> Path:
+    """One round of 150 prompts of 10 tokens, 2 responses of 5."""
+    inputs, config = remembering["inputs"], remembering["config"]
+    base = folder / "round-01"
+    count = changes.get("prompts", 150)
+    manifest = Manifest(folder / "manifest.json")
+    folder.mkdir()
+    manifest.data["policy"] = {"folder": str(inputs.policy), "identity": "i"}
+    (folder / "config.yaml").write_text(dump(config))
+    (folder / "inputs").mkdir()
+    shutil.copy(inputs.prompts, folder / "inputs" / "prompts.parquet")
+    rows = [(p, s, [1] * 10, [2] * 5, "x", 5, 1, "stop", 0.0) for p in range(count) for s in range(2)]
+    generations = pl.DataFrame(rows, schema=GENERATIONS, orient="row")
+    write_parquet(base / "generate" / "generations-00000.parquet", generations, key="g")
+    write_parquet(base / "score" / "scores-00000.parquet", pl.DataFrame({"reward": [0.0] * 2 * count}), key="s")
+    write_parquet(base / "mine" / "mined.parquet", pl.DataFrame({"margin": [0.0] * count}), key="m")
+    sides = {"prompt_ids": [[1] * 10] * 4, "chosen_ids": [[2] * 5] * 4, "rejected_ids": [[2] * 5] * 4}
+    training = pl.DataFrame({**sides, "source": ["mined", "mined", "replay", "replay"]})
+    write_parquet(base / "replay" / "training_set.parquet", training, key="t")
+    (base / "train" / "model").mkdir(parents=True)
+    write_json(base / "train" / "model" / "train_log.json", [{"loss": 0.5}, {"train_runtime": 3.0}])
+    gate = {"responses": 256, "passed": True}
+    counts: dict[str, Any] = {
+        "generate": {"prompts": count, "responses": 2 * count},
+        "score": {"policy_logps_gate": gate},
+        "train": {"steps": 6},
+        "evaluate": {"eval_prompts": 7, "eval_samples": 1, "eval_pairs": 3},
+    }
+    now, events = 100.0, [{"time": 100.0, "event": "started"}]
+    files = {"generate": "generations-00000.parquet", "score": "scores-00000.parquet", "mine": "mined.parquet",
+             "replay": "training_set.parquet", "train": "model", "evaluate": "metrics.json"}  # fmt: skip
+    for stage, seconds in TOOK.items():
+        name = f"round-01/{stage}"
+        file = [{"file": f"round-01/{stage}/{files[stage]}", "key": "k"}]
+        manifest.record(name, status="done", seconds=seconds, counts=counts.get(stage, {}), files=file)
+        events.append({"time": now, "event": "stage", "stage": name, "status": "running"})
+        if stage == "generate":
+            told = {"file": "f", "sequences": 2 * count, "tokens": 10 * count, "seconds": 1.2}
+            events.append({"time": now, "event": "throughput", "stage": stage, **told})
+        if stage == "score":
+            told = {"file": "f", "sequences": 2 * count, "tokens": 20 * count, "seconds": 0.3}
+            events.append({"time": now, "event": "throughput", "stage": stage, **told})
+        if stage in PARTS:
+            parts = dict(zip(("spawn", "import", "load", "work"), PARTS[stage], strict=True))
+            work = f"dice_py.{stage}:{stage}"
+            events.append({"time": now + seconds, "event": "process", "work": work, "seconds": parts})
+        now += seconds
+        events.append({"time": now, "event": "stage", "stage": name, "status": "done", "seconds": seconds})
+    events += changes.get("more", [])
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    return folder
+
+
+def test_a_run_leaves_its_figures(remembering: dict[str, Any], tmp_path: Path) -> None:
+    config, policy = remembering["config"], remembering["inputs"].policy
+    folder = made_run(tmp_path / "run", remembering)
+    assert remember_run(folder) is True
+    found = recall("throughput", record_key(config, policy))
+    assert found["source"] == "run"
+    # Score's process was ready 5 s after generate began, replay's 4 s after score, training's 4 s after replay.
+    # Generate's own had 2 s of import; evaluation did not wait: no more than training took, and than the others do.
+    start = {"generate": 2.0, "score": 4.0 + 1.0, "replay": 3.0 + 0.5 + 0.5, "train": 2.0 + 2.0}
+    assert {name: found["start"][name] for name in start} == pytest.approx(start)
+    assert found["start"]["evaluate"] == pytest.approx(sum(found["start"][name] for name in start) / 4)
+    generate, score, train = found["generate"], found["score"], found["train"]
+    assert generate["per_token"] == pytest.approx(1.2 / 1500)
+    assert generate["per_prompt"] == pytest.approx((1.5 - 1.2) / 150)
+    assert score["per_token"] == pytest.approx(0.3 / 3000)
+    # Each prompt once is 10 tokens for 2 responses of 5.
+    assert score["token_ratio"] == pytest.approx(1.0)
+    assert score["fixed"] == pytest.approx(1.0 - (3000 + 256 * 10) * 1e-4)
+    assert score["per_pair"] == pytest.approx((1.0 - 2 * 30 * 1e-4) / 2)
+    assert (train["per_step"], train["fixed"], train["step_tokens"]) == pytest.approx((0.5, 0.5, 4 * 30))
+    assert found["evaluate"] == {"of": [7, 1, 3], "work": [4.0], "load": [1.0]}
+    # The next plan measures nothing.
+    planned = plan(config, tmp_path / "next")
+    assert [planned["calibration"]["of"], remembering["asked"]] == ["run", [("look", "nothing")]]
+
+
+def test_a_run_replaces_nothing(remembering: dict[str, Any], tmp_path: Path) -> None:
+    plan(remembering["config"], tmp_path / "next")
+    assert remember_run(made_run(tmp_path / "run", remembering)) is False
+    key = record_key(remembering["config"], remembering["inputs"].policy)
+    assert recall("throughput", key)["source"] == "calibration"
+
+
+def test_a_later_run_replaces_an_earlier_ones_figures(remembering: dict[str, Any], tmp_path: Path) -> None:
+    key = record_key(remembering["config"], remembering["inputs"].policy)
+    assert remember_run(made_run(tmp_path / "first", remembering)) is True
+    assert remember_run(made_run(tmp_path / "second", remembering, prompts=300)) is True
+    assert recall("throughput", key)["generate"]["per_token"] == pytest.approx(1.2 / 3000)
+
+
+def test_a_busy_machine_is_told(remembering: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def notes(load: float) -> list[str]:
+        monkeypatch.setattr(plan_module.os, "getloadavg", lambda: (load, 0.0, 0.0))
+        told: list[str] = []
+        plan(
+            remembering["config"], tmp_path / "run", fresh=True,
+            report=lambda event, **fields: told.append(fields.get("text", "")),
+        )  # fmt: skip
+        return [text for text in told if "busy" in text]
+
+    assert len(notes(1000.0)) == 1
+    assert notes(0.0) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": 100},
+        {"more": [{"time": 200.0, "event": "started"}]},
+        {"more": [{"time": 200.0, "event": "interrupted"}]},
+        {"more": [{"time": 200.0, "event": "stage", "stage": "round-01/mine", "status": "kept"}]},
+        {"more": [{"time": 200.0, "event": "group", "number": 1, "status": "started"}]},
+    ],
+    ids=["few responses", "resumed", "interrupted", "kept", "groups"],
+)
+def test_a_run_that_does_not_tell_leaves_nothing(
+    remembering: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert remember_run(made_run(tmp_path / "run", remembering, **changes)) is False
+    assert not (tmp_path / "cache").exists()
+
+
 # --- for real ----------------------------------------------------------------------------------------------
 
 
@@ -660,17 +918,8 @@ def test_a_real_calibration_is_remembered_and_leaves_nothing(tmp_path: Path, mon
     assert list(temporary.iterdir()) == []
     assert not (tmp_path / "run").exists()
     assert sorted(os.listdir(tmp_path / "cache")) == ["remembered.json", "remembered.lock"]  # noqa: PTH208
-    notes.clear()
-    again = plan(config, tmp_path / "run", report=lambda event, **fields: notes.append(fields.get("text", "")))
-    assert again["calibration"]["source"] == "stored"
-    assert not any("calibrating" in note for note in notes)
-    assert {name: stage["tokens"] for name, stage in again["stages"].items()} == {
-        name: stage["tokens"] for name, stage in found["stages"].items()
-    }
+    assert recall("throughput", record_key(config, policy)) is not None
     # Another shape has other figures.
     shutil.rmtree(policy)
     make_llama(policy, seed=1, num_hidden_layers=1)
-    from dice_py.plan_record import record_key
-    from dice_py.remembered import recall
-
     assert recall("throughput", record_key(config, policy)) is None
