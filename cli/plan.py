@@ -84,7 +84,8 @@ def plan(
 ) -> None:
     """Show what a run would cost, and whether it fits.
 
-    Time, GPU hours, disk and memory of each stage, from a short calibration, or from figures remembered of the same model shape on the same device.
+    Time, GPU hours, disk and memory of each stage: from a short calibration, or from figures remembered of the same
+    model shape on the same device.
     """
     resolved = run_config(config, assign, policy, reference, prompts, replay, rounds, seed)
     show_plan(resolved, run_dir or DEFAULT_RUNS, fresh, as_json)
