@@ -48,6 +48,8 @@ SMALL = {
         "max_new_tokens": MAX_NEW,
         "shard_prompts": 8,
     },
+    # Sums that come with the samples differ in their last digits when a resume samples beside other rows.
+    "score": {"policy_logps": "scored"},
     "train": {
         "learning_rate": 1e-3,
         "warmup_steps": 0,
@@ -589,7 +591,7 @@ def test_a_run_that_was_killed_in_every_stage_ends_as_an_unkilled_one(whole: Pat
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
     for pattern in ("generate/generations-*", "score/*", "mine/*", "replay/training_set*"):
-        ours, theirs = (frames(run, f"{pattern}.parquet") for run in (folder, whole))
+        ours, theirs = (frames(run, f"{pattern}.parquet").drop("sampled_logp", strict=False) for run in (folder, whole))
         assert_frame_equal(ours, theirs, check_exact=True)
     model = "round-01/train/model/model.safetensors"
     weights, unkilled = load_file(folder / model), load_file(whole / model)
