@@ -141,7 +141,12 @@ def _rounds(this: Run) -> dict[str, Any]:
         write_report(this.folder)
         this.tell_gpus(None)
         write_profile(this.folder)
-        remember_run(this.folder)  # for the next `dice plan`
+        try:
+            remember_run(this.folder)  # for the next `dice plan`
+        except Exception as error:  # a run of hours does not end because a plan would have to measure anew
+            this.report(
+                "note", text=f"the round's figures are not kept for `dice plan`: {type(error).__name__}: {error}"
+            )
     this.report("finished", policy=str(policy), report=str(this.folder / "report.html"))
     write_profile(this.folder)  # the end of the last round is known now
     return metrics
