@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, long_tailed_lengths, machine, make_model
 
-from dice_py.artefacts import write_json
-from dice_py.config import GenerateConfig
-from dice_py.open_shard import write_prompts
+from dice_py.config.stages import GenerateConfig
+from dice_py.generation.shard import write_prompts
+from dice_py.storage.files import write_json
 
 WAYS = {
     "transformers": "dice, transformers: shared prefill, rows join",

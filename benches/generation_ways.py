@@ -13,11 +13,12 @@ import numpy as np
 import polars as pl
 import torch
 
-from dice_py import generate as stage
-from dice_py.artefacts import seed_for
-from dice_py.config import GenerateConfig, ModelConfig
-from dice_py.engine import Engine, Request, sample_all
-from dice_py.open_shard import read_prompts
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import GenerateConfig
+from dice_py.generation.engines.base import Engine, Request, sample_all
+from dice_py.generation.shard import read_prompts
+from dice_py.stages import generate as stage
+from dice_py.storage.keys import seed_for
 
 
 class Way:
@@ -63,7 +64,7 @@ def warmed(engine: Engine, way: Way) -> Engine:
     return engine
 
 
-class Items:
+class ShardQueue:
     """All shards, for one group; one after the other, or ahead as soon as there is room."""
 
     def __init__(self, numbers: range, *, ahead: bool) -> None:
@@ -85,13 +86,13 @@ def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool
     built, stage._build = stage._build, build
     seconds = 0.0
 
-    def hear(event: str, **fields: Any) -> None:
+    def on_event(event: str, **fields: Any) -> None:
         nonlocal seconds
         seconds += fields["seconds"] if event == "throughput" else 0.0
 
     files = [way.folder / f"{way.name}-{number:05d}.parquet" for number in way.shards]
     stage.sample_shards(
-        Items(way.shards, ahead=ahead),
+        ShardQueue(way.shards, ahead=ahead),
         config=way.config,
         models=way.models,
         engine=engine,
@@ -103,7 +104,7 @@ def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool
         keys=[file.name for file in files],
         seed=way.seed,
         round_number=1,
-        report=hear,
+        report=on_event,
     )
     frame = pl.concat([pl.read_parquet(file) for file in files])
     way.write(frame["token_ids"].to_list(), frame["sampled_logp"].to_list())
@@ -111,7 +112,7 @@ def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool
 
 
 def vllm_engine(way: Way, prefix_caching: bool = True) -> Any:
-    from dice_py.engine_vllm import VllmEngine
+    from dice_py.generation.engines.vllm import VllmEngine
 
     return VllmEngine(
         way.model,
@@ -166,7 +167,7 @@ def hf_generate(way: Way) -> float:
     """K full prompts in a batch, prompts of like length together, until the longest row of the batch has ended."""
     from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 
-    from dice_py.decoding import SeededSampling
+    from dice_py.generation.engines.decoding import SeededSampling
 
     config, requests = way.config, way.requests()
     dtype = getattr(torch, way.models.dtype)

@@ -49,7 +49,7 @@ from peers_ways import (
 )
 from rich.console import Console
 
-from dice_py.artefacts import write_json, write_text
+from dice_py.storage.files import write_json, write_text
 
 NEEDED_BYTES = 64
 """Memory that a size of the scaling curve is taken to need, a row: data, its shuffle, and the miner."""

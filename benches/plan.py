@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dice_py.artefacts import Manifest, write_json
+from dice_py.storage.files import Manifest, write_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -74,7 +74,7 @@ def compare(fresh: dict[str, Any], stored: dict[str, Any], run: Path, seconds: f
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Plans, runs and plans again."""
-    from dice_py.remembered import cache_folder
+    from dice_py.storage.cache import cache_folder
 
     given = [f"--rounds={args.rounds}", *(f"--set={one}" for one in args.set)]
     with tempfile.TemporaryDirectory() as temporary:
@@ -100,7 +100,9 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def remembered(run: Path, cache: Path) -> None:
     """Keeps the run's figures, where the run itself has not yet done so."""
-    code = f"from pathlib import Path; from dice_py.plan_record import remember_run; remember_run(Path({str(run)!r}))"
+    code = (
+        f"from pathlib import Path; from dice_py.runs.throughput import remember_run; remember_run(Path({str(run)!r}))"
+    )
     environment = os.environ | {"DICE_CACHE": str(cache), "PYTHONPATH": str(HERE.parent)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 

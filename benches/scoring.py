@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dice_py.artefacts import write_json
+from dice_py.storage.files import write_json
 
 HERE = Path(__file__).resolve().parent
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
     from scoring_ways import WAYS
     from shapes import SHAPES, make_model
 
-    from dice_py.throughput import matmul_rate
+    from dice_py.models.flops import matmul_rate
 
     device = torch.device(args.device)
     prompts, responses = drawn(args, SHAPES[args.shape]["vocab_size"])

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from dice_py.config import ScoreConfig
-from dice_py.logps import LogitHead, Scorer
-from dice_py.packing import batches_by_budget, group_rows
-from dice_py.token_budget import TokenBudget
+from dice_py.config.stages import ScoreConfig
+from dice_py.scoring.lm_head import LogitHead
+from dice_py.scoring.packing import batches_by_budget, group_rows
+from dice_py.scoring.scorer import Scorer
+from dice_py.scoring.token_budget import TokenBudget
 
 DUMMY = [7, 8]
 """The tokens of the authors' "dummy response"."""

@@ -2,10 +2,10 @@
 
     stock            TRL as its documentation has it: texts are tokenised, the reference's log-probabilities are
                      computed in a pass before training, then it trains
-    ours             dice_py.train.train on the same pairs, as tokens, with the reference log-probabilities that the
+    ours             stages/train.py on the same pairs, as tokens, with the reference log-probabilities that the
                      score stage has computed for every mined pair: they cost nothing here
     ours_checkpoint  the same with train.gradient_checkpointing
-    score            what a replayed pair costs on top: its reference log-probabilities, by dice_py.score.score_pairs;
+    score            what a replayed pair costs on top: its reference log-probabilities, by score_pairs;
                      here for all pairs, so that a share γ of replay costs γ times as much
 
 Random weights in a named shape, lengths with a long tail, the same batches in the same order. Every way runs in a
@@ -40,8 +40,12 @@ from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, long_tailed_lengths, machine, make_model
 
-from dice_py.artefacts import TRAINING_SET, read_json, write_json, write_parquet
-from dice_py.config import LoraConfig, ModelConfig, ScoreConfig, TrainConfig
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import ScoreConfig
+from dice_py.config.training import LoraConfig, TrainConfig
+from dice_py.storage.files import read_json, write_json
+from dice_py.storage.parquet import write_parquet
+from dice_py.storage.schemas import TRAINING_SET
 
 TRAINING = ("stock", "ours", "ours_checkpoint")
 WAYS = (*TRAINING, "score")
@@ -236,7 +240,7 @@ def settings(options: argparse.Namespace, way: str) -> TrainConfig:
         learning_rate=options.learning_rate,
         warmup_steps=0,
         batch_size=options.batch_size,
-        micro_batch_size=options.micro_batch_size,
+        per_device_train_batch_size=options.per_device_train_batch_size,
         lora=None if options.lora is None else LoraConfig(r=options.lora),
         gradient_checkpointing=way == "ours_checkpoint",
         save_steps=None,
@@ -257,10 +261,10 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
     from trl import DPOTrainer
     from trl.trainer import dpo_trainer
 
-    from dice_py.train_rank import _arguments, _peft
+    from dice_py.training.trainer import peft_config, trainer_arguments
 
     config = settings(options, way)
-    arguments = _arguments(config, models(options), folder / "stock", BETA, SEED)
+    arguments = trainer_arguments(config, models(options), folder / "stock", BETA, SEED)
     held = options.dtype if options.lora else "float32"
     with (
         timed(spans, DPOTrainer, "_prepare_dataset", "tokenise"),
@@ -274,7 +278,7 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
             args=arguments,
             train_dataset=Dataset.from_dict(pl.read_parquet(folder / "texts.parquet").to_dict(as_series=False)),
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-            peft_config=_peft(config.lora),
+            peft_config=peft_config(config.lora),
         )
         trainer.train()
         trainer.save_model(str(folder / "stock-model"))
@@ -287,7 +291,7 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
 
 def score(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
     """The reference log-probabilities of all pairs."""
-    from dice_py import score as stage
+    from dice_py.stages import score as stage
 
     pairs = pl.read_parquet(folder / "pairs.parquet")
     with timed(spans, stage, "score_pairs", "reference"):
@@ -301,8 +305,8 @@ def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way
     """The stage of a run."""
     from trl import DPOTrainer
 
-    from dice_py import train_rank
-    from dice_py.train import train
+    from dice_py.stages.train import train
+    from dice_py.training import trainer as train_rank
 
     out = Path(tempfile.mkdtemp(dir=folder))
     with (
@@ -362,7 +366,7 @@ def result(
         "lora": options.lora,
         "pairs": options.pairs,
         "batch_size": options.batch_size,
-        "micro_batch_size": options.micro_batch_size,
+        "per_device_train_batch_size": options.per_device_train_batch_size,
         "lengths": lengths,
         "steps": len(runs["stock"][0]["losses"]),
         "repeats": options.repeats,

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from dice_py.report import mining_rows, number, seconds, share
+from dice_py.reporting.formatting import mining_rows, number, seconds, share
 
 PLAIN_EVERY = 10.0  # seconds between two lines of one stage's progress
 _PLAIN_WIDTH = 1000  # so that a pipe or a file gets each row of a table on one line
@@ -68,7 +68,7 @@ def _pace(done: int, total: int, unit: str, speed: float) -> str:
 
 
 class Display:
-    """Listens to a run's events: a dice_py.artefacts.Report, and a context manager."""
+    """Listens to a run's events: a dice_py.events.Report, and a context manager."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -154,7 +154,7 @@ def metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
 
 
 def status_table(found: dict[str, Any]) -> Table:
-    """What `dice_py.status.run_status` found: a row for each stage."""
+    """What `dice_py.runs.status.run_status` found: a row for each stage."""
     title = f"{found['run']}: {found['state']}, {found['done']} of {found['stages']} stages"
     table = _table(title, {"stage": "left", "status": "left", "time": "right", "counts": "left"})
     for entry in found["entries"]:
@@ -164,7 +164,7 @@ def status_table(found: dict[str, Any]) -> Table:
 
 
 def profile_table(found: dict[str, Any]) -> Table:
-    """What `dice_py.status.run_profile` found: rows for each stage, what lies between them, each round and the run."""
+    """What `run_profile` found: rows for each stage, what lies between them, each round and the run."""
     heads = ("time", "share", "start-up", "load", "work", "GPU idle", "tokens/s", "MFU")
     table = _table(f"{found['run']}: {found['state']}", {"": "left", **dict.fromkeys(heads, "right")})
 
@@ -219,7 +219,7 @@ _PLANNED = ("shards", "prompts", "prompts_too_long", "responses", "pairs", "repl
 
 
 def plan_table(found: dict[str, Any]) -> Table:
-    """What `dice_py.plan.plan` found: a row for each stage, and the run."""
+    """What `dice_py.planning.plan.plan` found: a row for each stage, and the run."""
     heads = ("time", "start-up", "GPU h", "tokens", "disk", "peak memory")
     table = _table("planned", {"": "left", **dict.fromkeys(heads, "right"), "counts": "left"})
     for name, stage in found["stages"].items():

@@ -42,7 +42,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             raise InterruptedRunError("interrupted; the same command goes on from what is whole") from None
         except OSError as error:
-            from dice_py.artefacts import path_error
+            from dice_py.storage.files import path_error
 
             sentence = path_error(error)
             if sentence is None:
@@ -87,8 +87,8 @@ def run(
         show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
         return
     from cli.display import Display
-    from dice_py.rounds import run as run_rounds
-    from dice_py.run_folder import new_run_folder
+    from dice_py.runs.folder import new_run_folder
+    from dice_py.runs.loop import run as run_rounds
 
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
     with Display() as display:
@@ -104,7 +104,7 @@ def resume(folder: RunFolder, as_json: Json = False) -> None:
     Nothing that is whole is made again, and nothing whose inputs changed is used again.
     """
     from cli.display import Display
-    from dice_py.rounds import resume as resume_rounds
+    from dice_py.runs.loop import resume as resume_rounds
 
     with Display() as display:
         metrics = resume_rounds(folder, display)
@@ -131,7 +131,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show the stages of a run, with their counts and times."""
-    from dice_py.status import list_runs, run_profile, run_status
+    from dice_py.runs.status import list_runs, run_profile, run_status
 
     if folder is None:
         if profile:
@@ -168,14 +168,16 @@ for stage in (stages.generate, stages.score, mine, stages.replay, stages.train, 
 @app.command()
 def world(config: Config = None, assign: Set = None, as_json: Json = False) -> None:
     """Make the synthetic world, or find it, and show what is in it."""
-    from dice_py.config import resolve
-    from dice_py.remembered import cache_folder
-    from dice_py.world import World, find_world
+    from dice_py.config.loading import resolve
+    from dice_py.storage.cache import cache_folder
+    from dice_py.synthetic.world import World, find_world
 
     resolved = resolve(config or [], assign or []).world
     found = find_world(resolved)
     if found is None:
-        found = World(Path(work_apart("world", "dice_py.world:make_world", cache_folder() / "log", config=resolved)))
+        found = World(
+            Path(work_apart("world", "dice_py.stages.world:make_world", cache_folder() / "log", config=resolved))
+        )
     print_result({"folder": str(found.folder), **found.info()}, as_json)
 
 

@@ -43,7 +43,7 @@ def _option(panel: str, text: str) -> Any:
 @contextlib.contextmanager
 def _interrupted() -> Iterator[None]:
     """Ctrl-C and SIGTERM end it with the temporary files removed."""
-    from dice_py.rounds import terminate_as_interrupt
+    from dice_py.runs.loop import terminate_as_interrupt
 
     try:
         with terminate_as_interrupt():
@@ -117,7 +117,7 @@ def mine(
     Written to OUT (Parquet) with the row numbers of both responses in SCORED, counted through its files.
     """
     from cli.display import Display, mining_table, print_table
-    from dice_py.mine_files import mine_files
+    from dice_py.mining.files import mine_files
 
     try:
         penalty: Any = "auto" if alpha == "auto" else float(alpha)

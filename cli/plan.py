@@ -11,7 +11,7 @@ import typer
 from cli.stages import Config, Json, Set, overrides, print_json
 
 if TYPE_CHECKING:
-    from dice_py.config import RunConfig
+    from dice_py.config.run import RunConfig
 
 RunPolicy = Annotated[str | None, typer.Option(help="π_1, a DPO-tuned model: folder or Hugging Face id.")]
 RunReference = Annotated[str | None, typer.Option(help="The model that its DPO training started from.")]
@@ -35,7 +35,7 @@ def run_config(
     seed: int | None,
 ) -> RunConfig:
     """The resolved config of `dice run` and `dice plan`."""
-    from dice_py.config import resolve
+    from dice_py.config.loading import resolve
 
     return resolve(
         config or [],
@@ -54,7 +54,7 @@ def run_config(
 def show_plan(resolved: RunConfig, folder: Path, fresh: bool, as_json: bool) -> None:
     """Plans a run in `folder`, and prints it."""
     from cli.display import Display
-    from dice_py.plan import plan as make_plan
+    from dice_py.planning.plan import plan as make_plan
 
     own_start = time.process_time()  # importing, which is one thread's work; of `dice run` it is as much
     with Display() as display:

@@ -37,7 +37,7 @@ def overrides(**values: Any) -> dict[str, Any]:
 
 
 def _one_stage(config: list[Path] | None, assign: list[str] | None, **options: Any) -> Any:
-    from dice_py.config import resolve
+    from dice_py.config.loading import resolve
 
     return resolve(config or [], assign or [], overrides(**options), one_stage=True)
 
@@ -45,8 +45,8 @@ def _one_stage(config: list[Path] | None, assign: list[str] | None, **options: A
 def work_apart(stage: str, work: str, folder: Path, **arguments: Any) -> Any:
     """Runs a stage in a process of its own, whose log goes to `folder`, and shows how far it is."""
     from cli.display import Display
-    from dice_py.run_folder import REMEDIES
-    from dice_py.worker import run_stage
+    from dice_py.compute.stage_process import run_stage
+    from dice_py.stages.registry import REMEDIES
 
     with Display() as display:
         display("stage", stage=stage, status="running")
@@ -58,7 +58,7 @@ def print_result(value: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(value)
         return
-    from dice_py.report import number
+    from dice_py.reporting.formatting import number
 
     for name, item in value.items():
         shown = "".join(f"\n  {file}" for file in item) if name == "files" else number(item)
@@ -81,9 +81,11 @@ def generate(
 
     Into OUT/generations-NNNNN.parquet; shards that are there already, from the same inputs, are kept.
     """
-    from dice_py.artefacts import PROMPTS, digest, write_parquet
     from dice_py.data import read_prompts
-    from dice_py.models import resolve_model
+    from dice_py.models.loading import resolve_model
+    from dice_py.storage.keys import digest
+    from dice_py.storage.parquet import write_parquet
+    from dice_py.storage.schemas import PROMPTS
 
     resolved = _one_stage(config, assign, generate__samples=samples, generate__engine=engine)
     frame = read_prompts(prompts, prompt_column)  # before the model, which may be a long download
@@ -91,7 +93,7 @@ def generate(
     write_parquet(out / "prompts.parquet", frame, key=digest(frame.to_dict(as_series=False)), schema=PROMPTS)
     made = work_apart(
         "generate",
-        "dice_py.generate:generate",
+        "dice_py.stages.generate:generate",
         out,
         config=resolved.generate,
         models=resolved.model,
@@ -122,8 +124,8 @@ def score(
 
     Of stored token ids, into OUT/scores-NNNNN.parquet, row by row beside the generations.
     """
-    from dice_py.artefacts import digest, file_digest
-    from dice_py.models import model_identity, resolve_model
+    from dice_py.models.loading import model_identity, resolve_model
+    from dice_py.storage.keys import digest, file_digest
 
     resolved = _one_stage(config, assign, beta=beta)
     contents = [file_digest(file) for file in generations]
@@ -141,7 +143,7 @@ def score(
     models = [model_identity(folder) for folder in folders.values()]
     scored = work_apart(
         "score",
-        "dice_py.score:score",
+        "dice_py.stages.score:score",
         out,
         config=resolved.score,
         models=resolved.model,
@@ -208,10 +210,11 @@ def replay(
 
     Into OUT/training_set.parquet, with the reference log-probabilities that training needs.
     """
-    from dice_py.artefacts import digest, file_digest, write_parquet
     from dice_py.data import read_pairs
-    from dice_py.inputs import pool_columns
-    from dice_py.models import resolve_model
+    from dice_py.models.loading import resolve_model
+    from dice_py.runs.inputs import pool_columns
+    from dice_py.storage.keys import digest, file_digest
+    from dice_py.storage.parquet import write_parquet
 
     if mined is not None and (not generations or not scores or prompts is None):
         raise UsageError("--mined also needs --generations, --scores and --prompts, which its row numbers refer to")
@@ -267,7 +270,7 @@ def replay(
     }
     counts = work_apart(
         "replay",
-        "dice_py.replay:replay",
+        "dice_py.stages.replay:replay",
         out,
         config=settings,
         score_config=resolved.score,
@@ -308,8 +311,8 @@ def train(
 
     The new policy goes to OUT/model.
     """
-    from dice_py.artefacts import digest, file_digest
-    from dice_py.models import model_identity, resolve_model
+    from dice_py.models.loading import model_identity, resolve_model
+    from dice_py.storage.keys import digest, file_digest
 
     resolved = _one_stage(config, assign, beta=beta)
     content = file_digest(training_set)
@@ -317,7 +320,7 @@ def train(
     settings = [resolved.train.decisive(), resolved.model.model_dump(), resolved.beta, seed]
     counts = work_apart(
         "train",
-        "dice_py.train:train",
+        "dice_py.stages.train:train",
         out,
         config=resolved.train,
         models=resolved.model,
@@ -352,9 +355,11 @@ def evaluate(
 
     Into OUT/metrics.json.
     """
-    from dice_py.artefacts import PROMPTS, digest, file_digest, write_parquet
     from dice_py.data import read_pairs, read_prompts
-    from dice_py.models import resolve_model
+    from dice_py.models.loading import resolve_model
+    from dice_py.storage.keys import digest, file_digest
+    from dice_py.storage.parquet import write_parquet
+    from dice_py.storage.schemas import PROMPTS
 
     if prompts is None and pairs is None:
         raise UsageError("nothing to evaluate on: give --prompts, --pairs or both")
@@ -378,7 +383,7 @@ def evaluate(
         inputs["pairs"] = write_parquet(out / "eval_pairs.parquet", held_out, key=file_digest(pairs))
     metrics = work_apart(
         "evaluate",
-        "dice_py.evaluate:evaluate",
+        "dice_py.stages.evaluate:evaluate",
         out,
         config=resolved.evaluate,
         generate_config=resolved.generate,

@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dice_py.attach import attach_text
-    from dice_py.mine import MinedPairs, mine_pairs
-    from dice_py.replay import ReplayMix, mix_replay, sample_replay
-    from dice_py.replay_buffer import ReplayBuffer
-    from dice_py.replay_mix import BufferMix, OfflineBuffer, mix_buffers
+    from dice_py.mining.gather import attach_text
+    from dice_py.mining.pairs import MinedPairs, mine_pairs
+    from dice_py.replay.buffer import ReplayBuffer
+    from dice_py.replay.mix import BufferMix, OfflineBuffer, mix_buffers
+    from dice_py.replay.offline import ReplayMix, mix_replay, sample_replay
 
 __all__ = [
     "BufferMix",
@@ -30,16 +30,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "attach_text": "dice_py.attach",
-    "MinedPairs": "dice_py.mine",
-    "mine_pairs": "dice_py.mine",
-    "ReplayMix": "dice_py.replay",
-    "mix_replay": "dice_py.replay",
-    "sample_replay": "dice_py.replay",
-    "ReplayBuffer": "dice_py.replay_buffer",
-    "BufferMix": "dice_py.replay_mix",
-    "OfflineBuffer": "dice_py.replay_mix",
-    "mix_buffers": "dice_py.replay_mix",
+    "attach_text": "dice_py.mining.gather",
+    "MinedPairs": "dice_py.mining.pairs",
+    "mine_pairs": "dice_py.mining.pairs",
+    "ReplayMix": "dice_py.replay.offline",
+    "mix_replay": "dice_py.replay.offline",
+    "sample_replay": "dice_py.replay.offline",
+    "ReplayBuffer": "dice_py.replay.buffer",
+    "BufferMix": "dice_py.replay.mix",
+    "OfflineBuffer": "dice_py.replay.mix",
+    "mix_buffers": "dice_py.replay.mix",
 }
 
 

@@ -2,7 +2,7 @@
 
 TRL's formats: `prompt` as text or as a list of messages; `chosen` and `rejected` likewise; or, without a
 prompt column, `chosen` and `rejected` as whole conversations whose common beginning is the prompt. No
-tokenizer here: what needs one is in dice_py/models.py.
+tokenizer here: what needs one is in models/loading.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, TypedDict
 
 import polars as pl
 
-from dice_py.artefacts import MESSAGES, PROMPTS
 from dice_py.errors import DataError
+from dice_py.storage.schemas import MESSAGES, PROMPTS
 
 
 class Message(TypedDict):

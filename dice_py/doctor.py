@@ -7,9 +7,10 @@ import importlib.util
 import platform
 from typing import Any
 
-from dice_py.config import GenerateConfig, ModelConfig
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DiceError
-from dice_py.remembered import cache_folder
+from dice_py.storage.cache import cache_folder
 
 _TRAIN = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 _PACKAGES = ("dice-align", "polars", "pyarrow", "typer", "pydantic", *_TRAIN, "vllm")
@@ -31,7 +32,7 @@ def _devices() -> tuple[list[str], str | None, str]:
         import torch
         import transformers  # noqa: F401
 
-        from dice_py.generate import choose_engine
+        from dice_py.generation.engines.factory import choose_engine
 
         gpus = []
         for index in range(torch.cuda.device_count()):

@@ -33,3 +33,9 @@ class InterruptedRunError(DiceError):
     """Stopped before the end, with everything that was whole kept: `dice resume` goes on (exit code 5)."""
 
     exit_code = 5
+
+
+class DiskFullError(DiceError):
+    """No room left: nothing that was whole is lost, and a resume goes on from it (exit code 5)."""
+
+    exit_code = 5

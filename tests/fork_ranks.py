@@ -19,7 +19,14 @@ import sys
 import time
 from pathlib import Path
 
-MODULES = ("dice_py.train", "dice_py.train_launch", "trl", "peft", "accelerate.commands.launch", "sharded_on_cpu")
+MODULES = (
+    "dice_py.stages.train",
+    "dice_py.training.launcher",
+    "trl",
+    "peft",
+    "accelerate.commands.launch",
+    "sharded_on_cpu",
+)
 
 
 def serve(path: str) -> None:
@@ -79,7 +86,7 @@ def _fork(arguments: object, environment: dict[str, str], rank: int) -> int:
         sys.argv = [arguments.training_script, *arguments.training_script_args]
         if arguments.training_script == "sharded_on_cpu":
             importlib.import_module("sharded_on_cpu").shard_on_cpu()
-        importlib.import_module("dice_py.train_launch").main()
+        importlib.import_module("dice_py.training.launcher").main()
     finally:
         os._exit(70)
 

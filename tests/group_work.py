@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dice_py.clock import clocked
-from dice_py.dealer import Group
+from dice_py.compute.devices import Group
+from dice_py.compute.dispatch import ShardQueue, over_groups
 from dice_py.errors import DataError, OutOfMemoryError
-from dice_py.groups import Items, over_groups
+from dice_py.timing import timed
 
 if TYPE_CHECKING:
-    from dice_py.artefacts import Report
+    from dice_py.events import Report
 
 PATIENCE = 20.0  # seconds; what is waited for takes a fraction of one
 AT_IMPORT = dict(os.environ)
@@ -69,13 +69,13 @@ def fail(how: str, number: int) -> None:
         time.sleep(PATIENCE)
 
 
-def planned(items: Items, *, folder: Path, plan: dict[int, list[str]], hold: int = 1, report: Report) -> None:
+def planned(items: ShardQueue, *, folder: Path, plan: dict[int, list[str]], hold: int = 1, report: Report) -> None:
     """Takes up to `hold` items at a time; `plan[n]` is how the first, second, … try of item n goes, "ok" after it."""
     append(folder / f"starts-{me()}", str(os.getpid()))
     while True:
         held: list[tuple[int, str]] = []
         while len(held) < hold:
-            number = items.take(wait=not held)
+            number = items.receive(wait=not held)
             if number is None:
                 break
             append(folder / f"tries-{number}", me())
@@ -96,31 +96,31 @@ def planned(items: Items, *, folder: Path, plan: dict[int, list[str]], hold: int
             report("item", number=number)
 
 
-def together(items: Items, *, folder: Path, of: int, then: str, report: Report) -> None:
+def together(items: ShardQueue, *, folder: Path, of: int, then: str, report: Report) -> None:
     """Each of the groups takes one item. When all have, and have asked for another, the one with item 0 goes last."""
-    number = items.take(wait=True)
+    number = items.receive(wait=True)
     assert number is not None
     append(folder / f"tries-{number}", me())
     append(folder / "have", me())
     wait_until(folder / "have", of)
-    append(folder / "second", str(items.take(wait=False)))
+    append(folder / "second", str(items.receive(wait=False)))
     wait_until(folder / "second", of)
     if number == 0:
         wait_until(folder / "item-1")
         fail(then, number)
     make(folder, number)
     report("item", number=number)
-    while (number := items.take(wait=True)) is not None:
+    while (number := items.receive(wait=True)) is not None:
         append(folder / f"tries-{number}", me())
         make(folder, number)
         report("item", number=number)
 
 
-def fails_second(items: Items, *, folder: Path, how: str, report: Report) -> None:
+def fails_second(items: ShardQueue, *, folder: Path, how: str, report: Report) -> None:
     """Group 0's first process fails at its second item; group 1 makes nothing before that is over."""
     append(folder / f"starts-{me()}", str(os.getpid()))
     done = 0
-    while (number := items.take(wait=True)) is not None:
+    while (number := items.receive(wait=True)) is not None:
         append(folder / f"tries-{number}", me())
         if me() == "0" and done == 1 and len(lines(folder / "starts-0")) == 1:
             append(folder / "failed", str(number))
@@ -134,8 +134,8 @@ def fails_second(items: Items, *, folder: Path, how: str, report: Report) -> Non
         done += 1
 
 
-def linger(items: Items, *, folder: Path, report: Report) -> None:
-    items.take(wait=True)
+def linger(items: ShardQueue, *, folder: Path, report: Report) -> None:
+    items.receive(wait=True)
     append(folder / "pids", str(os.getpid()))
     report("note", text="waiting")
     time.sleep(10 * PATIENCE)
@@ -143,7 +143,7 @@ def linger(items: Items, *, folder: Path, report: Report) -> None:
 
 def drive(*, folder: Path, report: Report) -> None:
     """A stage's process, whose groups linger."""
-    from dice_py.config import DevicesConfig
+    from dice_py.config.shared import DevicesConfig
 
     append(folder / "driver", str(os.getpid()))
     over_groups(
@@ -158,12 +158,12 @@ def drive(*, folder: Path, report: Report) -> None:
     )
 
 
-def describe(items: Items, *, folder: Path, report: Report) -> None:
+def describe(items: ShardQueue, *, folder: Path, report: Report) -> None:
     """Tells all events, and what the environment was."""
     print("printed by the group")
     names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    while (number := items.take(wait=True)) is not None:
-        with clocked("load"):
+    while (number := items.receive(wait=True)) is not None:
+        with timed("load"):
             time.sleep(0.05)
         report("note", text="a note")
         report("throughput", stage="describe", file=f"item-{number}", tokens=5)
@@ -173,25 +173,25 @@ def describe(items: Items, *, folder: Path, report: Report) -> None:
         report("item", number=number)
 
 
-def load_long(items: Items, *, folder: Path, report: Report) -> None:
+def load_long(items: ShardQueue, *, folder: Path, report: Report) -> None:
     """Group 1 is still loading when the others have made everything."""
     if me() == "1":
         append(folder / "loading", str(os.getpid()))
         time.sleep(10 * PATIENCE)
     wait_until(folder / "loading")
-    while (number := items.take(wait=True)) is not None:
+    while (number := items.receive(wait=True)) is not None:
         make(folder, number)
         report("item", number=number)
 
 
-def fails_at_the_end(items: Items, *, folder: Path, report: Report) -> None:
-    while (number := items.take(wait=True)) is not None:
+def fails_at_the_end(items: ShardQueue, *, folder: Path, report: Report) -> None:
+    while (number := items.receive(wait=True)) is not None:
         make(folder, number)
         report("item", number=number)
     raise ValueError("a bug at the end")
 
 
-def fails_at_once(items: Items, *, folder: Path, how: str, report: Report) -> None:
+def fails_at_once(items: ShardQueue, *, folder: Path, how: str, report: Report) -> None:
     fail(how, -1)
 
 

@@ -9,8 +9,8 @@ import torch
 from tiny_sets import draw_ids
 from transformers import PreTrainedModel
 
-from dice_py.config import ScoreConfig
-from dice_py.logps import Scorer
+from dice_py.config.stages import ScoreConfig
+from dice_py.scoring.scorer import Scorer
 
 SAME = 1e-4
 """Largest difference of two float32 sums: of some hundred nats over some ten tokens, each rounded to about 1e-6."""
@@ -52,9 +52,9 @@ def apart(left: list[float], right: list[float]) -> float:
 def scorer(model: PreTrainedModel, notes: list[str] | None = None, **config: Any) -> Scorer:
     """A scorer with the config's entries given; its notes go to the list."""
 
-    def hear(event: str, **fields: Any) -> None:
+    def on_event(event: str, **fields: Any) -> None:
         assert event == "note"
         if notes is not None:
             notes.append(fields["text"])
 
-    return Scorer(model, ScoreConfig(**config), hear)
+    return Scorer(model, ScoreConfig(**config), on_event)

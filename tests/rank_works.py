@@ -1,4 +1,4 @@
-"""What ranks do in tests of dice_py/train_launch.py, without torch; and a launcher of two of them.
+"""What ranks do in tests of training/launcher.py, without torch; and a launcher of two of them.
 
 python rank_works.py ADDRESS    starts two ranks as torchrun does, and stops one when the other failed
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from dice_py.errors import DataError
 
 if TYPE_CHECKING:
-    from dice_py.artefacts import Report
+    from dice_py.events import Report
 
 RANKS = 2
 
@@ -75,7 +75,7 @@ def sleep(report: Report, folder: str | None = None) -> None:
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "dice_py.train_launch", sys.argv[1]]
+    command = [sys.executable, "-m", "dice_py.training.launcher", sys.argv[1]]
     ranks = [
         subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}, start_new_session=True)
         for rank in range(RANKS)

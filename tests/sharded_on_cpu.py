@@ -1,8 +1,8 @@
 """A rank whose accelerate shards on the CPU, which it refuses (for MULTI_CPU it drops FSDP without a word).
 
-Stands in for dice_py.train_launch in tests: accelerate is told that its processes on gloo are GPUs', whose device is
-the CPU. All else is what runs on GPUs: accelerate's FSDP2, torch's fully_shard, the trainer, our step 0 and saving; and
-DeepSpeed's ZeRO-3, where it is installed.
+Stands in for dice_py.training.launcher in tests: accelerate is told that its processes on gloo are GPUs', whose device
+is the CPU. All else is what runs on GPUs: accelerate's FSDP2, torch's fully_shard, the trainer, our step 0 and saving;
+and DeepSpeed's ZeRO-3, where it is installed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import transformers.training_args
 import trl
 from accelerate.state import DistributedType, PartialState
 
-from dice_py import train_rank
-from dice_py.train_launch import main
+from dice_py.training import trainer as train_rank
+from dice_py.training.launcher import main
 
 
 def shard_on_cpu() -> None:

@@ -14,32 +14,21 @@ import pyarrow.parquet as pq
 import pytest
 from small_disk import small_disk
 
-from dice_py import artefacts
-from dice_py.artefacts import (
-    MINED,
-    PAIRS,
-    PROMPTS,
-    TRAINING_SET,
-    DiskFullError,
+from dice_py.errors import DataError, DiskFullError, UsageError
+from dice_py.storage import files as artefacts
+from dice_py.storage.files import (
     Manifest,
     atomic,
-    digest,
-    file_digest,
     is_disk_full,
-    parquet_key,
-    parquet_meta,
-    parquet_rows,
     path_error,
     read_json,
-    read_parquet,
     remove_temporaries,
-    seed_for,
-    versions,
     write_json,
-    write_parquet,
     write_text,
 )
-from dice_py.errors import DataError, UsageError
+from dice_py.storage.keys import digest, file_digest, seed_for, versions
+from dice_py.storage.parquet import parquet_key, parquet_meta, parquet_rows, read_parquet, write_parquet
+from dice_py.storage.schemas import MINED, PAIRS, PROMPTS, TRAINING_SET
 
 NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

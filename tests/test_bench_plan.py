@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benches"))
 
 import plan as bench
 
-from dice_py.artefacts import Manifest
+from dice_py.storage.files import Manifest
 
 STAGES = {"round-01/generate": 4.0, "round-01/mine": 0.5}
 

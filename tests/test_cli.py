@@ -20,9 +20,10 @@ import pytest
 from small_disk import small_disk
 
 from cli.main import main
-from dice_py.artefacts import Manifest, parquet_meta, read_parquet
-from dice_py.config import dump, resolve
-from dice_py.mine_options import MineOptions
+from dice_py.config.loading import dump, resolve
+from dice_py.config.mining import MineOptions
+from dice_py.storage.files import Manifest
+from dice_py.storage.parquet import parquet_meta, read_parquet
 
 COMMANDS = (
     "run", "resume", "status", "plan", "generate", "score", "mine", "replay", "train", "evaluate", "world", "doctor",
@@ -442,7 +443,7 @@ MINE_OPTIONS: list[tuple[str, object]] = [
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `dice mine` asks of the miner, which does nothing but count its rows."""
-    from dice_py import mine_files
+    from dice_py.mining import streaming as mine_files
 
     seen: dict[str, Any] = {}
 
@@ -581,7 +582,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_ctrl_c_is_exit_code_5(refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dice_py.mine_files.mine_files", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("dice_py.mining.files.mine_files", raising(KeyboardInterrupt()))
     assert "interrupted" in refused(5, "mine", "scored.parquet", "-o", "pairs.parquet")
 
 
@@ -593,7 +594,7 @@ def test_a_folder_that_may_not_be_written(refused) -> None:
 
 
 def test_a_bug_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dice_py.mine_files.mine_files", raising(ZeroDivisionError("ours")))
+    monkeypatch.setattr("dice_py.mining.files.mine_files", raising(ZeroDivisionError("ours")))
     monkeypatch.setattr(sys, "argv", ["dice", "mine", "scored.parquet", "-o", "pairs.parquet"])
     with pytest.raises(ZeroDivisionError, match="ours"):
         main()

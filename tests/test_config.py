@@ -10,9 +10,10 @@ import pytest
 
 from cli.mine import mine as mine_command
 from dice_py import mine_pairs
-from dice_py.config import MineConfig, RunConfig, dump, known_keys, load_resolved, resolve
+from dice_py.config.loading import dump, known_keys, load_resolved, resolve
+from dice_py.config.mining import MineConfig, MineOptions
+from dice_py.config.run import RunConfig
 from dice_py.errors import UsageError
-from dice_py.mine_options import MineOptions
 
 OWN = {
     "model": {"policy": "policy-folder", "reference": "reference-folder"},
@@ -116,7 +117,7 @@ def test_every_wrong_key_is_told_at_once() -> None:
         ("generate.temperature=0", "generate.temperature: Input should be greater than 0"),
         ("beta=0", "beta: Input should be greater than 0"),
         ("beta=.inf", "beta: Input should be a finite number"),
-        ("train.epochs=inf", "train.epochs: Input should be a finite number"),
+        ("train.num_train_epochs=inf", "train.epochs: Input should be a finite number"),
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
         ("mine.alpha=-1", "mine.alpha: Input should be greater than or equal to 0 (got -1)"),
         ("mine.alpha=low", "mine.alpha: Input should be 'auto' (got 'low')"),
@@ -126,7 +127,7 @@ def test_every_wrong_key_is_told_at_once() -> None:
             "generate.engine: Input should be 'auto', 'transformers' or 'vllm' (got 'vlm')",
         ),
         ("train=5", "train: Input should be a valid dictionary"),
-        ("train.batch_size=30", "train: batch_size (30) must be a multiple of micro_batch_size (32)"),
+        ("train.batch_size=30", "train: batch_size (30) must be a multiple of per_device_train_batch_size (32)"),
     ],
 )
 def test_values_out_of_range(assignment: str, said: str) -> None:

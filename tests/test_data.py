@@ -10,9 +10,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from dice_py.artefacts import MESSAGES, PROMPTS
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
+from dice_py.storage.schemas import MESSAGES, PROMPTS
 
 Rows = list[dict[str, Any]]
 KINDS = ("jsonl", "json", "parquet")

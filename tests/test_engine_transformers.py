@@ -32,14 +32,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dice_py import decoding
-from dice_py.artefacts import seed_for
-from dice_py.config import GenerateConfig, ModelConfig, ScoreConfig
-from dice_py.decoding import Rows, SeededSampling
-from dice_py.engine import Request, Sample, sample_all
-from dice_py.engine_transformers import TransformersEngine
-from dice_py.logps import sequence_logps
-from dice_py.models import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import GenerateConfig, ScoreConfig
+from dice_py.generation.engines import decoding
+from dice_py.generation.engines.base import Request, Sample, sample_all
+from dice_py.generation.engines.decoding import Rows, SeededSampling
+from dice_py.generation.engines.transformers import TransformersEngine
+from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.scoring.scorer import sequence_logps
+from dice_py.storage.keys import seed_for
 
 CPU = ModelConfig(device="cpu")
 QUESTIONS = ["hello there", "hi", "what is the tallest mountain on this planet, and who climbed it first?"]

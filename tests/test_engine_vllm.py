@@ -25,16 +25,19 @@ import torch
 from test_engine_transformers import chi_square
 from tiny_models import MAX_POSITIONS, make_llama, make_mistral, set_generation_config
 
-from dice_py.artefacts import parquet_key, seed_for
-from dice_py.clock import clocked_seconds
-from dice_py.config import GenerateConfig, ModelConfig, ScoreConfig
-from dice_py.engine import Request, Sample, sample_all
-from dice_py.engine_vllm import VllmEngine, _check_settings, _explain, max_model_len
+from dice_py.compute.stage_process import run_stage
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import GenerateConfig, ScoreConfig
 from dice_py.errors import DataError, OutOfMemoryError, UsageError
-from dice_py.generate import generate
-from dice_py.logps import sequence_logps
-from dice_py.models import Placement, encode_prompt, load_model, load_tokenizer, stop_token_ids
-from dice_py.worker import run_stage
+from dice_py.generation.engines.base import Request, Sample, sample_all
+from dice_py.generation.engines.vllm import VllmEngine, check_settings, explain_error, max_model_len
+from dice_py.models.loading import Placement, load_model
+from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.scoring.scorer import sequence_logps
+from dice_py.stages.generate import generate
+from dice_py.storage.keys import seed_for
+from dice_py.storage.parquet import parquet_key
+from dice_py.timing import timed_seconds
 
 FLOAT32 = ModelConfig(device="cpu", dtype="float32")
 MAX_NEW = 24
@@ -112,7 +115,7 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
     began = time.monotonic()
     engine = VllmEngine(llama, config, FLOAT32, stops=seen.stops, longest_prompt=longest)
     seen.start_seconds = time.monotonic() - began
-    seen.load_seconds = clocked_seconds()["load"]
+    seen.load_seconds = timed_seconds()["load"]
 
     # More prompt tokens than a step of vLLM holds (4096), so that prompts wait for the next one.
     seen.requests = [Request(seen.prompts[n % 3], seed_for(7, n)) for n in range(96)]
@@ -441,7 +444,7 @@ class TestOnTheCpu:
 )
 def test_settings_that_vllm_does_not_have(changed: dict[str, Any], device: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        _check_settings(_changed(PLAIN, **changed), Placement(device, "float32"))
+        check_settings(_changed(PLAIN, **changed), Placement(device, "float32"))
 
 
 def test_context() -> None:
@@ -493,11 +496,11 @@ GPU_TAKEN = (
     ids=["small", "small, sized", "none", "taken", "torch", "architecture", "import"],
 )
 def test_errors_say_what_to_do(error: Exception, vllm: dict[str, Any], kind: type[Exception], says: str) -> None:
-    explained = _explain(error, Path("model"), _changed(PLAIN, vllm=vllm), Placement("cuda:0", "bfloat16"))
+    explained = explain_error(error, Path("model"), _changed(PLAIN, vllm=vllm), Placement("cuda:0", "bfloat16"))
     assert type(explained) is kind
     assert says in str(explained)
     assert "`gpu_memory_utilization`" not in str(explained)  # vLLM's names are not ours
 
 
 def test_a_bug_stays_a_bug() -> None:
-    assert _explain(RuntimeError("assertion"), Path("model"), PLAIN, Placement("cpu", "float32")) is None
+    assert explain_error(RuntimeError("assertion"), Path("model"), PLAIN, Placement("cpu", "float32")) is None

@@ -11,12 +11,13 @@ import pytest
 from tiny_models import make_llama
 from tiny_sets import CPU
 
-from dice_py import evaluate as stage
-from dice_py.config import EvaluateConfig, ScoreConfig
+from dice_py.config.stages import EvaluateConfig, ScoreConfig
 from dice_py.data import pairs_frame
-from dice_py.evaluate import bootstrap_ci95, held_out_accuracy, reward_accuracy, win_rate
-from dice_py.models import encode_pairs, load_tokenizer, stop_token_ids
-from dice_py.score import score_pairs
+from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy, win_rate
+from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.scoring.pairs import score_pairs
+from dice_py.stages import evaluate as stage
+from dice_py.stages.evaluate import held_out_accuracy
 
 
 def user(text: str) -> list[dict[str, str]]:

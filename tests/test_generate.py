@@ -14,14 +14,17 @@ import torch
 from tiny_models import MAX_POSITIONS, make_llama, make_mistral, make_tokenizer
 from transformers import LlamaConfig
 
-from dice_py import generate as stage
-from dice_py.artefacts import GENERATIONS, parquet_key
-from dice_py.config import GenerateConfig, ModelConfig
-from dice_py.engine_transformers import TransformersEngine
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, UsageError
-from dice_py.generate import Generations, choose_engine, generate
-from dice_py.models import Placement
-from dice_py.open_shard import OpenShard
+from dice_py.generation.engines.factory import choose_engine
+from dice_py.generation.engines.transformers import TransformersEngine
+from dice_py.generation.shard import ShardWriter
+from dice_py.models.loading import Placement
+from dice_py.stages import generate as stage
+from dice_py.stages.generate import Generations, generate
+from dice_py.storage.parquet import parquet_key
+from dice_py.storage.schemas import GENERATIONS
 
 CPU = ModelConfig(device="cpu")
 CONFIG = GenerateConfig(engine="transformers", samples=3, temperature=1.0, max_new_tokens=8, shard_prompts=2)
@@ -218,15 +221,15 @@ def test_order_of_prompts_changes_no_sample(run: Stage) -> None:
 
 
 def test_interrupted_call_keeps_whole_shards(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, kept = OpenShard.write, []
+    write, kept = ShardWriter.write, []
 
-    def interrupt(shard: OpenShard, *rest: Any) -> None:
+    def interrupt(shard: ShardWriter, *rest: Any) -> None:
         if kept:
             raise KeyboardInterrupt
         kept.append(shard.file)
         write(shard, *rest)
 
-    monkeypatch.setattr(OpenShard, "write", interrupt)
+    monkeypatch.setattr(ShardWriter, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert sorted(run.out.glob("*.parquet")) == kept

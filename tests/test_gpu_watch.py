@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dice_py.config import DevicesConfig, ModelConfig
-from dice_py.gpu_watch import GpuWatch, usable_gpus
+from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
+from dice_py.config.shared import DevicesConfig, ModelConfig
 
 MIB = 2**20
 TWO_GPUS = """
@@ -64,7 +64,7 @@ def test_figures_of_each_gpu(nvidia_smi) -> None:
         'echo "0, 0, 1000, 80000"; echo "1, 50, 10, 80000"; echo "0, 100, 3000, 80000"; echo "0, 0, 2000, 80000"\n'
         'echo "0, 60, 500, 80000"; echo "1, 100, 10, 80000"'
     )
-    with GpuWatch() as watch:
+    with GpuMonitor() as watch:
         until(lambda: watch.problem)  # it has ended, and all that it said is read
         found = watch.take()
         assert watch.take() == []  # only what came since
@@ -97,7 +97,7 @@ def test_it_ends_with_the_watch(nvidia_smi) -> None:
     pids = nvidia_smi(TWO_GPUS)
 
     def fail_while_watching() -> None:
-        with GpuWatch({1}) as watch:
+        with GpuMonitor({1}) as watch:
             found: list[dict] = []
             until(lambda: found.extend(watch.take()) or found)
             assert {gpu["index"] for gpu in found} == {1}  # the other is not this run's
@@ -110,9 +110,9 @@ def test_it_ends_with_the_watch(nvidia_smi) -> None:
 
 
 def test_one_that_does_not_heed_is_killed(nvidia_smi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dice_py.gpu_watch._END_SECONDS", 0.2)
+    monkeypatch.setattr("dice_py.compute.gpu_monitor._END_SECONDS", 0.2)
     pids = nvidia_smi(f"trap '' TERM\n{TWO_GPUS}")
-    with GpuWatch() as watch:
+    with GpuMonitor() as watch:
         until(watch.take)
         process = int(pids.read_text())
     assert not is_there(process)
@@ -121,8 +121,8 @@ def test_one_that_does_not_heed_is_killed(nvidia_smi, monkeypatch: pytest.Monkey
 def test_it_does_not_outlive_a_killed_run(nvidia_smi, tmp_path: Path) -> None:
     pids = nvidia_smi(TWO_GPUS)
     script = (
-        "import time\nfrom dice_py.gpu_watch import GpuWatch\n"
-        "with GpuWatch() as watch:\n"
+        "import time\nfrom dice_py.compute.gpu_monitor import GpuMonitor\n"
+        "with GpuMonitor() as watch:\n"
         "    while not watch.take():\n        time.sleep(0.01)\n"
         "    print('watching', flush=True)\n    time.sleep(600)\n"
     )
@@ -157,7 +157,7 @@ def test_it_does_not_outlive_a_killed_run(nvidia_smi, tmp_path: Path) -> None:
 )
 def test_without_figures_it_says_why(nvidia_smi, script: str | None, problem: str) -> None:
     nvidia_smi(script)
-    with GpuWatch() as watch:
+    with GpuMonitor() as watch:
         until(lambda: watch.problem == problem)
         assert [gpu["samples"] for gpu in watch.take()] == ([1] if "end:" in problem else [])
 
@@ -165,13 +165,13 @@ def test_without_figures_it_says_why(nvidia_smi, script: str | None, problem: st
 def test_a_script_that_cannot_be_started(nvidia_smi, tmp_path: Path) -> None:
     nvidia_smi("")
     (tmp_path / "bin/nvidia-smi").write_bytes(b"\x7fELF nothing that runs")
-    with GpuWatch() as watch:
+    with GpuMonitor() as watch:
         assert watch.problem == "no GPU seen: nvidia-smi cannot be started (Exec format error)"
 
 
 def test_a_gpu_that_does_not_tell(nvidia_smi) -> None:
     nvidia_smi("echo '0, [N/A], 1000, 80000'; echo '1, 5, [N/A], [N/A]'; exec sleep 60")
-    with GpuWatch() as watch:
+    with GpuMonitor() as watch:
         found: list[dict] = []
         until(lambda: found.extend(watch.take()) or len(found) == 2)
     assert [(gpu["idle_share"], gpu["mean_utilisation"], gpu["peak_memory_bytes"]) for gpu in found] == [
@@ -182,7 +182,7 @@ def test_a_gpu_that_does_not_tell(nvidia_smi) -> None:
 
 def test_a_run_that_may_use_none(nvidia_smi) -> None:
     pids = nvidia_smi(TWO_GPUS)
-    with GpuWatch(set()) as watch:
+    with GpuMonitor(set()) as watch:
         assert watch.problem is not None
         assert watch.problem.startswith("no GPU seen: the run may use none")
     assert not pids.exists()

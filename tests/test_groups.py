@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_worker import gone, wait_for
 
-from dice_py.config import DevicesConfig, ModelConfig
-from dice_py.dealer import in_group
+from dice_py.compute.devices import Group, device_in_group, find_groups
+from dice_py.compute.dispatch import over_groups
+from dice_py.compute.process_pool import in_group
+from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.errors import DataError, InterruptedRunError, OutOfMemoryError, UsageError
-from dice_py.groups import Group, device_in_group, find_groups, over_groups
 
 Heard = list[tuple[str, dict[str, Any]]]
 
@@ -266,9 +267,9 @@ def test_what_no_other_group_can_mend_ends_the_stage_at_once(
 
 
 def test_a_death_stops_the_stage_where_that_is_set(tmp_path: Path) -> None:
-    devices = DevicesConfig(on_dead_group="stop")
+    devices = DevicesConfig(on_worker_failure="abort")
     with pytest.raises(
-        OutOfMemoryError, match=r"devices\.on_dead_group is 'stop'(.|\n)*signal 9(.|\n)*about to kill at 1"
+        OutOfMemoryError, match=r"devices\.on_worker_failure is 'abort'(.|\n)*signal 9(.|\n)*about to kill at 1"
     ):
         deal(tmp_path, "planned", items=[0, 1, 2, 3], plan={1: ["kill"]}, devices=devices)
     assert len(tries(tmp_path, 1)) == 1
@@ -276,7 +277,7 @@ def test_a_death_stops_the_stage_where_that_is_set(tmp_path: Path) -> None:
 
 
 def test_a_group_that_raised_after_an_item_gets_a_new_process(tmp_path: Path) -> None:
-    devices = DevicesConfig(on_dead_group="stop")  # it is not dead
+    devices = DevicesConfig(on_worker_failure="abort")  # it is not dead
     heard = deal(tmp_path, "fails_second", items=list(range(5)), groups=three(2), how="raise", devices=devices)
     assert [pair for pair in statuses(heard) if pair[0] == 1] == [(1, "started"), (1, "retry"), (1, "started")]
     (failed,) = map(int, group_work.lines(tmp_path / "failed"))
@@ -323,7 +324,7 @@ HOWS = ["ok", "ok", "ok", "raise", "oom", "kill", "exit", "lie", "return"]
     count=st.integers(2, 3),
     hold=st.integers(1, 2),
     attempts=st.integers(1, 3),
-    dead=st.sampled_from(["go_on", "go_on", "stop"]),
+    dead=st.sampled_from(["continue", "continue", "abort"]),
 )
 def test_whatever_happens_all_is_whole_or_an_error_is_raised(
     tmp_path_factory: pytest.TempPathFactory,
@@ -335,7 +336,7 @@ def test_whatever_happens_all_is_whole_or_an_error_is_raised(
 ) -> None:
     folder = tmp_path_factory.mktemp("groups")
     items = list(range(6))
-    devices = DevicesConfig(shard_attempts=attempts, on_dead_group=dead)
+    devices = DevicesConfig(shard_attempts=attempts, on_worker_failure=dead)
     try:
         deal(folder, "planned", items=items, groups=three(count), plan=plan, hold=hold, devices=devices)
     except (RuntimeError, OutOfMemoryError):
@@ -395,11 +396,11 @@ def test_groups_end_with_their_driver(tmp_path: Path, which: str, number: signal
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from dice_py.worker import run_stage\n"
+        "from dice_py.compute.stage_process import run_stage\n"
         "folder = Path(sys.argv[1])\n"
         "if __name__ == '__main__':\n"
-        "    hear = lambda event, **fields: None\n"
-        "    run_stage('group_work:drive', {'folder': folder}, log=folder / 'worker.log', remedy='', report=hear)\n"
+        "    on_event = lambda event, **fields: None\n"
+        "    run_stage('group_work:drive', {'folder': folder}, log=folder / 'worker.log', remedy='', report=on_event)\n"
     )
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     main = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=here, stderr=subprocess.DEVNULL)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from small_disk import small_disk
 
-from dice_py.artefacts import DiskFullError
-from dice_py.engine import Sample
-from dice_py.journal import Journal
+from dice_py.errors import DiskFullError
+from dice_py.generation.engines.base import Sample
+from dice_py.generation.journal import Journal
 
 SAMPLES = {
     row: Sample([row, 2**31 - 1, *range(row * 3)], ("stop", "length")[row % 2], -0.1 * row - 1e-12) for row in range(40)

@@ -20,10 +20,11 @@ from tiny_models import make_llama, make_mistral, make_qwen2
 from tiny_sets import CPU, LAST, draw_ids
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from dice_py.config import ScoreConfig
+from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
-from dice_py.logps import LogitHead, sequence_logps
-from dice_py.models import load_model
+from dice_py.models.loading import load_model
+from dice_py.scoring.lm_head import LogitHead
+from dice_py.scoring.scorer import sequence_logps
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ from logp_oracle import SAME, apart, mixed, plain, scorer, shared
 from tiny_families import SHAPE, WINDOW, build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dice_py import packed_attention
-from dice_py.logps import Scorer
-from dice_py.remembered import recall
+from dice_py.scoring import packed_attention
+from dice_py.scoring.scorer import Scorer
+from dice_py.storage.cache import recall
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 import dice_py
 from dice_py import mine_pairs
+from dice_py.config.mining import MineOptions
 from dice_py.errors import DataError, UsageError
-from dice_py.mine_options import MineOptions
 
 SCHEMA = {
     "prompt_id": pl.UInt32,

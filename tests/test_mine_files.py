@@ -10,9 +10,10 @@ import polars as pl
 import pytest
 
 import dice_py
-from dice_py.artefacts import TEMPORARY, parquet_meta
 from dice_py.errors import DataError, UsageError
-from dice_py.mine_files import mine_files
+from dice_py.mining.files import mine_files
+from dice_py.storage.files import TEMPORARY
+from dice_py.storage.parquet import parquet_meta
 
 # Rows that a segment takes: 256 bytes each.
 THOUSAND = 1000 * 256 / 2**30
@@ -228,7 +229,7 @@ def test_files_of_other_number_types_are_refused(memory: float, tmp_path: Path) 
 
 def test_few_prompts_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # So few that the sample has none.
-    monkeypatch.setattr("dice_py.mine_files.SAMPLE_ROWS", 1)
+    monkeypatch.setattr("dice_py.mining.streaming.SAMPLE_ROWS", 1)
     frame = scored(prompts=6, most=900, order="shuffled").rename({"round": "length"})
     frame.write_parquet(tmp_path / "scored.parquet")
     out = tmp_path / "pairs.parquet"

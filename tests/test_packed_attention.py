@@ -9,12 +9,12 @@ from tiny_models import make_llama
 from tiny_sets import CPU, draw_ids
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from dice_py import packed_attention
-from dice_py.config import ScoreConfig
-from dice_py.logps import Scorer
-from dice_py.models import load_model
-from dice_py.packed_attention import Packed
-from dice_py.packing import Packer
+from dice_py.config.stages import ScoreConfig
+from dice_py.models.loading import load_model
+from dice_py.scoring import packed_attention
+from dice_py.scoring.packed_attention import Packed
+from dice_py.scoring.packing import Packer
+from dice_py.scoring.scorer import Scorer
 
 
 def plain_varlen(

@@ -18,30 +18,32 @@ import polars as pl
 import pytest
 
 from cli.main import main
-from dice_py import plan as plan_module
-from dice_py.artefacts import GENERATIONS, PROMPTS, Manifest, write_json, write_parquet
-from dice_py.config import RunConfig, dump, resolve
+from dice_py.config.loading import dump, resolve
+from dice_py.config.run import RunConfig
 from dice_py.data import Message, Pair, pairs_frame, prompts_frame
 from dice_py.errors import DataError
-from dice_py.inputs import Inputs
-from dice_py.plan import plan
-from dice_py.plan_checks import Room, first_failure, peak_disk
-from dice_py.plan_counts import Data, count_rounds, training_steps
-from dice_py.plan_record import lengths_key, make_record, record_key, remember_run
-from dice_py.plan_sizes import (
-    ModelSize,
+from dice_py.models.sizes import ModelSize, model_size
+from dice_py.planning import plan as plan_module
+from dice_py.planning.costs import Estimator, Machine, make_record
+from dice_py.planning.counts import Data, count_rounds, training_steps
+from dice_py.planning.feasibility import Room, first_failure, peak_disk
+from dice_py.planning.memory import (
     checkpoint_bytes,
     generate_memory,
     lora_parameters,
-    model_size,
     score_memory,
     train_memory,
     train_state,
 )
-from dice_py.plan_stages import Estimator, Machine
-from dice_py.plan_time import Task, decode_steps, draw_lengths, fit_decoding, timeline
-from dice_py.remembered import recall
-from dice_py.train_layout import Layout
+from dice_py.planning.plan import plan
+from dice_py.planning.timeline import Task, decode_steps, draw_lengths, fit_decoding, timeline
+from dice_py.runs.inputs import Inputs
+from dice_py.runs.throughput import lengths_key, record_key, remember_run
+from dice_py.storage.cache import recall
+from dice_py.storage.files import Manifest, write_json
+from dice_py.storage.parquet import write_parquet
+from dice_py.storage.schemas import GENERATIONS, PROMPTS
+from dice_py.training.parallelism import ProcessLayout
 
 GIB = 2**30
 OWN = ["model.policy=p", "model.reference=r", "data.prompts=x.jsonl", "data.replay=y.jsonl"]
@@ -176,11 +178,11 @@ def test_pairs_of_a_prompt() -> None:
 @pytest.mark.parametrize(
     ("assignments", "pairs", "processes", "want"),
     [
-        (["train.batch_size=32", "train.micro_batch_size=32"], 854, 1, 27),
-        (["train.batch_size=32", "train.micro_batch_size=4"], 854, 1, 27),
-        (["train.batch_size=32", "train.micro_batch_size=4"], 854, 4, 27),
-        (["train.batch_size=32", "train.micro_batch_size=4", "train.epochs=2"], 64, 1, 4),
-        (["train.batch_size=32", "train.micro_batch_size=4"], 3, 1, 1),
+        (["train.batch_size=32", "train.per_device_train_batch_size=32"], 854, 1, 27),
+        (["train.batch_size=32", "train.per_device_train_batch_size=4"], 854, 1, 27),
+        (["train.batch_size=32", "train.per_device_train_batch_size=4"], 854, 4, 27),
+        (["train.batch_size=32", "train.per_device_train_batch_size=4", "train.num_train_epochs=2"], 64, 1, 4),
+        (["train.batch_size=32", "train.per_device_train_batch_size=4"], 3, 1, 1),
         (["train.max_steps=7"], 854, 1, 7),
     ],
 )
@@ -224,7 +226,7 @@ def test_weights_that_are_cut_off(tmp_path: Path) -> None:
 def test_memory_by_hand() -> None:
     config = own(
         "generate.token_budget=100", "generate.max_new_tokens=10", "score.token_budget=64",
-        "train.micro_batch_size=2", "train.batch_size=4", "generate.vllm.gpu_memory_utilization=0.5",
+        "train.per_device_train_batch_size=2", "train.batch_size=4", "generate.vllm.gpu_memory_utilization=0.5",
     )  # fmt: skip
     # 5 rows of 20 tokens, 16 values each in 4 bytes; 20 bytes for each of 50 logits.
     assert generate_memory(SIZE, config, "transformers", "float32", 10, None) == 4000 + 5 * 20 * 16 * 4 + 5 * 50 * 20
@@ -332,7 +334,7 @@ def test_a_failed_gate_costs_the_policys_pass() -> None:
     config, asked = small()
     failed = RECORD | {"score": RECORD["score"] | {"gate_passed": False}}
     assert priced(config, asked, failed)["round-01/score"]["tokens"] == 2 * 80 + 8 * 15
-    always, asked = small("score.policy_logps=scored")
+    always, asked = small("score.policy_logps=recompute")
     assert priced(always, asked)["round-01/score"]["tokens"] == 2 * 80
 
 
@@ -462,7 +464,7 @@ def entries() -> dict[str, dict[str, Any]]:
         (89, 80, ("round-02/train", "disk", 90, 89, "train.save_steps")),
         (59, 80, ("round-01/train", "disk", 60, 59, "train.save_steps")),
         (9, 80, ("round-01/generate", "disk", 10, 9, "rounds")),
-        (90, 79, ("round-01/train", "memory", 80, 79, "train.micro_batch_size")),
+        (90, 79, ("round-01/train", "memory", 80, 79, "train.per_device_train_batch_size")),
         # What comes first in the work is named first.
         (9, 49, ("round-01/generate", "memory", 50, 49, "generate.token_budget")),
     ],
@@ -661,7 +663,7 @@ def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
             write_parquet(given["out"] / "generations-00000.parquet", sampled, key="k")
         return {
             "engine": "transformers", "dtype": "float32", "device": "a CPU", "cuda": False, "groups": 1, "gpus": 0,
-            "gpu_names": (), "threads": 1, "layout": Layout(), "base_memory_bytes": 1000,
+            "gpu_names": (), "threads": 1, "layout": ProcessLayout(), "base_memory_bytes": 1000,
             "room": {"host_free_bytes": state["host"], "gpu_free_bytes": None, "gpu_bytes": None},
             "prompt_ids": [0, 1, 2, 3], "prompt_tokens": [10] * 4, "eval_prompt_tokens": [], "tokenizer_seconds": 0.2,
             "encode_seconds": 0.01, "generate": None if given["measure"] == "nothing" else measured,

@@ -15,21 +15,15 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from dice_py import mine_pairs
-from dice_py.artefacts import (
-    GENERATIONS,
-    MINED,
-    PROMPTS,
-    SCORES,
-    Manifest,
-    parquet_key,
-    read_json,
-    read_parquet,
-    write_parquet,
-)
-from dice_py.config import MineConfig
+from dice_py.config.mining import MineConfig
 from dice_py.errors import DataError
-from dice_py.mine_stage import Candidates, candidates, mine
-from dice_py.replay_buffer import ReplayBuffer, append_mined, gather_mined
+from dice_py.replay.buffer import ReplayBuffer
+from dice_py.replay.mined import append_mined, gather_mined
+from dice_py.runs.candidates import Candidates, candidates
+from dice_py.stages.mine import mine
+from dice_py.storage.files import Manifest, read_json
+from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
+from dice_py.storage.schemas import GENERATIONS, MINED, PROMPTS, SCORES
 
 SAMPLES, SHARDS = 3, 2
 ROUNDS = {1: range(4), 2: range(2, 6)}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dice_py.config import WORLD_DEFAULTS, RunConfig, dump, load_resolved, resolve
+from dice_py.config.loading import dump, load_resolved, resolve
+from dice_py.config.run import WORLD_DEFAULTS, RunConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = {"llama3-8b.yaml": (0.9, 1.0), "zephyr-7b.yaml": (0.7, 0.9)}
@@ -33,7 +34,7 @@ def test_the_papers_settings(preset: str) -> None:
     assert (found.mine.debias, found.mine.alpha) == ("linear", "auto")
     assert (found.rounds, found.beta, found.replay.gamma) == (2, 0.1, 0.5)
     train = found.train
-    assert (train.learning_rate, train.lr_scheduler, train.warmup_steps) == (5e-7, "constant_with_warmup", 50)
+    assert (train.learning_rate, train.lr_scheduler_type, train.warmup_steps) == (5e-7, "constant_with_warmup", 50)
     assert (train.max_steps, train.batch_size) == (300, 32)
     assert train.lora is None
 

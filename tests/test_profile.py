@@ -14,12 +14,12 @@ import pytest
 
 from cli.display import Display
 from cli.main import main
-from dice_py import rounds
-from dice_py.artefacts import Manifest, read_json
-from dice_py.config import dump, resolve
+from dice_py.config.loading import dump, resolve
 from dice_py.errors import DataError
-from dice_py.profile import profile, read_events, write_profile
-from dice_py.run_folder import STAGES
+from dice_py.runs import loop as rounds
+from dice_py.runs.profile import profile, read_events, write_profile
+from dice_py.stages.registry import STAGES
+from dice_py.storage.files import Manifest, read_json
 
 
 class Log:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dice_py import artefacts
-from dice_py.remembered import cache_folder, recall, remember
+from dice_py.storage import files as artefacts
+from dice_py.storage.cache import cache_folder, recall, remember
 
 BROKEN = [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b'{"sizes": 3}', b'{"sizes": ["here"]}']
 

@@ -11,11 +11,12 @@ import pytest
 from polars.testing import assert_frame_equal
 from tiny_round import make_round
 
-from dice_py import replay_buffer
-from dice_py.artefacts import parquet_key, parquet_meta, write_parquet
 from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
-from dice_py.replay_buffer import BUFFER, ReplayBuffer, append_mined, priority
+from dice_py.replay import buffer as replay_buffer
+from dice_py.replay.buffer import ReplayBuffer, priority
+from dice_py.replay.mined import BUFFER, append_mined
+from dice_py.storage.parquet import parquet_key, parquet_meta, write_parquet
 
 SIZES = {1: 30, 2: 50, 3: 20, 4: 40}
 

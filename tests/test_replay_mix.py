@@ -9,11 +9,11 @@ import polars as pl
 import pytest
 
 from dice_py import mix_replay, sample_replay
-from dice_py.artefacts import seed_for
 from dice_py.errors import DataError, UsageError
-from dice_py.replay_draw import draw
-from dice_py.replay_mix import OfflineBuffer, mix_buffers
-from dice_py.replay_weights import length_buckets, replay_weights
+from dice_py.replay.mix import OfflineBuffer, mix_buffers
+from dice_py.replay.sampling import draw
+from dice_py.replay.weights import length_buckets, replay_weights
+from dice_py.storage.keys import seed_for
 
 
 def mined(rows: int = 10) -> pl.DataFrame:

@@ -15,14 +15,16 @@ from tiny_round import make_round
 from tiny_sets import CPU
 
 from cli.main import main
-from dice_py.artefacts import PAIRS, TRAINING_SET, parquet_meta, write_parquet
-from dice_py.config import ReplayConfig, ScoreConfig
+from dice_py.config.stages import ReplayConfig, ScoreConfig
 from dice_py.data import Pair, pairs_frame
 from dice_py.errors import DataError, UsageError
-from dice_py.models import encode_pairs, load_tokenizer, stop_token_ids
-from dice_py.replay import replay
-from dice_py.replay_buffer import ReplayBuffer, append_mined
-from dice_py.score import score_pairs
+from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.replay.buffer import ReplayBuffer
+from dice_py.replay.mined import append_mined
+from dice_py.scoring.pairs import score_pairs
+from dice_py.stages.replay import replay
+from dice_py.storage.parquet import parquet_meta, write_parquet
+from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
 
 @pytest.fixture(scope="module")

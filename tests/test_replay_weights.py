@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dice_py import sample_replay
 from dice_py.errors import DataError, UsageError
-from dice_py.replay_weights import (
+from dice_py.replay.weights import (
     age_weights,
     allocate,
     equal_counts,

@@ -9,8 +9,10 @@ import polars as pl
 import pytest
 
 from dice_py import mine_pairs
-from dice_py.artefacts import Manifest, read_json, write_json
-from dice_py.report import gap_curve_svg, mining_rows, number, quantiles, share, write_report
+from dice_py.reporting.charts import gap_curve_svg
+from dice_py.reporting.formatting import mining_rows, number, quantiles, share
+from dice_py.reporting.html import write_report
+from dice_py.storage.files import Manifest, read_json, write_json
 
 LEFT, RIGHT = 70.0, 620.0
 """Where the axis of α begins and ends, in the picture's own units."""

@@ -27,15 +27,21 @@ from polars.testing import assert_frame_equal
 from safetensors.torch import load_file
 from tiny_models import make_llama, make_mistral
 
-from dice_py import rounds, run_folder
-from dice_py.artefacts import GENERATIONS, SCORES, parquet_key, read_json, seed_for, write_json, write_parquet
-from dice_py.config import RunConfig, dump, load_resolved, resolve
+from dice_py.config.loading import dump, load_resolved, resolve
+from dice_py.config.run import RunConfig
 from dice_py.errors import UsageError
-from dice_py.generate import Generations
-from dice_py.replay_buffer import ReplayBuffer
-from dice_py.run_folder import STAGES
-from dice_py.score import Scored, score_pairs
-from dice_py.status import run_status
+from dice_py.replay.buffer import ReplayBuffer
+from dice_py.runs import folder as run_folder
+from dice_py.runs import loop as rounds
+from dice_py.runs.status import run_status
+from dice_py.scoring.pairs import score_pairs
+from dice_py.stages.generate import Generations
+from dice_py.stages.registry import STAGES
+from dice_py.stages.score import Scored
+from dice_py.storage.files import read_json, write_json
+from dice_py.storage.keys import seed_for
+from dice_py.storage.parquet import parquet_key, write_parquet
+from dice_py.storage.schemas import GENERATIONS, SCORES
 
 PROMPTS, PAIRS, SAMPLES, MAX_NEW, STEPS = 24, 30, 4, 64, 6
 STAGE_NAMES = [f"round-01/{stage}" for stage in STAGES]
@@ -49,14 +55,14 @@ SMALL = {
         "shard_prompts": 8,
     },
     # Sums that come with the samples differ in their last digits when a resume samples beside other rows.
-    "score": {"policy_logps": "scored"},
+    "score": {"policy_logps": "recompute"},
     "train": {
         "learning_rate": 1e-3,
         "warmup_steps": 0,
         "max_steps": STEPS,
         "save_steps": 2,
         "batch_size": 8,
-        "micro_batch_size": 4,
+        "per_device_train_batch_size": 4,
         "logging_steps": 1,
     },
     "evaluate": {"prompts": 2, "samples": 1, "pairs": 3},

@@ -15,14 +15,16 @@ from small_disk import small_disk
 from test_generate import CONFIG, CPU, Stage, questions, shard
 from tiny_models import make_llama
 
-from dice_py import generate as stage
-from dice_py.artefacts import DiskFullError, parquet_key, parquet_meta
-from dice_py.config import DevicesConfig, GenerateConfig
-from dice_py.engine import Place, Request, Sample
-from dice_py.engine_transformers import TransformersEngine
-from dice_py.generate import sample_shards
-from dice_py.journal import Journal
-from dice_py.open_shard import OpenShard, journal_of, read_prompts, write_prompts
+from dice_py.config.shared import DevicesConfig
+from dice_py.config.stages import GenerateConfig
+from dice_py.errors import DiskFullError
+from dice_py.generation.engines.base import Request, Sample, SampleId
+from dice_py.generation.engines.transformers import TransformersEngine
+from dice_py.generation.journal import Journal
+from dice_py.generation.sampler import sample_shards
+from dice_py.generation.shard import ShardWriter, journal_of, read_prompts, write_prompts
+from dice_py.stages import generate as stage
+from dice_py.storage.parquet import parquet_key, parquet_meta
 
 SETTINGS = CONFIG.model_copy(update={"max_new_tokens": 16, "samples": 4})
 TOTAL = 5 * 4
@@ -150,7 +152,7 @@ def test_all_in_the_journal_needs_no_engine(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: pl.DataFrame
 ) -> None:
     run = Stage(llama, tmp_path / "generate")
-    monkeypatch.setattr(OpenShard, "write", lambda *_: 1 / 0)
+    monkeypatch.setattr(ShardWriter, "write", lambda *_: 1 / 0)
     run.arguments["prompts"] = questions(2)  # one shard
     with pytest.raises(ZeroDivisionError):
         run(SETTINGS)
@@ -211,10 +213,10 @@ class Slow:
     It has room for `width` requests.
     """
 
-    def __init__(self, width: int, stuck: set[Place] = frozenset()) -> None:
+    def __init__(self, width: int, stuck: set[SampleId] = frozenset()) -> None:
         self.width = width
         self.stuck = stuck
-        self.queue: dict[Place, Request] = {}
+        self.queue: dict[SampleId, Request] = {}
         self.most = 0
         self.closed = False
 
@@ -226,11 +228,11 @@ class Slow:
     def has_room(self) -> bool:
         return len(self.queue) < self.width
 
-    def add(self, requests: list[tuple[Place, Request]]) -> None:
+    def add(self, requests: list[tuple[SampleId, Request]]) -> None:
         self.queue.update(requests)
         self.most = max(self.most, len(self.queue))
 
-    def step(self) -> list[tuple[Place, Sample]]:
+    def step(self) -> list[tuple[SampleId, Sample]]:
         ended = [place for place in self.queue if place not in self.stuck] or list(self.queue)
         for place in ended:
             self.queue.pop(place)
@@ -241,14 +243,14 @@ class Slow:
 
 
 class Listed:
-    """`Items` that notes how it was asked."""
+    """`ShardQueue` that notes how it was asked."""
 
     def __init__(self, numbers: range, ahead: bool = True) -> None:
         self.left = deque(numbers)
         self.ahead = ahead
         self.asked: list[bool] = []
 
-    def take(self, *, wait: bool) -> int | None:
+    def receive(self, *, wait: bool) -> int | None:
         self.asked.append(wait)
         if not self.left or not (wait or self.ahead):
             return None
@@ -372,7 +374,7 @@ def test_journals_are_closed_whatever_happens(llama: Path, tmp_path: Path, monke
 def test_a_file_in_parts_is_the_same(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = []
     for part in (4096, 4):
-        monkeypatch.setattr("dice_py.open_shard._PART", part)
+        monkeypatch.setattr("dice_py.generation.shard._PART", part)
         out = tmp_path / str(part)
         out.mkdir()
         Half(llama, out, monkeypatch, Slow(width=100))(Listed(range(1)))

@@ -14,12 +14,14 @@ from tiny_sets import CPU, IDS, token_pairs
 from tiny_stage import BETA, KEYS, Stage, refuse
 from transformers import PreTrainedModel
 
-from dice_py import models
-from dice_py.artefacts import SCORES, parquet_key, parquet_meta, write_parquet
-from dice_py.config import ScoreConfig
+from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
-from dice_py.models import held_model, load_model, release_held
-from dice_py.score import score_pairs, token_arrays
+from dice_py.models import loading as models
+from dice_py.models.loading import held_model, load_model, release_held
+from dice_py.scoring.pairs import score_pairs
+from dice_py.scoring.shards import token_arrays
+from dice_py.storage.parquet import parquet_key, parquet_meta, write_parquet
+from dice_py.storage.schemas import SCORES
 
 
 @pytest.fixture(scope="module")

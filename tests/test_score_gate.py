@@ -13,12 +13,12 @@ import pytest
 from tiny_models import make_llama
 from tiny_stage import BETA, KEYS, Stage
 
-from dice_py import logps
-from dice_py import score as stage
-from dice_py.artefacts import parquet_key, write_parquet
 from dice_py.errors import DataError
-from dice_py.models import release_held
-from dice_py.score import Columns, Shard
+from dice_py.models.loading import release_held
+from dice_py.scoring import scorer as logps
+from dice_py.scoring.shards import Columns, Shard
+from dice_py.stages import score as stage
+from dice_py.storage.parquet import parquet_key, write_parquet
 
 SAMPLED = [True, True]
 
@@ -263,7 +263,7 @@ def test_without_shards_of_this_policy_nothing_is_measured(
 
 def test_scored_never_measures(run: Stage, own: list[pl.DataFrame], forwards: list[tuple[str, int]]) -> None:
     off_by(run, 0.001)
-    assert run(sampled=SAMPLED, config={"policy_logps": "scored"}).gate is None
+    assert run(sampled=SAMPLED, config={"policy_logps": "recompute"}).gate is None
     assert not run.gate_file.exists()
     assert forwards == [*REFERENCE_PASS, *POLICY_PASS]
     assert all(scores.equals(want) for scores, want in zip(run.scores(), own, strict=True))
@@ -274,7 +274,7 @@ def test_scored_does_not_take_a_gate_that_is_there(run: Stage, own: list[pl.Data
     run(sampled=SAMPLED)
     for file in run.files:
         file.unlink()
-    assert run(sampled=SAMPLED, config={"policy_logps": "scored"}).gate is None
+    assert run(sampled=SAMPLED, config={"policy_logps": "recompute"}).gate is None
     assert all(scores.equals(want) for scores, want in zip(run.scores(), own, strict=True))
 
 

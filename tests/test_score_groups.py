@@ -12,10 +12,10 @@ import pytest
 from tiny_models import make_llama
 from tiny_stage import BETA, KEYS, Stage
 
-from dice_py.artefacts import parquet_key, parquet_meta
-from dice_py.config import DevicesConfig
+from dice_py.config.shared import DevicesConfig
 from dice_py.errors import DataError
-from dice_py.models import release_held
+from dice_py.models.loading import release_held
+from dice_py.storage.parquet import parquet_key, parquet_meta
 
 TWO = DevicesConfig(cpu_processes=2)
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from dice_py import token_budget
-from dice_py.remembered import recall, remember
-from dice_py.throughput import Shape
-from dice_py.token_budget import TokenBudget, free_host_memory
+from dice_py.compute.memory import free_host_memory
+from dice_py.models.flops import Shape
+from dice_py.scoring import token_budget
+from dice_py.scoring.token_budget import TokenBudget
+from dice_py.storage.cache import recall, remember
 
 # A token takes 4 bytes × (8 × 64 + 4 × 96) = 3584 bytes in float32, and half of it in bfloat16.
 SHAPE = Shape("tiny", layer_weights=1, head_weights=1, vocabulary=10, hidden=64, widest=96, attention=1)
@@ -61,12 +62,12 @@ def make(
     shape: Shape = SHAPE,
     notes: list[str] | None = None,
 ) -> TokenBudget:
-    def hear(event: str, **fields: Any) -> None:
+    def on_event(event: str, **fields: Any) -> None:
         assert event == "note"
         if notes is not None:
             notes.append(fields["text"])
 
-    return TokenBudget(given, shape, dtype, device, hear)
+    return TokenBudget(given, shape, dtype, device, on_event)
 
 
 # --- the start ----------------------------------------------------------------------------------------------

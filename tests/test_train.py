@@ -15,20 +15,24 @@ from tiny_models import make_llama, make_mistral
 from tiny_sets import CPU, scored_pairs
 from transformers import AutoModelForCausalLM
 
-from dice_py.artefacts import read_json, write_parquet
-from dice_py.config import LoraConfig, TrainConfig
+from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import DataError
-from dice_py.models import load_model, load_tokenizer
-from dice_py.train import is_trained, load_training_set, train
+from dice_py.models.loading import load_model
+from dice_py.models.tokenization import load_tokenizer
+from dice_py.stages.train import train
+from dice_py.storage.files import read_json
+from dice_py.storage.parquet import write_parquet
+from dice_py.training.checkpoints import is_trained
+from dice_py.training.dataset import load_training_set
 
 PAIRS = 8
 CONFIG = TrainConfig(
     learning_rate=1e-3,
-    lr_scheduler="cosine",
+    lr_scheduler_type="cosine",
     warmup_steps=0,
-    epochs=3.0,
+    num_train_epochs=3.0,
     batch_size=4,
-    micro_batch_size=2,
+    per_device_train_batch_size=2,
     save_steps=None,
     logging_steps=1,
 )
@@ -189,7 +193,7 @@ def test_reference_that_is_null(run: Stage) -> None:
 
 
 def test_sft_weight_adds_the_nll_of_the_chosen(run: Stage) -> None:
-    counts = run(sft_weight=0.5, batch_size=PAIRS, micro_batch_size=PAIRS, max_steps=1)
+    counts = run(sft_weight=0.5, batch_size=PAIRS, per_device_train_batch_size=PAIRS, max_steps=1)
     nll = -run.pairs["ref_chosen_logps"].sum() / run.pairs["chosen_ids"].list.len().sum()
     assert counts["step0_loss"] == pytest.approx(math.log(2), abs=1e-3)  # of the DPO term alone
     assert counts["final_loss"] == pytest.approx(math.log(2) + 0.5 * nll, abs=2e-3)

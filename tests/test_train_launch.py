@@ -15,7 +15,7 @@ import pytest
 import rank_works
 
 from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemoryError
-from dice_py.train_launch import launch
+from dice_py.training.launcher import launch
 
 HERE = Path(__file__).parent
 PLAIN = [sys.executable, str(HERE / "rank_works.py")]
@@ -130,7 +130,7 @@ def test_rank_killed_under_accelerate_is_out_of_memory(ranks: Launch, tmp_path: 
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
         "machine_rank: 0\nmain_process_port: 0\nuse_cpu: true\n"
     )
-    command = [*ACCELERATE, "--config_file", str(config), "--module", "dice_py.train_launch"]
+    command = [*ACCELERATE, "--config_file", str(config), "--module", "dice_py.training.launcher"]
     with pytest.raises(OutOfMemoryError, match=r"rank 1 of the training was killed \(signal 9") as caught:
         ranks("fail", command, how="kill")
     assert caught.value.exit_code == 4

@@ -17,9 +17,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.dataclasses import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from dice_py.config import DevicesConfig, LoraConfig, ModelConfig, TrainConfig, resolve
+from dice_py.config.loading import resolve
+from dice_py.config.shared import DevicesConfig, ModelConfig
+from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
-from dice_py.train_layout import Layout, lay_out, write_accelerate_config
+from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
 
 CPU = ModelConfig(device="cpu", dtype="float32")
 AUTO = ModelConfig()
@@ -46,38 +48,38 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(**changed: Any) -> TrainConfig:
-    return TrainConfig(**{"batch_size": 24, "micro_batch_size": 2, **changed})
+    return TrainConfig(**{"batch_size": 24, "per_device_train_batch_size": 2, **changed})
 
 
 # --- lay_out --------------------------------------------------------------------------------------------------
 
 
 def test_cpu_is_one_process_unless_told() -> None:
-    assert lay_out(config(), CPU, ALL) == Layout()
-    assert lay_out(config(processes=3), CPU, ALL) == Layout(3, "ddp")
-    assert lay_out(config(processes=3), CPU, None) == Layout(3, "ddp")
+    assert lay_out(config(), CPU, ALL) == ProcessLayout()
+    assert lay_out(config(processes=3), CPU, ALL) == ProcessLayout(3, "ddp")
+    assert lay_out(config(processes=3), CPU, None) == ProcessLayout(3, "ddp")
 
 
 @pytest.mark.usefixtures("gpus")
 def test_one_process_per_gpu() -> None:
-    assert lay_out(config(), AUTO, ALL) == Layout(3, "fsdp2", "cuda", ("3", "GPU-ab12", "0"))
+    assert lay_out(config(), AUTO, ALL) == ProcessLayout(3, "fsdp2", "cuda", ("3", "GPU-ab12", "0"))
     assert lay_out(config(strategy="ddp"), AUTO, ALL).strategy == "ddp"
     assert lay_out(config(lora=LoraConfig()), AUTO, ALL).strategy == "ddp"
-    assert lay_out(config(processes=2), AUTO, ALL) == Layout(2, "fsdp2", "cuda", ("3", "GPU-ab12"))
+    assert lay_out(config(processes=2), AUTO, ALL) == ProcessLayout(2, "fsdp2", "cuda", ("3", "GPU-ab12"))
 
 
 @pytest.mark.usefixtures("gpus")
 def test_gpus_are_those_of_the_config() -> None:
     assert lay_out(config(), AUTO, DevicesConfig(gpus=[2, 1])).gpus == ("0", "GPU-ab12")
-    assert lay_out(config(), AUTO, DevicesConfig(gpus=[2])) == Layout(1, "none", "cuda", ("0",))
-    assert lay_out(config(), ModelConfig(device="cuda:1"), ALL) == Layout(1, "none", "cuda", ("GPU-ab12",))
+    assert lay_out(config(), AUTO, DevicesConfig(gpus=[2])) == ProcessLayout(1, "none", "cuda", ("0",))
+    assert lay_out(config(), ModelConfig(device="cuda:1"), ALL) == ProcessLayout(1, "none", "cuda", ("GPU-ab12",))
     with pytest.raises(UsageError, match=r"devices\.gpus names GPU 3, but 3 GPU"):
         lay_out(config(), AUTO, DevicesConfig(gpus=[3]))
 
 
 @pytest.mark.usefixtures("gpus")
 def test_without_devices_auto_is_the_first_gpu() -> None:
-    assert lay_out(config(), AUTO, None) == Layout(device="cuda")
+    assert lay_out(config(), AUTO, None) == ProcessLayout(device="cuda")
     assert lay_out(config(processes=3), AUTO, None).processes == 3
 
 
@@ -87,7 +89,8 @@ def test_as_many_gpus_as_the_batch_divides_among() -> None:
     layout = lay_out(config(batch_size=16), AUTO, ALL, lambda event, **fields: said.append(fields["text"]))
     assert layout.gpus == ("3", "GPU-ab12")
     assert said == [
-        "training takes 2 of 3 GPUs: train.batch_size (16) must be a multiple of train.micro_batch_size (2) × processes"
+        "training takes 2 of 3 GPUs: train.batch_size (16) must be a multiple of "
+        "train.per_device_train_batch_size (2) × processes"
     ]
     assert lay_out(config(batch_size=2), AUTO, ALL).processes == 1
 
@@ -124,7 +127,7 @@ def test_zero3_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpus", "deepspeed")
 def test_zero3() -> None:
-    assert lay_out(config(strategy="zero3"), AUTO, ALL) == Layout(3, "zero3", "cuda", ("3", "GPU-ab12", "0"))
+    assert lay_out(config(strategy="zero3"), AUTO, ALL) == ProcessLayout(3, "zero3", "cuda", ("3", "GPU-ab12", "0"))
 
 
 def test_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +143,8 @@ def test_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch) -> Non
     ("settings", "message"),
     [
         (
-            ["train.batch_size=32", "train.micro_batch_size=4", "train.processes=3"],
-            r"batch_size \(32\) must be a multiple of micro_batch_size × processes \(4 × 3\)",
+            ["train.batch_size=32", "train.per_device_train_batch_size=4", "train.processes=3"],
+            r"batch_size \(32\) must be a multiple of per_device_train_batch_size × processes \(4 × 3\)",
         ),
         (["train.accelerate_config=a.yaml", "train.processes=2"], "leave out processes and strategy"),
         (["train.lora.r=2", "train.strategy=fsdp2"], "with lora, take ddp"),
@@ -173,7 +176,7 @@ def own(folder: Path, text: str) -> TrainConfig:
 def test_own_file_is_used_as_it_is(tmp_path: Path) -> None:
     given = own(tmp_path, "num_processes: 2\n")
     layout = lay_out(given, CPU, ALL)
-    assert layout == Layout(2, "own", own=tmp_path / "own.yaml")
+    assert layout == ProcessLayout(2, "own", own=tmp_path / "own.yaml")
     assert write_accelerate_config(layout, given, tmp_path / "out") == tmp_path / "own.yaml"
     assert not (tmp_path / "out").exists()
 
@@ -186,7 +189,10 @@ def test_own_file_is_used_as_it_is(tmp_path: Path) -> None:
         ("num_processes: '2'\n", "has no num_processes"),
         ("a: [\n", "is not YAML"),
         ("num_processes: 8\nnum_machines: 2\n", "is for several machines; training runs on one"),
-        ("num_processes: 5\n", r"must be a multiple of train\.micro_batch_size × num_processes of .*own\.yaml \(2 × 5"),
+        (
+            "num_processes: 5\n",
+            r"must be a multiple of train\.per_device_train_batch_size × num_processes of .*own\.yaml \(2 × 5",
+        ),
     ],
 )
 def test_own_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
@@ -209,13 +215,13 @@ def test_own_file_for_more_gpus(tmp_path: Path) -> None:
 
 
 def test_checkpoints_that_can_be_gone_on_from(tmp_path: Path) -> None:
-    assert Layout().checkpoints == Layout(4, "ddp", "cuda").checkpoints  # whole ones
-    sharded = [Layout(n, strategy, "cuda").checkpoints for strategy in ("fsdp2", "zero3") for n in (2, 4)]
+    assert ProcessLayout().checkpoints == ProcessLayout(4, "ddp", "cuda").checkpoints  # whole ones
+    sharded = [ProcessLayout(n, strategy, "cuda").checkpoints for strategy in ("fsdp2", "zero3") for n in (2, 4)]
     mine, yours = tmp_path / "a.yaml", tmp_path / "b.yaml"
     mine.write_text("num_processes: 2")
     yours.write_text("num_processes: 4")
-    owned = [Layout(2, "own", own=file).checkpoints for file in (mine, yours)]
-    assert len({Layout().checkpoints, *sharded, *owned}) == 7
+    owned = [ProcessLayout(2, "own", own=file).checkpoints for file in (mine, yours)]
+    assert len({ProcessLayout().checkpoints, *sharded, *owned}) == 7
 
 
 # --- what accelerate reads ------------------------------------------------------------------------------------
@@ -223,14 +229,14 @@ def test_checkpoints_that_can_be_gone_on_from(tmp_path: Path) -> None:
 
 def launcher_arguments(file: Path) -> Any:
     """What `accelerate launch` makes of the file."""
-    given = ["--config_file", str(file), "--module", "dice_py.train_launch", "ADDRESS"]
+    given = ["--config_file", str(file), "--module", "dice_py.training.launcher", "ADDRESS"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
     return arguments
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fsdp2_as_accelerate_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
-    layout = Layout(4, "fsdp2", "cuda")
+    layout = ProcessLayout(4, "fsdp2", "cuda")
     file = write_accelerate_config(layout, config(gradient_checkpointing=checkpointing), tmp_path)
     assert file == tmp_path / "accelerate.yaml"
     assert load_config_from_file(str(file)).distributed_type == DistributedType.FSDP
@@ -255,7 +261,7 @@ def test_fsdp2_as_accelerate_reads_it(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_ddp_as_accelerate_reads_it(tmp_path: Path, device: Any) -> None:
-    arguments = launcher_arguments(write_accelerate_config(Layout(2, "ddp", device), config(), tmp_path))
+    arguments = launcher_arguments(write_accelerate_config(ProcessLayout(2, "ddp", device), config(), tmp_path))
     assert arguments.multi_gpu  # what starts several processes, on the CPU too
     assert not arguments.use_fsdp
     assert not arguments.use_deepspeed
@@ -264,7 +270,7 @@ def test_ddp_as_accelerate_reads_it(tmp_path: Path, device: Any) -> None:
 
 
 def test_zero3_as_accelerate_reads_it(tmp_path: Path) -> None:
-    file = write_accelerate_config(Layout(2, "zero3", "cuda"), config(), tmp_path)
+    file = write_accelerate_config(ProcessLayout(2, "zero3", "cuda"), config(), tmp_path)
     assert load_config_from_file(str(file)).distributed_type == DistributedType.DEEPSPEED
     arguments = launcher_arguments(file)
     assert arguments.use_deepspeed
@@ -278,7 +284,7 @@ def test_zero3_as_accelerate_reads_it(tmp_path: Path) -> None:
 def test_zero3_as_transformers_fills_it_in(tmp_path: Path) -> None:
     from accelerate.utils.deepspeed import HfDeepSpeedConfig  # needs no DeepSpeed
 
-    write_accelerate_config(Layout(2, "zero3", "cuda"), config(), tmp_path)
+    write_accelerate_config(ProcessLayout(2, "zero3", "cuda"), config(), tmp_path)
     text = json.loads((tmp_path / "zero3.json").read_text())
     read = HfDeepSpeedConfig(str(tmp_path / "zero3.json"))
     assert read.is_zero3()

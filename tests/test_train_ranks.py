@@ -25,22 +25,26 @@ from tiny_models import make_llama, make_qwen2
 from tiny_sets import CPU, scored_pairs, token_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import dice_py.train as stage
-from dice_py.artefacts import read_json, write_parquet
-from dice_py.config import LoraConfig, ModelConfig, ScoreConfig, TrainConfig
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import ScoreConfig
+from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import DataError, OutOfMemoryError
-from dice_py.score import score_pairs
-from dice_py.train import is_trained, train
-from dice_py.train_layout import Layout
+from dice_py.scoring.pairs import score_pairs
+from dice_py.stages import train as stage
+from dice_py.stages.train import train
+from dice_py.storage.files import read_json
+from dice_py.storage.parquet import write_parquet
+from dice_py.training.checkpoints import is_trained
+from dice_py.training.parallelism import ProcessLayout
 
 HERE = Path(__file__).parent
 CONFIG = TrainConfig(
     learning_rate=1e-3,
-    lr_scheduler="cosine",
+    lr_scheduler_type="cosine",
     warmup_steps=0,
-    epochs=3.0,
+    num_train_epochs=3.0,
     batch_size=4,
-    micro_batch_size=2,
+    per_device_train_batch_size=2,
     save_steps=None,
     logging_steps=1,
 )
@@ -179,8 +183,8 @@ def sharded(forked: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_shards(command: list[str], *rest: Any, **named: Any) -> Any:
         return launch([*command[:-1], "sharded_on_cpu"], *rest, **named)
 
-    def lay_out(config: TrainConfig, *_: Any) -> Layout:
-        return Layout(config.processes, "fsdp2") if config.processes != "auto" else Layout()
+    def lay_out(config: TrainConfig, *_: Any) -> ProcessLayout:
+        return ProcessLayout(config.processes, "fsdp2") if config.processes != "auto" else ProcessLayout()
 
     monkeypatch.setattr(stage, "launch", with_shards)
     monkeypatch.setattr(stage, "lay_out", lay_out)
@@ -360,7 +364,7 @@ def test_rank_that_dies_is_no_success(run: Stage, forked: int) -> None:
 
     run.on_step = kill_one
     with pytest.raises(OutOfMemoryError, match=r"rank \d of the training was killed \(signal 9") as caught:
-        run(epochs=1000.0, **TWO)
+        run(num_train_epochs=1000.0, **TWO)
     assert caught.value.exit_code == 4
     assert not is_trained(run.model, "k")
     assert not run.model.exists()
@@ -374,7 +378,7 @@ def test_zero3(run: Stage, alone: Stage, monkeypatch: pytest.MonkeyPatch) -> Non
         return launch([*command[:-1], "sharded_on_cpu"], *rest, **named)
 
     monkeypatch.setattr(stage, "launch", with_zero)
-    monkeypatch.setattr(stage, "lay_out", lambda config, *_: Layout(2, "zero3"))
+    monkeypatch.setattr(stage, "lay_out", lambda config, *_: ProcessLayout(2, "zero3"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
     run(**TWO)
     assert apart(run.weights(), alone.weights()) < NEAR

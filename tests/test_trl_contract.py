@@ -1,4 +1,4 @@
-"""What dice_py/train_rank.py takes for granted of the installed TRL: one test for each hook, name and output.
+"""What training/trainer.py takes for granted of the installed TRL: one test for each hook, name and output.
 
 A new TRL that breaks one of these breaks training; widen its range in pyproject.toml only when all pass.
 """
@@ -26,12 +26,13 @@ from trl.kernels import chunked_logprob
 from trl.trainer import dpo_trainer
 from trl.trainer import utils as trl_utils
 
-from dice_py.config import LoraConfig, TrainConfig
-from dice_py.models import load_model, load_tokenizer
-from dice_py.train import COLUMNS
-from dice_py.train_rank import _arguments, _peft, _trainer_class
+from dice_py.config.training import LoraConfig, TrainConfig
+from dice_py.models.loading import load_model
+from dice_py.models.tokenization import load_tokenizer
+from dice_py.training.dataset import COLUMNS
+from dice_py.training.trainer import peft_config, trainer_arguments, trainer_class
 
-CONFIG = TrainConfig(batch_size=4, micro_batch_size=4, save_steps=None, warmup_steps=0)
+CONFIG = TrainConfig(batch_size=4, per_device_train_batch_size=4, save_steps=None, warmup_steps=0)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +46,13 @@ def pairs(llama: Path) -> pl.DataFrame:
 
 
 def build(llama: Path, pairs: pl.DataFrame, out: Path, lora: LoraConfig | None = None) -> DPOTrainer:
-    """The trainer as dice_py.train_rank.train_rank builds it."""
-    return _trainer_class()(
+    """The trainer as dice_py.training.trainer.train_rank builds it."""
+    return trainer_class()(
         model=load_model(llama, CPU, training=True),
-        args=_arguments(CONFIG, CPU, out, 0.1, 0),
+        args=trainer_arguments(CONFIG, CPU, out, 0.1, 0),
         train_dataset=Dataset(pairs.select(COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
         processing_class=load_tokenizer(llama, CPU),
-        peft_config=_peft(lora),
+        peft_config=peft_config(lora),
     )
 
 
@@ -80,17 +81,17 @@ def test_version_is_in_the_pinned_range() -> None:
 )
 def test_hooks_have_their_parameters(hook: str, parameters: list[str]) -> None:
     assert list(inspect.signature(getattr(DPOTrainer, hook)).parameters) == parameters
-    assert list(inspect.signature(getattr(_trainer_class(), hook)).parameters) == parameters
+    assert list(inspect.signature(getattr(trainer_class(), hook)).parameters) == parameters
 
 
 def test_arguments_that_are_given_exist(tmp_path: Path) -> None:
-    arguments = _arguments(CONFIG, CPU, tmp_path, 0.1, 0)
+    arguments = trainer_arguments(CONFIG, CPU, tmp_path, 0.1, 0)
     assert isinstance(arguments, DPOConfig)
     assert arguments.precompute_ref_log_probs
     assert arguments.max_length is None
     assert arguments.disable_dropout  # else the loss at step 0 is not ln 2
     assert arguments.loss_type == ["sigmoid"]
-    weighted = _arguments(CONFIG.model_copy(update={"sft_weight": 0.5}), CPU, tmp_path, 0.1, 0)
+    weighted = trainer_arguments(CONFIG.model_copy(update={"sft_weight": 0.5}), CPU, tmp_path, 0.1, 0)
     assert (weighted.loss_type, weighted.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
 
 

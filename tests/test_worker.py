@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from dice_py.artefacts import DiskFullError, Report, no_report
-from dice_py.clock import clocked
-from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemoryError, UsageError
-from dice_py.process import Worker, failure_fields, is_out_of_memory
-from dice_py.worker import Spares, run_stage
+from dice_py.compute.failures import failure_fields, is_out_of_memory
+from dice_py.compute.stage_process import WarmPool, run_stage
+from dice_py.compute.worker import Worker
+from dice_py.errors import DataError, DiceError, DiskFullError, InterruptedRunError, OutOfMemoryError, UsageError
+from dice_py.events import Report, no_report
+from dice_py.timing import timed
 
 REMEDY = "lower some.budget"
 PATIENCE = 20.0  # seconds; what is waited for takes a fraction of one
@@ -102,7 +103,7 @@ def wait_long(pid_file: str, *, report: Report) -> None:
 
 
 def take_time(loading: float, working: float, error: BaseException | None = None, *, report: Report) -> None:
-    with clocked("load"):
+    with timed("load"):
         time.sleep(loading)
     time.sleep(working)
     if error is not None:
@@ -132,7 +133,8 @@ def test_values_events_and_the_log(stage, tmp_path: Path) -> None:
 
 def test_what_every_process_imports_is_light() -> None:
     heavy = ("polars", "pyarrow", "pydantic", "torch", "transformers")
-    code = f"import sys, dice_py.worker, dice_py.groups; print([name for name in {heavy} if name in sys.modules])"
+    modules = "dice_py.compute.stage_process, dice_py.compute.dispatch"
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -144,12 +146,12 @@ def test_a_stage_by_name(stage) -> None:
 def test_a_worker_tells_where_its_time_went(stage) -> None:
     heard: list[tuple[str, dict[str, Any]]] = []
 
-    def hear(event: str, **fields: Any) -> None:
+    def on_event(event: str, **fields: Any) -> None:
         heard.append((event, fields))
 
-    stage(take_time, hear, loading=0.1, working=0.2)
+    stage(take_time, on_event, loading=0.1, working=0.2)
     with pytest.raises(UsageError, match="no result"):  # a failure has its times too
-        stage(f"{__name__}:take_time", hear, loading=0.1, working=0.2, error=UsageError("no result"))
+        stage(f"{__name__}:take_time", on_event, loading=0.1, working=0.2, error=UsageError("no result"))
     assert [event for event, _ in heard] == ["process"] * 2
     for _, fields in heard:
         assert fields["work"] == f"{__name__}:take_time"
@@ -297,8 +299,8 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from dice_py.artefacts import no_report\n"
-        "from dice_py.worker import Spares, run_stage\n"
+        "from dice_py.storage.files import no_report\n"
+        "from dice_py.compute.stage_process import WarmPool, run_stage\n"
         "folder = Path(sys.argv[1])\n"
         "if __name__ == '__main__':\n"
         "    arguments = {'pid_file': str(folder / 'pid')}\n"
@@ -340,8 +342,8 @@ def test_a_process_that_the_worker_left_holds_nobody_up(stage, tmp_path: Path) -
 
 
 @pytest.fixture
-def spares() -> Iterator[Spares]:
-    with Spares() as there:
+def spares() -> Iterator[WarmPool]:
+    with WarmPool() as there:
         yield there
 
 
@@ -358,7 +360,7 @@ def with_spare(tmp_path: Path) -> Callable[..., Any]:
 MODULES = ["json", "group_work"]
 
 
-def test_a_stage_works_in_the_spare(spares: Spares, with_spare, tmp_path: Path) -> None:
+def test_a_stage_works_in_the_spare(spares: WarmPool, with_spare, tmp_path: Path) -> None:
     spares.prepare(MODULES, log=tmp_path / "spare.log")
     spares.prepare(MODULES)  # one is enough
     assert wait_for(lambda: (tmp_path / "spare.log").exists() and "imported" in (tmp_path / "spare.log").read_text())
@@ -378,7 +380,7 @@ def test_a_stage_works_in_the_spare(spares: Spares, with_spare, tmp_path: Path) 
     assert gone(spare.pid)
 
 
-def test_a_spare_that_is_not_done_yet_goes_on_with_the_work(spares: Spares, with_spare) -> None:
+def test_a_spare_that_is_not_done_yet_goes_on_with_the_work(spares: WarmPool, with_spare) -> None:
     spares.prepare(MODULES)
     spare = spares.take(MODULES)
     assert spare is not None
@@ -386,7 +388,7 @@ def test_a_spare_that_is_not_done_yet_goes_on_with_the_work(spares: Spares, with
 
 
 def test_a_spare_works_in_the_environment_of_its_work(
-    spares: Spares, with_spare, monkeypatch: pytest.MonkeyPatch
+    spares: WarmPool, with_spare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvml = "PYTORCH_NVML_BASED_CUDA_CHECK"
     monkeypatch.delenv(nvml, raising=False)
@@ -402,7 +404,7 @@ def test_a_spare_works_in_the_environment_of_its_work(
     assert found["now"]["SINCE_THEN"] == "2"
 
 
-def test_a_dead_spare_is_not_handed_out(spares: Spares, with_spare) -> None:
+def test_a_dead_spare_is_not_handed_out(spares: WarmPool, with_spare) -> None:
     spares.prepare(MODULES)
     first = spares.take(MODULES)
     assert first is not None
@@ -415,7 +417,7 @@ def test_a_dead_spare_is_not_handed_out(spares: Spares, with_spare) -> None:
 
 @pytest.mark.parametrize("when", ["before it gets the work", "as it gets the work"])
 def test_a_spare_that_dies_first_loses_nothing(
-    spares: Spares, with_spare, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spares: WarmPool, with_spare, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slow_module.py").write_text(f"import time\ntime.sleep({10 * PATIENCE})\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -438,7 +440,7 @@ def test_a_spare_that_dies_first_loses_nothing(
     assert found["pid"] not in (spare.pid, os.getpid())
 
 
-def test_work_that_kills_the_spare_is_not_done_again(spares: Spares, tmp_path: Path) -> None:
+def test_work_that_kills_the_spare_is_not_done_again(spares: WarmPool, tmp_path: Path) -> None:
     spares.prepare(MODULES)
     with pytest.raises(OutOfMemoryError, match="killed after"):
         run_stage(
@@ -452,7 +454,7 @@ def test_work_that_kills_the_spare_is_not_done_again(spares: Spares, tmp_path: P
     assert (tmp_path / "worker.log").read_text().count("the last words") == 1
 
 
-def test_spares_that_nobody_takes_are_ended(spares: Spares) -> None:
+def test_spares_that_nobody_takes_are_ended(spares: WarmPool) -> None:
     spares.prepare(MODULES)
     (waiting,) = spares._spares.values()
     spares.close()
@@ -466,9 +468,9 @@ def test_a_forgotten_spare_ends_with_the_program(tmp_path: Path, how: str) -> No
     script.write_text(
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from dice_py.worker import Spares\n"
+        "from dice_py.compute.stage_process import WarmPool\n"
         "if __name__ == '__main__':\n"
-        "    spares = Spares()\n"
+        "    spares = WarmPool()\n"
         "    spares.prepare(['json'])\n"
         "    Path(sys.argv[1]).write_text(str(spares._spares['json',].pid))\n"
         "    time.sleep(0 if sys.argv[2] == 'end' else 600)\n"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dice_py import world
-from dice_py.config import WorldConfig
+from dice_py.config.stages import WorldConfig
 from dice_py.data import prompt_key
 from dice_py.errors import UsageError
-from dice_py.models import encode_prompt, encode_response
-from dice_py.world import (
+from dice_py.models.tokenization import encode_prompt, encode_response
+from dice_py.synthetic import task as world
+from dice_py.synthetic.task import (
     CONFUSED,
     FILLERS,
     FREE_FILLERS,
@@ -24,13 +24,12 @@ from dice_py.world import (
     WORD,
     annotate,
     answer,
-    find_world,
     oracle,
     parse_prompt,
     prompt_messages,
     sft_response,
-    world_key,
 )
+from dice_py.synthetic.world import find_world, world_key
 
 ABC = ("a", "b", "c")
 REVERSE = prompt_messages("reverse", ABC)

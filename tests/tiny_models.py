@@ -38,7 +38,7 @@ from transformers import (
 torch.set_num_threads(1)
 
 Style = Literal["chatml", "mistral", "qwen", "plain"]
-"""`plain` has no chat template: what `dice_py.models.load_tokenizer` refuses."""
+"""`plain` has no chat template: what `dice_py.models.tokenization.load_tokenizer` refuses."""
 
 MAX_POSITIONS = 256
 """`max_position_embeddings` of every tiny model."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from dice_py.artefacts import GENERATIONS, MINED, PROMPTS, SCORES, write_parquet
+from dice_py.storage.parquet import write_parquet
+from dice_py.storage.schemas import GENERATIONS, MINED, PROMPTS, SCORES
 
 PROMPTS_OF_A_ROUND, SAMPLES = 4, 3
 MINED_ROWS = [(0, 1, 2), (3, 11, 9)]

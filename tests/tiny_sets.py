@@ -7,8 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
-from dice_py.config import ModelConfig, ScoreConfig
-from dice_py.score import score_pairs
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import ScoreConfig
+from dice_py.scoring.pairs import score_pairs
 
 CPU = ModelConfig(device="cpu", dtype="float32")
 IDS = pl.List(pl.Int32)

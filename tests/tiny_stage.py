@@ -13,11 +13,11 @@ from logp_oracle import mixed
 from tiny_sets import CPU, IDS
 from transformers import PreTrainedModel
 
-from dice_py import score as stage
-from dice_py.artefacts import write_parquet
-from dice_py.config import ScoreConfig
-from dice_py.models import held_model
-from dice_py.score import Scored, score
+from dice_py.config.stages import ScoreConfig
+from dice_py.models.loading import held_model
+from dice_py.stages import score as stage
+from dice_py.stages.score import Scored, score
+from dice_py.storage.parquet import write_parquet
 
 BETA = 0.25
 KEYS = ["key of shard 0", "key of shard 1"]

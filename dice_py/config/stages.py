@@ -1,0 +1,143 @@
+"""Config sections of the stages, training and mining excepted."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dice_py.config.shared import Positive, Probability, Section
+
+
+class VllmConfig(Section):
+    """What vLLM's engine is told beyond the sampling parameters."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    tensor_parallel_size: Positive = 1
+    enforce_eager: bool | None = Field(default=None, description="none: eager on the CPU, CUDA graphs on a GPU")
+    max_num_seqs: Positive | None = None
+    max_model_len: Positive | None = Field(default=None, description="none: longest prompt + max_new_tokens")
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="size of the key/value cache; on a CPU 1 GiB unless told"
+    )
+
+
+class GenerateConfig(Section):
+    """Sampling K responses per prompt from the current policy."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    samples: Annotated[int, Field(ge=2, le=65535)] = Field(default=16, description="K, responses per prompt")
+    temperature: Annotated[float, Field(gt=0.0)] = 0.9
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="0: off")
+    max_new_tokens: Positive = 2048
+    shard_prompts: Positive = Field(default=256, description="prompts per shard, the unit that a resume keeps")
+    token_budget: Positive = Field(
+        default=65536, description="transformers engine: padded prompt and response tokens of one batch"
+    )
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
+
+
+class ScoreConfig(Section):
+    """Log-probabilities of policy and reference over the stored token ids."""
+
+    token_budget: Literal["auto"] | Positive = Field(
+        default="auto", description="tokens of one batch; auto: found, and remembered for the model and the device"
+    )
+    logit_chunk: Positive = Field(default=1024, description="response positions whose logits exist at one time")
+    policy_logps: Literal["reuse_if_equal", "recompute"] = Field(
+        default="reuse_if_equal",
+        description="reuse_if_equal: those that came with the samples, where a "
+        "measurement shows that they are the scorer's; "
+        "recompute: always the policy's own forward",
+    )
+    gate_responses: Positive = Field(
+        default=256, description="policy_logps=reuse_if_equal: responses that are compared"
+    )
+    gate_tolerance: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.01,
+        description="policy_logps=reuse_if_equal: largest mean |difference| of the reward, as a share of its "
+        "standard deviation",
+    )
+
+
+Share = Annotated[float, Field(gt=0.0)]
+MarginPower = Annotated[float, Field(ge=0.0)]
+HalfLife = Annotated[float, Field(gt=0.0)]
+
+
+class BufferConfig(Section):
+    """One named buffer of offline pairs beside data.replay, with the columns that data.*_column name."""
+
+    path: str = Field(description="offline pairs in TRL's format")
+    share: Share = Field(default=1.0, description="of the replayed pairs, relative to the other buffers' shares")
+    weight_column: str | None = Field(default=None, description="weights of the draw, in this file")
+    margin_power: MarginPower = Field(default=0.0, description="w = max(margin, 0)^margin_power; 0: off")
+    half_life: HalfLife | None = Field(default=None, description="rounds; w = 2^(−age / half_life); none: off")
+
+
+class RoundsBufferConfig(Section):
+    """The run's own buffer, `buffer/`: what earlier rounds mined, capped by a reservoir."""
+
+    capacity: Positive = Field(default=20000, description="pairs: a uniform sample of all that were mined")
+    share: Share = Field(default=1.0, description="of the replayed pairs, relative to the other buffers' shares")
+    margin_power: MarginPower = Field(default=0.0, description="w = max(margin, 0)^margin_power; 0: off")
+    half_life: HalfLife | None = Field(default=None, description="rounds; w = 2^(−age / half_life); none: off")
+
+
+class ReplayConfig(Section):
+    """The share γ of replayed pairs in the training set, and which ones (replay/weights.py: formulas)."""
+
+    gamma: Probability = 0.5
+    total: Positive | None = Field(default=None, description="pairs in the training set; none: keep all mined pairs")
+    on_shortfall: Literal["error", "record"] = Field(
+        default="record",
+        description="too few offline pairs: stop, or take what there is and record the shortfall",
+    )
+    share: Share = Field(default=1.0, description="of data.replay, relative to the shares of the buffers below")
+    margin_power: MarginPower = Field(
+        default=0.0, description="data.replay: w = max(margin, 0)^margin_power, of data.margin_column; 0: off"
+    )
+    half_life: HalfLife | None = Field(
+        default=None, description="data.replay, in rounds: w = 2^(−age / half_life), of data.round_column; none: off"
+    )
+    stratify_by: Literal["none", "length", "source"] = Field(
+        default="none",
+        description="draw every buffer by strata: quantiles of the chosen's length, or values of data.source_column",
+    )
+    allocation: Literal["proportional", "equal"] = Field(
+        default="proportional", description="counts of the strata: by their candidates, or the same for each"
+    )
+    length_buckets: Positive = Field(default=4, description="length quantiles of stratify_by=length")
+    buffers: dict[str, BufferConfig] = Field(default_factory=dict, description="further files of pairs, by name")
+    buffer: RoundsBufferConfig | None = Field(default=None, description="keep what rounds mine; none: do not")
+
+    @model_validator(mode="after")
+    def _names(self) -> ReplayConfig:
+        for name in self.buffers:
+            if re.fullmatch(r"[A-Za-z0-9_]+", name) is None or name in ("replay", "rounds"):
+                raise ValueError(
+                    f"a buffer is named {name!r}: use letters, digits and underscores, and neither 'replay' "
+                    "(data.replay) nor 'rounds' (the run's own buffer)"
+                )
+        return self
+
+
+class EvaluateConfig(Section):
+    """What is measured after a round, always on prompts that no round trains on."""
+
+    prompts: Annotated[int, Field(ge=0)] = Field(default=256, description="held-out prompts; 0: no samples drawn")
+    samples: Positive = Field(default=1, description="responses per held-out prompt")
+    pairs: Annotated[int, Field(ge=0)] = Field(default=512, description="held-out offline pairs")
+
+
+class WorldConfig(Section):
+    """The synthetic world (synthetic/task.py): sizes and the seed that makes it."""
+
+    seed: int = 0
+    sft_steps: Positive = 600
+    offline_pairs: Positive = 3000
+    round_prompts: Positive = 4000
+    eval_prompts: Positive = 400
+    eval_pairs: Positive = 600

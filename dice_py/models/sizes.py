@@ -1,0 +1,87 @@
+"""Sizes of a model from its files: parameters, shape and bytes, with no weights read."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dice_py.errors import DataError
+from dice_py.storage.files import read_json
+from dice_py.storage.keys import digest
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
+_NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model folder's sizes. Of an adapter the layers are unknown: zeros, and only its own weights are counted."""
+
+    parameters: int
+    stored_bytes: int
+    """Of the weights' files."""
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    inner: int
+    vocabulary: int
+    shape: str
+    """Equal for models of one architecture and size, whatever their weights."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Values of a token in the key/value cache: 2 × L × key/value heads × size of a head."""
+        return 2 * self.layers * self.kv_heads * self.head_size
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """A safetensors header: u64 length, then JSON."""
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > file.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            return dict(json.loads(handle.read(length)))
+    except (OSError, ValueError, struct.error) as error:
+        raise DataError(f"{file} is not whole safetensors ({error}); download or save it again") from None
+
+
+def model_size(folder: Path) -> ModelSize:
+    """The sizes of the model in a folder, from config.json and the headers of its weights.
+
+    Raises:
+        DataError: a file of weights that is cut off.
+    """
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    text = config.get("text_config") or config
+    parameters = stored = 0
+    for weights in sorted(folder.glob("*.safetensors")):
+        stored += weights.stat().st_size
+        for name, tensor in _header(weights).items():
+            if name != "__metadata__" and tensor["dtype"] in _STORED:
+                parameters += math.prod(tensor["shape"])
+    if not parameters:  # an older format, in which a size is all that there is to see
+        stored = sum(weights.stat().st_size for weights in folder.glob("pytorch_model*.bin"))
+        parameters = stored // DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
+    hidden = int(text.get("hidden_size") or 0)
+    heads = int(text.get("num_attention_heads") or 0)
+    return ModelSize(
+        parameters=parameters,
+        stored_bytes=stored,
+        hidden=hidden,
+        layers=int(text.get("num_hidden_layers") or 0),
+        heads=heads,
+        kv_heads=int(text.get("num_key_value_heads") or heads),
+        head_size=int(text.get("head_dim") or (hidden // heads if heads else 0)),
+        inner=int(text.get("intermediate_size") or 4 * hidden),
+        vocabulary=int(text.get("vocab_size") or 0),
+        shape=digest({k: v for k, v in config.items() if k not in _NAMES and not k.endswith("token_id")}, parameters),
+    )

@@ -1,0 +1,96 @@
+"""Mined pairs with their token ids, as rows of a training set and of the replay buffer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from dice_py.data import prompt_key
+from dice_py.events import Report, no_report
+from dice_py.replay.buffer import ReplayBuffer
+from dice_py.storage.parquet import read_parquet
+from dice_py.storage.schemas import PAIRS
+
+BUFFER = pl.Schema(
+    {
+        "key": pl.String(),
+        **PAIRS,
+        "margin": pl.Float32(),
+        "chosen_length": pl.UInt32(),
+        "rejected_length": pl.UInt32(),
+        "source": pl.String(),
+    }
+)
+"""A run's buffer: the pair as it was mined, token ids included, the key of its prompt, its margin and lengths (in what
+mine.length counts), and the round it is of as `source`; beside these every file has `round`, `index`, `priority`."""
+
+
+def append_mined(
+    buffer: ReplayBuffer,
+    round_number: int,
+    *,
+    mined: Path,
+    generations: list[Path],
+    scores: list[Path],
+    prompts: Path,
+    key: str,
+    report: Report = no_report,
+) -> None:
+    """Appends a round's mined pairs, with their token ids, to a run's buffer (columns: `BUFFER`).
+
+    Args:
+        mined, generations, scores, prompts: as for `dice_py.stages.replay.replay`.
+        key: the key of the mined pairs.
+    """
+    if buffer.holds(round_number, key):
+        return
+    pairs = read_parquet(mined)
+    gathered = gather_mined(pairs, generations, scores, read_parquet(prompts, ["prompt_id", "messages"]))
+    keys = [prompt_key(messages) for messages in gathered["prompt"].to_list()]
+    appended = gathered.select(PAIRS.names()).with_columns(
+        pl.Series("key", keys, dtype=pl.String),
+        *(pairs[name] for name in ("margin", "chosen_length", "rejected_length")),
+        pl.lit(f"round-{round_number:02d}").alias("source"),
+    )
+    written = buffer.append(round_number, appended.select(BUFFER.names()).cast(dict(BUFFER)), key)  # type: ignore[arg-type]
+    report("note", text=f"replay buffer: {written} of {pairs.height} mined pairs written")
+
+
+def gather_mined(
+    mined: pl.DataFrame, generations: list[Path], scores: list[Path], prompts: pl.DataFrame
+) -> pl.DataFrame:
+    """The mined pairs as a training set: stored token ids, messages, and the log-probabilities already scored.
+
+    The policy that scored the responses is the one that training starts from, so its `logp` is the
+    reference's log-probability in DPO.
+    """
+    wanted = pl.concat([mined["chosen_row"], mined["rejected_row"]]).cast(pl.UInt32).unique().to_frame("row")
+    columns = ["prompt_token_ids", "token_ids", "response"]
+    sampled = pl.scan_parquet(generations, glob=False, row_index_name="row").select("row", *columns)
+    logps = pl.scan_parquet(scores, glob=False, row_index_name="row").select("row", "logp")
+    rows = sampled.join(wanted.lazy(), on="row", how="semi").join(logps, on="row", how="left").collect()
+    answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
+
+    def side(name: str, logp: str) -> pl.DataFrame:
+        picked = rows.select(
+            "row", pl.col("token_ids").alias(f"{name}_ids"), answer.alias(name), pl.col("logp").alias(logp)
+        )
+        keys = mined.select(pl.col(f"{name}_row").cast(pl.UInt32).alias("row"))
+        return keys.join(picked, on="row", how="left", maintain_order="left").drop("row")
+
+    prompt_ids = mined.select(pl.col("chosen_row").cast(pl.UInt32).alias("row")).join(
+        rows.select("row", prompt_ids="prompt_token_ids"), on="row", how="left", maintain_order="left"
+    )
+    messages = mined.select("prompt_id").join(
+        prompts.select("prompt_id", prompt="messages"), on="prompt_id", how="left", maintain_order="left"
+    )
+    return pl.concat(
+        [
+            messages.select("prompt"),
+            prompt_ids.select("prompt_ids"),
+            side("chosen", "ref_chosen_logps"),
+            side("rejected", "ref_rejected_logps"),
+        ],
+        how="horizontal",
+    ).with_columns(source=pl.lit("mined"))

@@ -1,0 +1,89 @@
+"""`report.html`: one plain page per run, with the tables of its rounds and the curve of length gap against α.
+
+Static HTML and inline SVG, no script and nothing fetched: it can be mailed, and opens from a file.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from dice_py.reporting.charts import gap_curve_svg
+from dice_py.reporting.formatting import mining_rows, number, seconds
+from dice_py.storage.files import Manifest, read_json, write_text
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --accent: #2467c9; --muted: #777; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; margin: .8rem 0; } caption { text-align: left; color: var(--muted); }
+th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
+text-align: left; }
+td { font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+svg { max-width: 100%; height: auto; } .axis { stroke: var(--line); }
+.curve { stroke: var(--accent); fill: none;
+stroke-width: 2; } .sampled { opacity: .4; }
+.chosen { fill: var(--accent); } svg text { font-size: 12px; fill: currentColor; }
+p.note { color: var(--muted); }
+"""
+
+
+def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
+        for first, *rest in rows
+    )
+    caption = f"<caption>{escape(caption)}</caption>"
+    return f'<div class="scroll"><table>{caption}<tr>{top}</tr>{body}</table></div>'
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` from the manifest and the artefacts of a run folder."""
+    manifest = Manifest(folder / "manifest.json").data
+    rounds = sorted({name.split("/")[0] for name in manifest["stages"]})
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>DICE run {escape(folder.name)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>DICE run {escape(folder.name)}</h1>",
+        f"<p>policy at the start: {escape(manifest['policy']['folder'])}<br>"
+        f"reference of round 1: {escape(manifest['reference']['folder'])}</p>",
+    ]
+    metrics = {
+        name: read_json(folder / name / "evaluate" / "metrics.json")
+        for name in rounds
+        if (folder / name / "evaluate" / "metrics.json").is_file()
+    }
+    if metrics:
+        names = list(dict.fromkeys(key for found in metrics.values() for key in found))
+        rows = [[name, *(number(found.get(name)) for found in metrics.values())] for name in names]
+        parts += ["<h2>Evaluation</h2>", _table("on held-out prompts and pairs", ["", *metrics], rows)]
+        parts.append("<p class='note'>Intervals are 95 % percentile bootstraps over prompts.</p>")
+    for name in rounds:
+        parts.append(f"<h2>{escape(name)}</h2>")
+        stages = [(key.split("/")[1], value) for key, value in manifest["stages"].items() if key.startswith(name + "/")]
+        rows = [[stage, entry["status"], seconds(entry.get("seconds"))] for stage, entry in stages]
+        parts.append(_table("stages", ["stage", "status", "time"], rows))
+        for stage, entry in stages:
+            if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
+                rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
+                parts.append(_table(stage, ["", ""], rows))
+        mining = folder / name / "mine" / "mining.json"
+        if mining.is_file():
+            found = read_json(mining)
+            parts.append(_table(f"mine (lengths in {found['length']})", ["", ""], mining_rows(found)))
+            curve = found["curve"]
+            if curve["alpha"]:
+                exact = curve.get("exact")  # an older version's curve has none, and is exact
+                note = "" if exact is None or all(exact) else " Lighter: of a sample of the prompts."
+                parts.append(
+                    "<p>Mean length gap of the best and the worst response, |best| − |worst|, against α; the dot is "
+                    f"the α in use.{note}</p>"
+                )
+                parts.append(gap_curve_svg(curve["alpha"], curve["mean_length_gap"], found["alpha"], exact))
+    parts.append("</body></html>")
+    path = folder / "report.html"
+    write_text(path, "\n".join(parts))
+    return path

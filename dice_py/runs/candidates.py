@@ -1,0 +1,75 @@
+"""The responses that a round mines: its own, or those of several rounds in one pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from dice_py.errors import DataError
+from dice_py.storage.files import Manifest
+from dice_py.storage.keys import digest
+from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
+from dice_py.storage.schemas import PROMPTS
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a round scores and mines: shards, the oldest round's first."""
+
+    generations: list[Path]
+    keys: list[str]
+    """The key of each shard."""
+    rounds: list[int]
+    """The round that sampled each shard."""
+    prompts: Path
+    """The prompts of all of them, each once."""
+
+
+def candidates(folder: Path, manifest: Manifest, number: int, pool_rounds: int) -> Candidates:
+    """The shards of the last `pool_rounds` rounds up to round `number`, which have generated.
+
+    The prompts of several rounds are written to `round-NN/mine/prompts.parquet`.
+
+    Raises:
+        DataError: a prompt is not the same in all of the rounds.
+    """
+    generations, keys, rounds, prompts = [], [], [], []
+    for earlier in range(max(1, number - pool_rounds + 1), number + 1):
+        name = f"round-{earlier:02d}"
+        generated = manifest.stage(f"{name}/generate")
+        assert generated is not None
+        generations += [folder / made["file"] for made in generated["files"]]
+        keys += [made["key"] for made in generated["files"]]
+        rounds += [earlier] * len(generated["files"])
+        prompts.append(folder / name / "generate" / "prompts.parquet")
+    if len(prompts) == 1:
+        return Candidates(generations, keys, rounds, prompts[0])
+    pooled = folder / f"round-{number:02d}" / "mine" / "prompts.parquet"
+    key = digest("pool", keys, [parquet_key(file) for file in prompts])
+    if parquet_key(pooled) != key:
+        write_parquet(pooled, _same_prompts(prompts, generations), key=key, schema=PROMPTS)
+    return Candidates(generations, keys, rounds, pooled)
+
+
+def _same_prompts(prompts: Iterable[Path], generations: list[Path]) -> pl.DataFrame:
+    """The prompts of several rounds, each once. A pair's two responses must answer the same tokens."""
+    asked = pl.concat([read_parquet(file, PROMPTS.names()) for file in prompts]).unique(maintain_order=True)
+    twice = asked.filter(pl.col("prompt_id").is_duplicated())["prompt_id"]
+    if len(twice):
+        raise DataError(
+            f"prompt_id {twice[0]} is of two prompts in the rounds whose candidates are pooled: give every prompt "
+            "an id of its own, or set mine.pool_rounds=1"
+        )
+    tokens = pl.col("prompt_token_ids").hash()
+    sampled = pl.scan_parquet(generations, glob=False).select("prompt_id", tokens).unique().collect()
+    apart = sampled.filter(pl.col("prompt_id").is_duplicated())["prompt_id"]
+    if len(apart):
+        raise DataError(
+            f"prompt_id {apart.sort()[0]} has other token ids in one of the pooled rounds than in another, so that "
+            "their responses make no pair: the chat template changes with time (a date?), or with the policy. Start a "
+            "run with a template that does not, or with mine.pool_rounds=1"
+        )
+    return asked.sort("prompt_id")

@@ -1,0 +1,226 @@
+"""What a run's rounds read: models found, a user's data read and checked, held-out parts split off.
+
+Everything that can be refused is refused here, before anything is made from it. The data goes to `inputs/` in the
+run folder, as artefacts with keys; the synthetic world's stays in its cache.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from dice_py.config.run import RunConfig
+from dice_py.config.stages import BufferConfig, ReplayConfig
+from dice_py.data import prompt_key, read_pairs, read_prompts
+from dice_py.errors import DataError
+from dice_py.models.loading import model_identity, require, resolve_model
+from dice_py.storage.cache import cache_folder
+from dice_py.storage.files import read_json, write_json
+from dice_py.storage.keys import digest, file_digest, seed_for, versions
+from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
+from dice_py.storage.schemas import PROMPTS
+from dice_py.synthetic.world import World, find_world
+
+if TYPE_CHECKING:
+    from dice_py.runs.folder import Run
+
+
+_HELD_OUT = 0.1  # at most this share of a user's prompts or pairs is held out when no file of them is named
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every round reads, as artefacts in `inputs/`."""
+
+    policy: Path
+    reference: Path
+    prompts: Path
+    offline: Path | None
+    eval_prompts: Path | None
+    eval_pairs: Path | None
+    buffers: dict[str, Path] = field(default_factory=dict)
+    """The named buffers of replay.buffers, as `offline`."""
+
+
+def _world(this: Run) -> World:
+    found = find_world(this.config.world)
+    if found is None:
+        this.report("note", text=f"making the synthetic world in {cache_folder()} (once)")
+        this.spawn("world", "dice_py.stages.world:make_world", this.folder / "inputs", config=this.config.world)
+        found = find_world(this.config.world)
+        if found is None:
+            raise RuntimeError("the world was made, but is not in the cache")
+    return found
+
+
+def prepare(this: Run) -> Inputs:
+    """Models resolved, data read and checked, held-out parts split off; as files in `inputs/`."""
+    config, folder = this.config, this.folder / "inputs"
+    require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
+    if config.is_world:
+        world = _world(this)
+        return Inputs(
+            policy=world.policy,
+            reference=world.reference,
+            prompts=world.prompts,
+            offline=world.offline_pairs,
+            eval_prompts=world.eval_prompts,
+            eval_pairs=world.eval_pairs,
+        )
+    model, data = config.model, config.data
+    assert model.policy is not None
+    assert model.reference is not None
+    assert data.prompts is not None
+    columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
+    buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}
+    named = [data.prompts, data.replay, data.eval_prompts, data.eval_pairs, *buffers.values()]
+    files = [file_digest(Path(name)) if name else None for name in named]
+    key = digest("inputs", columns, files, list(buffers), config.seed, config.evaluate.model_dump(), versions("polars"))
+    outputs = {name: folder / f"{name}.parquet" for name in ("prompts", "offline", "eval_prompts", "eval_pairs")}
+    outputs |= {f"buffer {name}": folder / f"buffer-{name}.parquet" for name in buffers}
+    # The models come after the data, since they may be a long download, and before anything is made.
+    if any(parquet_key(outputs[name]) != key for name in ("prompts", *(f"buffer {name}" for name in buffers))):
+        _split(this, outputs, key)
+
+    def made(name: str) -> Path | None:
+        return outputs[name] if parquet_key(outputs[name]) == key else None
+
+    inputs = Inputs(
+        policy=resolve_model(model.policy, model.policy_revision, role="model.policy (--policy)"),
+        reference=resolve_model(model.reference, model.reference_revision, role="model.reference (--reference)"),
+        prompts=outputs["prompts"],
+        offline=made("offline"),
+        eval_prompts=made("eval_prompts"),
+        eval_pairs=made("eval_pairs"),
+        buffers={name: outputs[f"buffer {name}"] for name in buffers},
+    )
+    _check(this, inputs, key)
+    return inputs
+
+
+def _check(this: Run, inputs: Inputs, data_key: str) -> None:
+    """Has models and data looked at together, once: what fails here would fail after hours."""
+    models = [model_identity(inputs.policy), model_identity(inputs.reference)]
+    key = digest("check", data_key, models, this.config.model_dump(), versions("transformers"))
+    stamp = this.folder / "inputs" / "checked.json"
+    if stamp.is_file() and read_json(stamp) == key:
+        return
+    this.spawn(
+        "check",
+        "dice_py.stages.preflight:check",
+        stamp.parent,
+        config=this.config,
+        policy=inputs.policy,
+        reference=inputs.reference,
+        prompts=[file for file in (inputs.prompts, inputs.eval_prompts) if file],
+        pairs=[file for file in (inputs.offline, *inputs.buffers.values(), inputs.eval_pairs) if file],
+    )
+    write_json(stamp, key)
+
+
+def _split(this: Run, outputs: dict[str, Path], key: str) -> None:
+    """Reads the user's files and writes `inputs/`; the prompts last, since their key says that all are there."""
+    config, data = this.config, this.config.data
+    assert data.prompts is not None
+
+    def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
+        more = {} if pool is None else pools[pool]
+        return read_pairs(
+            Path(name),
+            prompt_column=data.prompt_column,
+            chosen_column=data.chosen_column,
+            rejected_column=data.rejected_column,
+            # The first round is the first to draw: a pair of a later one would stop it.
+            current_round=1,
+            **more,
+        )
+
+    pools = pool_columns(config)
+    prompts = read_prompts(Path(data.prompts), data.prompt_column)
+    offline = pairs_of(data.replay, "replay") if data.replay else None
+    buffers = {name: pairs_of(buffer.path, name) for name, buffer in config.replay.buffers.items()}
+    rng = random.Random(seed_for(config.seed, "held out"))
+    eval_prompts = eval_pairs = None
+    if data.eval_prompts:
+        eval_prompts = read_prompts(Path(data.eval_prompts), data.prompt_column)
+    elif config.evaluate.prompts:
+        count = min(config.evaluate.prompts, int(prompts.height * _HELD_OUT))
+        chosen = set(rng.sample(range(prompts.height), count))
+        eval_prompts = prompts.filter(pl.col("prompt_id").is_in(list(chosen))) if count else None
+    if data.eval_pairs:
+        eval_pairs = pairs_of(data.eval_pairs)
+    elif offline is not None and config.evaluate.pairs:
+        count = min(config.evaluate.pairs, int(offline.height * _HELD_OUT))
+        rows = sorted(rng.sample(range(offline.height), count))
+        eval_pairs = offline[rows] if count else None
+    held = set()
+    if eval_prompts is not None:
+        held |= {prompt_key(messages) for messages in eval_prompts["messages"].to_list()}
+    if eval_pairs is not None:
+        held |= set(eval_pairs["key"])
+    before = prompts.height
+    keys = pl.Series([prompt_key(messages) for messages in prompts["messages"].to_list()], dtype=pl.String)
+    prompts = prompts.filter(~keys.is_in(list(held)))
+    if prompts.is_empty():
+        raise DataError(f"{data.prompts}: all of its {before} prompts are held out; give more, or data.eval_prompts")
+    if offline is not None:
+        offline = offline.filter(~pl.col("key").is_in(list(held)))
+        write_parquet(outputs["offline"], offline, key=key)
+    for name, pairs in buffers.items():
+        buffers[name] = pairs.filter(~pl.col("key").is_in(list(held)))
+        write_parquet(outputs[f"buffer {name}"], buffers[name], key=key)
+    if eval_prompts is not None:
+        write_parquet(outputs["eval_prompts"], eval_prompts, key=key, schema=PROMPTS)
+    if eval_pairs is not None:
+        write_parquet(outputs["eval_pairs"], eval_pairs, key=key)
+    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS)
+    this.report(
+        "note",
+        text=f"{prompts.height} prompts for the rounds, {0 if offline is None else offline.height} offline pairs"
+        + "".join(f", {pairs.height} in buffer {name}" for name, pairs in buffers.items())
+        + f"; held out: {0 if eval_prompts is None else eval_prompts.height} prompts, "
+        f"{0 if eval_pairs is None else eval_pairs.height} pairs",
+    )
+
+
+def pool_columns(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The columns that the draw needs of each file of pairs, as keywords of `read_pairs`.
+
+    By the buffer's name; "replay" is data.replay.
+    """
+    data, replay = config.data, config.replay
+
+    def columns(pool: ReplayConfig | BufferConfig, weight_column: str | None) -> dict[str, Any]:
+        return {
+            "weight_column": weight_column,
+            "margin_column": data.margin_column if pool.margin_power > 0 else None,
+            "round_column": data.round_column if pool.half_life is not None else None,
+            "source_column": data.source_column if replay.stratify_by == "source" else None,
+        }
+
+    named = {
+        name: columns(buffer, buffer.weight_column) | {"weight_key": f"replay.buffers.{name}.weight_column"}
+        for name, buffer in replay.buffers.items()
+    }
+    return {"replay": columns(replay, data.weight_column), **named}
+
+
+def round_prompts(this: Run, inputs: Inputs, number: int, folder: Path) -> tuple[Path, str]:
+    """The prompts of round `number` (from 1): all, or a fresh slice of the shuffled ones, going round at the end."""
+    prompts = read_parquet(inputs.prompts, ["prompt_id", "messages"])
+    per_round = this.config.data.prompts_per_round
+    if per_round is not None and per_round < prompts.height:
+        order = list(range(prompts.height))
+        random.Random(seed_for(this.config.seed, "prompts")).shuffle(order)
+        start = (number - 1) * per_round
+        rows = sorted(order[at % prompts.height] for at in range(start, start + per_round))
+        prompts = prompts[rows]
+    key = digest("prompts", prompts.to_dict(as_series=False))
+    path = folder / "prompts.parquet"
+    if parquet_key(path) != key:
+        write_parquet(path, prompts, key=key, schema=PROMPTS)
+    return path, key

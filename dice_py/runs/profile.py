@@ -1,0 +1,387 @@
+"""Where a run's time went: each stage's share of its round, what processes cost to start, how idle the GPUs were.
+
+Computed from a run folder's manifest.json and events.jsonl. A run that was resumed has several sessions in one file,
+each begun by a `started` event. A stage's figures are those of its last attempt; the seconds of earlier ones are
+`lost_seconds` (what they had made whole was kept). A stage that a session kept costs nothing there, and neither does a
+session that kept everything.
+
+What the figures mean, in seconds unless another unit is named:
+
+    seconds               wall clock; of a round: its stages and what lies between them, nothing lost
+    share                 of the round's seconds
+    spawn_seconds         from the parent's call to the new interpreter's first line
+    import_seconds        of the stage's module and its libraries
+    load_seconds          models read and placed
+    start_up_seconds      the three together
+    work_seconds          of the processes beyond their start-up; of what runs in the parent, all of it
+    rest_seconds          what is left: processes that end, the parent's part of the stage
+    gpu_idle_share        share of one-second samples in which a GPU ran no kernel, over all GPUs that the run may use
+    gpu_mean_utilisation  share of time in which at least one kernel ran; it does not say how much of the GPU
+    tokens_per_second     tokens over the time in which shards were worked on, all groups together, start-up left out
+    mfu                   model FLOPs over what the GPUs could have done in the shards' seconds
+
+Of groups that work side by side, start-up is that of the slowest. None (null): not measured, or nothing to measure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dice_py.storage.files import Manifest, write_json
+
+Event = dict[str, Any]
+
+STARTS = ("spawn", "import", "load")
+_SUMMED = ("processes", "start_up_seconds", *(f"{name}_seconds" for name in STARTS), "work_seconds", "rest_seconds")
+_OLD = "no figures of start-up, GPUs and throughput: the run was made before they were recorded"
+_PARTLY_OLD = "where figures are missing, a stage was made before they were recorded"
+_SLOWEST = "of groups that work side by side, start-up is that of the slowest"
+
+
+@dataclass
+class _Span:
+    """A stretch of time in which one thing was done, and the events in it."""
+
+    seconds: float = 0.0
+    events: list[Event] = field(default_factory=list)
+
+    def add(self, other: _Span) -> None:
+        self.seconds += other.seconds
+        self.events += other.events
+
+
+@dataclass
+class _Attempt(_Span):
+    """A stage from `running` to `done`, or to whatever ended it, or to the last that was told."""
+
+    began: float = 0.0
+    done: bool = False
+
+
+@dataclass
+class _Timeline:
+    attempts: dict[str, list[_Attempt]] = field(default_factory=dict)
+    between: dict[str, _Span] = field(default_factory=dict)
+    """By round: what its sessions did while none of its stages ran."""
+    before: _Span = field(default_factory=_Span)
+    """Before a session's first round."""
+
+
+def profile(folder: Path) -> dict[str, Any]:
+    """The profile of a run folder, ready for JSON: `rounds`, `before`, `total`, `notes`.
+
+    `rounds`: per round its figures, `between` (what lies between its stages: the parent's own work) and `stages`.
+    `before`: what precedes the first round (data read, models checked). `total`: the whole run.
+    """
+    manifest = Manifest(folder / "manifest.json").data["stages"]
+    timeline = _timeline(read_events(folder / "events.jsonl"))
+    rounds = [
+        _round(name, manifest, timeline)
+        for name in sorted({stage.partition("/")[0] for stage in (*manifest, *timeline.attempts)})
+    ]
+    before = _figures(timeline.before) if timeline.before.seconds else None
+    parts = [*rounds, *([] if before is None else [before])]
+    total = {
+        "seconds": _round_off(sum(part["seconds"] for part in parts)),
+        "lost_seconds": _sum(found["lost_seconds"] for found in rounds),
+        "between_seconds": _sum(found["between"]["seconds"] for found in rounds if found["between"]),
+        **{name: _sum(part[name] for part in parts) for name in _SUMMED},
+        **_gpus([gpu for part in parts for gpu in part["gpus"] or []]),
+    }
+    total["start_up_share"] = _share(total["start_up_seconds"], total["seconds"])
+    return {"rounds": rounds, "before": before, "total": total, "notes": _notes(rounds, timeline)}
+
+
+def write_profile(folder: Path) -> None:
+    """Writes `profile.json` into a run folder that has begun a stage."""
+    found = profile(folder)
+    if found["rounds"]:
+        write_json(folder / "profile.json", found)
+
+
+def read_events(path: Path) -> list[Event]:
+    """The events of a run, in order; none where there is no file. A line torn by a kill is left out."""
+    found: list[Event] = []
+    if not path.is_file():
+        return found
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            named = isinstance(event, dict) and isinstance(event.get("event"), str)
+            if named and _number(event.get("time")) is not None:
+                found.append(event)
+    return found
+
+
+def _timeline(events: list[Event]) -> _Timeline:
+    sessions: list[list[Event]] = []
+    for event in events:
+        if event["event"] == "started":
+            sessions.append([])
+        if sessions:  # what precedes the first of them was told by a version that recorded nothing of this
+            sessions[-1].append(event)
+    timeline = _Timeline()
+    for session in sessions:
+        _add_session(timeline, session)
+    return timeline
+
+
+def _add_session(timeline: _Timeline, session: list[Event]) -> None:
+    before = now = _Span()
+    between: dict[str, _Span] = {}
+    worked = set()
+    last = session[0]["time"]
+    for event in session:
+        # The clock may have been set back meanwhile.
+        now.seconds += max(0.0, event["time"] - last)
+        last = event["time"]
+        kind, stage = event["event"], str(event.get("stage"))
+        if kind == "round":
+            now = between.setdefault(f"round-{event['number']:02d}", _Span())
+        elif kind == "stage" and event.get("status") == "running":
+            worked.add(stage.partition("/")[0])
+            now = _Attempt(began=last)
+            timeline.attempts.setdefault(stage, []).append(now)
+        elif kind == "stage" and event.get("status") == "done":
+            if isinstance(now, _Attempt):
+                now.done = True
+                now.seconds = _number(event.get("seconds")) or 0.0
+            now = between.setdefault(stage.partition("/")[0], _Span())
+        else:
+            now.events.append(event)
+    for name in worked:
+        timeline.between.setdefault(name, _Span()).add(between.get(name, _Span()))
+    if worked:
+        timeline.before.add(before)
+
+
+def _round(name: str, manifest: dict[str, Any], timeline: _Timeline) -> dict[str, Any]:
+    named = dict.fromkeys(stage for stage in (*manifest, *timeline.attempts) if stage.startswith(f"{name}/"))
+    stages = [_stage(stage, manifest.get(stage, {}), timeline.attempts.get(stage, [])) for stage in named]
+    between = _figures(timeline.between[name]) if name in timeline.between else None
+    parts = [*stages, *([] if between is None else [between])]
+    seconds = sum(part["seconds"] for part in parts)
+    for part in parts:
+        part["share"] = _share(part["seconds"], seconds)
+    return {
+        "round": name,
+        "seconds": _round_off(seconds),
+        "lost_seconds": _sum(stage["lost_seconds"] for stage in stages),
+        **{figure: _sum(part[figure] for part in parts) for figure in _SUMMED},
+        **_gpus([gpu for part in parts for gpu in part["gpus"] or []]),
+        "between": between,
+        "stages": stages,
+    }
+
+
+def _stage(name: str, entry: dict[str, Any], attempts: list[_Attempt]) -> dict[str, Any]:
+    head: dict[str, Any] = {"stage": name, "attempts": len(attempts) or None, "lost_seconds": None}
+    if not attempts:  # made before any of this was recorded
+        nothing: dict[str, Any] = dict.fromkeys(("groups", *_SUMMED, "tokens", "tokens_per_second", "mfu"))
+        status = "done" if entry.get("status") == "done" else "unfinished"
+        seconds = _round_off(_number(entry.get("seconds")) or 0.0)
+        return {**head, "status": status, "seconds": seconds, **nothing, **_gpus([]), "throughput": {}}
+    *earlier, last = attempts
+    head["lost_seconds"] = _round_off(sum(attempt.seconds for attempt in earlier))
+    throughput = _throughput(last)
+    own = name.rpartition("/")[2]
+    # An evaluation both generates and scores: a mixture of the two rates would mean nothing.
+    shown = throughput.get(own) or (next(iter(throughput.values())) if len(throughput) == 1 else {})
+    return {
+        **head,
+        "status": "done" if last.done else "unfinished",
+        **_figures(last, measured=last.done),
+        **{figure: shown.get(figure) for figure in ("tokens", "tokens_per_second", "mfu")},
+        "throughput": throughput,
+    }
+
+
+def _figures(span: _Span, measured: bool = True) -> dict[str, Any]:
+    """What a span's processes and GPUs did. Not `measured`: its processes may have died without a word."""
+    told = [event for event in span.events if event["event"] == "process"]
+    found: dict[str, Any] = {"seconds": _round_off(span.seconds), "groups": None, **dict.fromkeys(_SUMMED)}
+    if told or measured:
+        path = _critical_path([_Process.of(event) for event in told])
+        # Without a process, the parent itself did it.
+        work = path.work if told else span.seconds
+        starts = {f"{name}_seconds": _round_off(path.starts[name]) for name in STARTS}
+        start_up = sum(path.starts.values())
+        found |= {
+            "groups": len({event["group"] for event in told if event.get("group") is not None}) or None,
+            "processes": len(told),
+            "start_up_seconds": _round_off(start_up),
+            **starts,
+            "work_seconds": _round_off(work),
+            "rest_seconds": _round_off(max(0.0, span.seconds - start_up - work)),
+        }
+    watched = [event for event in span.events if event["event"] == "gpu"]
+    return found | _gpus([gpu for event in watched for gpu in event.get("gpus") or []])
+
+
+@dataclass
+class _Process:
+    """What a process, or several one after another, told when it ended."""
+
+    began: float
+    ended: float
+    group: int | None
+    starts: dict[str, float]
+    work: float
+
+    @classmethod
+    def of(cls, event: Event) -> _Process:
+        given = event.get("seconds") or {}
+        starts = {name: _number(given.get(name)) or 0.0 for name in STARTS}
+        total = _number(given.get("total"))
+        if total is None:
+            total = sum(starts.values()) + (_number(given.get("work")) or 0.0)
+        work = max(0.0, total - sum(starts.values()))
+        return cls(event["time"] - total, event["time"], event.get("group"), starts, work)
+
+    @property
+    def start_up(self) -> float:
+        return sum(self.starts.values())
+
+    @classmethod
+    def chain(cls, parts: list[_Process]) -> _Process:
+        starts = {name: sum(part.starts[name] for part in parts) for name in STARTS}
+        began = min((part.began for part in parts), default=0.0)
+        ended = max((part.ended for part in parts), default=0.0)
+        return cls(began, ended, None, starts, sum(part.work for part in parts))
+
+
+def _critical_path(processes: list[_Process]) -> _Process:
+    """What the processes of a span add up to, of groups that ran side by side only the slowest.
+
+    A process that started the groups and waited for them has their start-up in its work: that part is taken out.
+    """
+    hosts = [process for process in processes if process.group is None]
+    slack = 1.0  # seconds by which an event may arrive late
+    parts = list(hosts)
+    for wave in _waves([process for process in processes if process.group is not None]):
+        groups: dict[int | None, list[_Process]] = {}
+        for process in wave:
+            groups.setdefault(process.group, []).append(process)
+        chains = [_Process.chain(members) for members in groups.values()]
+        slowest = max(chains, key=lambda chain: chain.start_up + chain.work)
+        if any(host.began - slack <= slowest.began and slowest.ended <= host.ended + slack for host in hosts):
+            slowest.work = -slowest.start_up
+        parts.append(slowest)
+    found = _Process.chain(parts)
+    found.work = max(0.0, found.work)
+    return found
+
+
+def _waves(processes: list[_Process]) -> list[list[_Process]]:
+    """Processes that overlap in time, directly or through others, together."""
+    waves: list[list[_Process]] = []
+    for process in sorted(processes, key=lambda process: process.began):
+        if waves and process.began < max(other.ended for other in waves[-1]):
+            waves[-1].append(process)
+        else:
+            waves.append([process])
+    return waves
+
+
+def _throughput(attempt: _Attempt) -> dict[str, dict[str, Any]]:
+    """By kind of work (generate, score, …): what its shards add up to."""
+    kinds: dict[str, list[Event]] = {}
+    for event in attempt.events:
+        if event["event"] == "throughput":
+            kinds.setdefault(str(event.get("stage")).rpartition("/")[2], []).append(event)
+    found = {}
+    for kind, events in kinds.items():
+        tokens = int(sum(_number(event.get("tokens")) or 0.0 for event in events))
+        # Shards overlap, in one process and in several: a second in which two were worked on is one second.
+        seconds = _covered(
+            (max(attempt.began, event["time"] - (_number(event.get("seconds")) or 0.0)), event["time"])
+            for event in events
+        )
+        flops = possible = 0.0
+        for event in events:
+            made, share = _number(event.get("flops")), _number(event.get("mfu"))
+            if made and share:
+                flops += made
+                possible += made / share
+        found[kind] = {
+            "shards": len(events),
+            "sequences": int(sum(_number(event.get("sequences")) or 0.0 for event in events)),
+            "tokens": tokens,
+            "seconds": _round_off(seconds),
+            "tokens_per_second": _round_off(tokens / seconds) if seconds else None,
+            "mfu": _share(flops, possible),
+        }
+    return found
+
+
+def _covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    covered, reached = 0.0, -math.inf
+    for began, ended in sorted(intervals):
+        covered += max(0.0, ended - max(began, reached))
+        reached = max(reached, ended)
+    return covered
+
+
+def _gpus(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of each GPU, and of all together; None where there is none."""
+    gpus: dict[int, dict[str, Any]] = {}
+    for one in told:
+        new = {"index": one["index"], "samples": 0, "idle_samples": 0, "busy": 0.0, "peak_memory_bytes": None}
+        gpu = gpus.setdefault(one["index"], new)
+        gpu["memory_bytes"] = one["memory_bytes"]
+        gpu["samples"] += one["samples"]
+        gpu["idle_samples"] += one["idle_samples"]
+        gpu["busy"] += (one["mean_utilisation"] or 0.0) * one["samples"]
+        gpu["peak_memory_bytes"] = max(filter(None, (gpu["peak_memory_bytes"], one["peak_memory_bytes"])), default=None)
+    samples = sum(gpu["samples"] for gpu in gpus.values())
+    busy = sum(gpu["busy"] for gpu in gpus.values())
+    for gpu in gpus.values():
+        gpu["idle_share"] = _share(gpu["idle_samples"], gpu["samples"])
+        gpu["mean_utilisation"] = _share(gpu.pop("busy"), gpu["samples"])
+    return {
+        "gpu_idle_share": _share(sum(gpu["idle_samples"] for gpu in gpus.values()), samples),
+        "gpu_mean_utilisation": _share(busy, samples),
+        "gpus": [gpus[index] for index in sorted(gpus)] or None,
+    }
+
+
+def _notes(rounds: list[dict[str, Any]], timeline: _Timeline) -> list[str]:
+    stages = [stage for found in rounds for stage in found["stages"]]
+    if stages and not timeline.attempts:
+        return [_OLD]
+    notes = [] if all(stage["attempts"] for stage in stages) else [_PARTLY_OLD]
+    if any((stage["groups"] or 0) > 1 for stage in stages):
+        notes.append(_SLOWEST)
+    attempts = [attempt for many in timeline.attempts.values() for attempt in many]
+    events = [event for span in (timeline.before, *timeline.between.values(), *attempts) for event in span.events]
+    told = [event["text"] for event in events if event["event"] == "gpu" and event.get("text")]
+    return notes + list(dict.fromkeys(told))
+
+
+def _number(value: Any) -> float | None:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """The sum of those that are there; None where none is."""
+    there = [value for value in values if value is not None]
+    return _round_off(sum(there)) if there else None
+
+
+def _round_off(value: float) -> float:
+    """To thousandths (counts stay whole)."""
+    return value if isinstance(value, int) else round(value, 3)
+
+
+def _share(part: float | None, whole: float) -> float | None:
+    return round(part / whole, 6) if part is not None and whole else None

@@ -1,0 +1,238 @@
+"""Makes the synthetic world: its models, prompts and pairs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import ScoreConfig, WorldConfig
+from dice_py.data import Message, Pair, pairs_frame, prompt_key, prompts_frame
+from dice_py.events import Report, no_report
+from dice_py.storage.cache import cache_folder
+from dice_py.storage.files import atomic, write_json
+from dice_py.storage.parquet import write_parquet
+from dice_py.storage.schemas import PROMPTS, TRAINING_SET
+from dice_py.synthetic.task import (
+    BOS,
+    EOS,
+    FILLERS,
+    LETTERS,
+    OPERATIONS,
+    PAD,
+    TEMPLATE,
+    WORD,
+    annotate,
+    oracle,
+    parse_prompt,
+    prompt_messages,
+    sft_response,
+)
+from dice_py.synthetic.world import BETA, DPO, LLAMA, SFT, World, find_world, world_key
+
+
+def draw_prompts(config: WorldConfig, rng: random.Random) -> dict[str, list[list[Message]]]:
+    """Disjoint sets of prompts: rounds, held-out prompts, held-out pairs, offline; the rest is SFT's."""
+    every = [
+        prompt_messages(operation, letters)
+        for operation in OPERATIONS
+        for letters in itertools.product(LETTERS, repeat=WORD)
+    ]
+    rng.shuffle(every)
+    sizes = {
+        "rounds": config.round_prompts,
+        "eval": config.eval_prompts,
+        "eval_pairs": config.eval_pairs,
+        "offline": config.offline_pairs,
+    }
+    sets: dict[str, list[list[Message]]] = {}
+    for name, size in sizes.items():
+        sets[name], every = every[:size], every[size:]
+    if len(every) < 500:
+        from dice_py.errors import UsageError
+
+        raise UsageError(
+            f"world: {sum(sizes.values())} prompts are asked for, which leaves {len(every)} of "
+            f"{len(OPERATIONS) * len(LETTERS) ** WORD} for SFT (at least 500); ask for fewer"
+        )
+    sets["sft"] = every
+    return sets
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [PAD, BOS, EOS, *LETTERS, *OPERATIONS, ":", "=", ".", *FILLERS]
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, report: Report) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from dice_py.models.tokenization import encode_prompt
+
+    tokenizer = make_tokenizer()
+    rng = random.Random(f"{config.seed} sft")
+    drawn = [rng.choice(prompts) for _ in range(config.sft_steps * SFT["batch"])]
+    before = {prompt_key(messages): encode_prompt(tokenizer, messages) for messages in prompts}
+    answers = [sft_response(rng, *parse_prompt(messages)) + EOS for messages in drawn]
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for messages, after in zip(drawn, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
+        prompt = before[prompt_key(messages)]
+        rows["input_ids"].append(prompt + after)
+        rows["labels"].append([-100] * len(prompt) + after)
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **LLAMA,
+        )
+    )
+
+    class Progress(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            report("progress", stage="world: sft", done=state.global_step, total=state.max_steps, unit="steps")
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(folder.parent / "sft-trainer"),
+            max_length=None,
+            per_device_train_batch_size=SFT["batch"],
+            learning_rate=SFT["learning_rate"],
+            adam_beta2=SFT["adam_beta2"],
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            max_steps=config.sft_steps,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            logging_steps=50,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            seed=config.seed,
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        callbacks=[Progress()],
+    )
+    trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.rmtree(folder.parent / "sft-trainer", ignore_errors=True)
+
+
+def offline_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
+    rng = random.Random(f"{config.seed} offline")
+    pairs: list[Pair] = []
+    for messages in prompts:
+        left, right = (sft_response(rng, *parse_prompt(messages)) for _ in range(2))
+        if left == right:
+            continue
+        if not annotate(rng, messages, left, right):
+            left, right = right, left
+        pairs.append(_pair(messages, left, right))
+    return pairs
+
+
+def _pair(messages: list[Message], chosen: str, rejected: str) -> Pair:
+    return {
+        "prompt": messages,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def oracle_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
+    rng = random.Random(f"{config.seed} eval pairs")
+    pairs: list[Pair] = []
+    for messages in prompts:
+        texts = [sft_response(rng, *parse_prompt(messages)) for _ in range(2)]
+        scores = [oracle(messages, text)[0] for text in texts]
+        if scores[0] != scores[1]:
+            best = 0 if scores[0] > scores[1] else 1
+            pairs.append(_pair(messages, texts[best], texts[1 - best]))
+    return pairs
+
+
+def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
+    """Makes the world of `config` in the cache (or finds it there) and returns its folder."""
+    found = find_world(config)
+    if found is not None:
+        return found.folder
+    from dice_py.evaluation.metrics import win_rate
+    from dice_py.models.tokenization import encode_pairs, load_tokenizer
+    from dice_py.scoring.pairs import score_pairs
+    from dice_py.stages.train import train
+
+    models = ModelConfig(device="cpu", dtype="float32")  # one machine's world is another's
+    key = world_key(config)
+    final = cache_folder() / "world" / key
+    with atomic(final) as folder:
+        folder.mkdir(parents=True)
+        world = World(folder)
+        sets = draw_prompts(config, random.Random(f"{config.seed} prompts"))
+        write_parquet(world.prompts, prompts_frame(sets["rounds"]), key=key, schema=PROMPTS)
+        write_parquet(world.eval_prompts, prompts_frame(sets["eval"]), key=key, schema=PROMPTS)
+        offline = offline_pairs(config, sets["offline"])
+        held_out = oracle_pairs(config, sets["eval_pairs"])
+        write_parquet(world.offline_pairs, pairs_frame(offline), key=key)
+        write_parquet(world.eval_pairs, pairs_frame(held_out), key=key)
+        _train_sft(config, sets["sft"], world.reference, report)
+        tokenizer = load_tokenizer(world.reference, models)
+        encoded = encode_pairs(pairs_frame(offline), tokenizer, [int(tokenizer.eos_token_id)])
+        logps = score_pairs(ScoreConfig(), models, policy=world.reference, pairs=encoded, report=report)
+        training = encoded.hstack(logps).rename(
+            {"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"}
+        )
+        training_set = folder / "dpo_training_set.parquet"
+        write_parquet(training_set, training.with_columns(source=pl.lit("offline")), key=key, schema=TRAINING_SET)
+        counts = train(
+            DPO,
+            models,
+            policy=world.reference,
+            training_set=training_set,
+            out=folder / "policy",
+            beta=BETA,
+            seed=config.seed,
+            key=key,
+            report=lambda event, **fields: report(event, **{**fields, "stage": "world: dpo"}),
+        )
+        # Shares of all pairs, ties counted half.
+        texts = [(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in offline]
+        agree = sum(win_rate([([oracle(x, a)[0]], [oracle(x, b)[0]]) for x, a, b in texts]))
+        longer = sum(win_rate([([float(len(a))], [float(len(b))]) for _, a, b in texts]))
+        write_json(
+            folder / "world.json",
+            {
+                "key": key,
+                "config": config.model_dump(),
+                "sft_prompts": len({prompt_key(messages) for messages in sets["sft"]}),
+                "round_prompts": len(sets["rounds"]),
+                "offline_pairs": len(offline),
+                "annotator_agrees_with_oracle": agree / len(offline),
+                "annotator_prefers_longer": longer / len(offline),
+                "eval_prompts": len(sets["eval"]),
+                "eval_pairs": len(held_out),
+                "dpo": counts,
+            },
+        )
+    return final

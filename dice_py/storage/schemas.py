@@ -1,0 +1,67 @@
+"""Columns and dtypes of every artifact that stages exchange."""
+
+from __future__ import annotations
+
+import polars as pl
+
+MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+
+
+def _schema(**columns: pl.DataType | type[pl.DataType]) -> pl.Schema:
+    return pl.Schema(columns)
+
+
+PROMPTS = _schema(prompt_id=pl.UInt32, messages=MESSAGES)
+
+GENERATIONS = _schema(
+    prompt_id=pl.UInt32,
+    sample_id=pl.UInt16,
+    prompt_token_ids=pl.List(pl.Int32),
+    token_ids=pl.List(pl.Int32),
+    response=pl.String,
+    response_tokens=pl.UInt32,
+    response_chars=pl.UInt32,
+    finish_reason=pl.String,
+    # Σ log π(y_t|…) as the engine that sampled saw it: raw, before temperature and top-p.
+    sampled_logp=pl.Float32,
+)
+
+SCORES = _schema(logp=pl.Float32, ref_logp=pl.Float32, reward=pl.Float32)
+
+MINED = _schema(
+    prompt_id=pl.UInt32,
+    chosen_row=pl.UInt64,
+    rejected_row=pl.UInt64,
+    chosen_reward=pl.Float32,
+    rejected_reward=pl.Float32,
+    margin=pl.Float32,
+    chosen_length=pl.UInt32,
+    rejected_length=pl.UInt32,
+)
+
+# What mining adds to the columns of `MINED` where it is asked for (the policy is the round that sampled).
+MINED_LABELS = _schema(
+    chosen_win_rate=pl.Float32,
+    rejected_win_rate=pl.Float32,
+    soft_label=pl.Float32,
+    difficulty=pl.String,
+    consistency=pl.Float32,
+    chosen_policy=pl.UInt32,
+    rejected_policy=pl.UInt32,
+)
+
+PAIRS = _schema(
+    prompt=MESSAGES,
+    chosen=MESSAGES,
+    rejected=MESSAGES,
+    prompt_ids=pl.List(pl.Int32),
+    chosen_ids=pl.List(pl.Int32),
+    rejected_ids=pl.List(pl.Int32),
+)
+
+TRAINING_SET = _schema(
+    **PAIRS,
+    ref_chosen_logps=pl.Float32,
+    ref_rejected_logps=pl.Float32,
+    source=pl.String,
+)
