@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ import polars as pl
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig, WorldConfig
 from dice_py.data import Message, Pair, pairs_frame, prompt_key, prompts_frame
+from dice_py.evaluation.metrics import win_rate
 from dice_py.events import Report, no_report
+from dice_py.models.tokenization import encode_pairs, load_tokenizer
+from dice_py.scoring.pairs import score_pairs
+from dice_py.stages.job import Job, StageFile, StageResult
+from dice_py.stages.train import TrainJob
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import atomic, write_json
 from dice_py.storage.parquet import write_parquet
@@ -173,22 +180,37 @@ def oracle_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair
     return pairs
 
 
-def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
-    """Makes the world of `config` in the cache (or finds it there) and returns its folder."""
-    found = find_world(config)
-    if found is not None:
-        return found.folder
-    from dice_py.evaluation.metrics import win_rate
-    from dice_py.models.tokenization import encode_pairs, load_tokenizer
-    from dice_py.scoring.pairs import score_pairs
-    from dice_py.stages.train import train
+@dataclass(frozen=True)
+class WorldJob(Job):
+    """Makes the world of a config in the cache, or finds it there; its folder is the only file of the result.
 
-    models = ModelConfig(device="cpu", dtype="float32")  # one machine's world is another's
-    key = world_key(config)
-    final = cache_folder() / "world" / key
-    with atomic(final) as folder:
-        folder.mkdir(parents=True)
-        world = World(folder)
+    The counts: how the offline pairs came out, and those of the DPO training (`world.json`).
+    """
+
+    config: WorldConfig
+
+    def key(self) -> str:
+        """Of the config, the recipe, and the libraries that train it."""
+        return world_key(self.config)
+
+    def is_complete(self, files: Sequence[StageFile]) -> bool:
+        """True when the world is in the cache."""
+        return find_world(self.config) is not None
+
+    def run(self, report: Report = no_report) -> StageResult:
+        """Makes it unless it is there."""
+        key = self.key()
+        world = find_world(self.config)
+        if world is None:
+            final = cache_folder() / "world" / key
+            with atomic(final) as folder:
+                folder.mkdir(parents=True)
+                self._make(World(folder), key, report)
+            world = World(final)
+        return StageResult([(world.folder, key)], world.info())
+
+    def _make(self, world: World, key: str, report: Report) -> None:
+        config = self.config
         sets = draw_prompts(config, random.Random(f"{config.seed} prompts"))
         write_parquet(world.prompts, prompts_frame(sets["rounds"]), key=key, schema=PROMPTS)
         write_parquet(world.eval_prompts, prompts_frame(sets["eval"]), key=key, schema=PROMPTS)
@@ -197,31 +219,13 @@ def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
         write_parquet(world.offline_pairs, pairs_frame(offline), key=key)
         write_parquet(world.eval_pairs, pairs_frame(held_out), key=key)
         _train_sft(config, sets["sft"], world.reference, report)
-        tokenizer = load_tokenizer(world.reference, models)
-        encoded = encode_pairs(pairs_frame(offline), tokenizer, [int(tokenizer.eos_token_id)])
-        logps = score_pairs(ScoreConfig(), models, policy=world.reference, pairs=encoded, report=report)
-        training = encoded.hstack(logps).rename(
-            {"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"}
-        )
-        training_set = folder / "dpo_training_set.parquet"
-        write_parquet(training_set, training.with_columns(source=pl.lit("offline")), key=key, schema=TRAINING_SET)
-        counts = train(
-            DPO,
-            models,
-            policy=world.reference,
-            training_set=training_set,
-            out=folder / "policy",
-            beta=BETA,
-            seed=config.seed,
-            key=key,
-            report=lambda event, **fields: report(event, **{**fields, "stage": "world: dpo"}),
-        )
+        counts = self._train_dpo(world, pairs_frame(offline), key, report)
         # Shares of all pairs, ties counted half.
         texts = [(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in offline]
         agree = sum(win_rate([([oracle(x, a)[0]], [oracle(x, b)[0]]) for x, a, b in texts]))
         longer = sum(win_rate([([float(len(a))], [float(len(b))]) for _, a, b in texts]))
         write_json(
-            folder / "world.json",
+            world.folder / "world.json",
             {
                 "key": key,
                 "config": config.model_dump(),
@@ -235,4 +239,26 @@ def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
                 "dpo": counts,
             },
         )
-    return final
+
+    def _train_dpo(self, world: World, offline: pl.DataFrame, key: str, report: Report) -> dict[str, Any]:
+        """π_1, by DPO from the SFT model on the annotator's pairs."""
+        models = ModelConfig(device="cpu", dtype="float32")  # the world is the same on every machine
+        tokenizer = load_tokenizer(world.reference, models)
+        encoded = encode_pairs(offline, tokenizer, [int(tokenizer.eos_token_id)])
+        logps = score_pairs(ScoreConfig(), models, policy=world.reference, pairs=encoded, report=report)
+        training = encoded.hstack(logps).rename(
+            {"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"}
+        )
+        training_set = world.folder / "dpo_training_set.parquet"
+        write_parquet(training_set, training.with_columns(source=pl.lit("offline")), key=key, schema=TRAINING_SET)
+        job = TrainJob(
+            config=DPO,
+            models=models,
+            policy=world.reference,
+            training_set=training_set,
+            training_set_key=key,
+            out=world.policy.parent,
+            beta=BETA,
+            seed=self.config.seed,
+        )
+        return job.run(lambda event, **fields: report(event, **{**fields, "stage": "world: dpo"})).counts
