@@ -14,7 +14,8 @@ from dice_py.config.stages import WorldConfig
 from dice_py.data import prompt_key
 from dice_py.errors import UsageError
 from dice_py.models.tokenization import encode_prompt, encode_response
-from dice_py.synthetic import task as world
+from dice_py.synthetic import world
+from dice_py.synthetic.pairs import draw_prompts, offline_pairs, oracle_pairs
 from dice_py.synthetic.task import (
     CONFUSED,
     FILLERS,
@@ -29,7 +30,8 @@ from dice_py.synthetic.task import (
     prompt_messages,
     sft_response,
 )
-from dice_py.synthetic.world import find_world, world_key
+from dice_py.synthetic.tokenizer import BOS, EOS, PAD, make_tokenizer
+from dice_py.synthetic.world import LLAMA, RECIPE, SFT, find_world, world_key
 
 ABC = ("a", "b", "c")
 REVERSE = prompt_messages("reverse", ABC)
@@ -142,7 +144,7 @@ def test_sft_responses() -> None:
 
 def draw(**changed: Any) -> dict[str, list[Any]]:
     config = WorldConfig(**changed)
-    return world._draw_prompts(config, random.Random(f"{config.seed} prompts"))
+    return draw_prompts(config, random.Random(f"{config.seed} prompts"))
 
 
 def test_sets_of_prompts_are_disjoint() -> None:
@@ -172,8 +174,8 @@ def test_too_many_prompts_are_refused() -> None:
 
 def test_offline_pairs_are_the_annotators() -> None:
     config = WorldConfig()
-    pairs = world._offline_pairs(config, draw()["offline"])
-    assert pairs == world._offline_pairs(config, draw()["offline"])
+    pairs = offline_pairs(config, draw()["offline"])
+    assert pairs == offline_pairs(config, draw()["offline"])
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     longer = shorter = agrees = differs = 0
     for pair in pairs:
@@ -189,7 +191,7 @@ def test_offline_pairs_are_the_annotators() -> None:
 
 
 def test_held_out_pairs_are_the_oracles() -> None:
-    pairs = world._oracle_pairs(WorldConfig(), draw()["eval_pairs"])
+    pairs = oracle_pairs(WorldConfig(), draw()["eval_pairs"])
     assert len(pairs) > 300
     for pair in pairs:
         chosen, rejected = (oracle(pair["prompt"], pair[side][0]["content"])[0] for side in ("chosen", "rejected"))
@@ -197,27 +199,27 @@ def test_held_out_pairs_are_the_oracles() -> None:
 
 
 def test_no_word_of_the_vocabulary_stands_twice() -> None:
-    words = [world.PAD, world.BOS, world.EOS, *LETTERS, *OPERATIONS, ":", "=", ".", *FILLERS]
+    words = [PAD, BOS, EOS, *LETTERS, *OPERATIONS, ":", "=", ".", *FILLERS]
     assert [word for word, count in Counter(words).items() if count > 1] == []
-    vocabulary = world._make_tokenizer().get_vocab()
+    vocabulary = make_tokenizer().get_vocab()
     assert sorted(vocabulary.values()) == list(range(len(words)))
     assert vocabulary.keys() == set(words)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_template_round_trip(operation: str) -> None:
-    tokenizer = world._make_tokenizer()
+    tokenizer = make_tokenizer()
     messages = prompt_messages(operation, ABC)
     ids = encode_prompt(tokenizer, messages)
-    assert tokenizer.convert_ids_to_tokens(ids) == [world.BOS, operation, ":", *ABC, "="]
+    assert tokenizer.convert_ids_to_tokens(ids) == [BOS, operation, ":", *ABC, "="]
     text = " ".join([*answer(operation, ABC), ".", *FILLERS])
     response = [{"role": "assistant", "content": text}]
     after = encode_response(tokenizer, messages, response, [tokenizer.eos_token_id])
-    assert tokenizer.convert_ids_to_tokens(after) == [*text.split(), world.EOS]
+    assert tokenizer.convert_ids_to_tokens(after) == [*text.split(), EOS]
     assert tokenizer.decode(after, skip_special_tokens=True) == text
     # SFT's way to the same ids: text and EOS in one string
-    assert tokenizer(text + world.EOS, add_special_tokens=False)["input_ids"] == after
-    assert len(ids) + len(after) <= world._LLAMA["max_position_embeddings"]
+    assert tokenizer(text + EOS, add_special_tokens=False)["input_ids"] == after
+    assert len(ids) + len(after) <= LLAMA["max_position_embeddings"]
 
 
 def test_world_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +229,9 @@ def test_world_key(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = [WorldConfig(seed=1), *(WorldConfig(**{name: 100}) for name in sizes)]
     assert len({key, *map(world_key, changed)}) == 1 + len(changed)
     for name, value in (
-        ("RECIPE", world.RECIPE + 1),
+        ("RECIPE", RECIPE + 1),
         ("FILLERS", FILLERS[:3]),
-        ("_SFT", {**world._SFT, "batch": 1}),
+        ("SFT", {**SFT, "batch": 1}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(world, name, value)

@@ -30,12 +30,6 @@ OPERATIONS: dict[str, tuple[int, ...]] = {
     "front": (1, 0, 2),
     "back": (0, 2, 1),
 }
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] }}"
-    "{{ eos_token }}{% else %} {{ message['content'] }} ={% endif %}{% endfor %}"
-)
-
 # The two outputs that a wrong answer to each operation usually is: (the likelier 65 %, the other).
 CONFUSED: dict[str, tuple[str, str]] = {
     "copy": ("front", "back"),

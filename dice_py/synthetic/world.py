@@ -11,7 +11,8 @@ from dice_py.config.training import TrainConfig
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import read_json
 from dice_py.storage.keys import digest, versions
-from dice_py.synthetic.task import CONFUSED, FILLERS, FREE_FILLERS, LETTERS, OPERATIONS, TEMPLATE, WORD
+from dice_py.synthetic.task import CONFUSED, FILLERS, FREE_FILLERS, LETTERS, OPERATIONS, WORD
+from dice_py.synthetic.tokenizer import TEMPLATE
 
 
 @dataclass(frozen=True)
