@@ -1,4 +1,8 @@
-"""The synthetic world's prompts and preference pairs, drawn from its seed."""
+"""The prompts and preference pairs of a synthetic world, drawn from its seed.
+
+The same config gives the same prompts and pairs on every machine: only Python's `random` is used, and each kind of
+data has a generator of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from dice_py.errors import UsageError
 from dice_py.synthetic.task import (
     LETTERS,
     OPERATIONS,
-    WORD,
+    WORD_LENGTH,
     annotate,
     oracle,
     parse_prompt,
@@ -19,15 +23,25 @@ from dice_py.synthetic.task import (
     sft_response,
 )
 
+MIN_SFT_PROMPTS = 500
+
 
 def draw_prompts(config: WorldConfig, rng: random.Random) -> dict[str, list[list[Message]]]:
-    """Disjoint sets of prompts: rounds, held-out prompts, held-out pairs, offline; the rest is SFT's."""
-    every = [
+    """Divides all prompts of the task into disjoint sets, in random order.
+
+    Returns:
+        The prompts by use: `rounds`, `eval` (held-out prompts), `eval_pairs` (held-out pairs), `offline` (offline
+        pairs), and `sft` (all others).
+
+    Raises:
+        UsageError: fewer than 500 prompts are left for SFT.
+    """
+    remaining = [
         prompt_messages(operation, letters)
         for operation in OPERATIONS
-        for letters in itertools.product(LETTERS, repeat=WORD)
+        for letters in itertools.product(LETTERS, repeat=WORD_LENGTH)
     ]
-    rng.shuffle(every)
+    rng.shuffle(remaining)
     sizes = {
         "rounds": config.round_prompts,
         "eval": config.eval_prompts,
@@ -36,17 +50,18 @@ def draw_prompts(config: WorldConfig, rng: random.Random) -> dict[str, list[list
     }
     sets: dict[str, list[list[Message]]] = {}
     for name, size in sizes.items():
-        sets[name], every = every[:size], every[size:]
-    if len(every) < 500:
+        sets[name], remaining = remaining[:size], remaining[size:]
+    if len(remaining) < MIN_SFT_PROMPTS:
         raise UsageError(
-            f"world: {sum(sizes.values())} prompts are asked for, which leaves {len(every)} of "
-            f"{len(OPERATIONS) * len(LETTERS) ** WORD} for SFT (at least 500); ask for fewer"
+            f"world: the config requests {sum(sizes.values())} prompts, which leaves {len(remaining)} of "
+            f"{len(OPERATIONS) * len(LETTERS) ** WORD_LENGTH} for SFT (at least {MIN_SFT_PROMPTS}): request fewer"
         )
-    sets["sft"] = every
+    sets["sft"] = remaining
     return sets
 
 
 def offline_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
+    """One pair of SFT responses per prompt, labeled by the annotator; prompts with two equal responses are left out."""
     rng = random.Random(f"{config.seed} offline")
     pairs: list[Pair] = []
     for messages in prompts:
@@ -60,6 +75,7 @@ def offline_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pai
 
 
 def oracle_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
+    """One pair of SFT responses per prompt, labeled by the oracle; prompts with two equal scores are left out."""
     rng = random.Random(f"{config.seed} eval pairs")
     pairs: list[Pair] = []
     for messages in prompts:

@@ -1,4 +1,4 @@
-"""The synthetic world's tokenizer and chat template: one token for each word of the task."""
+"""The tokenizer and chat template of a synthetic world: one token per word of the task."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ TEMPLATE = (
 
 
 def make_tokenizer() -> Any:
+    """A `PreTrainedTokenizerFast` whose vocabulary is the special tokens, letters, operations, marks and fillers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = [PAD, BOS, EOS, *LETTERS, *OPERATIONS, ":", "=", ".", *FILLERS]
-    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=PAD))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
     fast.chat_template = TEMPLATE
