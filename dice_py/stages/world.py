@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import shutil
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import polars as pl
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig, WorldConfig
-from dice_py.data import Message, Pair, pairs_frame, prompt_key, prompts_frame
+from dice_py.data import Message, pairs_frame, prompt_key, prompts_frame
 from dice_py.evaluation.metrics import win_rate
 from dice_py.events import Report, no_report
 from dice_py.models.tokenization import encode_pairs, load_tokenizer
@@ -25,62 +24,10 @@ from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import atomic, write_json
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import PROMPTS, TRAINING_SET
-from dice_py.synthetic.task import (
-    BOS,
-    EOS,
-    FILLERS,
-    LETTERS,
-    OPERATIONS,
-    PAD,
-    TEMPLATE,
-    WORD,
-    annotate,
-    oracle,
-    parse_prompt,
-    prompt_messages,
-    sft_response,
-)
+from dice_py.synthetic.pairs import draw_prompts, offline_pairs, oracle_pairs
+from dice_py.synthetic.task import oracle, parse_prompt, sft_response
+from dice_py.synthetic.tokenizer import EOS, make_tokenizer
 from dice_py.synthetic.world import BETA, DPO, LLAMA, SFT, World, find_world, world_key
-
-
-def draw_prompts(config: WorldConfig, rng: random.Random) -> dict[str, list[list[Message]]]:
-    """Disjoint sets of prompts: rounds, held-out prompts, held-out pairs, offline; the rest is SFT's."""
-    every = [
-        prompt_messages(operation, letters)
-        for operation in OPERATIONS
-        for letters in itertools.product(LETTERS, repeat=WORD)
-    ]
-    rng.shuffle(every)
-    sizes = {
-        "rounds": config.round_prompts,
-        "eval": config.eval_prompts,
-        "eval_pairs": config.eval_pairs,
-        "offline": config.offline_pairs,
-    }
-    sets: dict[str, list[list[Message]]] = {}
-    for name, size in sizes.items():
-        sets[name], every = every[:size], every[size:]
-    if len(every) < 500:
-        from dice_py.errors import UsageError
-
-        raise UsageError(
-            f"world: {sum(sizes.values())} prompts are asked for, which leaves {len(every)} of "
-            f"{len(OPERATIONS) * len(LETTERS) ** WORD} for SFT (at least 500); ask for fewer"
-        )
-    sets["sft"] = every
-    return sets
-
-
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [PAD, BOS, EOS, *LETTERS, *OPERATIONS, ":", "=", ".", *FILLERS]
-    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, report: Report) -> None:
@@ -147,6 +94,7 @@ def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, 
     shutil.rmtree(folder.parent / "sft-trainer", ignore_errors=True)
 
 
+<<<<<<< HEAD
 def offline_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
     rng = random.Random(f"{config.seed} offline")
     pairs: list[Pair] = []
@@ -183,6 +131,17 @@ def oracle_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair
 @dataclass(frozen=True)
 class WorldJob(Job):
     """Makes the world of a config in the cache, or finds it there; its folder is the only file of the result.
+=======
+def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
+    """Makes the world of `config` in the cache (or finds it there) and returns its folder."""
+    found = find_world(config)
+    if found is not None:
+        return found.folder
+    from dice_py.evaluation.metrics import win_rate
+    from dice_py.models.tokenization import encode_pairs, load_tokenizer
+    from dice_py.scoring.pairs import score_pairs
+    from dice_py.stages.train import train
+>>>>>>> replay
 
     The counts: how the offline pairs came out, and those of the DPO training (`world.json`).
     """
