@@ -94,54 +94,9 @@ def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, 
     shutil.rmtree(folder.parent / "sft-trainer", ignore_errors=True)
 
 
-<<<<<<< HEAD
-def offline_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
-    rng = random.Random(f"{config.seed} offline")
-    pairs: list[Pair] = []
-    for messages in prompts:
-        left, right = (sft_response(rng, *parse_prompt(messages)) for _ in range(2))
-        if left == right:
-            continue
-        if not annotate(rng, messages, left, right):
-            left, right = right, left
-        pairs.append(_pair(messages, left, right))
-    return pairs
-
-
-def _pair(messages: list[Message], chosen: str, rejected: str) -> Pair:
-    return {
-        "prompt": messages,
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-
-
-def oracle_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
-    rng = random.Random(f"{config.seed} eval pairs")
-    pairs: list[Pair] = []
-    for messages in prompts:
-        texts = [sft_response(rng, *parse_prompt(messages)) for _ in range(2)]
-        scores = [oracle(messages, text)[0] for text in texts]
-        if scores[0] != scores[1]:
-            best = 0 if scores[0] > scores[1] else 1
-            pairs.append(_pair(messages, texts[best], texts[1 - best]))
-    return pairs
-
-
 @dataclass(frozen=True)
 class WorldJob(Job):
     """Makes the world of a config in the cache, or finds it there; its folder is the only file of the result.
-=======
-def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
-    """Makes the world of `config` in the cache (or finds it there) and returns its folder."""
-    found = find_world(config)
-    if found is not None:
-        return found.folder
-    from dice_py.evaluation.metrics import win_rate
-    from dice_py.models.tokenization import encode_pairs, load_tokenizer
-    from dice_py.scoring.pairs import score_pairs
-    from dice_py.stages.train import train
->>>>>>> replay
 
     The counts: how the offline pairs came out, and those of the DPO training (`world.json`).
     """
