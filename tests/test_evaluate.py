@@ -11,14 +11,16 @@ import pytest
 from tiny_models import make_llama
 from tiny_sets import CPU
 
-from dice_py.config.stages import EvaluateConfig, ScoreConfig
+from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
 from dice_py.data import pairs_frame
 from dice_py.evaluation.judges.oracle import oracle_metrics
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy, win_rate
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages import evaluate as stage
-from dice_py.stages.evaluate import held_out_accuracy
+from dice_py.stages.evaluate import EvaluateJob
+from dice_py.storage.files import read_json
+from dice_py.storage.parquet import write_parquet
 from dice_py.synthetic.task import prompt_messages
 
 
@@ -121,28 +123,45 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_llama(folder / "policy"), make_llama(folder / "reference", seed=1)
 
 
-def accuracy(policy: Path, references: dict[str, Path], pairs: pl.DataFrame, cache: Path) -> dict[str, Any]:
-    return held_out_accuracy(
+REWARD, INITIAL = "implicit_reward_accuracy", "implicit_reward_accuracy_initial_reference"
+
+
+def accuracy(policy: Path, reference: Path, initial: Path, pairs: pl.DataFrame, folder: Path) -> dict[str, Any]:
+    """The metrics of held-out pairs; log-probabilities are kept in `folder/shared`."""
+    job = EvaluateJob(
         EvaluateConfig(pairs=20),
+        GenerateConfig(),
         ScoreConfig(),
         CPU,
         policy=policy,
-        references=references,
-        pairs=pairs,
-        cache=cache,
+        start=policy,
+        reference=reference,
+        initial_reference=initial,
+        prompts=None,
+        pairs=write_parquet(folder / "pairs.parquet", pairs, key="pairs"),
+        input_keys=[None, "pairs"],
+        out=folder / "out",
+        shared=folder / "shared",
+        seed=0,
+        max_prompt_tokens=100,
+        with_oracle=False,
     )
+    result = job.run()
+    assert read_json(folder / "out" / "metrics.json") == result.counts
+    assert job.is_complete(result.files)
+    return result.counts
 
 
 def test_policy_against_itself_ties(models: tuple[Path, Path], tmp_path: Path) -> None:
-    metrics = accuracy(models[0], {"accuracy": models[0]}, text_pairs(20), tmp_path)
-    assert metrics["accuracy"] == 0.5
-    assert len(list(tmp_path.iterdir())) == 1  # one model, one pass
+    metrics = accuracy(models[0], models[0], models[0], text_pairs(20), tmp_path)
+    assert metrics[REWARD] == metrics[INITIAL] == 0.5
+    assert len(list((tmp_path / "shared").iterdir())) == 1  # one model, one pass
 
 
 def test_accuracy_is_of_the_difference_of_logps(models: tuple[Path, Path], tmp_path: Path) -> None:
     policy, reference = models
     pairs = text_pairs(25)
-    metrics = accuracy(policy, {"one": reference, "other": policy}, pairs, tmp_path)
+    metrics = accuracy(policy, reference, policy, pairs, tmp_path)
     tokenizer = load_tokenizer(policy, CPU)
     encoded = encode_pairs(pairs.head(20), tokenizer, stop_token_ids(policy, tokenizer))
     ours, theirs = (score_pairs(ScoreConfig(), CPU, policy=model, pairs=encoded) for model in models)
@@ -154,8 +173,8 @@ def test_accuracy_is_of_the_difference_of_logps(models: tuple[Path, Path], tmp_p
     )
     assert metrics == {
         "eval_pairs": 20,  # the limit of the config
-        "one": right / 20,
-        "other": 0.5,
+        REWARD: right / 20,
+        INITIAL: 0.5,
         "length_only_accuracy": longer / 20,
     }
     assert 0 < right < 20
@@ -163,16 +182,16 @@ def test_accuracy_is_of_the_difference_of_logps(models: tuple[Path, Path], tmp_p
 
 def test_each_model_is_scored_once(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, reference = models
-    first = accuracy(policy, {"accuracy": reference}, text_pairs(20), tmp_path)
+    first = accuracy(policy, reference, reference, text_pairs(20), tmp_path)
     monkeypatch.setattr(stage, "score_pairs", lambda *_, **__: pytest.fail("a model was scored twice"))
-    assert accuracy(policy, {"accuracy": reference}, text_pairs(20), tmp_path) == first
-    swapped = accuracy(reference, {"accuracy": policy}, text_pairs(20), tmp_path)
-    assert swapped["accuracy"] == pytest.approx(1 - first["accuracy"])
+    assert accuracy(policy, reference, reference, text_pairs(20), tmp_path) == first
+    swapped = accuracy(reference, policy, policy, text_pairs(20), tmp_path)
+    assert swapped[REWARD] == pytest.approx(1 - first[REWARD])
 
 
 def test_other_pairs_are_scored_again(models: tuple[Path, Path], tmp_path: Path) -> None:
     policy, reference = models
     pairs = text_pairs(20)
-    fresh = accuracy(policy, {"accuracy": reference}, pairs.reverse(), tmp_path / "fresh")
-    accuracy(policy, {"accuracy": reference}, pairs, tmp_path / "cache")
-    assert accuracy(policy, {"accuracy": reference}, pairs.reverse(), tmp_path / "cache") == fresh
+    fresh = accuracy(policy, reference, reference, pairs.reverse(), tmp_path / "fresh")
+    accuracy(policy, reference, reference, pairs, tmp_path / "cache")
+    assert accuracy(policy, reference, reference, pairs.reverse(), tmp_path / "cache") == fresh

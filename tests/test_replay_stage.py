@@ -22,7 +22,7 @@ from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
 from dice_py.scoring.pairs import score_pairs
-from dice_py.stages.replay import replay
+from dice_py.stages.replay import ReplayJob
 from dice_py.storage.parquet import parquet_meta, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
@@ -53,10 +53,12 @@ def run(config: ReplayConfig, policy: Path, out: Path, **inputs: Any) -> tuple[p
             notes.append(fields["text"])
 
     inputs = {"mined": None, "generations": [], "scores": [], "prompts": None, "offline": None} | inputs
-    summary = replay(
-        config, ScoreConfig(), CPU, policy=policy, out=out, seed=0, **({"key": "k"} | inputs), report=report
-    )
-    return pl.read_parquet(out / "training_set.parquet"), summary, notes
+    key = inputs.pop("key", "k")
+    job = ReplayJob(config, ScoreConfig(), CPU, policy=policy, out=out, seed=0, input_keys=key, **inputs)
+    result = job.run(report)
+    assert result.files == [(out / "training_set.parquet", job.key())]
+    assert job.is_complete(result.files)
+    return pl.read_parquet(out / "training_set.parquet"), result.counts, notes
 
 
 def test_token_ids_and_logps_of_every_source(policy: Path, tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_first_round_has_no_earlier_round_to_replay(policy: Path, tmp_path: Path
 def test_several_buffers_without_mined_pairs_need_a_total(policy: Path, tmp_path: Path) -> None:
     config = ReplayConfig.model_validate({"buffers": {"a": {"path": "unused"}, "b": {"path": "unused"}}})
     buffers = {name: offline_pairs(tmp_path, name, 3) for name in ("a", "b")}
-    with pytest.raises(UsageError, match=r"there are 2: say how many pairs with replay\.total"):
+    with pytest.raises(UsageError, match=r"there are 2: set how many pairs with replay\.total"):
         run(config, policy, tmp_path / "out", buffers=buffers)
     training_set, _, _ = run(config.model_copy(update={"total": 4}), policy, tmp_path / "out", buffers=buffers)
     assert training_set["source"].to_list() == ["replay:a", "replay:a", "replay:b", "replay:b"]
