@@ -43,7 +43,8 @@ class Scored:
 class Stage:
     """Two shards of five and four rows; the fourth row of the first has no response.
 
-    Calling it scores them; `**changed` are fields of the job, `keys` those of the shards, and `config` entries of the config.
+    Calling it scores them. `**changed` are fields of the job, `keys` the keys of the shards, `config` entries of the
+    config.
     """
 
     def __init__(self, policy: Path, reference: Path, folder: Path) -> None:
