@@ -11,7 +11,7 @@ from dice_py.config.shared import Positive, Probability, Section
 
 
 class VllmConfig(Section):
-    """vLLM's engine arguments, under vLLM's names."""
+    """vLLM's engine arguments, under vLLM's names; only kv_cache_gib is ours."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     tensor_parallel_size: Positive = 1
@@ -20,7 +20,7 @@ class VllmConfig(Section):
     max_model_len: Positive | None = Field(default=None, description="none: longest prompt + max_new_tokens")
     kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
-        description="size of the key/value cache; none: 1 GiB on a CPU, and what gpu_memory_utilization leaves on a GPU",
+        description="size of the key/value cache; none: 1 GiB on a CPU, else what gpu_memory_utilization leaves",
     )
 
 
@@ -68,7 +68,7 @@ HalfLife = Annotated[float, Field(gt=0.0)]
 
 
 class BufferConfig(Section):
-    """One named file of offline pairs in addition to data.replay; data.*_column name its columns."""
+    """One named file of offline pairs in addition to data.replay, with the columns that data.*_column name."""
 
     path: str = Field(description="offline pairs in TRL's format")
     share: Share = Field(default=1.0, description="share of the replayed pairs, relative to the other buffers' shares")
