@@ -317,7 +317,7 @@ def train(
     resolved = _one_stage(config, assign, beta=beta)
     content = file_digest(training_set)
     folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
-    settings = [resolved.train.decisive(), resolved.model.model_dump(), resolved.beta, seed]
+    settings = [resolved.train.key_fields(), resolved.model.model_dump(), resolved.beta, seed]
     counts = work_apart(
         "train",
         "dice_py.stages.train:train",

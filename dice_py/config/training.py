@@ -62,7 +62,7 @@ class TrainConfig(Section):
         default=None, description="a config file of accelerate (YAML), used unchanged instead of processes and strategy"
     )
 
-    def decisive(self) -> dict[str, Any]:
+    def key_fields(self) -> dict[str, Any]:
         """The settings that decide the trained weights: all but how work is spread over processes."""
         return self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
 

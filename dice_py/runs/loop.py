@@ -296,7 +296,7 @@ def _round(this: Run, inputs: Inputs, number: int, policy: Path, reference: Path
 
     train_seed = seed_for(config.seed, number, "train")
     train_key = digest(
-        "train", replay_key, config.train.decisive(), held, identity, config.beta, train_seed,
+        "train", replay_key, config.train.key_fields(), held, identity, config.beta, train_seed,
         versions("torch", "transformers", "trl", "accelerate", "peft"),
     )  # fmt: skip
     model = base / "train" / "model"
