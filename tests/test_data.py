@@ -118,8 +118,8 @@ def test_a_wrong_column_lists_the_columns_and_names_the_option(write, kind: str)
     [
         ('{"prompt": "a"', "not valid JSON (Expecting ',' delimiter at column 15); fix or remove it"),
         ("prompt", "not valid JSON (Expecting value at column 1)"),
-        ('["a"]', "a JSON object is expected, not a list"),
-        ('"a"', "a JSON object is expected, not a str"),
+        ('["a"]', "expected a JSON object, not a list"),
+        ('"a"', "expected a JSON object, not a str"),
         ('{"prompt": ""}', "'prompt' is an empty text"),
         ('{"prompt": null}', "'prompt' must be text or a non-empty list of messages, got None"),
         ('{"prompt": []}', "'prompt' must be text or a non-empty list of messages, got []"),
@@ -133,7 +133,7 @@ def test_a_wrong_column_lists_the_columns_and_names_the_option(write, kind: str)
         ('{"prompt": [{"role": "system", "content": "a"}]}', "no user turn; its roles are ['system']"),
         (
             '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-            "the prompt ends with an assistant turn; it must end where the answer begins",
+            "the prompt ends with an assistant turn; it must end where the response begins",
         ),
         ('{"prompt": "a\\ud83d"}', "holds half of a surrogate pair"),
     ],
@@ -157,7 +157,7 @@ def test_json_files_that_are_no_list(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a"}', encoding="utf-8")
     assert "must hold one list of objects; one object per line is .jsonl" in refused(read_prompts, path)
     path.write_text('[{"prompt": "a"},\n 5]', encoding="utf-8")
-    assert f"{path}, item 1: a JSON object is expected, not a int" in refused(read_prompts, path)
+    assert f"{path}, item 1: expected a JSON object, not a int" in refused(read_prompts, path)
     path.write_text('[{"prompt": "a"},\n x]', encoding="utf-8")
     assert f"{path}: not valid JSON (Expecting value at line 2, column 2)" in refused(read_prompts, path)
     path.write_text("[" * 100_000, encoding="utf-8")
@@ -180,7 +180,7 @@ def test_files_without_rows(tmp_path: Path, read: Callable[..., Any]) -> None:
         assert refused(read, path).startswith(f"{path} holds no p")
     path = tmp_path / "rows.csv"
     path.write_text("prompt\na\n")
-    assert refused(read, path) == f"{path}: unknown kind '.csv'; give .jsonl, .json or .parquet"
+    assert refused(read, path) == f"{path}: unknown file type '.csv'; use .jsonl, .json or .parquet"
 
 
 def test_parquet_that_is_broken(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_columns_for_the_replay_draw(write) -> None:
         ("round", 1.5, "'round' must be a whole number, got 1.5"),
         ("round", True, "'round' must be a whole number, got True"),
         ("round", 2**63, "'round' must be a whole number, got 9223372036854775808"),
-        ("round", 4, "'round' is 4, but the draw is made in round 3: a pair's age cannot be negative"),
+        ("round", 4, "'round' is 4, but the current round is 3: a pair's age cannot be negative"),
         ("source", None, "'source' must be text, got None"),
         ("source", 3, "'source' must be text, got 3"),
     ],

@@ -129,9 +129,7 @@ def test_no_room_is_a_sentence_and_exit_code_5(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError) as caught, atomic(path):
         raise NO_ROOM
     assert caught.value.exit_code == 5
-    assert str(caught.value).startswith(
-        f"no room left on the disk while writing {path}; completed files are kept"
-    )
+    assert str(caught.value).startswith(f"no room left on the disk while writing {path}; completed files are kept")
     assert "dice resume" in str(caught.value)
 
 
