@@ -268,9 +268,8 @@ def read_pairs(
         pairs.append(pair)
     if not pairs:
         raise DataError(f"{path} holds no pairs (or only pairs whose chosen equals their rejected)")
-    dtypes = {name: dtype for name, dtype, *_ in columns}
     return pairs_frame(pairs).with_columns(
-        pl.Series(name, values, dtype=dtypes[name]) for name, values in extra.items()
+        pl.Series(name, extra[name], dtype=dtype) for name, dtype, *_ in columns if name in extra
     )
 
 

@@ -320,9 +320,7 @@ def test_a_model_folder_without_weights(own) -> None:
     cut_off = Path("cut-off")
     cut_off.mkdir()
     (cut_off / "config.json").write_text("{}")
-    assert "cut-off has a config but no weights (*.safetensors or pytorch_model*.bin)" in own(
-        policy=cut_off
-    )
+    assert "cut-off has a config but no weights (*.safetensors or pytorch_model*.bin)" in own(policy=cut_off)
 
 
 def test_prompts_that_cannot_be_used(own) -> None:

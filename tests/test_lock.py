@@ -1,4 +1,4 @@
-"""The lock between processes: it excludes, it ends with its holder, and asking about it disturbs nobody."""
+"""The lock between processes: it is exclusive, it ends with its holder, and a test of it disturbs no process."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_a_block_that_fails_releases(path: Path) -> None:
     assert not is_locked(path)
 
 
-def test_a_file_alone_is_no_lock(path: Path) -> None:
+def test_a_file_alone_is_not_a_lock(path: Path) -> None:
     assert not is_locked(path)
-    assert not path.exists()  # asking creates nothing
+    assert not path.exists()  # the test creates no file
     path.write_text("12345678")
     assert not is_locked(path)
     with exclusive_lock(path, wait=False):
@@ -90,7 +90,7 @@ def test_a_child_does_not_inherit_it(path: Path) -> None:
         child.wait()
 
 
-def test_asking_never_makes_a_taker_fail(path: Path) -> None:
+def test_testing_the_lock_never_makes_taking_it_fail(path: Path) -> None:
     stop = threading.Event()
     answers: set[bool] = set()
 

@@ -124,7 +124,7 @@ def test_no_room_when_the_disk_says_so_at_last(tmp_path: Path, monkeypatch: pyte
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_no_room_is_a_sentence_and_exit_code_5(tmp_path: Path) -> None:
+def test_no_room_is_a_error_shown_and_exit_code_5(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     with pytest.raises(DiskFullError) as caught, atomic(path):
         raise NO_ROOM
@@ -162,7 +162,7 @@ def test_a_really_full_disk(tiny_disk: Path) -> None:
 def test_no_room_is_recognized_through_other_errors() -> None:
     assert is_disk_full(OSError(errno.ENOSPC, "full"))
     assert is_disk_full(OSError(errno.EDQUOT, "quota"))
-    # As safetensors' Rust says it: no errno.
+    # From safetensors, which is written in Rust: no errno.
     assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
     outer = RuntimeError("could not save")
     outer.__cause__ = NO_ROOM
@@ -179,13 +179,13 @@ def test_paths_that_the_user_can_fix(tmp_path: Path) -> None:
         tmp_path / "folder": "Is a directory",  # a file over a folder
         tmp_path / "file" / "below": "File exists",
     }
-    for path, said in wrong.items():
-        with pytest.raises(OSError, match=said) as caught:
+    for path, message in wrong.items():
+        with pytest.raises(OSError, match=message) as caught:
             write_text(path, "y")
-        sentence = path_error(caught.value)
-        assert isinstance(sentence, UsageError)
-        assert said in str(sentence)
-        assert str(tmp_path) in str(sentence)
+        error_shown = path_error(caught.value)
+        assert isinstance(error_shown, UsageError)
+        assert message in str(error_shown)
+        assert str(tmp_path) in str(error_shown)
     assert names(tmp_path) == ["file", "folder"]
     assert isinstance(path_error(NO_ROOM), DiskFullError)
     assert path_error(OSError(errno.EIO, "broken", "place")) is None
@@ -214,9 +214,9 @@ def test_parquet_carries_key_and_meta(tmp_path: Path) -> None:
     assert parquet_key(path) == "abc"
     assert parquet_meta(path) == {"n": [1, None]}
     assert parquet_rows(path) == 1
-    found = read_parquet(path)
-    assert found.schema == PROMPTS  # cast, in order, and nothing more
-    assert found.rows() == [(0, [{"role": "user", "content": "hi"}])]
+    frame_read = read_parquet(path)
+    assert frame_read.schema == PROMPTS  # cast, in order, and nothing more
+    assert frame_read.rows() == [(0, [{"role": "user", "content": "hi"}])]
     assert read_parquet(path, ["messages"]).columns == ["messages"]
     # Plain types for readers of any kind, not Polars' large ones.
     assert str(pq.read_schema(path).field("messages").type).startswith("list<")
@@ -297,8 +297,8 @@ def test_a_files_digest_follows_its_bytes(tmp_path: Path) -> None:
 
 
 def test_versions_leave_out_what_is_absent() -> None:
-    found = versions("polars", "no-such-package-as-this")
-    assert set(found) == {"dice-align", "polars"}
+    installed = versions("polars", "no-such-package-as-this")
+    assert set(installed) == {"dice-align", "polars"}
 
 
 # --- the manifest ------------------------------------------------------------------------------------------

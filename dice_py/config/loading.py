@@ -154,17 +154,17 @@ def resolve(
     Raises:
         UsageError: an unknown key (the message names the key that was probably meant), or a value out of its range.
     """
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for path in files:
-        _merge(given, _read_yaml(path))
-    _merge(given, dict(overrides or {}))
+        _merge(settings, _read_yaml(path))
+    _merge(settings, dict(overrides or {}))
     for assignment in assignments:
-        _merge(given, _parse_set(assignment))
-    model = given.get("model")
+        _merge(settings, _parse_set(assignment))
+    model = settings.get("model")
     has_policy = isinstance(model, Mapping) and model.get("policy") is not None
     base: dict[str, Any] = {} if has_policy or one_stage else _merge({}, WORLD_DEFAULTS)
     try:
-        return RunConfig.model_validate(_merge(base, given), context=ONE_STAGE if one_stage else None)
+        return RunConfig.model_validate(_merge(base, settings), context=ONE_STAGE if one_stage else None)
     except ValidationError as error:
         raise _usage_error(error, "config") from None
 

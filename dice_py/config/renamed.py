@@ -1,6 +1,6 @@
-"""Config keys under other names: those of version 0.1, and those that TRL, transformers or vLLM use.
+"""Other names of config keys: those of version 0.1, and those of TRL, transformers and vLLM.
 
-Tables and their look-ups only; config/loading.py turns the answers into errors. No old name is accepted.
+None of them is accepted. config/loading.py names the right key in its errors, and finds it in these tables.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ RENAMED_KEYS = {
     "train.micro_batch_size": "train.per_device_train_batch_size",
     "train.lr_scheduler": "train.lr_scheduler_type",
 }
-"""Key of version 0.1 → key since."""
+"""Key in version 0.1 → key now."""
 
 RENAMED_VALUES = {
     "devices.on_worker_failure": {"go_on": "continue", "stop": "abort"},
     "score.policy_logps": {"gate": "reuse_if_equal", "scored": "recompute"},
 }
-"""Key → value of version 0.1 → value since."""
+"""Key → value in version 0.1 → value now."""
 
-# In both tables below a name stands for itself in every section, unless it begins with one.
+# In the two tables below, a name without a section matches in every section.
 
 ALIASES = {
     # The run
@@ -132,15 +132,15 @@ ALIASES = {
     "fsdp_config": "train.accelerate_config",
     "deepspeed_config": "train.accelerate_config",
 }
-"""Name elsewhere → key here with the same meaning."""
+"""Name in other libraries → our key with the same meaning."""
 
 ANSWERS = {
     "gradient_accumulation_steps": (
         "it follows from train.batch_size (pairs per optimizer step), train.per_device_train_batch_size and the "
         "number of processes"
     ),
-    "bf16": "one dtype holds for every stage: set model.dtype=bfloat16",
-    "fp16": "one dtype holds for every stage: set model.dtype=float16",
+    "bf16": "all stages use one dtype: set model.dtype=bfloat16",
+    "fp16": "all stages use one dtype: set model.dtype=float16",
     "warmup_ratio": "set train.warmup_steps, a number of optimizer steps",
     "loss_type": "the loss is DPO's sigmoid loss; train.sft_weight adds the NLL of the chosen",
     "loss_weights": "the loss is DPO's sigmoid loss; train.sft_weight adds the NLL of the chosen",
@@ -164,18 +164,18 @@ ANSWERS = {
     "score.batch_size": "set score.token_budget, the tokens of one batch",
     "per_device_eval_batch_size": "set score.token_budget, the tokens of one batch",
 }
-"""Name elsewhere → what to do here, where no key has the same meaning."""
+"""Name in other libraries → what to do instead, where no key of ours has the same meaning."""
 
 
 def renaming(key: str, value: object = None) -> str | None:
-    """What became of a key or value of version 0.1, such as "train.epochs is now train.num_train_epochs".
+    """The new name of a key or value of version 0.1, such as "train.epochs is now train.num_train_epochs".
 
     Args:
-        key: dotted, as the user wrote it.
-        value: what the user set it to.
+        key: the dotted key that the user wrote.
+        value: the value that the user set.
 
     Returns:
-        None where neither the key nor the value was renamed.
+        None if neither the key nor the value was renamed.
     """
     new_key = RENAMED_KEYS.get(key)
     new_value = RENAMED_VALUES.get(new_key or key, {}).get(value) if isinstance(value, str) else None
@@ -185,7 +185,7 @@ def renaming(key: str, value: object = None) -> str | None:
 
 
 def foreign_name(key: str) -> str | None:
-    """The end of a sentence about a key that other libraries have; None for a name in neither table."""
+    """The end of a sentence about a key under a name of other libraries; None for an unknown name."""
     key = key.replace("-", "_")
     for name in (key, key.rpartition(".")[2]):
         if name in ALIASES:

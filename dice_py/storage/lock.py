@@ -1,7 +1,7 @@
 """A lock between processes on one file: exclusive, released by the kernel when the holder ends, however it ends.
 
-It is `flock` on Linux and macOS. A file that is there means nothing; only a held lock does. The file stays after
-release, since removing it would let two processes lock two files of one name.
+It uses `flock` (Linux, macOS). The file alone means nothing: it stays after release, since removing it would let two
+processes lock two files of one name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     it. With `wait` the call blocks until the lock is free.
 
     Raises:
-        BlockingIOError: without `wait`, where another process or thread holds the lock.
+        BlockingIOError: another process or thread holds the lock (only without `wait`).
         OSError: the file cannot be opened for writing.
     """
     # Opened without truncating: the file may hold the pid of the process that has the lock now.
@@ -52,9 +52,9 @@ def _try(descriptor: int, kind: int) -> bool:
 
 
 def _lock_now(descriptor: int, path: Path) -> None:
-    """Takes the lock, or raises if another one holds it; a process that merely asks (`is_locked`) does not count."""
+    """Takes the lock at once. Retries while processes only test the lock (`is_locked`); raises if one holds it."""
     while not _try(descriptor, fcntl.LOCK_EX):
-        # A shared lock is refused by an exclusive one only, so this tells a holder from those who ask.
+        # Only an exclusive lock prevents a shared one, so this distinguishes a holder from a test.
         if not _try(descriptor, fcntl.LOCK_SH):
             raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -62,12 +62,12 @@ def _lock_now(descriptor: int, path: Path) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """True while a process holds `exclusive_lock(path)`. A process that is about to take the lock is not disturbed.
+    """True while a process holds `exclusive_lock(path)`. A process that is taking the lock is not disturbed.
 
     Nothing is written, so it works in folders that may only be read.
 
     Raises:
-        OSError: the file is there, but may not be read.
+        OSError: the file exists but cannot be read.
     """
     try:
         with path.open("rb") as file:
