@@ -147,7 +147,7 @@ def test_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch) -> Non
             r"batch_size \(32\) must be a multiple of per_device_train_batch_size × processes \(4 × 3\)",
         ),
         (["train.accelerate_config=a.yaml", "train.processes=2"], "leave out processes and strategy"),
-        (["train.lora.r=2", "train.strategy=fsdp2"], "with lora, take ddp"),
+        (["train.lora.r=2", "train.strategy=fsdp2"], "set strategy=ddp"),
         (["train.strategy=fsdp"], "'auto', 'ddp', 'fsdp2' or 'zero3'"),
         (["train.processes=0"], "train.processes"),
     ],
