@@ -147,7 +147,7 @@ def test_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch) -> Non
             r"batch_size \(32\) must be a multiple of per_device_train_batch_size × processes \(4 × 3\)",
         ),
         (["train.accelerate_config=a.yaml", "train.processes=2"], "leave out processes and strategy"),
-        (["train.lora.r=2", "train.strategy=fsdp2"], "with lora, take ddp"),
+        (["train.lora.r=2", "train.strategy=fsdp2"], "set strategy=ddp"),
         (["train.strategy=fsdp"], "'auto', 'ddp', 'fsdp2' or 'zero3'"),
         (["train.processes=0"], "train.processes"),
     ],
@@ -157,11 +157,11 @@ def test_settings_that_cannot_be(settings: list[str], message: str) -> None:
         resolve([], settings)
 
 
-def test_how_the_work_is_spread_is_not_decisive() -> None:
+def test_how_the_work_is_spread_is_not_in_keys() -> None:
     one, other = config(), config(processes=3, strategy="ddp")
-    assert one.decisive() == other.decisive() == config(accelerate_config="a.yaml").decisive()
-    assert one.decisive() != config(learning_rate=1.0).decisive()
-    assert set(one.model_dump()) - set(one.decisive()) == {"processes", "strategy", "accelerate_config"}
+    assert one.key_fields() == other.key_fields() == config(accelerate_config="a.yaml").key_fields()
+    assert one.key_fields() != config(learning_rate=1.0).key_fields()
+    assert set(one.model_dump()) - set(one.key_fields()) == {"processes", "strategy", "accelerate_config"}
 
 
 # --- the user's own file --------------------------------------------------------------------------------------
