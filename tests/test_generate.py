@@ -19,9 +19,9 @@ from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.generation.engines.factory import choose_engine
 from dice_py.generation.engines.transformers import TransformersEngine
+from dice_py.generation.limits import positions_limit
 from dice_py.generation.shard import ShardWriter
 from dice_py.models.loading import Placement
-from dice_py.stages import generate as stage
 from dice_py.stages.generate import Generations, generate
 from dice_py.storage.parquet import parquet_key
 from dice_py.storage.schemas import GENERATIONS
@@ -127,7 +127,9 @@ def test_prompt_is_the_template_with_one_bos(run: Stage, llama: Path) -> None:
 def test_second_call_makes_nothing_again(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run()
     times = [file.stat().st_mtime_ns for file in first.files]
-    monkeypatch.setattr(stage, "_build", lambda *_: pytest.fail("the model was loaded for nothing"))
+    monkeypatch.setattr(
+        "dice_py.generation.sampler.build_engine", lambda *_: pytest.fail("the model was loaded for nothing")
+    )
     assert run() == first
     assert [file.stat().st_mtime_ns for file in first.files] == times
     assert run.written() == []
@@ -318,7 +320,7 @@ def test_positions_up_to_the_last_are_used(run: Stage) -> None:
     ids=["default", "linear", "yarn"],
 )
 def test_positions_of_scaled_rope(rope: dict[str, Any], positions: int) -> None:
-    assert stage._positions(LlamaConfig(max_position_embeddings=100, rope_parameters=rope)) == positions
+    assert positions_limit(LlamaConfig(max_position_embeddings=100, rope_parameters=rope)) == positions
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
@@ -349,7 +351,7 @@ def test_vllm_is_asked_for_and_not_installed(run: Stage, monkeypatch: pytest.Mon
 def test_auto_engine(monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, engine: str, why: str) -> None:
     spec = importlib.util.find_spec("json") if installed else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: spec)
-    monkeypatch.setattr(stage, "placement", lambda _: Placement(device, "float32"))
+    monkeypatch.setattr("dice_py.generation.engines.factory.placement", lambda _: Placement(device, "float32"))
     chosen, reason = choose_engine(GenerateConfig(), ModelConfig())
     assert chosen == engine
     assert why in reason

@@ -157,7 +157,9 @@ def test_all_in_the_journal_needs_no_engine(
     with pytest.raises(ZeroDivisionError):
         run(SETTINGS)
     monkeypatch.undo()
-    monkeypatch.setattr(stage, "_build", lambda *_: pytest.fail("the model was loaded for nothing"))
+    monkeypatch.setattr(
+        "dice_py.generation.sampler.build_engine", lambda *_: pytest.fail("the model was loaded for nothing")
+    )
     run(SETTINGS)
     same(run.frame(), uninterrupted[:8])
     assert [name for name, _ in run.events if name == "throughput"] == []
@@ -263,7 +265,7 @@ class Half:
     def __init__(self, llama: Path, out: Path, monkeypatch: pytest.MonkeyPatch, engine: Slow) -> None:
         self.out, self.engine = out, engine
         self.events: list[tuple[str, dict[str, Any]]] = []
-        monkeypatch.setattr(stage, "_build", lambda *_: engine)
+        monkeypatch.setattr("dice_py.generation.sampler.build_engine", lambda *_: engine)
         shards = [[(10 * n + m, [1, 5, 6 + m]) for m in range(2)] for n in range(4)]
         write_prompts(out / "prompts", shards)
         self.arguments: dict[str, Any] = {
@@ -356,7 +358,9 @@ def test_a_shard_that_another_process_finished_is_not_made_again(
     half = Half(llama, tmp_path, monkeypatch, Slow(width=100))
     half(Listed(range(4)))
     half.events.clear()
-    monkeypatch.setattr(stage, "_build", lambda *_: pytest.fail("the model was loaded for nothing"))
+    monkeypatch.setattr(
+        "dice_py.generation.sampler.build_engine", lambda *_: pytest.fail("the model was loaded for nothing")
+    )
     half(Listed(range(4)))
     assert half.events == [("item", {"number": n}) for n in range(4)]
 

@@ -66,7 +66,8 @@ def probe(
     import torch
 
     from dice_py.compute.memory import free_host_memory
-    from dice_py.generation.engines.factory import check_fits, choose_engine
+    from dice_py.generation.engines.factory import choose_engine
+    from dice_py.generation.limits import check_fits
     from dice_py.models.flops import device_name
     from dice_py.training.parallelism import lay_out
 
