@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny_models import (
     MAX_POSITIONS,
-    _save,
     make_llama,
     make_mistral,
     make_qwen2,
     make_tokenizer,
+    save_model,
     set_generation_config,
 )
 from transformers import (
@@ -90,7 +90,7 @@ def make_other(folder: Path, build: Callable[[dict[str, Any]], PreTrainedModel])
     tokenizer = make_tokenizer("chatml")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     model = build({"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}})
-    return _save(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
+    return save_model(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
 
 
 _SMALL: dict[str, Any] = {
