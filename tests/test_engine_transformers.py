@@ -318,7 +318,7 @@ def test_every_response_is_reported_once(llama: Path) -> None:
     sample_all(rig.engine, rig.requests(50), told.append)
     assert sum(told) == 50
     assert len(told) > 1
-    assert rig.engine.open == 0
+    assert rig.engine.unfinished == 0
     assert sample_all(rig.engine, [], told.append) == []
 
 
@@ -433,14 +433,14 @@ def test_responses_come_as_they_end(llama: Path) -> None:
     rig = Rig(llama, GenerateConfig(max_new_tokens=24, temperature=1.0))
     requests = of_prompt(rig, 2, 16)
     rig.engine.add([((7, row), request) for row, request in enumerate(requests)])
-    assert rig.engine.open == 32
+    assert rig.engine.unfinished == 32
     first = rig.engine.step()
     assert 0 < len(first) < 32
-    assert rig.engine.open == 32 - len(first)
+    assert rig.engine.unfinished == 32 - len(first)
     # Others that are added meanwhile join, and the samples are the same.
     rig.engine.add([((8, row), request) for row, request in enumerate(requests)])
     samples = dict(first)
-    while rig.engine.open:
+    while rig.engine.unfinished:
         samples.update(rig.engine.step())
     assert {place for place, _ in samples.items()} == {(shard, row) for shard in (7, 8) for row in range(32)}
     assert all(samples[7, row].token_ids == samples[8, row].token_ids for row in range(32))
@@ -451,6 +451,6 @@ def test_room(llama: Path) -> None:
     assert rig.engine.has_room
     rig.engine.add([((0, row), request) for row, request in enumerate(of_prompt(rig, 20, 4))])
     assert not rig.engine.has_room
-    while rig.engine.open:
+    while rig.engine.unfinished:
         rig.engine.step()
     assert rig.engine.has_room

@@ -166,10 +166,10 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
 
     # Requests that come while others run.
     waiting = [((1, row), request) for row, request in enumerate(seen.requests)]
-    while waiting or engine.open:
+    while waiting or engine.unfinished:
         engine.add(waiting[:7])
         del waiting[:7]
-        seen.room.append((engine.open, engine.has_room))
+        seen.room.append((engine.unfinished, engine.has_room))
         seen.streamed.update(engine.step())
     engine.close()
 

@@ -223,7 +223,7 @@ class Slow:
         self.closed = False
 
     @property
-    def open(self) -> int:
+    def unfinished(self) -> int:
         return len(self.queue)
 
     @property

@@ -162,7 +162,7 @@ def _sample(
             seeds = [seed_for(config.seed, "plan", prompt_id, number) for number in range(samples)]
             sampler.add([((0, at * samples + number), Request(ids, seed)) for number, seed in enumerate(seeds)])
         found: dict[SampleId, Sample] = {}
-        while sampler.open:
+        while sampler.unfinished:
             found.update(sampler.step())
         return time.monotonic() - began, found
 

@@ -39,7 +39,7 @@ class Engine(Protocol):
     """Holds the model from its creation on. Only the seed of a request decides its sample, not its neighbours."""
 
     @property
-    def open(self) -> int:
+    def unfinished(self) -> int:
         """Requests that were added and whose samples have not come out."""
         ...
 
@@ -68,7 +68,7 @@ def sample_all(
     places = [((0, row), request) for row, request in enumerate(requests)]
     engine.add(places)
     samples: dict[SampleId, Sample] = {}
-    while engine.open:
+    while engine.unfinished:
         finished = engine.step()
         samples.update(finished)
         if finished:

@@ -56,7 +56,7 @@ class TransformersEngine:
         self.model.generation_config = self.generation
         self.shares_prefill = True
         """Until a first prefill shows a model whose rows cannot be copied."""
-        self.open = 0
+        self.unfinished = 0
         self._queued: list[_Prompt] = []
         self._sorted: list[_Prompt] = []  # the shortest first; taken from the end
         self._rows: Rows | None = None
@@ -74,13 +74,13 @@ class TransformersEngine:
             if not self._queued or self._queued[-1].token_ids != ids:
                 self._queued.append(_Prompt(ids, [], len(ids) + self.config.max_new_tokens))
             self._queued[-1].requests.append((place, request))
-        self.open += len(requests)
+        self.unfinished += len(requests)
 
     def step(self) -> list[tuple[SampleId, Sample]]:
         """Decodes until something ends."""
         finished: dict[SampleId, Sample] = {}
         with torch.inference_mode():
-            while self.open and not finished:
+            while self.unfinished and not finished:
                 prompts = self._next()
                 if prompts:
                     self._start(prompts, finished)
@@ -88,7 +88,7 @@ class TransformersEngine:
                     self._rows.advance(self.model)
                     self._rows.take_finished(finished)
                     self._rows = self._rows if len(self._rows) else None
-        self.open -= len(finished)
+        self.unfinished -= len(finished)
         return list(finished.items())
 
     def close(self) -> None:

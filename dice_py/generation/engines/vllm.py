@@ -248,14 +248,14 @@ class VllmEngine:
             raise explained from error
 
     @property
-    def open(self) -> int:
+    def unfinished(self) -> int:
         """Requests whose samples have not come out."""
         return len(self._places)
 
     @property
     def has_room(self) -> bool:
         """True until vLLM has as many waiting as it runs at one time."""
-        return self.open < self._enough
+        return self.unfinished < self._enough
 
     def add(self, requests: Sequence[tuple[SampleId, Request]]) -> None:
         """Queues requests: vLLM takes them up in this order, so those of one prompt find its blocks in the cache."""
