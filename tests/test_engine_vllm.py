@@ -96,7 +96,7 @@ def _child_pids() -> list[int]:
     return found
 
 
-def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
+def sample_and_score(models: dict[str, Path], out: Path, report: Any) -> Seen:
     """Runs in a process of its own."""
     seen = Seen()
     connect = socket.socket.connect
@@ -282,7 +282,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(folders: dict[str, Path], out: Path, events: list[tuple[str, dict[str, Any]]]) -> Seen:
     result = run_stage(
-        _look,
+        sample_and_score,
         {"models": folders, "out": out},
         log=out.parent / "worker.log",
         remedy="",

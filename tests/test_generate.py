@@ -295,7 +295,7 @@ def test_tokenizer_without_template(tmp_path: Path) -> None:
 def test_prompt_and_response_beyond_the_models_positions(run: Stage) -> None:
     with pytest.raises(UsageError, match=r"generate\.max_new_tokens .*data\.max_prompt_tokens") as caught:
         run(CONFIG.model_copy(update={"max_new_tokens": MAX_POSITIONS}))
-    assert f"made for {MAX_POSITIONS}" in str(caught.value)
+    assert f"has {MAX_POSITIONS} positions" in str(caught.value)
 
 
 def test_positions_up_to_the_last_are_used(run: Stage) -> None:

@@ -1,4 +1,4 @@
-"""The journal of an open shard: what it gives back, and what it survives."""
+"""The journal of an unfinished shard: what is read back, and after which damage."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def test_what_was_flushed_outlives_the_process(tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from dice_py.engine import Sample
-from dice_py.journal import Journal
+from dice_py.generation.engines.base import Sample
+from dice_py.generation.journal import Journal
 journal = Journal(Path({str(path)!r}), "one")
 for row in range(5):
     journal.append(row, Sample([row], "stop", -1.0))

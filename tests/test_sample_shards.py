@@ -378,7 +378,7 @@ def test_journals_are_closed_whatever_happens(llama: Path, tmp_path: Path, monke
 def test_a_file_in_parts_is_the_same(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = []
     for part in (4096, 4):
-        monkeypatch.setattr("dice_py.generation.shard._PART", part)
+        monkeypatch.setattr("dice_py.generation.shard.ROWS_IN_MEMORY", part)
         out = tmp_path / str(part)
         out.mkdir()
         Half(llama, out, monkeypatch, Slow(width=100))(Listed(range(1)))
