@@ -176,10 +176,7 @@ def _sample(
         report("note", text=f"calibrating: sampling {samples} responses to each of {count} prompts")
         seconds, made = sample(many)
     peak = peak_memory()
-    rows = max(1, settings.token_budget // (longest + settings.max_new_tokens))
-    if engine == "vllm":
-        rows = sampler._enough // 2  # type: ignore[attr-defined]
-    joins = engine == "vllm" or bool(getattr(sampler, "shares_prefill", False))
+    rows, joins = sampler.max_rows, sampler.drops_finished_rows
     beside = beside_import(lambda: sample(many)[0], seconds) if whole and not on_gpu(config) else None
     sampler.close()
     ordered = [made[0, row] for row in range(len(many) * samples)]
