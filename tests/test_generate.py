@@ -1,4 +1,4 @@
-"""Stage 1 as a stage: its shards, their keys, what is made again and what is left, and what it refuses."""
+"""Stage 1: its shards and their keys, which shards are kept and which are sampled again, and its errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stage:
-    """The stage with everything but what a test is about."""
+    """The stage, with defaults for everything that a test does not set."""
 
     def __init__(self, policy: Path, out: Path) -> None:
         self.arguments: dict[str, Any] = {
@@ -124,7 +124,7 @@ def test_prompt_is_the_template_with_one_bos(run: Stage, llama: Path) -> None:
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_second_call_makes_nothing_again(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_call_samples_nothing(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run()
     times = [file.stat().st_mtime_ns for file in first.files]
     monkeypatch.setattr(
@@ -136,7 +136,7 @@ def test_second_call_makes_nothing_again(run: Stage, monkeypatch: pytest.MonkeyP
     assert run.events[-1][1]["done"] == 15
 
 
-def test_only_the_missing_shard_is_made_and_is_the_same(run: Stage) -> None:
+def test_only_the_missing_shard_is_sampled_and_is_the_same(run: Stage) -> None:
     first = run()
     before = run.frame()
     times = [file.stat().st_mtime_ns for file in first.files]
@@ -147,7 +147,7 @@ def test_only_the_missing_shard_is_made_and_is_the_same(run: Stage) -> None:
     assert run.frame().drop("sampled_logp").equals(before.drop("sampled_logp"))
 
 
-def test_broken_or_foreign_shard_is_made_again(run: Stage) -> None:
+def test_broken_or_foreign_shard_is_sampled_again(run: Stage) -> None:
     first = run()
     first.files[0].write_bytes(first.files[0].read_bytes()[:100])
     pl.DataFrame({"a": [1]}).write_parquet(first.files[2])
@@ -167,14 +167,14 @@ def test_broken_or_foreign_shard_is_made_again(run: Stage) -> None:
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_changed_config_makes_all_again(run: Stage, changed: dict[str, Any]) -> None:
+def test_changed_config_samples_all_again(run: Stage, changed: dict[str, Any]) -> None:
     run()
     run(CONFIG.model_copy(update=changed))
     assert len(run.written()) == 3
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"round_number": 2}], ids=lambda changed: next(iter(changed)))
-def test_changed_seed_or_round_makes_all_again(run: Stage, changed: dict[str, Any]) -> None:
+def test_changed_seed_or_round_samples_all_again(run: Stage, changed: dict[str, Any]) -> None:
     run()
     before = run.frame()
     run(**changed)
@@ -182,25 +182,25 @@ def test_changed_seed_or_round_makes_all_again(run: Stage, changed: dict[str, An
     assert run.frame()["token_ids"].to_list() != before["token_ids"].to_list()
 
 
-def test_changed_model_makes_all_again(run: Stage, tmp_path: Path) -> None:
+def test_changed_model_samples_all_again(run: Stage, tmp_path: Path) -> None:
     run()
     run(policy=make_llama(tmp_path / "other", seed=1))
     assert len(run.written()) == 3
 
 
-def test_same_model_elsewhere_makes_nothing_again(run: Stage, llama: Path, tmp_path: Path) -> None:
+def test_same_model_in_another_folder_samples_nothing(run: Stage, llama: Path, tmp_path: Path) -> None:
     run()
     run(policy=Path(shutil.copytree(llama, tmp_path / "copy")))
     assert run.written() == []
 
 
-def test_settings_of_the_other_engine_make_nothing_again(run: Stage) -> None:
+def test_settings_of_the_other_engine_sample_nothing(run: Stage) -> None:
     run()
     run(GenerateConfig.model_validate({**CONFIG.model_dump(), "vllm": {"max_num_seqs": 3}}))
     assert run.written() == []
 
 
-def test_one_changed_prompt_makes_its_shard_again(run: Stage) -> None:
+def test_one_changed_prompt_samples_its_shard_again(run: Stage) -> None:
     run()
     run(prompts=pl.concat([questions(3), questions(1, first=7), questions(1, first=4)]))
     assert run.written() == [shard(1)]
@@ -222,7 +222,7 @@ def test_order_of_prompts_changes_no_sample(run: Stage) -> None:
     assert run.frame().sort("prompt_id", "sample_id").drop("sampled_logp").equals(before)
 
 
-def test_interrupted_call_keeps_whole_shards(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_call_keeps_complete_shards(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     write, kept = ShardWriter.write, []
 
     def interrupt(shard: ShardWriter, *rest: Any) -> None:
@@ -241,7 +241,7 @@ def test_interrupted_call_keeps_whole_shards(run: Stage, monkeypatch: pytest.Mon
     assert set(run.written()) == {shard(0), shard(1), shard(2)} - {kept[0].name}
 
 
-def test_engine_is_closed_whatever_happens(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_is_closed_after_success_and_failure(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[bool] = []
     close = TransformersEngine.close
     monkeypatch.setattr(TransformersEngine, "close", lambda self: (closed.append(True), close(self)))
@@ -278,7 +278,7 @@ def test_other_template_without_padding_token(tmp_path: Path) -> None:
     assert 0 < sum(ends) < len(ends)
 
 
-def test_template_that_refuses(tmp_path: Path) -> None:
+def test_template_that_rejects_a_role(tmp_path: Path) -> None:
     run = Stage(make_mistral(tmp_path / "model"), tmp_path / "out")
     prompts = pl.DataFrame({"prompt_id": [10], "messages": [[{"role": "system", "content": "Be kind."}]]})
     with pytest.raises(DataError, match="prompt 10: the chat template refuses these messages: only user and"):
@@ -331,7 +331,7 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
         Stage(policy, tmp_path / "out")()
 
 
-def test_vllm_is_asked_for_and_not_installed(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_configured_but_not_installed(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     with pytest.raises(UsageError, match=r"pip install 'dice-align\[vllm\]'.*generate\.engine=transformers"):
@@ -357,11 +357,11 @@ def test_auto_engine(monkeypatch: pytest.MonkeyPatch, device: str, installed: bo
     assert why in reason
 
 
-def test_configured_engine_is_taken_as_it_is() -> None:
+def test_configured_engine_is_used() -> None:
     assert choose_engine(GenerateConfig(engine="transformers"), CPU) == ("transformers", "as configured")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_device_that_is_not_there(run: Stage) -> None:
+def test_device_that_does_not_exist(run: Stage) -> None:
     with pytest.raises(UsageError, match=r"model\.device is 'cuda:0'"):
         run(models=ModelConfig(device="cuda:0"))

@@ -1,4 +1,4 @@
-"""Stage 5: what the trainer starts from, refuses, saves, keeps and goes on from."""
+"""Stage 5: the check at step 0, the pairs that are trained on, the saved model, and resuming from checkpoints."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_first_logged_loss_is_ln_2(trained: tuple[Stage, dict[str, Any]]) -> Non
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_model_folder_is_whole(trained: tuple[Stage, dict[str, Any]], llama: Path) -> None:
+def test_model_folder_is_complete(trained: tuple[Stage, dict[str, Any]], llama: Path) -> None:
     run, counts = trained
     assert read_json(run.model / "dice.json") == {"key": "k", "counts": counts}
     assert is_trained(run.model, "k")
@@ -151,7 +151,7 @@ def test_wrong_reference_stops_at_step_0(run: Stage, side: str) -> None:
     assert "differs by up to 0.5" in str(caught.value)
     assert not run.model.exists()
     assert run.steps() == []
-    assert run()["steps"] == 6  # and with the right set it trains
+    assert run()["steps"] == 6  # It trains with the right set.
 
 
 def test_offset_that_leaves_the_loss_at_ln_2_stops_at_step_0(run: Stage) -> None:
@@ -219,13 +219,13 @@ def test_longer_pairs_are_left_out_and_counted(run: Stage, tmp_path: Path) -> No
     counts = run(max_length=limit, max_steps=1)
     assert (counts["pairs"], counts["pairs_too_long"]) == (kept, left_out)
     frame, _ = load_training_set(tmp_path / "training_set.parquet", limit)
-    assert frame.equals(run.pairs.filter(lengths <= limit))  # none is shortened
-    with pytest.raises(DataError, match=r"none of its 8 pairs can be trained on; is train\.max_length too small"):
+    assert frame.equals(run.pairs.filter(lengths <= limit))  # No pair is truncated.
+    with pytest.raises(DataError, match=r"none of its 8 pairs fits into train\.max_length \(2\); raise it"):
         run(max_length=2, key="another")
 
 
 def test_empty_training_set(run: Stage) -> None:
-    with pytest.raises(DataError, match="none of its 0 pairs"):
+    with pytest.raises(DataError, match="has no pairs"):
         run(run.pairs.clear())
 
 
@@ -253,12 +253,12 @@ def test_same_call_gives_the_same_weights(run: Stage, trained: tuple[Stage, dict
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)], ids=["full", "lora"])
-def test_goes_on_from_a_checkpoint_to_the_same_weights(
+def test_resume_from_a_checkpoint_gives_the_same_weights(
     run: Stage, trained: tuple[Stage, dict[str, Any]], tmp_path: Path, lora: LoraConfig | None
 ) -> None:
-    whole = Stage(run.policy, run.pairs, tmp_path / "whole")
-    (tmp_path / "whole").mkdir()
-    want = whole(lora=lora) if lora else trained[1]
+    uninterrupted = Stage(run.policy, run.pairs, tmp_path / "uninterrupted")
+    uninterrupted.folder.mkdir()
+    want = uninterrupted(lora=lora) if lora else trained[1]
     run.interrupt_at = 5  # inside the second epoch's last step; the checkpoints are of steps 2 and 4
     with pytest.raises(KeyboardInterrupt):
         run(save_steps=2, lora=lora)
@@ -271,12 +271,12 @@ def test_goes_on_from_a_checkpoint_to_the_same_weights(
     assert run.steps() == [5, 6]
     assert ("note", {"text": "training goes on from checkpoint-4"}) in run.events
     assert counts == want
-    weights = (whole if lora else trained[0]).weights()
+    weights = (uninterrupted if lora else trained[0]).weights()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.weights().items())
     assert not checkpoints.exists()
 
 
-def test_checkpoint_that_is_not_whole_or_not_ours_is_not_taken(run: Stage) -> None:
+def test_incomplete_and_foreign_checkpoints_are_not_resumed_from(run: Stage) -> None:
     run.interrupt_at = 5
     with pytest.raises(KeyboardInterrupt):
         run(save_steps=2)

@@ -257,7 +257,7 @@ def test_fsdp2_has_no_reference_model_and_sums_in_float32(
     found: dict[str, Any] = {}
 
     def look(command: list[str], ranks: int, work: str, arguments: dict[str, Any], **named: Any) -> Any:
-        found.update(launch(command, ranks, "sharded_on_cpu:look", arguments, **named))
+        found.update(launch(command, ranks, "sharded_on_cpu:inspect_setup", arguments, **named))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stage, "launch", look)
