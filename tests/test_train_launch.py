@@ -18,6 +18,7 @@ from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemor
 from dice_py.training.launcher import launch
 
 HERE = Path(__file__).parent
+PYTHONPATH = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 PLAIN = [sys.executable, str(HERE / "rank_works.py")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
@@ -35,7 +36,7 @@ class Launch:
             rank_works.RANKS,
             f"rank_works:{work}",
             arguments,
-            environment={"PYTHONPATH": str(HERE), "FLAVOUR": "vanilla"},
+            environment={"PYTHONPATH": PYTHONPATH, "FLAVOUR": "vanilla"},
             report=self.report,
         )
 
@@ -159,7 +160,7 @@ def test_no_rank_outlives_the_stage(tmp_path: Path, number: signal.Signals) -> N
             "import sys; from test_train_launch import Launch; Launch()('sleep', folder=sys.argv[1])",
             str(tmp_path),
         ],
-        env={**os.environ, "PYTHONPATH": str(HERE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     try:
         found = pids(tmp_path)

@@ -38,6 +38,7 @@ from dice_py.training.checkpoints import is_trained
 from dice_py.training.parallelism import ProcessLayout
 
 HERE = Path(__file__).parent
+PYTHONPATH = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 CONFIG = TrainConfig(
     learning_rate=1e-3,
     lr_scheduler_type="cosine",
@@ -150,7 +151,7 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]
     socket = tmp_path_factory.mktemp("f") / "s"
     process = subprocess.Popen(
         [sys.executable, str(HERE / "fork_ranks.py"), str(socket)],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
     )
     try:
         while not Path(f"{socket}.ready").exists():
@@ -379,7 +380,7 @@ def test_zero3(run: Stage, alone: Stage, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(stage, "launch", with_zero)
     monkeypatch.setattr(stage, "lay_out", lambda config, *_: ProcessLayout(2, "zero3"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     run(**TWO)
     assert apart(run.weights(), alone.weights()) < NEAR
     assert (run.model / "config.json").read_text() == (alone.model / "config.json").read_text()
