@@ -210,6 +210,10 @@ def on_gpu(config: RunConfig) -> bool:
     return placement(config.model.model_copy(update={"dtype": "float32"})).device != "cpu"
 
 
+def _nothing(report: Report) -> None:
+    """Work for a process that is only to import."""
+
+
 def beside_import(work: Callable[[], float], alone: float) -> dict[str, float]:
     """How fast `work` goes on while another process imports, and how long that takes.
 
@@ -225,12 +229,12 @@ def beside_import(work: Callable[[], float], alone: float) -> dict[str, float]:
         return {"work": 0.5, "start": 0.5}  # they take turns
     began = time.monotonic()
     other = Worker(("dice_py.stages.score", "dice_py.scoring.scorer"))
-    other.submit("dice_py.timing:timed_seconds", {}, log=Path("/dev/null"), name="calibration")
+    other.submit(_nothing, log=Path("/dev/null"), name="calibration")
     ended: list[float] = []
 
     def watch() -> None:
-        while not (other.begun or other.ended):
-            other.poll(0.05)
+        while not (other.started or other.ended):
+            other.receive(0.05)
         ended.append(time.monotonic() - began)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -244,5 +248,5 @@ def beside_import(work: Callable[[], float], alone: float) -> dict[str, float]:
             done += min(1.0, (ended[0] - started) / took) if ended else 1.0
     finally:
         watcher.join()
-        other.end()
+        other.stop()
     return {"work": min(1.0, done * alone / ended[0]), "seconds": ended[0]}
