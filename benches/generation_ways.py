@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -15,9 +16,10 @@ import torch
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
+from dice_py.generation import sampler
 from dice_py.generation.engines.base import Engine, Request, sample_all
+from dice_py.generation.engines.factory import build_engine
 from dice_py.generation.shard import read_prompts
-from dice_py.stages import generate as stage
 from dice_py.storage.keys import seed_for
 
 
@@ -76,14 +78,11 @@ class ShardQueue:
 
 
 def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool = True) -> float:
-    """The stage's working half; seconds from the warmed engine to the last shard's file."""
+    """The stage's work for one group; returns the seconds from the warm engine to the last shard's file."""
 
-    def build(engine: str, config: GenerateConfig, models: ModelConfig, *rest: Any) -> Engine:
-        return warmed(
-            vllm_engine(way, prefix_caching) if engine == "vllm" else built(engine, config, models, *rest), way
-        )
+    def build(*arguments: Any) -> Engine:
+        return warmed(vllm_engine(way, prefix_caching) if engine == "vllm" else build_engine(*arguments), way)
 
-    built, stage._build = stage._build, build
     seconds = 0.0
 
     def on_event(event: str, **fields: Any) -> None:
@@ -91,8 +90,7 @@ def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool
         seconds += fields["seconds"] if event == "throughput" else 0.0
 
     files = [way.folder / f"{way.name}-{number:05d}.parquet" for number in way.shards]
-    stage.sample_shards(
-        ShardQueue(way.shards, ahead=ahead),
+    work = sampler.SampleShards(
         config=way.config,
         models=way.models,
         engine=engine,
@@ -104,8 +102,9 @@ def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool
         keys=[file.name for file in files],
         seed=way.seed,
         round_number=1,
-        report=on_event,
     )
+    with mock.patch.object(sampler, "build_engine", build):
+        work(ShardQueue(way.shards, ahead=ahead), report=on_event)
     frame = pl.concat([pl.read_parquet(file) for file in files])
     way.write(frame["token_ids"].to_list(), frame["sampled_logp"].to_list())
     return seconds

@@ -310,7 +310,7 @@ def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way
     """The train stage."""
     from trl import DPOTrainer
 
-    from dice_py.stages.train import train
+    from dice_py.stages.train import TrainJob
     from dice_py.training import trainer
 
     out = Path(tempfile.mkdtemp(dir=folder))
@@ -319,16 +319,17 @@ def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way
         timed(spans, trainer, "measure_step0", "check"),
         timed(spans, trainer, "save_model", "save"),
     ):
-        train(
+        job = TrainJob(
             settings(options, way),
             models(options),
             policy=folder / "model",
             training_set=folder / "training_set.parquet",
+            training_set_key="bench",
             out=out,
             beta=BETA,
             seed=SEED,
-            key="bench",
         )
+        job.run()
     spans["training"] -= spans["check"]  # which is part of it
     return [entry["loss"] for entry in read_json(out / "model" / "train_log.json") if "loss" in entry]
 

@@ -40,7 +40,7 @@ def shard_on_cpu() -> None:
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
-def inspect_setup(report: Any, **arguments: Any) -> dict[str, Any]:
+def inspect_setup(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """Runs `train_rank` until step 0, and returns what it has set up by then."""
     counts = {"models_loaded": 0, "hashes": 0}
     setup: dict[str, Any] = {}
@@ -48,9 +48,9 @@ def inspect_setup(report: Any, **arguments: Any) -> dict[str, Any]:
     def counting(module: Any, name: str, count: str) -> None:
         function = getattr(module, name)
 
-        def counting_function(*args: Any, **kwargs: Any) -> Any:
+        def counting_function(*positional: Any, **named: Any) -> Any:
             counts[count] += 1
-            return function(*args, **kwargs)
+            return function(*positional, **named)
 
         setattr(module, name, counting_function)
 
@@ -80,7 +80,7 @@ def inspect_setup(report: Any, **arguments: Any) -> dict[str, Any]:
 
     trainer_module.measure_step0 = measure_step0
     try:
-        trainer_module.train_rank(report=report, **arguments)
+        trainer_module.train_rank(*args, **kwargs)
     except InterruptedError:
         return {**counts, **setup}
     raise AssertionError("step 0 was not reached")

@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from test_engine_transformers import chi_square
 from tiny_models import MAX_POSITIONS, make_llama, make_mistral, set_generation_config
 
-from dice_py.compute.stage_process import run_stage
+from dice_py.compute.stage_process import run_in_subprocess
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig, ScoreConfig
 from dice_py.errors import DataError, OutOfMemoryError, UsageError
@@ -33,7 +34,7 @@ from dice_py.generation.engines.vllm import VllmEngine, check_settings, explain_
 from dice_py.models.loading import Placement, load_model
 from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
 from dice_py.scoring.scorer import sequence_logps
-from dice_py.stages.generate import generate
+from dice_py.stages.generate import GenerateJob
 from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import parquet_key
 from dice_py.timing import timed_seconds
@@ -198,7 +199,7 @@ def sample_and_score(models: dict[str, Path], out: Path, report: Any) -> Seen:
     other.close()
 
     for call in ("first", "second"):
-        generate(
+        job = GenerateJob(
             config,
             FLOAT32,
             policy=llama,
@@ -208,12 +209,13 @@ def sample_and_score(models: dict[str, Path], out: Path, report: Any) -> Seen:
                     "messages": [[{"role": "user", "content": text}] for text in QUESTIONS],
                 }
             ),
+            prompts_key="questions",
             out=out,
             seed=5,
             round_number=1,
             max_prompt_tokens=400,
-            report=lambda event, call=call, **fields: report(event, **fields, call=call),
         )
+        job.run(lambda event, call=call, **fields: report(event, **fields, call=call))
 
     gc.collect()
     seen.models_left = [type(thing).__name__ for thing in gc.get_objects()].count("LlamaForCausalLM")
@@ -280,9 +282,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(folders: dict[str, Path], out: Path, events: list[tuple[str, dict[str, Any]]]) -> Seen:
-    result = run_stage(
-        sample_and_score,
-        {"models": folders, "out": out},
+    result = run_in_subprocess(
+        partial(sample_and_score, folders, out),
         log=out.parent / "worker.log",
         remedy="",
         report=lambda event, **fields: events.append((event, fields)),

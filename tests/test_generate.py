@@ -22,7 +22,8 @@ from dice_py.generation.engines.transformers import TransformersEngine
 from dice_py.generation.limits import positions_limit
 from dice_py.generation.shard import ShardWriter
 from dice_py.models.loading import Placement
-from dice_py.stages.generate import Generations, generate
+from dice_py.stages.generate import GenerateJob
+from dice_py.stages.job import StageResult
 from dice_py.storage.parquet import parquet_key
 from dice_py.storage.schemas import GENERATIONS
 
@@ -54,6 +55,7 @@ class Stage:
         self.arguments: dict[str, Any] = {
             "policy": policy,
             "prompts": questions(5),
+            "prompts_key": "questions",
             "out": out,
             "seed": 0,
             "round_number": 1,
@@ -62,21 +64,21 @@ class Stage:
         self.out = out
         self.events: list[tuple[str, dict[str, Any]]] = []
 
-    def __call__(self, config: GenerateConfig = CONFIG, models: ModelConfig = CPU, **changed: Any) -> Generations:
+    def __call__(self, config: GenerateConfig = CONFIG, models: ModelConfig = CPU, **changed: Any) -> StageResult:
         self.events.clear()
-        return generate(
-            config,
-            models,
-            **{**self.arguments, **changed},
-            report=lambda event, **fields: self.events.append((event, fields)),
-        )
+        job = GenerateJob(config, models, **{**self.arguments, **changed})
+        return job.run(lambda event, **fields: self.events.append((event, fields)))
 
     def written(self) -> list[str]:
         """Names of the shards that the last call wrote."""
         return [fields["file"] for event, fields in self.events if event == "shard"]
 
+    def files(self) -> list[Path]:
+        """The stage's shards, in order."""
+        return sorted(self.out.glob("*.parquet"))
+
     def frame(self) -> pl.DataFrame:
-        return pl.concat([pl.read_parquet(file) for file in sorted(self.out.glob("*.parquet"))])
+        return pl.concat([pl.read_parquet(file) for file in self.files()])
 
 
 @pytest.fixture
@@ -90,9 +92,9 @@ def shard(number: int) -> str:
 
 def test_shards_and_counts(run: Stage, llama: Path) -> None:
     result = run()
-    assert [file.name for file in result.files] == [shard(0), shard(1), shard(2)]
-    assert [parquet_key(file) for file in result.files] == result.keys
-    assert len(set(result.keys)) == 3
+    assert [file.name for file, _ in result.files] == [shard(0), shard(1), shard(2)]
+    assert [parquet_key(file) for file, _ in result.files] == [key for _, key in result.files]
+    assert len({key for _, key in result.files}) == 3
     frame = run.frame()
     assert dict(frame.schema) == dict(GENERATIONS)
     assert frame["prompt_id"].to_list() == [n for n in range(10, 15) for _ in range(3)]
@@ -102,7 +104,7 @@ def test_shards_and_counts(run: Stage, llama: Path) -> None:
     assert frame["sampled_logp"].is_finite().all()
     assert not frame["response"].str.contains(r"<\|im_end\|>|</s>|<pad>").any()
     assert frame["token_ids"].n_unique() == 15
-    assert result.counts() == {
+    assert result.counts == {
         "engine": "transformers",
         "prompts": 5,
         "prompts_too_long": 0,
@@ -126,12 +128,12 @@ def test_prompt_is_the_template_with_one_bos(run: Stage, llama: Path) -> None:
 
 def test_second_call_samples_nothing(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run()
-    times = [file.stat().st_mtime_ns for file in first.files]
+    times = [file.stat().st_mtime_ns for file in run.files()]
     monkeypatch.setattr(
         "dice_py.generation.sampler.build_engine", lambda *_: pytest.fail("the model was loaded for nothing")
     )
     assert run() == first
-    assert [file.stat().st_mtime_ns for file in first.files] == times
+    assert [file.stat().st_mtime_ns for file in run.files()] == times
     assert run.written() == []
     assert run.events[-1][1]["done"] == 15
 
@@ -139,18 +141,19 @@ def test_second_call_samples_nothing(run: Stage, monkeypatch: pytest.MonkeyPatch
 def test_only_the_missing_shard_is_sampled_and_is_the_same(run: Stage) -> None:
     first = run()
     before = run.frame()
-    times = [file.stat().st_mtime_ns for file in first.files]
-    first.files[1].unlink()
+    times = [file.stat().st_mtime_ns for file in run.files()]
+    run.files()[1].unlink()
     assert run() == first
     assert run.written() == [shard(1)]
-    assert [first.files[n].stat().st_mtime_ns for n in (0, 2)] == [times[0], times[2]]
+    assert [run.files()[n].stat().st_mtime_ns for n in (0, 2)] == [times[0], times[2]]
     assert run.frame().drop("sampled_logp").equals(before.drop("sampled_logp"))
 
 
 def test_broken_or_foreign_shard_is_sampled_again(run: Stage) -> None:
     first = run()
-    first.files[0].write_bytes(first.files[0].read_bytes()[:100])
-    pl.DataFrame({"a": [1]}).write_parquet(first.files[2])
+    files = run.files()
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    pl.DataFrame({"a": [1]}).write_parquet(files[2])
     assert run() == first
     assert sorted(run.written()) == [shard(0), shard(2)]
 
@@ -257,7 +260,7 @@ def test_too_long_prompts_are_left_out_and_counted(run: Stage) -> None:
     run()
     lengths = {row[0]: len(row[1]) for row in run.frame().select("prompt_id", "prompt_token_ids").iter_rows()}
     result = run(max_prompt_tokens=lengths[12])  # inclusive
-    assert (result.prompts, result.prompts_too_long, result.responses) == (3, 2, 9)
+    assert [result.counts[name] for name in ("prompts", "prompts_too_long", "responses")] == [3, 2, 9]
     assert sorted(set(run.frame()["prompt_id"])) == [10, 11, 12]
     assert any("2 prompts are longer than" in fields.get("text", "") for _, fields in run.events)
 

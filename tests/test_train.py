@@ -19,7 +19,7 @@ from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import DataError
 from dice_py.models.loading import load_model
 from dice_py.models.tokenization import load_tokenizer
-from dice_py.stages.train import train
+from dice_py.stages.train import TrainJob
 from dice_py.storage.files import read_json
 from dice_py.storage.parquet import write_parquet
 from dice_py.training.checkpoints import is_trained
@@ -60,18 +60,20 @@ class Stage:
 
     def __call__(self, pairs: pl.DataFrame | None = None, key: str = "k", **changed: Any) -> dict[str, Any]:
         self.events.clear()
-        training_set = self.folder / "training_set.parquet"
-        write_parquet(training_set, self.pairs if pairs is None else pairs, key="mixed")
-        return train(
+        write_parquet(self.folder / "training_set.parquet", self.pairs if pairs is None else pairs, key="mixed")
+        return self.job(key, **changed).run(self.report).counts
+
+    def job(self, key: str = "k", **changed: Any) -> TrainJob:
+        """`key`: of the training set. The job's own key depends on it."""
+        return TrainJob(
             CONFIG.model_copy(update=changed),
             CPU,
             policy=self.policy,
-            training_set=training_set,
+            training_set=self.folder / "training_set.parquet",
+            training_set_key=key,
             out=self.out,
             beta=0.1,
             seed=7,
-            key=key,
-            report=self.report,
         )
 
     def report(self, event: str, **fields: Any) -> None:
@@ -125,10 +127,10 @@ def test_first_logged_loss_is_ln_2(trained: tuple[Stage, dict[str, Any]]) -> Non
 
 def test_model_folder_is_complete(trained: tuple[Stage, dict[str, Any]], llama: Path) -> None:
     run, counts = trained
-    assert read_json(run.model / "dice.json") == {"key": "k", "counts": counts}
-    assert is_trained(run.model, "k")
-    assert not is_trained(run.model, "another")
-    assert not is_trained(run.out, "k")
+    assert read_json(run.model / "dice.json") == {"key": run.job().key(), "counts": counts}
+    assert is_trained(run.model, run.job().key())
+    assert not is_trained(run.model, run.job("another").key())
+    assert not is_trained(run.out, run.job().key())
     for name in ("generation_config.json", "chat_template.jinja"):
         assert (run.model / name).read_text() == (llama / name).read_text()
     model = load_model(run.model, CPU)
@@ -243,7 +245,7 @@ def test_model_under_its_key_is_left_as_it_is(run: Stage) -> None:
     assert (run.model / "model.safetensors").stat().st_mtime_ns == time
     run(max_steps=1, key="another")
     assert run.steps() == [1]
-    assert is_trained(run.model, "another")
+    assert is_trained(run.model, run.job("another", max_steps=1).key())
 
 
 def test_same_call_gives_the_same_weights(run: Stage, trained: tuple[Stage, dict[str, Any]]) -> None:
@@ -264,12 +266,12 @@ def test_resume_from_a_checkpoint_gives_the_same_weights(
         run(save_steps=2, lora=lora)
     checkpoints = run.out / "checkpoints"
     assert {file.name for file in checkpoints.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    assert all(is_trained(file, "k") for file in checkpoints.glob("checkpoint-*"))
+    assert all(is_trained(file, run.job(save_steps=2, lora=lora).key()) for file in checkpoints.glob("checkpoint-*"))
     assert not run.model.exists()
     run.interrupt_at = None
     counts = run(save_steps=2, lora=lora)
     assert run.steps() == [5, 6]
-    assert ("note", {"text": "training goes on from checkpoint-4"}) in run.events
+    assert ("note", {"text": "training resumes from checkpoint-4"}) in run.events
     assert counts == want
     weights = (uninterrupted if lora else trained[0]).weights()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.weights().items())

@@ -86,7 +86,7 @@ class ShardWriter:
         self.prompts = prompts
         self.samples = samples
         self.journal = Journal(journal_of(file), key)
-        self.made = SampledHere()
+        self.sampled_here = SampledHere()
 
     @property
     def rows(self) -> int:
@@ -119,9 +119,9 @@ class ShardWriter:
     def add(self, row: int, sample: Sample) -> None:
         """Appends a finished response to the journal. It survives this process only after `journal.flush`."""
         self.journal.append(row, sample)
-        self.made.sequences += 1
-        self.made.tokens += len(sample.token_ids)
-        self.made.prompts.add(row // self.samples)
+        self.sampled_here.sequences += 1
+        self.sampled_here.tokens += len(sample.token_ids)
+        self.sampled_here.prompts.add(row // self.samples)
 
     def write(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes the shard's file from the journal, atomically, and removes the journal.
@@ -144,7 +144,7 @@ class ShardWriter:
 
     def throughput(self, since: float) -> dict[str, Any]:
         """Fields of the `throughput` event: what this process sampled since `since`, in `time.monotonic()` seconds."""
-        sampled = self.made
+        sampled = self.sampled_here
         seconds = time.monotonic() - since
         return {
             "file": self.file.name,
