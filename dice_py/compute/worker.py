@@ -47,11 +47,11 @@ _GRACE = 5.0  # seconds between asking a process to end and killing it
 
 
 def work_name(work: Callable[..., Any]) -> str:
-    """ "module:name" of a function, of what a partial calls, or of the class of a bound method's object."""
+    """ "module:name" of a function, of what a partial calls, or of the class of an object or its bound method."""
     while isinstance(work, functools.partial):
         work = work.func
-    owner = getattr(work, "__self__", None)
-    named: Any = work if owner is None else type(owner)
+    owner: Any = getattr(work, "__self__", work)
+    named: Any = owner if hasattr(owner, "__qualname__") else type(owner)
     return f"{named.__module__}:{named.__qualname__}"
 
 

@@ -1,7 +1,7 @@
-"""Samples the shards of one group of devices: an engine, and several shards open at a time so that it stays busy.
+"""Samples the shards of one group of devices. Several shards are open at a time, so that the engine stays busy.
 
-The last, long responses of a shard run beside the first ones of the next shard. A finished response is in its shard's
-journal before the engine's next step, so that no process samples it again.
+The last, long responses of a shard are decoded beside the first ones of the next shard. A finished response is in its
+shard's journal before the engine's next step, so that no process samples it again.
 """
 
 from __future__ import annotations
@@ -25,32 +25,38 @@ from dice_py.storage.parquet import parquet_key
 
 @dataclass(frozen=True)
 class SampleShards:
-    """The work of one group: samples the shards that it receives and writes their files.
+    """The work of one group: samples the shards that it receives, and writes their files.
 
-    Raises, when called:
-        DiskFullError: every response in a journal is kept.
+    Calling it raises:
+        DiskFullError: the responses in journals are kept.
         DiceError: as the engine raises it.
     """
 
     config: GenerateConfig
     models: ModelConfig
     engine: str
-    """ "transformers" or "vllm"."""
+    """A name in `ENGINES` (generation/engines/factory.py)."""
     policy: Path
     stops: list[int]
     """Token ids that end a response."""
     longest: int
     """Tokens of the longest prompt of all shards."""
     prompts: Path
-    """The file that `write_prompts` made."""
+    """The file of `write_prompts`."""
     files: list[Path]
     """Of all shards; a shard's number is its index here."""
     keys: list[str]
+    """Of all shards."""
     seed: int
     round_number: int
 
     def __call__(self, shards: ShardQueue, *, report: Report) -> None:
-        """Works until `shards` has no more."""
+        """Samples until `shards` has no more.
+
+        Args:
+            shards: gives the numbers of the shards to sample.
+            report: receives the events `advance`, `shard`, `throughput` and `shard_complete`.
+        """
         with contextlib.ExitStack() as stack:
             _Sampling(self, shards, report, stack).run()
 
@@ -63,7 +69,7 @@ class _Sampling:
         self.tokenizer = load_tokenizer(work.policy, work.models)
         self.open: dict[int, ShardWriter] = {}
         self.queue: deque[list[tuple[SampleId, Request]]] = deque()  # of open shards, by prompt
-        self.engine: Engine | None = None  # built for the first request: all of a shard may be in its journal
+        self.engine: Engine | None = None  # built for the first request, since journals may have all responses
         self.since = 0.0  # time.monotonic() when the last shard was complete
         stack.callback(self._close_journals)
 
@@ -75,7 +81,7 @@ class _Sampling:
             self._step(self.engine)
 
     def _fill(self) -> None:
-        """Gives the engine requests while it has room, from further shards when those of the open ones are used up."""
+        """Adds requests while the engine has room. Opens the next shard when the open ones have no more requests."""
         while self.engine is None or self.engine.has_room:
             if self.queue:
                 if self.engine is None:
@@ -125,7 +131,7 @@ class _Sampling:
         shard.write(self.tokenizer)
         del self.open[shard.number]
         self.report("shard", file=shard.file.name, key=shard.key, rows=shard.rows)
-        if shard.made.sequences:  # all of it may have been in the journal
+        if shard.sampled_here.sequences:  # The journal may have had all of it.
             self.report("throughput", stage="generate", **shard.throughput(self.since))
         self.since = time.monotonic()
         self.report("shard_complete", number=shard.number)

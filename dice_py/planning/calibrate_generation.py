@@ -66,7 +66,8 @@ def probe(
     import torch
 
     from dice_py.compute.memory import free_host_memory
-    from dice_py.generation.engines.factory import check_fits, choose_engine
+    from dice_py.generation.engines.factory import choose_engine
+    from dice_py.generation.limits import check_fits
     from dice_py.models.flops import device_name
     from dice_py.training.parallelism import lay_out
 
@@ -161,7 +162,7 @@ def _sample(
             seeds = [seed_for(config.seed, "plan", prompt_id, number) for number in range(samples)]
             sampler.add([((0, at * samples + number), Request(ids, seed)) for number, seed in enumerate(seeds)])
         found: dict[SampleId, Sample] = {}
-        while sampler.open:
+        while sampler.unfinished:
             found.update(sampler.step())
         return time.monotonic() - began, found
 
@@ -175,10 +176,7 @@ def _sample(
         report("note", text=f"calibrating: sampling {samples} responses to each of {count} prompts")
         seconds, made = sample(many)
     peak = peak_memory()
-    rows = max(1, settings.token_budget // (longest + settings.max_new_tokens))
-    if engine == "vllm":
-        rows = sampler._enough // 2  # type: ignore[attr-defined]
-    joins = engine == "vllm" or bool(getattr(sampler, "shares_prefill", False))
+    rows, joins = sampler.max_rows, sampler.drops_finished_rows
     beside = beside_import(lambda: sample(many)[0], seconds) if whole and not on_gpu(config) else None
     sampler.close()
     ordered = [made[0, row] for row in range(len(many) * samples)]

@@ -21,7 +21,8 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.generation.engines.factory import check_fits, choose_engine
+from dice_py.generation.engines.factory import choose_engine
+from dice_py.generation.limits import check_fits
 from dice_py.generation.sampler import SampleShards
 from dice_py.generation.shard import Prompt, journal_of, write_prompts
 from dice_py.models.loading import model_identity, placement
