@@ -7,7 +7,6 @@ runs in a process of its own, and that of the next stage is started meanwhile, t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -23,6 +22,7 @@ from dice_py.events import Report, no_report
 from dice_py.stages.job import Job, StageFile, StageResult
 from dice_py.stages.registry import REGISTRY, stage_of
 from dice_py.storage.files import Manifest, is_disk_full
+from dice_py.storage.lock import exclusive_lock, is_locked
 
 
 class Run:
@@ -152,28 +152,17 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another process holds it.
     """
-    with (folder / ".lock").open("w") as handle:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(exclusive_lock(folder / ".lock", wait=False))
+        except BlockingIOError:
             raise UsageError(f"{folder} is in use by another `dice` process; wait for it, or stop it") from None
-        handle.write(str(os.getpid()))
-        handle.flush()
         yield
 
 
 def is_running(folder: Path) -> bool:
     """True while a process works in this run folder."""
-    lock = folder / ".lock"
-    if not lock.exists():
-        return False
-    with lock.open("r") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    return False
+    return is_locked(folder / ".lock")
 
 
 def end_torn_line(events: Path) -> None:
