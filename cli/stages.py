@@ -44,7 +44,7 @@ def _one_stage(config: list[Path] | None, assign: list[str] | None, **options: A
 
 def work_apart(stage: str, work: str, folder: Path, **arguments: Any) -> Any:
     """Runs a stage in a process of its own, whose log goes to `folder`, and shows how far it is."""
-    from cli.display import Display
+    from cli.progress import Display
     from dice_py.compute.stage_process import run_stage
     from dice_py.stages.registry import REMEDIES
 

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from cli import display
-from cli.display import Display, metrics_table, mining_table, print_table, status_table
+from cli import progress
+from cli.progress import Display
+from cli.tables import metrics_table, mining_table, print_table, status_table
 
 MINED = {
     "pairs": 1200,
@@ -41,7 +42,7 @@ DONE = {
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that the test sets: `clock[0]` is now."""
     now = [100.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 

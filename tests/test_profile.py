@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cli.display import Display
 from cli.main import main
+from cli.progress import Display
 from dice_py.config.loading import dump, resolve
 from dice_py.errors import DataError
 from dice_py.runs import loop as rounds

@@ -1,21 +1,14 @@
-"""What a person sees while a stage works: a bar with rate and time left, or plain lines where no terminal is.
-
-Everything that `Display` shows goes to stderr; stdout is for results.
-"""
+"""Tables and lines of text from results, as `dice` prints them to stdout."""
 
 from __future__ import annotations
 
-import time
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from dice_py.reporting.formatting import mining_rows, number, seconds, share
 
-PLAIN_EVERY = 10.0  # seconds between two lines of one stage's progress
 _PLAIN_WIDTH = 1000  # so that a pipe or a file gets each row of a table on one line
 
 _HIGHLIGHTS = {
@@ -26,12 +19,10 @@ _HIGHLIGHTS = {
     "train": ("pairs", "steps", "step0_loss", "final_loss"),
     "evaluate": ("oracle_win_rate", "oracle_accuracy", "mean_response_tokens", "implicit_reward_accuracy"),
 }
-
-
 _SHOWN_MARGINS = ("0.05", "0.5", "0.95")
 
 
-def _told(stage: str, counts: dict[str, Any]) -> str:
+def counts_text(stage: str, counts: dict[str, Any]) -> str:
     """What a stage's line says of its counts; those that are not there (yet) are left out."""
     told = [f"{name.replace('_', ' ')} {number(counts[name])}" for name in _HIGHLIGHTS[stage] if name in counts]
     if stage == "mine" and counts:
@@ -52,99 +43,6 @@ def _mining(counts: dict[str, Any]) -> list[str]:
     return told
 
 
-class _Pace(ProgressColumn):
-    """Count, rate and time left; "starting" until the stage has told how much there is to do."""
-
-    def render(self, task: Task) -> Text:
-        """The column's text."""
-        if task.total is None:
-            return Text("starting")
-        return Text(_pace(int(task.completed), int(task.total), task.fields["unit"], task.fields["speed"]))
-
-
-def _pace(done: int, total: int, unit: str, speed: float) -> str:
-    left = f", {seconds((total - done) / speed)} left" if speed and done < total else ""
-    return f"{done:,}/{total:,} {unit}" + (f", {speed:,.1f}/s" if speed else "") + left
-
-
-class Display:
-    """Listens to a run's events: a dice_py.events.Report, and a context manager."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self.progress: Progress | None = None
-        self.task: TaskID | None = None
-        self.stage = ""
-        self.first: int | None = None  # what was done when the stage first told
-        self.began = self.last = 0.0
-
-    def __enter__(self) -> Display:
-        if self.console.is_terminal:
-            self.progress = Progress(
-                TextColumn("  {task.description}"),
-                TimeElapsedColumn(),
-                BarColumn(bar_width=24),
-                _Pace(),
-                console=self.console,
-                transient=True,
-            )
-            self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def __call__(self, event: str, **fields: Any) -> None:
-        """Shows one event."""
-        if event == "progress":
-            self._progress(**fields)
-        elif event == "note":
-            self.line(f"  {fields['text']}")
-        elif event == "round":
-            self.line(f"round {fields['number']} of {fields['rounds']}")
-        elif event == "stage":
-            name = fields["stage"].split("/")[-1]
-            if fields["status"] == "running":
-                self._begin(name)
-            else:
-                self._end()
-                told = _told(name, fields["counts"])
-                took = "kept" if fields["status"] == "kept" else seconds(fields["seconds"])
-                self.line(f"  {name:<9} {took:>11}  {told}")
-
-    def line(self, text: str) -> None:
-        """One line as it is."""
-        self.console.print(text, soft_wrap=True, markup=False)
-
-    def _begin(self, stage: str) -> None:
-        self._end()
-        self.stage, self.first = stage, None
-        if self.progress is not None:
-            self.task = self.progress.add_task(stage, total=None, unit="", speed=0.0)
-
-    def _end(self) -> None:
-        if self.progress is not None and self.task is not None:
-            self.progress.remove_task(self.task)
-        self.task, self.stage = None, ""
-
-    def _progress(self, stage: str, done: int, total: int, unit: str = "rows", step: str | None = None) -> None:
-        now = time.monotonic()
-        # Each step of a stage goes over the same rows: a bar of its own.
-        stage = stage if step is None else f"{stage} ({step})"
-        if stage != self.stage:
-            self._begin(stage)
-        if self.first is None:
-            self.first, self.began, self.last = done, now, now
-        # Shards that a resume kept are done at once: the rate is of what was made since.
-        speed = (done - self.first) / (now - self.began) if now > self.began else 0.0
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=done, total=total, unit=unit, speed=speed)
-        elif now - self.last >= PLAIN_EVERY:
-            self.last = now
-            self.line(f"  {stage}: {_pace(done, total, unit, speed)}")
-
-
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
     """The evaluation of each round, side by side."""
     table = _table("on held-out prompts and pairs", {"": "left", **dict.fromkeys(metrics, "right")})
@@ -158,7 +56,7 @@ def status_table(found: dict[str, Any]) -> Table:
     title = f"{found['run']}: {found['state']}, {found['done']} of {found['stages']} stages"
     table = _table(title, {"stage": "left", "status": "left", "time": "right", "counts": "left"})
     for entry in found["entries"]:
-        told = _told(entry["stage"].split("/")[-1], entry["counts"])
+        told = counts_text(entry["stage"].split("/")[-1], entry["counts"])
         table.add_row(entry["stage"], entry["status"], seconds(entry["seconds"]), told)
     return table
 
