@@ -1,4 +1,4 @@
-"""What a person sees while a stage works: a bar with rate and time left, or plain lines where no terminal is.
+"""Live progress of a stage: a bar with rate and time left on a terminal, else plain lines.
 
 Everything goes to stderr; stdout is for results (cli/tables.py).
 """
@@ -19,7 +19,7 @@ PLAIN_EVERY = 10.0  # seconds between two lines of one stage's progress
 
 
 class _Pace(ProgressColumn):
-    """Count, rate and time left; "starting" until the stage has told how much there is to do."""
+    """Count, rate and time left; "starting" until the stage has reported its total."""
 
     def render(self, task: Task) -> Text:
         """The column's text."""
@@ -34,14 +34,14 @@ def _pace(done: int, total: int, unit: str, speed: float) -> str:
 
 
 class Display:
-    """Listens to a run's events: a dice_py.events.Report, and a context manager."""
+    """Shows a run's events: a `Report` (events.py) and a context manager."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.stage = ""
-        self.first: int | None = None  # what was done when the stage first told
+        self.first: int | None = None  # count of the first progress event
         self.began = self.last = 0.0
 
     def __enter__(self) -> Display:
@@ -75,12 +75,12 @@ class Display:
                 self._begin(name)
             else:
                 self._end()
-                told = counts_text(name, fields["counts"])
+                counts = counts_text(name, fields["counts"])
                 took = "kept" if fields["status"] == "kept" else seconds(fields["seconds"])
-                self.line(f"  {name:<9} {took:>11}  {told}")
+                self.line(f"  {name:<9} {took:>11}  {counts}")
 
     def line(self, text: str) -> None:
-        """One line as it is."""
+        """Prints one line, without markup."""
         self.console.print(text, soft_wrap=True, markup=False)
 
     def _begin(self, stage: str) -> None:
@@ -96,13 +96,13 @@ class Display:
 
     def _progress(self, stage: str, done: int, total: int, unit: str = "rows", step: str | None = None) -> None:
         now = time.monotonic()
-        # Each step of a stage goes over the same rows: a bar of its own.
+        # Each step of a stage goes over the same rows, so it has its own bar.
         stage = stage if step is None else f"{stage} ({step})"
         if stage != self.stage:
             self._begin(stage)
         if self.first is None:
             self.first, self.began, self.last = done, now, now
-        # Shards that a resume kept are done at once: the rate is of what was made since.
+        # Shards that a resume kept count as done from the start, but not in the rate.
         speed = (done - self.first) / (now - self.began) if now > self.began else 0.0
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done, total=total, unit=unit, speed=speed)

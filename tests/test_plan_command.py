@@ -95,7 +95,7 @@ def test_what_a_user_sees(dice, faked) -> None:
     assert lines[2].endswith("shards 2, prompts 4, responses 8")
     assert lines[8].startswith("all|1 min 16 s|")
     assert lines[9:] == [
-        "figures: remembered from a calibration, of this model shape in float32 on a CPU, engine transformers; "
+        "costs: kept from a calibration, of this model shape in float32 on a CPU, engine transformers; "
         "responses of 5 tokens on average; pairs are an estimate",
         "no GPU is used: 0.25 core hours",
         "it fits: 50.0 GiB of disk and 20.0 GiB of memory are free",

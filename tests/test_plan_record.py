@@ -208,11 +208,11 @@ def made_run(folder: Path, remembering: dict[str, Any], **changes: Any) -> Path:
         manifest.record(name, status="done", seconds=seconds, counts=counts.get(stage, {}), files=file)
         events.append({"time": now, "event": "stage", "stage": name, "status": "running"})
         if stage == "generate":
-            told = {"file": "f", "sequences": 2 * count, "tokens": 10 * count, "seconds": 1.2}
-            events.append({"time": now, "event": "throughput", "stage": stage, **told})
+            shard = {"file": "f", "sequences": 2 * count, "tokens": 10 * count, "seconds": 1.2}
+            events.append({"time": now, "event": "throughput", "stage": stage, **shard})
         if stage == "score":
-            told = {"file": "f", "sequences": 2 * count, "tokens": 20 * count, "seconds": 0.3}
-            events.append({"time": now, "event": "throughput", "stage": stage, **told})
+            shard = {"file": "f", "sequences": 2 * count, "tokens": 20 * count, "seconds": 0.3}
+            events.append({"time": now, "event": "throughput", "stage": stage, **shard})
         if stage in PARTS:
             parts = dict(zip(("spawn", "import", "load", "work"), PARTS[stage], strict=True))
             work = f"dice_py.{stage}:{stage}"

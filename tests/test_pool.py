@@ -141,14 +141,14 @@ def test_equal_ids_of_unequal_prompts_are_refused(run: Path) -> None:
     file = run / "round-02/generate/prompts.parquet"
     prompts = read_parquet(file).with_columns(prompt_id=pl.col("prompt_id") - 1)
     write_parquet(file, prompts, key="others", schema=PROMPTS)
-    with pytest.raises(DataError, match=r"prompt_id [123] is of two prompts in the rounds whose candidates are pooled"):
+    with pytest.raises(DataError, match=r"prompt_id [123] belongs to two different prompts in the pooled rounds"):
         pool_of(run)
     assert not (run / "round-02/mine").exists()
 
 
 def test_a_prompt_of_other_tokens_is_refused(run: Path) -> None:
     make_generations(run, 2, tokens=lambda prompt: [100 + prompt + (prompt == 3)])
-    with pytest.raises(DataError, match=r"prompt_id 3 has other token ids in one of the pooled rounds"):
+    with pytest.raises(DataError, match=r"prompt_id 3 has different token ids in two of the pooled rounds"):
         pool_of(run)
     assert pool_of(run, pool_rounds=1).rounds == [2, 2]
 

@@ -157,7 +157,7 @@ def test_of_groups_side_by_side_the_slowest_counts(log: Log) -> None:
     score = log.stages()["score"]
     assert picked(score, "groups", *STARTS) == (2, 4, 1 + 1, 2 + 5, 10, 19)
     assert picked(score, "work_seconds", "rest_seconds") == (55 - 16, 3)
-    assert profile(log.folder)["notes"] == ["of groups that work side by side, start-up is that of the slowest"]
+    assert profile(log.folder)["notes"] == ["where groups work in parallel, start-up is that of the slowest"]
 
 
 def test_groups_of_the_parent_itself(log: Log) -> None:
@@ -269,7 +269,7 @@ def test_a_run_from_before_the_figures(log: Log) -> None:
             assert picked(part, *STARTS, "gpus") == (None,) * 6
         assert (one["between"], found["before"]) == (None, None)
         assert found["notes"] == [
-            "no figures of start-up, GPUs and throughput: the run was made before they were recorded"
+            "start-up, GPUs and throughput are unknown: an older version, which did not record them, made this run"
         ]
     log.tell(100, "started")
     log.tell(101, "round", number=1)
@@ -277,7 +277,9 @@ def test_a_run_from_before_the_figures(log: Log) -> None:
     log.done(104, "score", 2)
     assert picked(log.stages()["generate"], "seconds", "attempts", "processes") == (30, None, None)
     assert picked(log.stages()["score"], "seconds", "attempts", "processes") == (2, 1, 0)
-    assert profile(log.folder)["notes"] == ["where figures are missing, a stage was made before they were recorded"]
+    assert profile(log.folder)["notes"] == [
+        "where values are missing, an older version, which did not record them, made the stage"
+    ]
 
 
 def test_a_clock_that_is_set_back(log: Log) -> None:
@@ -375,7 +377,7 @@ def test_a_run_that_has_none(dice, log: Log) -> None:
     code, out, _ = dice("status", log.folder, "--profile")
     assert code == 0
     assert re.search(r"^round-01/generate +30\.0 s +100\.0 % +– +– +– +– +– +–$", out, flags=re.M)
-    assert out.splitlines()[-1].endswith("the run was made before they were recorded")
+    assert out.splitlines()[-1].endswith("an older version, which did not record them, made this run")
 
 
 def test_a_profile_without_a_run(dice, tmp_path: Path) -> None:
