@@ -188,10 +188,10 @@ def test_the_stage_mines_as_the_miner_does(run: Path, options: dict[str, Any]) -
     found, pairs, pool, scores = mined_pool(run, config)
     expected = mine_pairs(whole(pool, scores), **asdict(config.options(5)))
     assert expected.pairs.height > 0
-    told = expected.pairs
-    if "difficulty" in told.columns:  # text in a file, so that every reader gets it
-        told = told.with_columns(pl.col("difficulty").cast(pl.String))
-    assert_frame_equal(pairs, told, check_exact=True)
+    stored = expected.pairs
+    if "difficulty" in stored.columns:  # text in a file, so that every reader gets it
+        stored = stored.with_columns(pl.col("difficulty").cast(pl.String))
+    assert_frame_equal(pairs, stored, check_exact=True)
     assert found["pairs"] == pairs.height
     assert found.get("pooled_rounds") == ([1, 2] if "pool_rounds" in options else None)
 
