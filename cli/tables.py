@@ -81,12 +81,12 @@ def profile_table(profile: dict[str, Any]) -> Table:
 
     if profile["before"]:
         row("before the rounds", profile["before"])
-    for one in profile["rounds"]:
-        for stage in one["stages"]:
+    for entry in profile["rounds"]:
+        for stage in entry["stages"]:
             row(stage["stage"] + ("" if stage["status"] == "done" else " (unfinished)"), stage)
-        if one["between"]:
-            row(f"{one['round']}, between stages", one["between"])
-        row(one["round"], one | {"share": 1.0})
+        if entry["between"]:
+            row(f"{entry['round']}, between stages", entry["between"])
+        row(entry["round"], entry | {"share": 1.0})
     row("all", profile["total"])
     return table
 
@@ -97,7 +97,7 @@ def profile_lines(profile: dict[str, Any]) -> list[str]:
         return [f"{profile['run']}: {profile['state']}, and no stage has begun: there is no profile yet"]
     total = profile["total"]
     lines = []
-    for stage in (stage for one in profile["rounds"] for stage in one["stages"]):
+    for stage in (stage for entry in profile["rounds"] for stage in entry["stages"]):
         if stage["lost_seconds"]:
             earlier = number(stage["attempts"] - 1)
             lines.append(f"{stage['stage']}: {seconds(stage['lost_seconds'])} more in earlier attempts ({earlier})")
@@ -145,11 +145,11 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """The lines below the table of a plan: where its costs come from, and whether the run fits."""
-    of, failure = plan["calibration"], plan["first_failure"]
-    source = {"measured": "measured now", "stored": f"kept from a {of['of']}"}[of["source"]]
+    calibration, failure = plan["calibration"], plan["first_failure"]
+    source = {"measured": "measured now", "stored": f"kept from a {calibration['of']}"}[calibration["source"]]
     lines = [
-        f"costs: {source}, of this model shape in {of['dtype']} on {of['device']}, engine {of['engine']}; "
-        f"responses of {number(of['mean_response_tokens'])} tokens on average; pairs are an estimate"
+        f"costs: {source}, of this model shape in {calibration['dtype']} on {calibration['device']}, "
+        f"engine {calibration['engine']}; responses of {number(calibration['mean_response_tokens'])} tokens on average; pairs are an estimate"
     ]
     if not plan["gpu_hours"]:
         lines.append(f"no GPU is used: {number(plan['cpu_hours'])} core hours")
