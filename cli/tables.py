@@ -149,7 +149,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     source = {"measured": "measured now", "stored": f"kept from a {calibration['of']}"}[calibration["source"]]
     lines = [
         f"costs: {source}, of this model shape in {calibration['dtype']} on {calibration['device']}, "
-        f"engine {calibration['engine']}; responses of {number(calibration['mean_response_tokens'])} tokens on average; pairs are an estimate"
+        f"engine {calibration['engine']}; responses of {number(calibration['mean_response_tokens'])} tokens on "
+        "average; pairs are an estimate"
     ]
     if not plan["gpu_hours"]:
         lines.append(f"no GPU is used: {number(plan['cpu_hours'])} core hours")
