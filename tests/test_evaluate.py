@@ -1,4 +1,4 @@
-"""Stage 6: its metrics on numbers made by hand, and the accuracy of tiny models' rewards."""
+"""The metrics of the evaluate stage on small examples, and the reward accuracy of tiny models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from tiny_sets import CPU
 
 from dice_py.config.stages import EvaluateConfig, ScoreConfig
 from dice_py.data import pairs_frame
+from dice_py.evaluation.judges.oracle import oracle_metrics
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy, win_rate
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages import evaluate as stage
 from dice_py.stages.evaluate import held_out_accuracy
+from dice_py.synthetic.task import prompt_messages
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -74,7 +76,7 @@ def test_bootstrap_interval() -> None:
     mean = sum(values) / len(values)
     low, high = bootstrap_ci95(values, 0)
     assert low < mean < high
-    # 1.96 standard errors either way, as the normal approximation has it
+    # 1.96 standard errors on either side, by the normal approximation
     assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.15)
     assert (high + low) / 2 == pytest.approx(mean, abs=0.03)
 
@@ -85,6 +87,32 @@ def test_bootstrap_interval_is_seeded() -> None:
     assert bootstrap_ci95([0.25] * 7, 3) == [0.25, 0.25]
     low, high = bootstrap_ci95(values, 2**63 + 1)
     assert 0.0 <= low <= high <= 1.0
+
+
+def test_oracle_metrics() -> None:
+    prompts = pl.DataFrame({"prompt_id": [0, 1], "messages": [prompt_messages("reverse", tuple("abc"))] * 2})
+    # Scores of ours 1 and 0.1 (right and wrong), 1 and 0.97; of theirs 1 and 1, 0.1 and 0.1.
+    ours = ["c b a .", "a b c .", "c b a . sure", "c b a . sure indeed so"]
+    theirs = ["c b a .", "c b a .", "a b c .", "a b c ."]
+    samples = [pl.DataFrame({"prompt_id": [0, 0, 1, 1], "response": responses}) for responses in (ours, theirs)]
+    metrics = oracle_metrics(prompts, *samples, pl.Series([2.0, 1.0, 0.5, 0.5]), 0)
+    assert metrics["oracle_win_rate"] == (0.25 + 1.0) / 2
+    assert metrics["oracle_accuracy"] == (0.5 + 1.0) / 2
+    assert metrics["start_oracle_accuracy"] == 0.5
+    assert metrics["oracle_score"] == pytest.approx((1 + 0.1 + 1 + 0.97) / 4)
+    assert metrics["start_oracle_score"] == pytest.approx((1 + 1 + 0.1 + 0.1) / 4)
+    # The reward orders the samples of the first prompt as the oracle does, and ties those of the second.
+    assert metrics["on_policy_reward_accuracy"] == (1 + 0.5) / 2
+    for interval in ("oracle_win_rate_ci95", "oracle_accuracy_ci95"):
+        assert metrics[interval] == bootstrap_ci95([0.25, 1.0] if "win" in interval else [0.5, 1.0], 0)
+    assert metrics["oracle_accuracy_gain_ci95"] == bootstrap_ci95([-0.5, 1.0], 0)
+
+
+def test_reward_accuracy_of_the_oracle_needs_different_scores() -> None:
+    prompts = pl.DataFrame({"prompt_id": [0], "messages": [prompt_messages("copy", tuple("abc"))]})
+    samples = pl.DataFrame({"prompt_id": [0, 0], "response": ["a b c .", "a b c ."]})
+    assert "on_policy_reward_accuracy" not in oracle_metrics(prompts, samples, samples, None, 0)
+    assert oracle_metrics(prompts, samples, samples, pl.Series([1.0, 2.0]), 0)["on_policy_reward_accuracy"] is None
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +133,16 @@ def accuracy(policy: Path, references: dict[str, Path], pairs: pl.DataFrame, cac
     )
 
 
-def test_policy_against_itself_is_all_ties(models: tuple[Path, Path], tmp_path: Path) -> None:
-    found = accuracy(models[0], {"accuracy": models[0]}, text_pairs(20), tmp_path)
-    assert found["accuracy"] == 0.5
+def test_policy_against_itself_ties(models: tuple[Path, Path], tmp_path: Path) -> None:
+    metrics = accuracy(models[0], {"accuracy": models[0]}, text_pairs(20), tmp_path)
+    assert metrics["accuracy"] == 0.5
     assert len(list(tmp_path.iterdir())) == 1  # one model, one pass
 
 
-def test_accuracy_is_that_of_the_difference(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_accuracy_is_of_the_difference_of_logps(models: tuple[Path, Path], tmp_path: Path) -> None:
     policy, reference = models
     pairs = text_pairs(25)
-    found = accuracy(policy, {"one": reference, "other": policy}, pairs, tmp_path)
+    metrics = accuracy(policy, {"one": reference, "other": policy}, pairs, tmp_path)
     tokenizer = load_tokenizer(policy, CPU)
     encoded = encode_pairs(pairs.head(20), tokenizer, stop_token_ids(policy, tokenizer))
     ours, theirs = (score_pairs(ScoreConfig(), CPU, policy=model, pairs=encoded) for model in models)
@@ -124,8 +152,8 @@ def test_accuracy_is_that_of_the_difference(models: tuple[Path, Path], tmp_path:
         1.0 if len(chosen) > len(rejected) else 0.5 if len(chosen) == len(rejected) else 0.0
         for chosen, rejected in encoded.select("chosen_ids", "rejected_ids").iter_rows()
     )
-    assert found == {
-        "eval_pairs": 20,  # no more than the config asks for
+    assert metrics == {
+        "eval_pairs": 20,  # the limit of the config
         "one": right / 20,
         "other": 0.5,
         "length_only_accuracy": longer / 20,
@@ -133,10 +161,10 @@ def test_accuracy_is_that_of_the_difference(models: tuple[Path, Path], tmp_path:
     assert 0 < right < 20
 
 
-def test_each_model_is_run_once(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_model_is_scored_once(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, reference = models
     first = accuracy(policy, {"accuracy": reference}, text_pairs(20), tmp_path)
-    monkeypatch.setattr(stage, "score_pairs", lambda *_, **__: pytest.fail("a model was run again"))
+    monkeypatch.setattr(stage, "score_pairs", lambda *_, **__: pytest.fail("a model was scored twice"))
     assert accuracy(policy, {"accuracy": reference}, text_pairs(20), tmp_path) == first
     swapped = accuracy(reference, {"accuracy": policy}, text_pairs(20), tmp_path)
     assert swapped["accuracy"] == pytest.approx(1 - first["accuracy"])

@@ -9,7 +9,7 @@ import pytest
 from event_log import STARTS, Log, one_round, picked, resumed
 
 from dice_py.runs.profile import profile, write_profile
-from dice_py.stages.registry import STAGES
+from dice_py.stages.registry import ROUND_STAGES
 from dice_py.storage.files import read_json
 
 
@@ -54,7 +54,7 @@ def test_shares_add_up_to_one(log: Log) -> None:
     log.event(0, "started")
     log.event(0.1, "round", number=1)
     now = 0.1
-    for number, stage in enumerate(STAGES):
+    for number, stage in enumerate(ROUND_STAGES):
         seconds = 1 / 3 + number / 7
         log.running(now + 0.013, stage)
         now += 0.013 + seconds

@@ -60,8 +60,8 @@ class TrainConfig(Section):
         default=None, description="a YAML file of accelerate's, used as it is in place of processes and strategy"
     )
 
-    def decisive(self) -> dict[str, Any]:
-        """What decides the trained weights, for keys: all but how the work is spread over processes."""
+    def key_fields(self) -> dict[str, Any]:
+        """What decides the trained weights: all but how the work is divided among processes."""
         return self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
 
     @model_validator(mode="after")

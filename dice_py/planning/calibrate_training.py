@@ -13,7 +13,7 @@ import polars as pl
 
 from dice_py.compute.devices import Group, device_in_group, only_these_gpus
 from dice_py.config.run import RunConfig
-from dice_py.config.shared import DevicesConfig, ModelConfig
+from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
@@ -121,7 +121,7 @@ def _timed_scoring(
     generations: Path,
     out: Path,
 ) -> _ScoringRun:
-    from dice_py.stages.score import score
+    from dice_py.stages.score import ScoreJob
 
     shards: list[dict[str, Any]] = []
 
@@ -129,20 +129,22 @@ def _timed_scoring(
         if event == "throughput":
             shards.append(fields)
 
-    loaded, began = timed_seconds().get("load", 0.0), time.monotonic()
-    scored = score(
-        settings, models, policy=policy, reference=reference, generations=[generations], out=out, keys=[out.name],
-        beta=config.beta, sampled=[True], devices=DevicesConfig(), report=on_event,
+    job = ScoreJob(
+        config=settings, models=models, policy=policy, reference=reference, generations=[generations],
+        generation_keys=[out.name], out=out, beta=config.beta, sampled=(True,),
     )  # fmt: skip
+    loaded, began = timed_seconds().get("load", 0.0), time.monotonic()
+    scored = job.run(on_event)
     seconds = time.monotonic() - began
     load = timed_seconds().get("load", 0.0) - loaded
+    gate = scored.counts["policy_logps_gate"]
     return _ScoringRun(
         seconds=seconds - load,
         load=load,
         forward=sum(shard["seconds"] for shard in shards),
         tokens=sum(shard["tokens"] for shard in shards),
-        bytes=scored.files[0].stat().st_size,
-        gate_passed=None if scored.gate is None else bool(scored.gate["passed"]),
+        bytes=scored.files[0][0].stat().st_size,
+        gate_passed=None if gate is None else bool(gate["passed"]),
     )
 
 
@@ -231,7 +233,7 @@ def measure_train(
         training_set: the pairs that `measure_score` wrote.
     """
     from dice_py.compute.memory import peak_memory
-    from dice_py.stages.train import train
+    from dice_py.stages.train import TrainJob
 
     saves = config.train.save_steps is not None
     settings = config.train.model_copy(
@@ -249,11 +251,12 @@ def measure_train(
             if checkpoint.exists():
                 checkpoint_bytes = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
 
-    loaded, began = timed_seconds().get("load", 0.0), time.monotonic()
-    train(
-        settings, config.model, policy=policy, training_set=training_set, out=out, beta=config.beta, seed=config.seed,
-        key="calibration", devices=config.devices, report=on_event,
+    job = TrainJob(
+        config=settings, models=config.model, policy=policy, training_set=training_set, training_set_key="calibration",
+        out=out, beta=config.beta, seed=config.seed, devices=config.devices,
     )  # fmt: skip
+    loaded, began = timed_seconds().get("load", 0.0), time.monotonic()
+    job.run(on_event)
     total = time.monotonic() - began
     load = timed_seconds().get("load", 0.0) - loaded
     gaps = [after - before for before, after in itertools.pairwise(step_ends)]

@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dice_py.compute.stage_process import run_stage
-from dice_py.compute.worker import Worker
+from dice_py.compute.stage_process import run_in_subprocess
+from dice_py.compute.worker import Worker, work_name
 from dice_py.config.run import RunConfig
 from dice_py.events import Report
 from dice_py.planning.calibrate_generation import GENERATED, Probe, probe
 from dice_py.planning.calibrate_training import TRAINING_PAIRS, measure_score, measure_train
 from dice_py.runs.inputs import Inputs
 from dice_py.runs.measured_costs import GenerateCosts, ScoreCosts, StageCosts, TrainCosts
-from dice_py.stages.registry import IMPORTS, REMEDIES
+from dice_py.stages.registry import REGISTRY
 
 T = TypeVar("T")
 
@@ -39,18 +39,17 @@ class SubprocessRunner:
 
     def run(self, stage: str, work: partial[T]) -> T:
         """Calls `work(report=…)` in a process that has imported what the process of `stage` imports."""
-        name = f"{work.func.__module__}:{work.func.__qualname__}"
 
         def on_event(event: str, **fields: Any) -> None:
-            if event == "process" and fields["work"] == name:
+            if event == "process" and fields["work"] == work_name(work):
                 # The process gets its work at once, so that its imports count as `spawn`.
                 self.startup[stage] = fields["seconds"]["spawn"] + fields["seconds"]["import"]
             elif event in ("note", "progress"):
                 self.report(event, **fields)
 
         log = self.folder / f"{stage}.log"
-        spare = Worker(IMPORTS[stage], log)
-        result: T = run_stage(work.func, work.keywords, log=log, remedy=REMEDIES[stage], report=on_event, spare=spare)
+        warm = Worker(REGISTRY[stage].imports, log)
+        result: T = run_in_subprocess(work, log=log, remedy=REGISTRY[stage].remedy, report=on_event, warm=warm)
         return result
 
 

@@ -171,7 +171,7 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
 
 def _check_seconds(events: Path) -> float | None:
     processes = [event for event in read_events(events) if event["event"] == "process"]
-    checks = [event for event in processes if event["work"] == "dice_py.stages.preflight:check"]
+    checks = [event for event in processes if event["work"] == "dice_py.stages.preflight:PreflightJob"]
     return sum(event["seconds"]["total"] for event in checks) or None
 
 

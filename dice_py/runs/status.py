@@ -9,7 +9,7 @@ from dice_py.config.loading import load_resolved
 from dice_py.errors import DiceError, UsageError
 from dice_py.runs.folder import is_running
 from dice_py.runs.profile import profile
-from dice_py.stages.registry import STAGES
+from dice_py.stages.registry import ROUND_STAGES
 from dice_py.storage.files import Manifest
 
 
@@ -29,7 +29,7 @@ def run_status(folder: Path) -> dict[str, Any]:
     running = is_running(folder)
     entries = []
     for number in range(1, config.rounds + 1):
-        for stage in STAGES:
+        for stage in ROUND_STAGES:
             name = f"round-{number:02d}/{stage}"
             entry = manifest.stage(name) or {}
             status = entry.get("status", "to do")

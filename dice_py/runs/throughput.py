@@ -35,14 +35,14 @@ from dice_py.runs.measured_costs import (
     remember_lengths,
 )
 from dice_py.runs.profile import Event, read_events
-from dice_py.stages.registry import STAGES
+from dice_py.stages.registry import ROUND_STAGES
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import parquet_key, read_parquet
 
 _MAX_LENGTHS = 8192  # response lengths that are kept
 _MIN_RESPONSES = 256  # a round with fewer has costs that are not worth keeping
-_WITH_PROCESS = tuple(stage for stage in STAGES if stage != "mine")
+_WITH_PROCESS = tuple(stage for stage in ROUND_STAGES if stage != "mine")
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -180,7 +180,7 @@ def _complete_rounds(config: RunConfig, manifest: Manifest, events: list[Event])
             current.events.append(event)
 
     def is_complete(name: str) -> bool:
-        entries = [manifest.stage(f"{name}/{stage}") or {} for stage in STAGES]
+        entries = [manifest.stage(f"{name}/{stage}") or {} for stage in ROUND_STAGES]
         done = all(entry.get("status") == "done" for entry in entries)
         return done and entries[0]["counts"]["responses"] >= _MIN_RESPONSES
 
@@ -224,7 +224,7 @@ class _Totals:
         return 2 * prompt + chosen + rejected
 
     def add_round(self, config: RunConfig, folder: Path, manifest: Manifest, name: str) -> None:
-        entries = {stage: manifest.stage(f"{name}/{stage}") or {} for stage in STAGES}
+        entries = {stage: manifest.stage(f"{name}/{stage}") or {} for stage in ROUND_STAGES}
         for stage in self.stage_bytes:
             self.stage_bytes[stage] += sum((folder / file["file"]).stat().st_size for file in entries[stage]["files"])
         self._add_responses(_responses(folder, manifest, name))

@@ -11,11 +11,11 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.events import Report, no_report
 from dice_py.models.loading import held_model
+from dice_py.scoring.shards import token_arrays
 from dice_py.timing import timed
 
 if TYPE_CHECKING:
     from dice_py.scoring.packing import Tokens
-from dice_py.scoring.shards import token_arrays
 
 
 def score_pairs(

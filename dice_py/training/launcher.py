@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.failures import Failure, failure_fields
-from dice_py.compute.worker import resolve
+from dice_py.compute.worker import Work
 
 if TYPE_CHECKING:
     from dice_py.events import Report
@@ -50,27 +50,25 @@ _ADDRESS_BYTES = 100  # that a local socket's path may have, on every system
 def launch(
     command: Sequence[str],
     ranks: int,
-    work: str,
-    arguments: dict[str, Any],
+    work: Work,
     *,
     environment: Mapping[str, str],
     report: Report,
 ) -> Any:
-    """Has every rank call `work(report=…, **arguments)`, and returns what it returned in rank 0.
+    """Makes every rank call `work(report=…)`, and returns the value of rank 0.
 
     What launcher and ranks print goes to this process's standard output.
 
     Args:
         command: starts the ranks, with the address of the stage as its last argument, which this adds.
-        work: "module:function", which only the ranks import.
-        arguments: pickled.
+        work: pickled; see `compute.worker.Work`.
         environment: on top of this process's.
 
     Raises:
         DiceError: as raised by a rank; OutOfMemoryError (4) when torch or the kernel says so.
         RuntimeError: a bug, with the traceback of the rank or the end of the output.
     """
-    with _Stage(command, ranks, (work, arguments), environment, report) as stage:
+    with _Stage(command, ranks, work, environment, report) as stage:
         return stage.listen()
 
 
@@ -92,7 +90,7 @@ class _Stage:
         self,
         command: Sequence[str],
         count: int,
-        work: tuple[str, dict[str, Any]],
+        work: Work,
         environment: Mapping[str, str],
         report: Report,
     ) -> None:
@@ -236,7 +234,7 @@ def main() -> None:
     try:
         line: Connection = Client(sys.argv[1], family="AF_UNIX")
         line.send(("rank", {"number": number, "pid": os.getpid()}))
-        work, arguments = line.recv()
+        work: Work = line.recv()
     except (EOFError, OSError):
         print("the stage of this training is gone", file=sys.stderr)
         os._exit(1)
@@ -250,7 +248,7 @@ def main() -> None:
 
     code = 0
     try:
-        ending = ("result", {"value": resolve(work)(report=report, **arguments)})
+        ending = ("result", {"value": work(report=report)})
     except BaseException as error:
         code = 1
         ending = ("failed", failure_fields(error))
