@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -135,7 +136,7 @@ def test_a_full_disk_and_a_small_memory(
 
     def disk_usage(place: Path) -> Any:
         places.append(place)
-        return shutil._ntuple_diskusage(100, 95, 5)  # type: ignore[attr-defined]
+        return SimpleNamespace(free=5)
 
     monkeypatch.setattr(plan_module.shutil, "disk_usage", disk_usage)
     found = plan(config, tmp_path / "not" / "there" / "yet")
