@@ -117,7 +117,8 @@ def mine(
 
     Written to OUT (Parquet) with the row numbers of both responses in SCORED, counted through its files.
     """
-    from cli.display import Display, mining_table, print_table
+    from cli.progress import Display
+    from cli.tables import mining_table, print_table
     from dice_py.mining.files import mine_files
 
     try:

@@ -31,7 +31,7 @@ def print_result(value: dict[str, Any], as_json: bool) -> None:
 
 def run_job(job: Job, folder: Path) -> StageResult:
     """Runs a job in a process of its own, which logs to `folder/worker.log`, and shows its progress."""
-    from cli.display import Display
+    from cli.progress import Display
     from dice_py.compute.stage_process import run_in_subprocess
     from dice_py.stages.registry import stage_of
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def show_plan(resolved: RunConfig, folder: Path, fresh: bool, as_json: bool) -> None:
     """Plans a run in `folder`, and prints it."""
-    from cli.display import Display
+    from cli.progress import Display
     from dice_py.planning.plan import plan as make_plan
 
     own_start = time.process_time()  # importing, which is one thread's work; of `dice run` it is as much
@@ -39,7 +39,7 @@ def show_plan(resolved: RunConfig, folder: Path, fresh: bool, as_json: bool) -> 
     if as_json:
         print_json(found)
         return
-    from cli.display import plan_lines, plan_table, print_table
+    from cli.tables import plan_lines, plan_table, print_table
 
     print_table(plan_table(found))
     for line in plan_lines(found):

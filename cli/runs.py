@@ -47,7 +47,7 @@ def run(
     if dry_run:
         show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
         return
-    from cli.display import Display
+    from cli.progress import Display
     from dice_py.reporting.html import write_report
     from dice_py.runs.folder import new_run_folder
     from dice_py.runs.loop import run as run_rounds
@@ -64,7 +64,7 @@ def resume(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_jso
 
     Completed shards are kept. Nothing whose inputs changed is used again.
     """
-    from cli.display import Display
+    from cli.progress import Display
     from dice_py.reporting.html import write_report
     from dice_py.runs.loop import resume as resume_rounds
 
@@ -77,7 +77,7 @@ def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json({"run": str(folder), "metrics": metrics})
         return
-    from cli.display import metrics_table, print_table
+    from cli.tables import metrics_table, print_table
 
     print_table(metrics_table(metrics))
     last = list(metrics)[-1]
@@ -103,7 +103,7 @@ def status(
     if as_json:
         print_json(shown)
         return
-    from cli.display import print_table, profile_lines, profile_table, status_table
+    from cli.tables import print_table, profile_lines, profile_table, status_table
 
     if not profile:
         print_table(status_table(shown))

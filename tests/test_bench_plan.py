@@ -1,4 +1,4 @@
-"""The bench of the plan: its ratios, and what it runs. No time is asserted here."""
+"""The bench of the plan: its ratios, and the commands that it runs. No time is asserted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_run(folder: Path) -> None:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[str], Path]]:
-    """Fakes `dice`; the calls, with the caches that they were given."""
+    """Replaces `dice`; the arguments and the cache of each call."""
     calls: list[tuple[list[str], Path]] = []
     monkeypatch.setenv("DICE_CACHE", str(tmp_path / "users"))
     (tmp_path / "users" / "world").mkdir(parents=True)
@@ -46,7 +46,7 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[s
         return json.dumps(planned(1.2 if fresh else 0.9, "measured" if fresh else "stored")), 5.0
 
     monkeypatch.setattr(bench, "dice", dice)
-    monkeypatch.setattr(bench, "remembered", lambda run, cache: None)
+    monkeypatch.setattr(bench, "keep_costs", lambda run, cache: None)
     return calls
 
 
@@ -61,7 +61,7 @@ def test_ratios_and_results(called: list[tuple[list[str], Path]], tmp_path: Path
     assert {"cpu", "cores", "versions"} <= set(found["machine"])
     assert [given[0] for given, _ in called] == ["world", "plan", "run", "plan"]
     assert all({"--rounds=1", "--set=seed=3"} <= set(given) for given, _ in called[1:])
-    # The run's figures and the calibration's are in caches of their own, and neither is the user's.
+    # The run and the calibration have a cache each, and neither is the user's.
     users, planning, running, again = (cache for _, cache in called)
     assert users == tmp_path / "users"
     assert running == again != planning
@@ -69,7 +69,7 @@ def test_ratios_and_results(called: list[tuple[list[str], Path]], tmp_path: Path
     assert not (users / "remembered.json").exists()
 
 
-def test_a_plan_that_found_nothing_ends_the_bench(
+def test_a_plan_without_kept_costs_ends_the_bench(
     called: list[tuple[list[str], Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     faked = bench.dice
@@ -79,12 +79,12 @@ def test_a_plan_that_found_nothing_ends_the_bench(
         return out.replace("stored", "measured"), seconds
 
     monkeypatch.setattr(bench, "dice", dice)
-    with pytest.raises(SystemExit, match="did not find the figures"):
+    with pytest.raises(SystemExit, match="did not use the costs"):
         bench.main([f"--out={tmp_path}"])
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_the_cache_has_the_worlds_and_nothing_else(tmp_path: Path) -> None:
+def test_the_cache_has_only_the_worlds(tmp_path: Path) -> None:
     (tmp_path / "world" / "a").mkdir(parents=True)
     cache = bench.own_cache(tmp_path / "cache", tmp_path / "world")
     assert os.listdir(cache) == ["world"]  # noqa: PTH208

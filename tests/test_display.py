@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from cli import display
-from cli.display import Display, metrics_table, mining_table, print_table, status_table
+from cli import progress
+from cli.progress import Display
+from cli.tables import metrics_table, mining_table, print_table, status_table
 
 MINED = {
     "pairs": 1200,
@@ -27,7 +28,7 @@ MINED = {
     "prompts": 1300,
     "rows": 10400,
 }
-"""What mining tells; the numbers are made up."""
+"""Counts of mining; the numbers are made up."""
 
 DONE = {
     "stage": "round-01/generate",
@@ -41,7 +42,7 @@ DONE = {
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that the test sets: `clock[0]` is now."""
     now = [100.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -134,7 +135,7 @@ def test_rows_of_mining_by_step(clock: list[float], capsys: pytest.CaptureFixtur
     ]
 
 
-TOLD = (
+SHOWN = (
     "pairs 1,200, alpha 0.0125, mean length gap 12.5 to 0.25, length correlation 0.625 to -0.125, "
     "chosen longer 48.5 %, margin 1 (0.25 to 4)"
 )
@@ -146,15 +147,15 @@ def test_a_line_of_mining(capsys: pytest.CaptureFixture[str]) -> None:
         # Of a run that an older version mined.
         show("stage", stage="round-01/mine", status="kept", counts={"pairs": 3, "alpha": 0.5})
     assert capsys.readouterr().err.splitlines() == [
-        f"  mine            1.0 s  {TOLD}",
+        f"  mine            1.0 s  {SHOWN}",
         "  mine             kept  pairs 3, alpha 0.5",
     ]
 
 
-def test_status_tells_of_mining(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_status_of_mining(capsys: pytest.CaptureFixture[str]) -> None:
     entry = {"stage": "round-01/mine", "status": "done", "seconds": 1.0, "counts": MINED}
     print_table(status_table({"run": "r", "state": "stopped", "done": 1, "stages": 6, "entries": [entry]}))
-    assert capsys.readouterr().out.splitlines()[-1].endswith(TOLD)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(SHOWN)
 
 
 def test_the_table_of_mining(capsys: pytest.CaptureFixture[str]) -> None:

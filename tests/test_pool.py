@@ -80,24 +80,26 @@ def pool_of(run: Path, number: int = 2, pool_rounds: int = 2) -> Candidates:
     return candidates(run, Manifest(run / "manifest.json"), number, pool_rounds)
 
 
-def mine(config: MineConfig, pool: Candidates, scores: list[Path], out: Path, seed: int = 5) -> dict[str, Any]:
-    """The counts of the stage."""
-    keys = [str(parquet_key(file)) for file in scores]
-    job = MineJob(config, pool.generations, scores, keys, pool.rounds, out, seed)
-    result = job.run()
-    assert result.files == [(out / "mined.parquet", job.key())]
-    assert parquet_key(out / "mined.parquet") == job.key()
-    assert job.is_complete(result.files)
-    return result.counts
+def mine_job(run: Path, config: MineConfig, pool: Candidates, scores: list[Path], seed: int = 5) -> MineJob:
+    return MineJob(
+        config=config,
+        generations=pool.generations,
+        scores=scores,
+        score_keys=[f"scores {n}" for n in range(len(scores))],
+        rounds=pool.rounds,
+        out=run / "out",
+        seed=seed,
+    )
 
 
 def mined_pool(
     run: Path, config: MineConfig, number: int = 2
 ) -> tuple[dict[str, Any], pl.DataFrame, Candidates, list[Path]]:
-    """The stage's answer, its pairs, the pool and its scores."""
+    """The stage's counts, its pairs, the pool and its scores."""
     pool = pool_of(run, number, config.pool_rounds)
     scores = make_scores(run / "scores", pool)
-    return mine(config, pool, scores, run / "out"), read_parquet(run / "out/mined.parquet"), pool, scores
+    result = mine_job(run, config, pool, scores).run()
+    return result.counts, read_parquet(run / "out/mined.parquet"), pool, scores
 
 
 def whole(pool: Candidates, scores: list[Path]) -> pl.DataFrame:
@@ -150,14 +152,14 @@ def test_equal_ids_of_unequal_prompts_are_refused(run: Path) -> None:
     file = run / "round-02/generate/prompts.parquet"
     prompts = read_parquet(file).with_columns(prompt_id=pl.col("prompt_id") - 1)
     write_parquet(file, prompts, key="others", schema=PROMPTS)
-    with pytest.raises(DataError, match=r"prompt_id [123] is of two prompts in the rounds whose candidates are pooled"):
+    with pytest.raises(DataError, match=r"prompt_id [123] belongs to two different prompts in the pooled rounds"):
         pool_of(run)
     assert not (run / "round-02/mine").exists()
 
 
 def test_a_prompt_of_other_tokens_is_refused(run: Path) -> None:
     make_generations(run, 2, tokens=lambda prompt: [100 + prompt + (prompt == 3)])
-    with pytest.raises(DataError, match=r"prompt_id 3 has other token ids in one of the pooled rounds"):
+    with pytest.raises(DataError, match=r"prompt_id 3 has different token ids in two of the pooled rounds"):
         pool_of(run)
     assert pool_of(run, pool_rounds=1).rounds == [2, 2]
 
@@ -176,6 +178,7 @@ def test_by_default_the_pairs_have_no_further_column(run: Path) -> None:
     assert stored == {"length": "tokens", "debias": "linear", "pairing": "max_min"} | expected.summary()
     assert curve == expected.curve.to_dict(as_series=False)
     assert list(curve) == ["alpha", "mean_length_gap", "exact"]
+    assert parquet_key(run / "out/mined.parquet") == mine_job(run, MineConfig(), pool, scores).key()
 
 
 @pytest.mark.parametrize(
@@ -196,10 +199,10 @@ def test_the_stage_mines_as_the_miner_does(run: Path, options: dict[str, Any]) -
     found, pairs, pool, scores = mined_pool(run, config)
     expected = mine_pairs(whole(pool, scores), **asdict(config.options(5)))
     assert expected.pairs.height > 0
-    told = expected.pairs
-    if "difficulty" in told.columns:  # text in a file, so that every reader gets it
-        told = told.with_columns(pl.col("difficulty").cast(pl.String))
-    assert_frame_equal(pairs, told, check_exact=True)
+    stored = expected.pairs
+    if "difficulty" in stored.columns:  # text in a file, so that every reader gets it
+        stored = stored.with_columns(pl.col("difficulty").cast(pl.String))
+    assert_frame_equal(pairs, stored, check_exact=True)
     assert found["pairs"] == pairs.height
     assert found.get("pooled_rounds") == ([1, 2] if "pool_rounds" in options else None)
 
@@ -210,7 +213,7 @@ def test_the_seed_of_the_run_is_the_draws(run: Path) -> None:
     scores = make_scores(run / "scores", pool)
     drawn = []
     for seed in (1, 1, 2, 3):
-        mine(config, pool, scores, run / "out", seed)
+        mine_job(run, config, pool, scores, seed).run()
         drawn.append(read_parquet(run / "out/mined.parquet")["rejected_row"].to_list())
     assert drawn[0] == drawn[1]
     assert len({tuple(rows) for rows in drawn}) > 1
@@ -249,8 +252,8 @@ def test_no_pair_is_left(run: Path) -> None:
 def test_scores_of_another_round_are_refused(run: Path) -> None:
     pool = pool_of(run)
     scores = make_scores(run / "scores", pool)
-    with pytest.raises(DataError, match=r"has 24 responses, but .* has 18 scores: they are not of one round"):
-        mine(MineConfig(pool_rounds=2), pool, scores[:-1], run / "out")
+    with pytest.raises(DataError, match=r"has 24 responses, but .* 18 scores: they are not of one round"):
+        mine_job(run, MineConfig(pool_rounds=2), pool, scores[:-1]).run()
 
 
 # What comes after

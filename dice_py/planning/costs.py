@@ -1,190 +1,144 @@
-"""From counts and figures to each stage's seconds, tokens, disk and memory. Arithmetic alone; seconds of wall clock.
+"""Estimates of each stage's seconds, tokens, disk and memory, from counts and measured costs.
 
-The figures of a shape on a device, as they are remembered (`record`), all in seconds unless named otherwise:
-
-    start       of each stage, until its process has imported what it needs, alone
-    starts      speed of each of two imports at one time, as a share of what it has alone
-    beside      of each stage: speeds of its work and of an import beside it, as shares of what each has alone
-    generate    load; first (paid once); per_step and per_token of decoding; per_response of writing; rows decoded at
-                one time; joins; bytes_per_response; peak (bytes)
-    score       load; first; fixed (each time); per_token; per_response; token_ratio (tokens run over tokens with each
-                prompt once); gate_passed; bytes_per_response; per_pair of tokenising; bytes_per_pair; peak
-    train       load; fixed; per_step; step_tokens; save (of a checkpoint); checkpoint_bytes; peak
-    evaluate    None, or of a run: `work` and `load` of each of its rounds, and `of` what (prompts, samples, pairs)
-
-Of a run, `first` is 0, `generate` has per_prompt (all but the decoding), and tokenising is in what it belongs to.
+Arithmetic only: nothing is measured here. Seconds are wall clock; the costs are those of runs/measured_costs.py.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dice_py.config.run import RunConfig
 from dice_py.models.sizes import ModelSize
 from dice_py.planning.counts import Data, RoundCounts
+from dice_py.planning.decoding import decode_steps, draw_lengths
 from dice_py.planning.memory import checkpoint_bytes, generate_memory, score_memory, train_memory
-from dice_py.planning.timeline import Task, decode_steps, draw_lengths, fit_decoding, timeline
-
-
-def make_record(
-    generate: dict[str, Any], score: dict[str, Any], train: dict[str, Any], starts: dict[str, float]
-) -> dict[str, Any]:
-    """The figures of a calibration: what was measured, and the starts of the three processes."""
-    runs = [
-        (decode_steps(run["lengths"], generate["rows"], generate["joins"]), sum(run["lengths"]), run["seconds"])
-        for run in generate["runs"]
-    ]
-    per_step, per_token = fit_decoding(runs)
-
-    def beside(measured: dict[str, float] | None) -> dict[str, float]:
-        if measured is None:
-            return {"work": 1.0, "start": 1.0}
-        if "start" in measured:
-            return measured
-        return {"work": measured["work"], "start": min(1.0, starts["score"] / max(measured["seconds"], 1e-3))}
-
-    sampling, scoring = beside(generate["beside"]), beside(score["beside"])
-    return {
-        "source": "calibration",
-        "when": time.time(),
-        # Replay imports what score does, and evaluation what generate and score do.
-        "start": {
-            "generate": starts["generate"],
-            "score": starts["score"],
-            "replay": starts["score"],
-            "train": starts["train"],
-            "evaluate": max(starts["generate"], starts["score"]),
-        },
-        "starts": min(1.0, len(os.sched_getaffinity(0)) / 2),
-        "beside": {
-            "generate": sampling,
-            "evaluate": sampling,
-            "score": scoring,
-            "replay": scoring,
-            "train": scoring,
-        },
-        "generate": {
-            **{name: value for name, value in generate.items() if name not in ("runs", "beside")},
-            "per_step": per_step,
-            "per_token": per_token,
-        },
-        "score": {name: value for name, value in score.items() if name != "beside"},
-        "train": train,
-        "evaluate": None,
-    }
-
+from dice_py.planning.timeline import Task, timeline
+from dice_py.runs.measured_costs import StageCosts
 
 _PAIR_BYTES = 64  # of a mined pair's row
-_MINING_JSON = 2**14  # mostly the curve
+_MINING_JSON = 2**14  # bytes of mining.json, mostly the curve
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run works, as far as figures do not say."""
+    """The engine and devices of the run, and what is measured for every plan."""
 
     engine: str
     dtype: str
     cuda: bool
     cores: int
     groups: int
+    """Groups of devices that share the shards of generate and score."""
     gpus: int
+    """GPUs of all groups."""
     processes: int
-    """Of the training."""
+    """Processes of the training."""
     shards: int
     """Processes that the training's states are split over."""
     gpu_bytes: int | None
+    """Memory of one GPU; None on the CPU."""
     base_memory: int
-    """Of a process with its libraries, on the host."""
+    """Bytes of host memory that a process with its libraries takes."""
     encode_seconds: float
-    """Of a prompt."""
+    """For tokenizing one prompt."""
     tokenizer_seconds: float
+    """For loading the tokenizer."""
     mine_seconds: float
-    """Of a response."""
+    """For mining one response."""
     bootstrap_seconds: float
+    """For one confidence interval of the evaluation."""
 
 
 @dataclass
-class _Stage:
-    """What becomes an entry of the plan."""
+class _Estimate:
+    """A stage's estimate, without the wait for its process."""
 
     work: float = 0.0
+    """Seconds, without `load`."""
     load: float = 0.0
-    tokens: int = 0
+    """Seconds for weights."""
+    tokens: float = 0.0
     disk: float = 0.0
+    """Bytes that stay."""
     transient: float = 0.0
+    """Further bytes on the disk while the stage works."""
     memory: int = 0
+    """Peak bytes of one GPU, or of the host."""
     devices: int = 0
-    counts: dict[str, Any] | None = None
+    """GPUs in use."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    lacking: dict[str, Any] | None = None
+    """What neither memory nor disk can provide (planning/feasibility.py)."""
 
 
 class Estimator:
-    """Prices the rounds of one run."""
+    """Estimates the stages of one run."""
 
     def __init__(
         self,
         config: RunConfig,
-        record: dict[str, Any],
+        costs: StageCosts,
         machine: Machine,
         policy: ModelSize,
         reference: ModelSize,
         data: Data,
     ) -> None:
-        self.config, self.record, self.machine, self.data = config, record, machine, data
+        self.config, self.costs, self.machine, self.data = config, costs, machine, data
         self.policy, self.reference = policy, reference
-        whole = record["source"] == "run"  # its figures have the tokenizing in them
-        self.tokenizer = 0.0 if whole else machine.tokenizer_seconds
-        self.encode = record["generate"]["per_prompt"] if whole else machine.encode_seconds
-        self._known_logps: set[str] = set()  # models whose log-probabilities of the held-out pairs are kept
+        # The costs of a run have the tokenization in them.
+        self.tokenizer = 0.0 if costs.source == "run" else machine.tokenizer_seconds
+        per_prompt = costs.generate.per_prompt
+        self.encode = machine.encode_seconds if per_prompt is None else per_prompt
+        self._stored_logps: set[str] = set()  # models whose log-probabilities of the held-out pairs are stored
 
     # --- parts that stages share
 
     def _decoding(self, lengths: list[int]) -> float:
-        figures = self.record["generate"]
-        steps = decode_steps(lengths, max(1, int(figures["rows"])), bool(figures["joins"]))
-        return float(
-            figures["per_step"] * steps + figures["per_token"] * sum(lengths) + figures["per_response"] * len(lengths)
-        )
+        costs = self.costs.generate
+        steps = decode_steps(lengths, max(1, costs.rows), costs.continuous)
+        return costs.per_step * steps + costs.per_token * sum(lengths) + costs.per_response * len(lengths)
 
     def _scoring(self, tokens: float, responses: float) -> float:
-        figures = self.record["score"]
-        return float(figures["per_token"] * tokens + figures["per_response"] * responses)
+        return self.costs.score.per_token * tokens + self.costs.score.per_response * responses
 
-    def _memory(self, formula: int, measured: float, copies: int) -> int:
-        """Of the device: of one GPU, or of the host with all processes that hold a model, and the one started ahead."""
+    def _memory(self, formula: int, measured: int, copies: int) -> int:
+        """Peak bytes of one GPU, or of the host: all processes that hold a model, and the one started ahead."""
         if self.machine.cuda:
-            return max(formula, int(measured))
-        each = max(formula + self.machine.base_memory, int(measured))
+            return max(formula, measured)
+        each = max(formula + self.machine.base_memory, measured)
         return each * copies + self.machine.base_memory
 
     def _groups(self, shards: int) -> int:
         return max(1, min(self.machine.groups, shards))
 
-    def _apart(self, groups: int) -> float:
-        """Start-up of the processes of several groups, which is not done ahead."""
-        return float(self.record["start"]["generate"]) if groups > 1 else 0.0
+    def _group_startup(self, groups: int) -> float:
+        """Seconds until the processes of several groups are ready; they are not started ahead."""
+        return self.costs.startup["generate"] if groups > 1 else 0.0
+
+    def _longest_prompt(self) -> int:
+        longest = max((self.data.tokens[number] for ids in self.data.rounds for number in ids), default=1)
+        return min(longest, self.config.data.max_prompt_tokens)
 
     # --- stages
 
-    def generate(self, counts: RoundCounts) -> _Stage:
-        """Encoding, then the slowest group's shards."""
-        config, figures, machine = self.config, self.record["generate"], self.machine
+    def generate(self, counts: RoundCounts) -> _Estimate:
+        """Tokenization, then the shards of the group that has most of them."""
+        config, costs, machine = self.config, self.costs.generate, self.machine
         groups = self._groups(counts.shards)
         shards = math.ceil(counts.shards / groups)
-        most = min(counts.prompts, shards * config.generate.shard_prompts) * config.generate.samples
+        responses = min(counts.prompts, shards * config.generate.shard_prompts) * config.generate.samples
         encoding = self.tokenizer + self.encode * (counts.prompts + counts.prompts_too_long)
-        longest = max((self.data.tokens[number] for ids in self.data.rounds for number in ids), default=1)
-        longest = min(longest, config.data.max_prompt_tokens)
-        formula = generate_memory(self.policy, config, machine.engine, machine.dtype, longest, machine.gpu_bytes)
-        return _Stage(
-            work=encoding + figures["first"] + self._decoding(counts.lengths[:most]) + self._apart(groups),
-            load=figures["load"],
+        formula = generate_memory(
+            self.policy, config, machine.engine, machine.dtype, self._longest_prompt(), machine.gpu_bytes
+        )
+        return _Estimate(
+            work=encoding + costs.warm_up + self._decoding(counts.lengths[:responses]) + self._group_startup(groups),
+            load=costs.load,
             tokens=counts.prompt_tokens + counts.response_tokens,
-            disk=figures["bytes_per_response"] * counts.responses,
-            memory=self._memory(formula, figures["peak"], groups),
+            disk=costs.bytes_per_response * counts.responses,
+            memory=self._memory(formula, costs.peak_bytes, groups),
             devices=machine.gpus if groups > 1 else max(1, machine.gpus // max(1, machine.groups)),
             counts={
                 "shards": counts.shards,
@@ -197,81 +151,83 @@ class Estimator:
             },
         )
 
-    def score(self, counts: RoundCounts) -> _Stage:
-        """The reference's pass, the gate, and the policy's pass over what the gate does not leave out."""
-        config, figures = self.config, self.record["score"]
-        all_tokens = counts.pool_tokens * figures["token_ratio"]
-        own_tokens = (counts.prompt_tokens + counts.response_tokens) * figures["token_ratio"]
-        tokens, gate = all_tokens, 0.0
+    def score(self, counts: RoundCounts) -> _Estimate:
+        """The reference's pass, the gate, and the policy's pass over the responses that the gate does not spare it."""
+        config, costs = self.config, self.costs.score
+        all_tokens = counts.pool_tokens * costs.token_ratio
+        own_tokens = (counts.prompt_tokens + counts.response_tokens) * costs.token_ratio
+        gate = 0.0
         if config.score.policy_logps == "reuse_if_equal":
-            gated = min(config.score.gate_responses, counts.responses)
+            responses = min(config.score.gate_responses, counts.responses)
             mean = counts.prompt_tokens / max(1, counts.prompts) + counts.response_tokens / max(1, counts.responses)
-            gate = gated * mean
-        passes = all_tokens - own_tokens if gate and figures["gate_passed"] else all_tokens
+            gate = responses * mean
+        policy_tokens = all_tokens - own_tokens if gate and costs.gate_passed else all_tokens
         groups = self._groups(counts.shards)
         formula = score_memory([self.policy, self.reference], config, self.machine.dtype, self.machine.cuda)
-        work = figures["first"] + figures["fixed"] + self._apart(groups) * (2 if passes else 1)
-        work += self._scoring(gate, 0) + self._scoring((tokens + passes) / groups, counts.pool_responses / groups)
-        return _Stage(
+        work = costs.warm_up + costs.fixed + self._group_startup(groups) * (2 if policy_tokens else 1)
+        work += self._scoring(gate, 0)
+        work += self._scoring((all_tokens + policy_tokens) / groups, counts.pool_responses / groups)
+        return _Estimate(
             work=work,
-            load=figures["load"] * (2 if gate or passes else 1),
-            tokens=round(tokens + passes + gate),
-            disk=figures["bytes_per_response"] * counts.pool_responses,
-            memory=self._memory(formula, figures["peak"], groups),
+            load=costs.load * (2 if gate or policy_tokens else 1),
+            tokens=round(all_tokens + policy_tokens + gate),
+            disk=costs.bytes_per_response * counts.pool_responses,
+            memory=self._memory(formula, costs.peak_bytes, groups),
             devices=groups if self.machine.cuda else 0,
-            counts={"shards": counts.shards, "responses": counts.pool_responses, "gate_passes": figures["gate_passed"]},
+            counts={"shards": counts.shards, "responses": counts.pool_responses, "gate_passes": costs.gate_passed},
         )
 
-    def mine(self, counts: RoundCounts) -> _Stage:
+    def mine(self, counts: RoundCounts) -> _Estimate:
         """In the run's own process."""
-        return _Stage(
+        return _Estimate(
             work=self.machine.mine_seconds * counts.pool_responses,
-            tokens=0,
             disk=_PAIR_BYTES * counts.mined + _MINING_JSON,
             memory=self.machine.base_memory + 64 * counts.pool_responses,
             counts={"responses": counts.pool_responses, "pairs": counts.mined},
         )
 
-    def replay(self, counts: RoundCounts) -> _Stage:
-        """Tokenises and scores the replayed pairs under the policy."""
-        figures = self.record["score"]
+    def replay(self, counts: RoundCounts) -> _Estimate:
+        """Tokenizes the replayed pairs, and scores them under the policy."""
+        costs = self.costs.score
         formula = score_memory([self.policy], self.config, self.machine.dtype, self.machine.cuda)
-        scored = counts.replay > 0
         lacking = None
         if counts.replay < counts.replay_wanted and self.config.replay.on_shortfall == "error":
             lacking = {
                 "setting": "replay.gamma",
                 "needed": counts.replay_wanted,
                 "available": counts.replay,
-                "text": f"{counts.replay_wanted} pairs are to be replayed, and {counts.replay} are there on prompts "
-                "that are not sampled",
-                "remedy": "lower replay.gamma, give more offline pairs, or set replay.on_shortfall=record",
+                "text": f"{counts.replay_wanted} pairs are to be replayed, but only {counts.replay} are on prompts "
+                "that the round does not sample",
+                "remedy": "lower replay.gamma, add offline pairs, or set replay.on_shortfall=record",
             }
-        work = self.tokenizer + figures["first"] + figures["per_pair"] * counts.replay
+        work = load = 0.0
+        if counts.replay:
+            work = self.tokenizer + costs.warm_up + costs.per_pair * counts.replay
+            work += self._scoring(counts.replay_tokens, 2 * counts.replay)
+            load = costs.load
         total = counts.replay + min(counts.mined, counts.pairs)
-        return _Stage(
-            work=work + self._scoring(counts.replay_tokens, 2 * counts.replay) if scored else 0.0,
-            load=figures["load"] if scored else 0.0,
+        return _Estimate(
+            work=work,
+            load=load,
             tokens=counts.replay_tokens,
-            disk=figures["bytes_per_pair"] * total,
-            memory=self._memory(formula, figures["peak"], 1),
+            disk=costs.bytes_per_pair * total,
+            memory=self._memory(formula, costs.peak_bytes, 1),
             devices=1 if self.machine.cuda else 0,
-            counts={"pairs": total, "replayed": counts.replay, "wanted": counts.replay_wanted, "lacking": lacking},
+            counts={"pairs": total, "replayed": counts.replay, "wanted": counts.replay_wanted},
+            lacking=lacking,
         )
 
-    def train(self, counts: RoundCounts) -> _Stage:
-        """Steps of pairs as long as the calibration's, or longer in proportion; checkpoints; the model at the end."""
-        config, figures, machine = self.config, self.record["train"], self.machine
+    def train(self, counts: RoundCounts) -> _Estimate:
+        """Optimizer steps, each by its tokens; checkpoints; the model at the end."""
+        config, costs, machine = self.config, self.costs.train, self.machine
         train = config.train
         batch = min(train.batch_size, counts.pairs) if counts.pairs else train.batch_size
-        step = figures["per_step"] * counts.pair_tokens * batch / max(1.0, figures["step_tokens"])
+        step = costs.per_step * counts.pair_tokens * batch / max(1.0, costs.step_tokens)
         saves = 0
         if train.save_steps is not None:
             saves = counts.steps // train.save_steps + (counts.steps % train.save_steps > 0)
-        kept = min(saves, 2) + (saves > 2)  # two are kept, and the next is written before the oldest goes
-        bytes_of_one = figures["checkpoint_bytes"] or checkpoint_bytes(self.policy, config)
-        longest = max((self.data.tokens[number] for ids in self.data.rounds for number in ids), default=1)
-        longest = min(longest, config.data.max_prompt_tokens) + max(self.data.lengths, default=1)
+        kept = min(saves, 2) + (saves > 2)  # two are kept, and the next is written before the oldest is removed
+        longest = self._longest_prompt() + max(self.data.lengths, default=1)
         longest = min(longest, train.max_length or longest)
         formula = train_memory(self.policy, config, machine.dtype, longest, machine.shards)
         lacking = None
@@ -283,82 +239,90 @@ class Estimator:
                 "text": "no prompt of the calibration had enough usable responses, so that no pair could be mined",
                 "remedy": "raise generate.max_new_tokens or generate.samples, or loosen the mine.* filters",
             }
-        return _Stage(
-            work=figures["fixed"] + step * counts.steps + figures["save"] * saves,
-            load=figures["load"],
+        return _Estimate(
+            work=costs.fixed + step * counts.steps + costs.save * saves,
+            load=costs.load,
             tokens=round(counts.pair_tokens * batch * counts.steps),
             disk=self.policy.stored_bytes,
-            transient=bytes_of_one * kept,
-            memory=self._memory(formula, figures["peak"], 1 if machine.cuda else machine.processes),
+            transient=(costs.checkpoint_bytes or checkpoint_bytes(self.policy, config)) * kept,
+            memory=self._memory(formula, costs.peak_bytes, 1 if machine.cuda else machine.processes),
             devices=machine.processes if machine.cuda else 0,
-            counts={"pairs": counts.pairs, "steps": counts.steps, "checkpoints": saves, "lacking": lacking},
+            counts={"pairs": counts.pairs, "steps": counts.steps, "checkpoints": saves},
+            lacking=lacking,
         )
 
-    def evaluate(self, number: int, rounds: int) -> _Stage:
-        """Samples of held-out prompts (in round 1 of the start too), rewards, and held-out pairs under three models."""
-        config, machine = self.config, self.machine
-        sampling, scoring = self.record["generate"], self.record["score"]
-        stage = _Stage(devices=1 if machine.cuda else 0)
+    def evaluate(self, number: int) -> _Estimate:
+        """Samples of held-out prompts (in round 1 also the start's), rewards, and held-out pairs under three models."""
+        config, scoring, machine = self.config, self.costs.score, self.machine
+        stage = _Estimate(devices=1 if machine.cuda else 0)
         prompts = [n for n in self.data.eval_prompts if n <= config.data.max_prompt_tokens][: config.evaluate.prompts]
         responses = len(prompts) * config.evaluate.samples
-        tokens_of_pairs = tokens = 0.0
-        held = False
-        if responses:
-            lengths = draw_lengths(self.data.lengths, responses)
-            draws = 2 if number == 1 else 1
-            each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths)
-            stage.work += sampling["first"] + draws * each + machine.bootstrap_seconds * (4 if config.is_world else 1)
-            stage.load += draws * sampling["load"]
-            stage.disk += draws * sampling["bytes_per_response"] * responses
-            stage.tokens += draws * (sum(prompts) + sum(lengths))
-            if config.is_world:
-                held = True
-                tokens = 2 * (sum(prompts) + sum(lengths)) * scoring["token_ratio"]
-                stage.load += 2 * scoring["load"]
         pairs = min(config.evaluate.pairs, self.data.eval_pairs)
+        scored = 0.0  # tokens
+        if responses:
+            scored += self._add_sampling(stage, number, prompts)
         models = 0
         if pairs:
-            before = f"policy {number - 1}" if config.reward_reference == "previous" else "reference"
-            new = {f"policy {number}", before, "reference"} - self._known_logps
-            self._known_logps |= new
-            models = len(new)
-            prompt, chosen, rejected = self.data.pair_tokens or (0.0, 0.0, 0.0)
-            tokens_of_pairs = models * pairs * (2 * prompt + chosen + rejected)
-            stage.load += (models - held) * scoring["load"]
-            stage.work += self.tokenizer + scoring["per_pair"] * pairs
-            stage.disk += 16 * models * pairs
-        if responses or pairs:
-            stage.work += scoring["first"] if tokens or pairs else 0.0
-            stage.work += self._scoring(tokens + tokens_of_pairs, 2 * models * pairs)
-        stage.tokens += round(tokens + tokens_of_pairs)
-        longest = max(prompts, default=1)
-        formulas = (
-            generate_memory(self.policy, config, machine.engine, machine.dtype, longest, machine.gpu_bytes),
-            score_memory([self.policy, self.reference], config, machine.dtype, machine.cuda),
-        )
-        measured = max(sampling["peak"], scoring["peak"]) if responses else scoring["peak"]
-        stage.memory = self._memory(max(formulas) if responses else formulas[1], measured, 1)
+            models, tokens = self._add_pairs(stage, number, pairs, held=scored > 0)
+            scored += tokens
+        if scored or pairs:
+            stage.work += scoring.warm_up
+        stage.work += self._scoring(scored, 2 * models * pairs)
+        stage.tokens += round(scored)
+        formula = score_memory([self.policy, self.reference], config, machine.dtype, machine.cuda)
+        measured = scoring.peak_bytes
+        if responses:
+            longest = max(prompts)
+            sampling = generate_memory(self.policy, config, machine.engine, machine.dtype, longest, machine.gpu_bytes)
+            formula, measured = max(formula, sampling), max(measured, self.costs.generate.peak_bytes)
+        stage.memory = self._memory(formula, measured, 1)
         stage.counts = {"prompts": len(prompts), "responses": responses, "pairs": pairs}
-        seen = self.record["evaluate"]
-        if seen is not None and seen["of"] == [len(prompts), config.evaluate.samples if prompts else 0, pairs]:
-            # The last round's is not beside the start of another process.
-            at = -1 if number == rounds else min(number, max(1, len(seen["work"]) - 1)) - 1
-            stage.work, stage.load = seen["work"][at], seen["load"][at]
+        known = self.costs.evaluate
+        if known is not None and known.workload == (len(prompts), config.evaluate.samples if prompts else 0, pairs):
+            at = min(number, len(known.work)) - 1
+            stage.work, stage.load = known.work[at], known.load[at]
         return stage
+
+    def _add_sampling(self, stage: _Estimate, number: int, prompts: list[int]) -> float:
+        """Adds the sampling of held-out prompts (their tokens are given); returns the tokens to score for rewards."""
+        config, costs = self.config, self.costs.generate
+        responses = len(prompts) * config.evaluate.samples
+        lengths = draw_lengths(self.data.lengths, responses)
+        draws = 2 if number == 1 else 1
+        each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths)
+        intervals = 4 if config.is_world else 1
+        stage.work += costs.warm_up + draws * each + self.machine.bootstrap_seconds * intervals
+        stage.load += draws * costs.load
+        stage.disk += draws * costs.bytes_per_response * responses
+        stage.tokens += draws * (sum(prompts) + sum(lengths))
+        if not config.is_world:
+            return 0.0
+        stage.load += 2 * self.costs.score.load
+        return 2 * (sum(prompts) + sum(lengths)) * self.costs.score.token_ratio
+
+    def _add_pairs(self, stage: _Estimate, number: int, pairs: int, held: bool) -> tuple[int, float]:
+        """Adds the held-out pairs; returns (models that score them, tokens to score). `held`: one model is loaded."""
+        before = f"policy {number - 1}" if self.config.reward_reference == "previous" else "reference"
+        new = {f"policy {number}", before, "reference"} - self._stored_logps
+        self._stored_logps |= new
+        prompt, chosen, rejected = self.data.pair_tokens or (0.0, 0.0, 0.0)
+        stage.load += (len(new) - held) * self.costs.score.load
+        stage.work += self.tokenizer + self.costs.score.per_pair * pairs
+        stage.disk += 16 * len(new) * pairs
+        return len(new), len(new) * pairs * (2 * prompt + chosen + rejected)
 
     # --- the run
 
-    def price(self, rounds: list[RoundCounts], check: float | None) -> dict[str, dict[str, Any]]:
-        """The entries of all stages, by name, in order of work.
+    def estimate(self, rounds: list[RoundCounts], check: float | None) -> dict[str, dict[str, Any]]:
+        """The entries of all stages, by name ("round-01/generate"), in order of work.
 
         Args:
-            check: seconds of the process that looks at the user's models and data; None where there is none. It is
+            check: seconds of the process that checks the user's models and data; None where there is none. It is
                 part of the first stage.
         """
-        named: list[tuple[str, _Stage, Task]] = []
-        start = self.record["start"]
-        if check is not None:
-            named.append(("check", _Stage(), Task("check", 0.0, check, prepares=True)))
+        names: list[str] = []
+        stages: list[_Estimate] = []
+        tasks = [] if check is None else [Task(0.0, check, prepares=True)]
         for number, counts in enumerate(rounds, start=1):
             for kind, stage in (
                 ("generate", self.generate(counts)),
@@ -366,39 +330,32 @@ class Estimator:
                 ("mine", self.mine(counts)),
                 ("replay", self.replay(counts)),
                 ("train", self.train(counts)),
-                ("evaluate", self.evaluate(number, len(rounds))),
+                ("evaluate", self.evaluate(number)),
             ):
-                spawned = kind != "mine"
-                beside = self.record["beside"].get(kind, {"work": 1.0, "start": 1.0})
-                task = Task(
-                    kind,
-                    start[kind] if spawned else None,
-                    stage.work + stage.load,
-                    prepares=spawned and (kind != "evaluate" or number < len(rounds)),
-                    work_beside=beside["work"],
-                    start_beside=beside["start"],
-                )
-                named.append((f"round-{number:02d}/{kind}", stage, task))
-        times = timeline([task for _, _, task in named], self.record["starts"])
-        found: dict[str, dict[str, Any]] = {}
-        before = 0.0
-        for (name, stage, _), (seconds, wait) in zip(named, times, strict=True):
-            if name == "check":
-                before = seconds
-                continue
-            counts_of = dict(stage.counts or {})
-            lacking = counts_of.pop("lacking", None)
-            found[name] = {
-                "seconds": seconds + before,
-                "startup_seconds": wait + stage.load + before,
-                "work_seconds": seconds - wait - stage.load,
-                "gpu_hours": stage.devices * (seconds + before) / 3600 if self.machine.cuda else 0.0,
-                "tokens": int(stage.tokens),
-                "disk_bytes": round(stage.disk),
-                "transient_disk_bytes": round(stage.transient),
-                "peak_memory_bytes": int(stage.memory),
-                **counts_of,
-                **({"lacking": lacking} if lacking else {}),
-            }
+                names.append(f"round-{number:02d}/{kind}")
+                stages.append(stage)
+                prepares = kind != "mine" and (kind != "evaluate" or number < len(rounds))
+                startup = None if kind == "mine" else self.costs.startup[kind]
+                tasks.append(Task(startup, stage.work + stage.load, prepares))
+        times = timeline(tasks)
+        before = 0.0 if check is None else times.pop(0)[0]
+        entries = {}
+        for name, stage, (seconds, wait) in zip(names, stages, times, strict=True):
+            entries[name] = self._entry(stage, seconds, wait, before)
             before = 0.0
-        return found
+        return entries
+
+    def _entry(self, stage: _Estimate, seconds: float, wait: float, before: float) -> dict[str, Any]:
+        """A stage's entry in the plan. `before`: seconds that precede it and count as its start-up."""
+        return {
+            "seconds": seconds + before,
+            "startup_seconds": wait + stage.load + before,
+            "work_seconds": seconds - wait - stage.load,
+            "gpu_hours": stage.devices * (seconds + before) / 3600 if self.machine.cuda else 0.0,
+            "tokens": int(stage.tokens),
+            "disk_bytes": round(stage.disk),
+            "transient_disk_bytes": round(stage.transient),
+            "peak_memory_bytes": stage.memory,
+            **stage.counts,
+            **({"lacking": stage.lacking} if stage.lacking else {}),
+        }

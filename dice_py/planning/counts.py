@@ -1,4 +1,4 @@
-"""How much there is to do in each round of a run: prompts, responses, tokens, pairs and steps. Arithmetic alone."""
+"""Counts of each round of a run: prompts, responses, tokens, pairs and steps. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from dataclasses import dataclass
 import numpy as np
 
 from dice_py.config.run import RunConfig
-from dice_py.planning.timeline import draw_lengths
+from dice_py.planning.decoding import draw_lengths
 from dice_py.replay.mix import requested_counts
 
 
 @dataclass(frozen=True)
 class Data:
-    """What the plan knows of the data; token counts are of the policy's tokenizer."""
+    """The data of a run; tokens are those of the policy's tokenizer."""
 
     rounds: list[list[int]]
-    """Of each round, the prompt_ids."""
+    """By round: the prompt_ids."""
     tokens: dict[int, int]
-    """Of each prompt, its tokens."""
+    """By prompt_id: the prompt's tokens."""
     offline: list[int]
-    """Of each round, the offline pairs on prompts that the round does not sample."""
+    """By round: offline pairs on prompts that the round does not sample."""
     lengths: list[int]
-    """Tokens of some responses, as they were sampled."""
+    """Tokens of some sampled responses."""
     usable: float
     """Share of the prompts with enough usable responses."""
     pair_tokens: tuple[float, float, float] | None = None
-    """Mean tokens of an offline pair's prompt, chosen and rejected; None: as sampled ones have."""
+    """Mean tokens of an offline pair's prompt, chosen and rejected; None: the same as those of sampled ones."""
     eval_prompts: tuple[int, ...] = ()
-    """Of each held-out prompt, its tokens."""
+    """Tokens of each held-out prompt."""
     eval_pairs: int = 0
 
 
 @dataclass(frozen=True)
 class RoundCounts:
-    """Of one round; tokens of prompts count each prompt once."""
+    """Counts of one round; `prompt_tokens` counts each prompt once."""
 
     prompts: int
     prompts_too_long: int
@@ -45,24 +45,24 @@ class RoundCounts:
     prompt_tokens: int
     response_tokens: int
     lengths: list[int]
-    """Of each response, drawn from those that were seen."""
+    """Tokens of each response, drawn from `Data.lengths`."""
     pool_responses: int
-    """That are scored and mined: those of earlier rounds too, with mine.pool_rounds."""
+    """Responses that are scored and mined; with mine.pool_rounds, also those of earlier rounds."""
     pool_tokens: int
     mined: int
     replay: int
     replay_wanted: int
     pairs: int
-    """In the training set, those that are too long left out."""
+    """Pairs of the training set, without those that are too long."""
     pair_tokens: float
-    """Of a pair's two sequences, on average."""
+    """Mean tokens of a pair's two sequences together."""
     replay_tokens: int
-    """Of the replayed pairs' sequences, which are scored."""
+    """Tokens of the replayed pairs' sequences, which are scored."""
     steps: int
 
 
 def training_steps(config: RunConfig, pairs: int, processes: int) -> int:
-    """Optimizer steps, as transformers' Trainer counts them: its last step of an epoch may be a short one."""
+    """Optimizer steps, as transformers' Trainer counts them: the last step of an epoch may have fewer pairs."""
     train = config.train
     if train.max_steps is not None:
         return train.max_steps
@@ -72,14 +72,19 @@ def training_steps(config: RunConfig, pairs: int, processes: int) -> int:
 
 
 def pairs_per_prompt(config: RunConfig) -> int:
-    """At most, by the pairing."""
+    """The most pairs that the pairing makes of a prompt."""
     mine, samples = config.mine, config.generate.samples
-    found = {"top_bottom": mine.top_k * mine.bottom_k, "all_pairs": samples * (samples - 1) // 2}.get(mine.pairing, 1)
-    return found if mine.pairs_per_prompt is None else min(found, mine.pairs_per_prompt)
+    pairs = {"top_bottom": mine.top_k * mine.bottom_k, "all_pairs": samples * (samples - 1) // 2}.get(mine.pairing, 1)
+    return pairs if mine.pairs_per_prompt is None else min(pairs, mine.pairs_per_prompt)
 
 
 def share_within(max_length: int | None, prompts: Sequence[int], lengths: Sequence[int]) -> float:
-    """Share of pairs of which prompt and longer response have at most `max_length` tokens."""
+    """Share of pairs whose prompt and longer response have at most `max_length` tokens together.
+
+    Args:
+        prompts: tokens of prompts.
+        lengths: tokens of responses.
+    """
     if max_length is None or not len(prompts):
         return 1.0
     longer = np.maximum(draw_lengths(lengths, 4096), draw_lengths(lengths[::-1], 4096))
@@ -90,53 +95,61 @@ def count_rounds(config: RunConfig, data: Data, processes: int = 1) -> list[Roun
     """The counts of every round, in order.
 
     Args:
-        processes: of the training.
+        processes: processes of the training.
     """
-    found: list[RoundCounts] = []
-    for at, ids in enumerate(data.rounds):
-        kept = [data.tokens[number] for number in ids if data.tokens[number] <= config.data.max_prompt_tokens]
-        responses = len(kept) * config.generate.samples
-        lengths = draw_lengths(data.lengths, responses)
-        first = max(0, at + 1 - config.mine.pool_rounds)
-        earlier = found[first:at]
-        asked = {number for ids in data.rounds[first : at + 1] for number in ids} & {
-            number for number, tokens in data.tokens.items() if tokens <= config.data.max_prompt_tokens
-        }
-        mined = round(data.usable * len(asked)) * pairs_per_prompt(config)
-        available = data.offline[at]
-        gamma = config.replay.gamma
-        buffer = config.replay.buffer
-        if buffer is not None:
-            available += min(buffer.capacity, sum(round_.mined for round_ in found))
-            if not available and not at:
-                gamma = 0.0  # nothing to replay from yet: the round trains on mined pairs alone
-        want_mined, wanted = requested_counts(mined, gamma, config.replay.total)
-        replay = min(wanted, available)
-        mean_prompt, mean = sum(kept) / max(1, len(kept)), sum(lengths) / max(1, len(lengths))
-        own = 2 * (mean_prompt + mean)
-        prompt, chosen, rejected = data.pair_tokens or (mean_prompt, mean, mean)
-        offline = 2 * prompt + chosen + rejected
-        taken = min(want_mined, mined)
-        total = taken + replay
-        pairs = round(total * share_within(config.train.max_length, kept, data.lengths))
-        found.append(
-            RoundCounts(
-                prompts=len(kept),
-                prompts_too_long=len(ids) - len(kept),
-                shards=math.ceil(len(kept) / config.generate.shard_prompts),
-                responses=responses,
-                prompt_tokens=sum(kept),
-                response_tokens=sum(lengths),
-                lengths=lengths,
-                pool_responses=responses + sum(round_.responses for round_ in earlier),
-                pool_tokens=sum(kept) + sum(lengths) + sum(r.prompt_tokens + r.response_tokens for r in earlier),
-                mined=mined,
-                replay=replay,
-                replay_wanted=wanted,
-                pairs=pairs,
-                pair_tokens=(taken * own + replay * offline) / max(1, total),
-                replay_tokens=round(replay * offline),
-                steps=training_steps(config, pairs, processes),
-            )
-        )
-    return found
+    rounds: list[RoundCounts] = []
+    for number in range(len(data.rounds)):
+        rounds.append(_count_round(config, data, processes, number, rounds))
+    return rounds
+
+
+def _count_round(
+    config: RunConfig, data: Data, processes: int, number: int, before: Sequence[RoundCounts]
+) -> RoundCounts:
+    """The counts of round `number`, from 0. `before`: those of all rounds before it."""
+    ids = data.rounds[number]
+    limit = config.data.max_prompt_tokens
+    kept = [data.tokens[prompt] for prompt in ids if data.tokens[prompt] <= limit]
+    responses = len(kept) * config.generate.samples
+    lengths = draw_lengths(data.lengths, responses)
+    first = max(0, number + 1 - config.mine.pool_rounds)
+    pooled = before[first:number]
+    prompts = {prompt for ids in data.rounds[first : number + 1] for prompt in ids if data.tokens[prompt] <= limit}
+    mined = round(data.usable * len(prompts)) * pairs_per_prompt(config)
+    mined_wanted, replay_wanted, available = _replay_counts(config, mined, data.offline[number], before)
+    mined_taken, replay = min(mined_wanted, mined), min(replay_wanted, available)
+    mean_prompt, mean_response = sum(kept) / max(1, len(kept)), sum(lengths) / max(1, len(lengths))
+    prompt, chosen, rejected = data.pair_tokens or (mean_prompt, mean_response, mean_response)
+    mined_tokens, replay_tokens = 2 * (mean_prompt + mean_response), 2 * prompt + chosen + rejected
+    total = mined_taken + replay
+    pairs = round(total * share_within(config.train.max_length, kept, data.lengths))
+    return RoundCounts(
+        prompts=len(kept),
+        prompts_too_long=len(ids) - len(kept),
+        shards=math.ceil(len(kept) / config.generate.shard_prompts),
+        responses=responses,
+        prompt_tokens=sum(kept),
+        response_tokens=sum(lengths),
+        lengths=lengths,
+        pool_responses=responses + sum(other.responses for other in pooled),
+        pool_tokens=sum(kept) + sum(lengths) + sum(other.prompt_tokens + other.response_tokens for other in pooled),
+        mined=mined,
+        replay=replay,
+        replay_wanted=replay_wanted,
+        pairs=pairs,
+        pair_tokens=(mined_taken * mined_tokens + replay * replay_tokens) / max(1, total),
+        replay_tokens=round(replay * replay_tokens),
+        steps=training_steps(config, pairs, processes),
+    )
+
+
+def _replay_counts(config: RunConfig, mined: int, offline: int, before: Sequence[RoundCounts]) -> tuple[int, int, int]:
+    """(mined pairs wanted, replayed pairs wanted, pairs that can be replayed) of a round."""
+    gamma, buffer = config.replay.gamma, config.replay.buffer
+    available = offline
+    if buffer is not None:
+        available += min(buffer.capacity, sum(other.mined for other in before))
+        if not available and not before:
+            gamma = 0.0  # nothing to replay yet: the round trains on mined pairs alone
+    mined_wanted, replay_wanted = requested_counts(mined, gamma, config.replay.total)
+    return mined_wanted, replay_wanted, available

@@ -1,4 +1,4 @@
-"""Whether a planned run fits, and the first thing that would fail: checks in the order of the work."""
+"""Whether a planned run fits into memory and disk, and the first stage that would fail."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Room:
-    """What there is: bytes free on the run folder's disk, and of the memory that models are held in."""
+    """Free bytes: on the run folder's disk, and of the memory that holds the models."""
 
     disk: int
     memory: int
-    place: str
-    """Names the memory: "GPU memory" or "memory"."""
+    memory_name: str
+    """"GPU memory" or "memory"."""
 
 
 def _gib(count: float) -> str:
@@ -36,12 +36,12 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
 
     Args:
         stages: in order of work, by name ("round-01/generate"): `peak_memory_bytes`, `disk_bytes`, which stay, and
-            `transient_disk_bytes`, which it needs beside them while it works. A stage that lacks what no memory or
-            disk can give has `lacking`: `setting`, `needed`, `available`, `text`, `remedy`.
+            `transient_disk_bytes`, which it needs in addition while it works. A stage that lacks something other than
+            memory and disk has `lacking`: `setting`, `needed`, `available`, `text`, `remedy`.
 
     Returns:
-        `stage`, `what` ("memory", "disk" or "data"), `setting`, `needed`, `available` (bytes; of data a count), `text`
-        and `remedy`.
+        `stage`, `what` ("memory", "disk" or "data"), `setting`, `needed`, `available` (bytes; for "data" a count),
+        `text` and `remedy`.
     """
     written = 0
     for name, stage in stages.items():
@@ -56,7 +56,7 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
                 "setting": "generate.vllm.gpu_memory_utilization" if stage.get("engine") == "vllm" else _SETTINGS[kind],
                 "needed": needed,
                 "available": room.memory,
-                "text": f"{name} needs {_gib(needed)} of {room.place}, and {_gib(room.memory)} are free",
+                "text": f"{name} needs {_gib(needed)} of {room.memory_name}, and {_gib(room.memory)} are free",
                 "remedy": REGISTRY[kind].remedy,
             }
         needed = written + stage["disk_bytes"] + stage["transient_disk_bytes"]
@@ -68,8 +68,8 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
                 "setting": "train.save_steps" if saves else "rounds",
                 "needed": needed,
                 "available": room.disk,
-                "text": f"by {name} the run has {_gib(needed)} on the disk, and {_gib(room.disk)} are free",
-                "remedy": "free some space, give --run-dir on a larger disk"
+                "text": f"up to {name} the run needs {_gib(needed)} of disk, and {_gib(room.disk)} are free",
+                "remedy": "free some space, set --run-dir to a larger disk"
                 + (", or set train.save_steps=null" if saves else ", or lower rounds"),
             }
         written += stage["disk_bytes"]
@@ -77,9 +77,9 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
 
 
 def peak_disk(stages: Mapping[str, dict[str, Any]]) -> int:
-    """The most that the run folder holds at any time."""
-    written = most = 0
+    """The most bytes that the run folder holds at any time."""
+    written = peak = 0
     for stage in stages.values():
-        most = max(most, written + stage["disk_bytes"] + stage["transient_disk_bytes"])
+        peak = max(peak, written + stage["disk_bytes"] + stage["transient_disk_bytes"])
         written += stage["disk_bytes"]
-    return most
+    return peak

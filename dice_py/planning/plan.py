@@ -1,83 +1,55 @@
 """`dice plan`: what a run would cost, before it is started: counts, seconds, GPU hours, disk and memory of each stage.
 
-Counts come from the run's own reading of its data. Seconds come from figures of the same model shape, type, device
-and versions: remembered from an earlier plan or run, else measured now. Of each stage
+Counts come from the data, which is read as the run reads it. Seconds come from costs measured for the same model shape,
+dtype, device and versions: kept from an earlier plan or run, else measured now. For each stage
 
-    seconds = wait for its process + load of weights + what is paid once + rate × units
+    seconds = wait for its process + loading weights + fixed costs + cost per unit × units
 
-where the wait follows from which process is started ahead of which (planning/timeline.py). A round's policy is taken
-to answer as the first one does, and every prompt with enough usable responses to give its pairs: counts of pairs are
-estimates, and where a filter of `mine` drops more, upper bounds. Nothing is written but what is remembered.
+where the wait depends on which process is started ahead of which (planning/timeline.py). The policies of all rounds are
+assumed to answer as the first one does, and every prompt with enough usable responses to yield its pairs: counts of
+pairs are estimates, and where a filter of `mine` drops more, upper bounds. Only the measured costs are kept.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from dice_py.compute.stage_process import run_in_subprocess
-from dice_py.compute.worker import Worker
 from dice_py.config.run import RunConfig
 from dice_py.data import prompt_key
 from dice_py.evaluation.metrics import bootstrap_ci95
 from dice_py.events import Report, no_report
 from dice_py.mining.pairs import mine_pairs
-from dice_py.models.sizes import model_size
-from dice_py.planning.calibrate_generation import GENERATED
-from dice_py.planning.costs import Estimator, Machine, make_record
+from dice_py.models.sizes import ModelSize, model_size
+from dice_py.planning.calibrate_generation import Probe
+from dice_py.planning.calibration import SubprocessRunner, calibrate, note_load, run_probe, sampled_file
+from dice_py.planning.costs import Estimator, Machine
 from dice_py.planning.counts import Data, count_rounds
+from dice_py.planning.decoding import draw_lengths
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
-from dice_py.planning.timeline import draw_lengths
 from dice_py.runs.folder import Run
 from dice_py.runs.inputs import Inputs, prepare, round_prompts
+from dice_py.runs.measured_costs import (
+    ResponseLengths,
+    StageCosts,
+    recall_costs,
+    recall_lengths,
+    remember_costs,
+    remember_lengths,
+)
 from dice_py.runs.profile import read_events
-from dice_py.runs.throughput import KIND, LENGTHS, lengths_key, lengths_of, record_key
-from dice_py.stages.registry import REGISTRY
-from dice_py.storage.cache import recall, remember
+from dice_py.runs.throughput import costs_key, lengths_key, response_lengths
 from dice_py.storage.parquet import parquet_rows, read_parquet
 
-_MOST_MINED = 200_000  # responses on which mining is timed
-
-
-def resolve(work: str) -> Callable[..., Any]:
-    module, _, name = work.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
-
-
-class SubprocessRunner:
-    """Pieces of work in processes of their own, one after the other, and how long each took to start."""
-
-    def __init__(self, folder: Path, report: Report) -> None:
-        self.folder, self.report = folder, report
-        self.starts: dict[str, float] = {}
-
-    def run(self, stage: str, work: str, **arguments: Any) -> Any:
-        """Calls `work` in a process that has imported what the stage's has."""
-
-        def on_event(event: str, **fields: Any) -> None:
-            if event == "process" and fields["work"] == work:
-                # Of a process that was given its work at once, the imports are in it.
-                self.starts[stage] = fields["seconds"]["spawn"] + fields["seconds"]["import"]
-            elif event in ("note", "progress"):
-                self.report(event, **fields)
-
-        log = self.folder / f"{stage}.log"
-        warm = Worker(REGISTRY[stage].imports, log)
-        call = functools.partial(resolve(work), **arguments)
-        remedy = REGISTRY[stage].remedy
-        return run_in_subprocess(call, log=log, remedy=remedy, report=on_event, warm=warm, name=work)
+_MAX_MINED = 200_000  # responses that the mining is timed on
 
 
 def plan(
@@ -90,67 +62,28 @@ def plan(
 ) -> dict[str, Any]:
     """The plan of the run of `config` in `folder`, ready for JSON; nothing is written there.
 
-    `total_seconds` and, per stage in `stages` ("round-01/generate", …), `seconds`, `startup_seconds` (waiting for its
-    process, and loading), `work_seconds`, `gpu_hours`, `tokens`, `disk_bytes` (that stay), `transient_disk_bytes`
-    (beside them, while it works), `peak_memory_bytes` (of one GPU, or of the host), and its counts. `gpu_hours` of the
-    run; without a GPU it is 0, and `cpu_hours` are its cores times its wall clock. `disk_bytes` and `peak_memory_bytes`
-    at their highest; `fits`, and `first_failure` (planning/feasibility.py), in the order of the work.
-
     Args:
-        fresh: measure, even where figures are remembered.
+        fresh: measure costs even where some are kept.
         own_start: seconds that the command itself takes to start.
 
+    Returns:
+        `stages`: by stage ("round-01/generate", …) `seconds`, `startup_seconds` (waiting for its process, and loading),
+        `work_seconds`, `gpu_hours`, `tokens`, `disk_bytes` (that stay), `transient_disk_bytes` (further ones while it
+        works), `peak_memory_bytes` (of one GPU, or of the host), and its counts. For the run: `total_seconds`,
+        `gpu_hours`, `cpu_hours` (without a GPU: its cores times its wall clock), `disk_bytes` and `peak_memory_bytes`
+        at their peak, `fits`, and `first_failure` (planning/feasibility.py), the first in order of work.
+
     Raises:
-        DiceError: what the run would be refused for before its first stage.
+        DiceError: the same errors that would stop the run before its first stage.
     """
     with tempfile.TemporaryDirectory(prefix="dice-plan-") as temporary:
-        base = Path(temporary)
-        this = Run(base / "run", config, report)
-        this.folder.mkdir()
-        try:
-            inputs = prepare(this)
-            files = [
-                round_prompts(this, inputs, number, this.folder / f"round-{number:02d}" / "generate")
-                for number in range(1, config.rounds + 1)
-            ]
-        finally:
-            this.close()
-        apart = SubprocessRunner(base, report)
-        key = record_key(config, inputs.policy)
-        key_of_lengths = lengths_key(config, inputs.policy, inputs.prompts)
-        record = None if fresh else recall(KIND, key)
-        lengths = None if fresh else recall(LENGTHS, key_of_lengths)
-        source = "measured" if record is None else "stored"
-        if record is None:
-            _tell_load(report)
-        looked = apart.run(
-            "generate",
-            "dice_py.planning.calibrate_generation:probe",
-            config=config,
-            policy=inputs.policy,
-            prompts=inputs.prompts,
-            eval_prompts=inputs.eval_prompts,
-            out=base / "generate",
-            measure="all" if record is None else "lengths" if lengths is None else "nothing",
-        )
-        if looked["generate"] is not None:
-            shard = read_parquet(base / "generate" / GENERATED)
-            lengths = lengths_of(config, shard)
-            remember(LENGTHS, key_of_lengths, lengths)
-        assert lengths is not None  # remembered, or measured now
-        if record is None:
-            record = _measure(config, inputs, looked, base, apart)
-            remember(KIND, key, record)
-        data = _data(inputs, [file for file, _ in files], looked, record, lengths)
-        checked = [event for event in read_events(this.folder / "events.jsonl") if event["event"] == "process"]
-        check = (
-            sum(e["seconds"]["total"] for e in checked if e["work"] == "dice_py.stages.preflight:PreflightJob") or None
-        )
-        machine = _machine(config, looked, data)
-        sizes = model_size(inputs.policy), model_size(inputs.reference)
+        measured = _measure(config, Path(temporary), fresh, report)
+    data, probed, costs = measured.data, measured.probe, measured.costs
+    machine = _machine(config, probed, data)
     counts = count_rounds(config, data, machine.processes)
-    stages = Estimator(config, record, machine, *sizes, data).price(counts, check)
-    room = _room(folder, looked)
+    estimator = Estimator(config, costs, machine, measured.policy, measured.reference, data)
+    stages = estimator.estimate(counts, measured.check_seconds)
+    room = _room(folder, probed)
     failure = first_failure(stages, room)
     for stage in stages.values():
         stage.pop("lacking", None)
@@ -166,11 +99,11 @@ def plan(
         "fits": failure is None,
         "first_failure": failure,
         "calibration": {
-            "source": source,
-            "of": record["source"],
-            "device": looked["device"],
-            "dtype": looked["dtype"],
-            "engine": looked["engine"],
+            "source": measured.source,
+            "of": costs.source,
+            "device": probed.device,
+            "dtype": probed.dtype,
+            "engine": probed.engine,
             "responses": len(data.lengths),
             "mean_response_tokens": sum(data.lengths) / max(1, len(data.lengths)),
             "usable_prompt_share": data.usable,
@@ -181,102 +114,120 @@ def plan(
     }
 
 
-def _tell_load(report: Report) -> None:
-    """Says so where other programs keep the cores busy: figures taken beside them are not those of a run alone."""
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load > cores / 2:
-        report(
-            "note",
-            text=f"other programs keep this machine busy (load {load:.1f} on {cores} cores): what is measured now may "
-            "be far slower than a run alone; plan again with --fresh when they have ended",
-        )
+@dataclass(frozen=True)
+class _Measured:
+    """What a plan reads and measures."""
+
+    probe: Probe
+    costs: StageCosts
+    source: Literal["measured", "stored"]
+    """Of `costs`."""
+    data: Data
+    policy: ModelSize
+    reference: ModelSize
+    check_seconds: float | None
+    """Of the process that checks the user's models and data; None where there is none."""
 
 
-def _measure(
-    config: RunConfig, inputs: Inputs, looked: dict[str, Any], base: Path, apart: SubprocessRunner
-) -> dict[str, Any]:
-    """The figures, from a calibration."""
-    score = apart.run(
-        "score",
-        "dice_py.planning.calibrate_training:measure_score",
-        config=config,
-        policy=inputs.policy,
-        reference=inputs.reference,
-        generations=base / "generate" / GENERATED,
-        prompts=inputs.prompts,
-        offline=inputs.offline,
-        gpus=looked["gpu_names"],
-        threads=looked["threads"],
-        out=base / "score",
+def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Measured:
+    """Prepares the run in `base` as the run itself does, and measures what is not kept."""
+    run = Run(base / "run", config, report)
+    run.folder.mkdir()
+    try:
+        inputs = prepare(run)
+        prompts = [
+            round_prompts(run, inputs, number, run.folder / f"round-{number:02d}" / "generate")[0]
+            for number in range(1, config.rounds + 1)
+        ]
+    finally:
+        run.close()
+    runner = SubprocessRunner(base, report)
+    key, key_of_lengths = costs_key(config, inputs.policy), lengths_key(config, inputs.policy, inputs.prompts)
+    costs = None if fresh else recall_costs(key)
+    lengths = None if fresh else recall_lengths(key_of_lengths)
+    source: Literal["measured", "stored"] = "measured" if costs is None else "stored"
+    if costs is None:
+        note_load(report)
+    measure: Literal["costs", "lengths", "nothing"]
+    measure = "costs" if costs is None else "lengths" if lengths is None else "nothing"
+    probed = run_probe(config, inputs, runner, measure)
+    if measure != "nothing":
+        lengths = response_lengths(config, read_parquet(sampled_file(runner)))
+        remember_lengths(key_of_lengths, lengths)
+    assert lengths is not None  # kept, or measured now
+    if costs is None:
+        costs = calibrate(config, inputs, probed, runner)
+        remember_costs(key, costs)
+    return _Measured(
+        probe=probed,
+        costs=costs,
+        source=source,
+        data=_data(inputs, prompts, probed, costs, lengths),
+        policy=model_size(inputs.policy),
+        reference=model_size(inputs.reference),
+        check_seconds=_check_seconds(run.folder / "events.jsonl"),
     )
-    train = apart.run(
-        "train",
-        "dice_py.planning.calibrate_training:measure_train",
-        config=config,
-        policy=inputs.policy,
-        training_set=base / "score" / "training_set.parquet",
-        out=base / "train",
-    )
-    return make_record(looked["generate"], score, train, apart.starts)
 
 
-def _data(
-    inputs: Inputs, rounds: list[Path], looked: dict[str, Any], record: dict[str, Any], lengths: dict[str, Any]
-) -> Data:
-    asked = [read_parquet(file, ["prompt_id", "messages"]) for file in rounds]
+def _check_seconds(events: Path) -> float | None:
+    processes = [event for event in read_events(events) if event["event"] == "process"]
+    checks = [event for event in processes if event["work"] == "dice_py.stages.preflight:PreflightJob"]
+    return sum(event["seconds"]["total"] for event in checks) or None
+
+
+def _data(inputs: Inputs, rounds: list[Path], probed: Probe, costs: StageCosts, lengths: ResponseLengths) -> Data:
+    """`rounds`: the prompts of each round."""
+    prompts = [read_parquet(file, ["prompt_id", "messages"]) for file in rounds]
     pools = [file for file in (inputs.offline, *inputs.buffers.values()) if file is not None]
-    keys = [_keys(file) for file in pools]
+    offline_keys = [key for file in pools for key in read_parquet(file, ["key"])["key"].to_list()]
     offline = []
-    for frame in asked:
+    for frame in prompts:
         sampled = {prompt_key(messages) for messages in frame["messages"].to_list()}
-        offline.append(sum(key not in sampled for pool in keys for key in pool))
-    pair_tokens = record["score"].get("pair_tokens")
+        offline.append(sum(key not in sampled for key in offline_keys))
     return Data(
-        rounds=[frame["prompt_id"].to_list() for frame in asked],
-        tokens=dict(zip(looked["prompt_ids"], looked["prompt_tokens"], strict=True)),
+        rounds=[frame["prompt_id"].to_list() for frame in prompts],
+        tokens=probed.prompt_tokens,
         offline=offline,
-        lengths=lengths["lengths"],
-        usable=lengths["usable"],
-        pair_tokens=None if pair_tokens is None else tuple(pair_tokens),
-        eval_prompts=tuple(looked["eval_prompt_tokens"]),
+        lengths=lengths.lengths,
+        usable=lengths.usable,
+        pair_tokens=costs.score.pair_tokens,
+        eval_prompts=tuple(probed.eval_prompt_tokens),
         eval_pairs=0 if inputs.eval_pairs is None else parquet_rows(inputs.eval_pairs),
     )
 
 
-def _keys(file: Path) -> list[str]:
-    """The prompts of offline pairs, as the draw tells them apart."""
-    return read_parquet(file, ["key"])["key"].to_list()
-
-
-def _machine(config: RunConfig, looked: dict[str, Any], data: Data) -> Machine:
-    layout = looked["layout"]
-    evaluated = min(config.evaluate.prompts, len(data.eval_prompts))
-    began = time.monotonic()
-    if evaluated:
-        bootstrap_ci95([0.5] * evaluated, 0)
-    bootstrap = time.monotonic() - began
+def _machine(config: RunConfig, probed: Probe, data: Data) -> Machine:
+    layout = probed.layout
     return Machine(
-        engine=looked["engine"],
-        dtype=looked["dtype"],
-        cuda=looked["cuda"],
+        engine=probed.engine,
+        dtype=probed.dtype,
+        cuda=probed.cuda,
         cores=len(os.sched_getaffinity(0)),
-        groups=looked["groups"],
-        gpus=looked["gpus"],
+        groups=probed.groups,
+        gpus=probed.gpus,
         processes=layout.processes,
         shards=layout.processes if layout.strategy in ("fsdp2", "zero3") else 1,
-        gpu_bytes=looked["room"]["gpu_bytes"],
-        base_memory=looked["base_memory_bytes"],
-        encode_seconds=looked["encode_seconds"],
-        tokenizer_seconds=looked["tokenizer_seconds"],
+        gpu_bytes=probed.gpu_bytes,
+        base_memory=probed.base_memory_bytes,
+        encode_seconds=probed.encode_seconds,
+        tokenizer_seconds=probed.tokenizer_seconds,
         mine_seconds=_mine_seconds(config, data),
-        bootstrap_seconds=bootstrap,
+        bootstrap_seconds=_bootstrap_seconds(min(config.evaluate.prompts, len(data.eval_prompts))),
     )
 
 
+def _bootstrap_seconds(prompts: int) -> float:
+    """Seconds of one confidence interval over `prompts` held-out prompts."""
+    began = time.monotonic()
+    if prompts:
+        bootstrap_ci95([0.5] * prompts, 0)
+    return time.monotonic() - began
+
+
 def _mine_seconds(config: RunConfig, data: Data) -> float:
-    """Of a response: mining, timed on made-up rewards."""
+    """Seconds for mining one response, timed on made-up rewards."""
     samples = config.generate.samples
-    prompts = max(1, min(_MOST_MINED // samples, max(map(len, data.rounds))))
+    prompts = max(1, min(_MAX_MINED // samples, max(map(len, data.rounds))))
     count = prompts * samples
     rng = np.random.default_rng(0)
     lengths = draw_lengths(data.lengths, count)
@@ -298,11 +249,12 @@ def _mine_seconds(config: RunConfig, data: Data) -> float:
     return (time.monotonic() - began) / count
 
 
-def _room(folder: Path, looked: dict[str, Any]) -> Room:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    room = looked["room"]
-    if looked["cuda"]:
-        return Room(shutil.disk_usage(place).free, room["gpu_free_bytes"], "GPU memory")
-    return Room(shutil.disk_usage(place).free, room["host_free_bytes"], "memory")
+def _room(folder: Path, probed: Probe) -> Room:
+    """Free disk at `folder` or the nearest folder above it that exists, and free memory."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    disk = shutil.disk_usage(existing).free
+    if probed.gpu_free_bytes is not None:
+        return Room(disk, probed.gpu_free_bytes, "GPU memory")
+    return Room(disk, probed.host_free_bytes, "memory")

@@ -8,16 +8,19 @@ from dice_py.reporting.formatting import number
 
 
 def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, exact: list[bool] | None = None) -> str:
-    """The falling step function of mean length gap against α, with the α in use marked on it.
+    """The falling step function of mean length gap against α, with a dot at the α in use.
 
-    `gaps[i]` holds from `alphas[i]` to `alphas[i + 1]`, and is drawn lighter where `exact[i]` is False: there it is
-    of a sample of the prompts.
+    Args:
+        alphas: where the steps begin, ascending.
+        gaps: `gaps[i]` holds from `alphas[i]` to `alphas[i + 1]`.
+        alpha: the α in use; None: no dot.
+        exact: False where a gap was computed on a sample of the prompts; such steps are drawn lighter.
     """
-    given = zip(alphas, gaps, exact or [True] * len(alphas), strict=True)
-    points = [(a, g, e) for a, g, e in given if math.isfinite(a) and math.isfinite(g)]
+    steps = zip(alphas, gaps, exact or [True] * len(alphas), strict=True)
+    points = [(a, g, e) for a, g, e in steps if math.isfinite(a) and math.isfinite(g)]
     if len(points) < 2:
         return "<p class='note'>The gap does not change with α here: there is no curve to draw.</p>"
-    # A few break points far out would flatten everything near the answer.
+    # A few distant break points would flatten the curve near the α in use.
     limit = max(min(points[-1][0], 4 * alpha) if alpha else points[-1][0], 1e-12)
     points = [p for p in points if p[0] <= limit]
     width, height, left, bottom, top = 640, 260, 70, 40, 15
@@ -34,7 +37,7 @@ def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, e
     def y(value: float) -> float:
         return top + (high - value) / span * (height - top - bottom)
 
-    # Consecutive steps of one kind are one path, from the first one's beginning to where the next kind begins.
+    # Consecutive steps of one kind are one path, up to where the next kind begins.
     paths = {True: "", False: ""}
     for i, (a, g, e) in enumerate(points):
         if i == 0 or points[i - 1][2] != e:

@@ -1,12 +1,13 @@
-"""`report.html`: one plain page per run, with the tables of its rounds and the curve of length gap against α.
+"""`report.html`: one page per run, with the tables of its rounds and the curve of length gap against α.
 
-Static HTML and inline SVG, no script and nothing fetched: it can be mailed, and opens from a file.
+Static HTML and inline SVG, without scripts or external files: it can be mailed, and opens from a file.
 """
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from dice_py.reporting.charts import gap_curve_svg
 from dice_py.reporting.formatting import mining_rows, number, seconds
@@ -40,50 +41,67 @@ def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `report.html` from the manifest and the artefacts of a run folder."""
+    """Writes `report.html` from the manifest and the artifacts of a run folder; returns its path."""
     manifest = Manifest(folder / "manifest.json").data
     rounds = sorted({name.split("/")[0] for name in manifest["stages"]})
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>DICE run {escape(folder.name)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>DICE run {escape(folder.name)}</h1>",
-        f"<p>policy at the start: {escape(manifest['policy']['folder'])}<br>"
-        f"reference of round 1: {escape(manifest['reference']['folder'])}</p>",
-    ]
-    metrics = {
-        name: read_json(folder / name / "evaluate" / "metrics.json")
-        for name in rounds
-        if (folder / name / "evaluate" / "metrics.json").is_file()
-    }
-    if metrics:
-        names = list(dict.fromkeys(key for found in metrics.values() for key in found))
-        rows = [[name, *(number(found.get(name)) for found in metrics.values())] for name in names]
-        parts += ["<h2>Evaluation</h2>", _table("on held-out prompts and pairs", ["", *metrics], rows)]
-        parts.append("<p class='note'>Intervals are 95 % percentile bootstraps over prompts.</p>")
+    parts = [*_head(folder.name, manifest), *_evaluation(folder, rounds)]
     for name in rounds:
-        parts.append(f"<h2>{escape(name)}</h2>")
-        stages = [(key.split("/")[1], value) for key, value in manifest["stages"].items() if key.startswith(name + "/")]
-        rows = [[stage, entry["status"], seconds(entry.get("seconds"))] for stage, entry in stages]
-        parts.append(_table("stages", ["stage", "status", "time"], rows))
-        for stage, entry in stages:
-            if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
-                rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
-                parts.append(_table(stage, ["", ""], rows))
-        mining = folder / name / "mine" / "mining.json"
-        if mining.is_file():
-            found = read_json(mining)
-            parts.append(_table(f"mine (lengths in {found['length']})", ["", ""], mining_rows(found)))
-            curve = found["curve"]
-            if curve["alpha"]:
-                exact = curve.get("exact")  # an older version's curve has none, and is exact
-                note = "" if exact is None or all(exact) else " Lighter: of a sample of the prompts."
-                parts.append(
-                    "<p>Mean length gap of the best and the worst response, |best| − |worst|, against α; the dot is "
-                    f"the α in use.{note}</p>"
-                )
-                parts.append(gap_curve_svg(curve["alpha"], curve["mean_length_gap"], found["alpha"], exact))
+        parts += _round(folder, name, manifest["stages"])
     parts.append("</body></html>")
     path = folder / "report.html"
     write_text(path, "\n".join(parts))
     return path
+
+
+def _head(name: str, manifest: dict[str, Any]) -> list[str]:
+    return [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>DICE run {escape(name)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>DICE run {escape(name)}</h1>",
+        f"<p>policy at the start: {escape(manifest['policy']['folder'])}<br>"
+        f"reference of round 1: {escape(manifest['reference']['folder'])}</p>",
+    ]
+
+
+def _evaluation(folder: Path, rounds: list[str]) -> list[str]:
+    """The metrics of all rounds, side by side."""
+    files = {name: folder / name / "evaluate" / "metrics.json" for name in rounds}
+    metrics = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    if not metrics:
+        return []
+    names = list(dict.fromkeys(key for values in metrics.values() for key in values))
+    rows = [[name, *(number(values.get(name)) for values in metrics.values())] for name in names]
+    return [
+        "<h2>Evaluation</h2>",
+        _table("on held-out prompts and pairs", ["", *metrics], rows),
+        "<p class='note'>Intervals are 95 % percentile bootstraps over prompts.</p>",
+    ]
+
+
+def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
+    """The stages of a round, their counts, and its mining. `entries`: the manifest's, of all rounds."""
+    stages = {key.split("/")[1]: entry for key, entry in entries.items() if key.startswith(name + "/")}
+    rows = [[stage, entry["status"], seconds(entry.get("seconds"))] for stage, entry in stages.items()]
+    parts = [f"<h2>{escape(name)}</h2>", _table("stages", ["stage", "status", "time"], rows)]
+    for stage, entry in stages.items():
+        if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
+            rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
+            parts.append(_table(stage, ["", ""], rows))
+    mining = folder / name / "mine" / "mining.json"
+    return [*parts, *_mining(read_json(mining))] if mining.is_file() else parts
+
+
+def _mining(summary: dict[str, Any]) -> list[str]:
+    """The summary of mining, and its curve where it has one."""
+    parts = [_table(f"mine (lengths in {summary['length']})", ["", ""], mining_rows(summary))]
+    curve = summary["curve"]
+    if curve["alpha"]:
+        exact = curve.get("exact")  # missing in an older version's curve, which is exact
+        note = "" if exact is None or all(exact) else " Lighter: of a sample of the prompts."
+        parts += [
+            "<p>Mean length gap of the best and the worst response, |best| − |worst|, against α; the dot is "
+            f"the α in use.{note}</p>",
+            gap_curve_svg(curve["alpha"], curve["mean_length_gap"], summary["alpha"], exact),
+        ]
+    return parts

@@ -17,7 +17,7 @@ from dice_py.storage.schemas import PROMPTS
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a round scores and mines: shards, the oldest round's first."""
+    """The shards that a round scores and mines, those of the oldest round first."""
 
     generations: list[Path]
     keys: list[str]
@@ -25,24 +25,24 @@ class Candidates:
     rounds: list[int]
     """The round that sampled each shard."""
     prompts: Path
-    """The prompts of all of them, each once."""
+    """The prompts of all shards, each once."""
 
 
 def candidates(folder: Path, manifest: Manifest, number: int, pool_rounds: int) -> Candidates:
-    """The shards of the last `pool_rounds` rounds up to round `number`, which have generated.
+    """The shards of the last `pool_rounds` rounds up to round `number`; all of these have generated.
 
     The prompts of several rounds are written to `round-NN/mine/prompts.parquet`.
 
     Raises:
-        DataError: a prompt is not the same in all of the rounds.
+        DataError: a prompt differs between the rounds.
     """
     generations, keys, rounds, prompts = [], [], [], []
     for earlier in range(max(1, number - pool_rounds + 1), number + 1):
         name = f"round-{earlier:02d}"
         generated = manifest.stage(f"{name}/generate")
         assert generated is not None
-        generations += [folder / made["file"] for made in generated["files"]]
-        keys += [made["key"] for made in generated["files"]]
+        generations += [folder / shard["file"] for shard in generated["files"]]
+        keys += [shard["key"] for shard in generated["files"]]
         rounds += [earlier] * len(generated["files"])
         prompts.append(folder / name / "generate" / "prompts.parquet")
     if len(prompts) == 1:
@@ -56,20 +56,20 @@ def candidates(folder: Path, manifest: Manifest, number: int, pool_rounds: int) 
 
 def _same_prompts(prompts: Iterable[Path], generations: list[Path]) -> pl.DataFrame:
     """The prompts of several rounds, each once. A pair's two responses must answer the same tokens."""
-    asked = pl.concat([read_parquet(file, PROMPTS.names()) for file in prompts]).unique(maintain_order=True)
-    twice = asked.filter(pl.col("prompt_id").is_duplicated())["prompt_id"]
-    if len(twice):
+    pooled = pl.concat([read_parquet(file, PROMPTS.names()) for file in prompts]).unique(maintain_order=True)
+    repeated = pooled.filter(pl.col("prompt_id").is_duplicated())["prompt_id"]
+    if len(repeated):
         raise DataError(
-            f"prompt_id {twice[0]} is of two prompts in the rounds whose candidates are pooled: give every prompt "
-            "an id of its own, or set mine.pool_rounds=1"
+            f"prompt_id {repeated[0]} belongs to two different prompts in the pooled rounds; give every prompt its own "
+            "id, or set mine.pool_rounds=1"
         )
     tokens = pl.col("prompt_token_ids").hash()
     sampled = pl.scan_parquet(generations, glob=False).select("prompt_id", tokens).unique().collect()
-    apart = sampled.filter(pl.col("prompt_id").is_duplicated())["prompt_id"]
-    if len(apart):
+    differing = sampled.filter(pl.col("prompt_id").is_duplicated())["prompt_id"]
+    if len(differing):
         raise DataError(
-            f"prompt_id {apart.sort()[0]} has other token ids in one of the pooled rounds than in another, so that "
-            "their responses make no pair: the chat template changes with time (a date?), or with the policy. Start a "
-            "run with a template that does not, or with mine.pool_rounds=1"
+            f"prompt_id {differing.sort()[0]} has different token ids in two of the pooled rounds, so that their "
+            "responses cannot form a pair: the chat template changes with time (a date?) or with the policy. Start a "
+            "run with a template that does not change, or with mine.pool_rounds=1"
         )
-    return asked.sort("prompt_id")
+    return pooled.sort("prompt_id")

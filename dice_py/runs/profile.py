@@ -1,26 +1,26 @@
 """Where a run's time went: each stage's share of its round, what processes cost to start, how idle the GPUs were.
 
-Computed from a run folder's manifest.json and events.jsonl. A run that was resumed has several sessions in one file,
-each begun by a `started` event. A stage's figures are those of its last attempt; the seconds of earlier ones are
-`lost_seconds` (what they had made whole was kept). A stage that a session kept costs nothing there, and neither does a
-session that kept everything.
+Computed from a run folder's manifest.json and events.jsonl. A resumed run has several sessions in one file, each of
+which begins with a `started` event. The values of a stage are those of its last attempt; the seconds of earlier ones
+are `lost_seconds` (their completed shards were kept). A stage that a session kept costs nothing in that session, and a
+session that kept every stage costs nothing at all.
 
-What the figures mean, in seconds unless another unit is named:
+The values, in seconds unless another unit is named:
 
-    seconds               wall clock; of a round: its stages and what lies between them, nothing lost
+    seconds               wall clock; for a round: its stages and the time between them, without lost seconds
     share                 of the round's seconds
     spawn_seconds         from the parent's call to the new interpreter's first line
-    import_seconds        of the stage's module and its libraries
-    load_seconds          models read and placed
+    import_seconds        imports of the stage's module and its libraries
+    load_seconds          weights read and placed
     start_up_seconds      the three together
-    work_seconds          of the processes beyond their start-up; of what runs in the parent, all of it
-    rest_seconds          what is left: processes that end, the parent's part of the stage
+    work_seconds          of the processes after their start-up; for a stage that runs in the parent, all of it
+    rest_seconds          the remainder: processes that end, the parent's part of the stage
     gpu_idle_share        share of one-second samples in which a GPU ran no kernel, over all GPUs that the run may use
-    gpu_mean_utilisation  share of time in which at least one kernel ran; it does not say how much of the GPU
-    tokens_per_second     tokens over the time in which shards were worked on, all groups together, start-up left out
-    mfu                   model FLOPs over what the GPUs could have done in the shards' seconds
+    gpu_mean_utilisation  share of time in which at least one kernel ran, however much of the GPU it used
+    tokens_per_second     tokens over the time in which shards were worked on, of all groups, without start-up
+    mfu                   model FLOPs over the FLOPs that the GPUs could have run in the shards' seconds
 
-Of groups that work side by side, start-up is that of the slowest. None (null): not measured, or nothing to measure.
+Where groups work in parallel, start-up is that of the slowest. None (null): not measured, or not applicable.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Event = dict[str, Any]
 
 STARTS = ("spawn", "import", "load")
 _SUMMED = ("processes", "start_up_seconds", *(f"{name}_seconds" for name in STARTS), "work_seconds", "rest_seconds")
-_OLD = "no figures of start-up, GPUs and throughput: the run was made before they were recorded"
-_PARTLY_OLD = "where figures are missing, a stage was made before they were recorded"
-_SLOWEST = "of groups that work side by side, start-up is that of the slowest"
+_OLD = "start-up, GPUs and throughput are unknown: an older version, which did not record them, made this run"
+_PARTLY_OLD = "where values are missing, an older version, which did not record them, made the stage"
+_SLOWEST = "where groups work in parallel, start-up is that of the slowest"
 
 
 @dataclass
 class _Span:
-    """A stretch of time in which one thing was done, and the events in it."""
+    """A stretch of time (a stage, or the time between stages), and the events in it."""
 
     seconds: float = 0.0
     events: list[Event] = field(default_factory=list)
@@ -57,7 +57,7 @@ class _Span:
 
 @dataclass
 class _Attempt(_Span):
-    """A stage from `running` to `done`, or to whatever ended it, or to the last that was told."""
+    """One attempt at a stage: from `running` to `done`, or to the last event before it was cut short."""
 
     began: float = 0.0
     done: bool = False
@@ -67,7 +67,7 @@ class _Attempt(_Span):
 class _Timeline:
     attempts: dict[str, list[_Attempt]] = field(default_factory=dict)
     between: dict[str, _Span] = field(default_factory=dict)
-    """By round: what its sessions did while none of its stages ran."""
+    """By round: the time of its sessions in which none of its stages ran."""
     before: _Span = field(default_factory=_Span)
     """Before a session's first round."""
 
@@ -75,8 +75,8 @@ class _Timeline:
 def profile(folder: Path) -> dict[str, Any]:
     """The profile of a run folder, ready for JSON: `rounds`, `before`, `total`, `notes`.
 
-    `rounds`: per round its figures, `between` (what lies between its stages: the parent's own work) and `stages`.
-    `before`: what precedes the first round (data read, models checked). `total`: the whole run.
+    `rounds`: for each round its values, `between` (between its stages: the parent's own work) and `stages`.
+    `before`: before the first round (data read, models checked). `total`: of the complete run.
     """
     manifest = Manifest(folder / "manifest.json").data["stages"]
     timeline = _timeline(read_events(folder / "events.jsonl"))
@@ -84,12 +84,12 @@ def profile(folder: Path) -> dict[str, Any]:
         _round(name, manifest, timeline)
         for name in sorted({stage.partition("/")[0] for stage in (*manifest, *timeline.attempts)})
     ]
-    before = _figures(timeline.before) if timeline.before.seconds else None
+    before = _span_values(timeline.before) if timeline.before.seconds else None
     parts = [*rounds, *([] if before is None else [before])]
     total = {
         "seconds": _round_off(sum(part["seconds"] for part in parts)),
-        "lost_seconds": _sum(found["lost_seconds"] for found in rounds),
-        "between_seconds": _sum(found["between"]["seconds"] for found in rounds if found["between"]),
+        "lost_seconds": _sum(entry["lost_seconds"] for entry in rounds),
+        "between_seconds": _sum(entry["between"]["seconds"] for entry in rounds if entry["between"]),
         **{name: _sum(part[name] for part in parts) for name in _SUMMED},
         **_gpus([gpu for part in parts for gpu in part["gpus"] or []]),
     }
@@ -98,17 +98,17 @@ def profile(folder: Path) -> dict[str, Any]:
 
 
 def write_profile(folder: Path) -> None:
-    """Writes `profile.json` into a run folder that has begun a stage."""
-    found = profile(folder)
-    if found["rounds"]:
-        write_json(folder / "profile.json", found)
+    """Writes `profile.json` into a run folder in which a stage has begun."""
+    values = profile(folder)
+    if values["rounds"]:
+        write_json(folder / "profile.json", values)
 
 
 def read_events(path: Path) -> list[Event]:
-    """The events of a run, in order; none where there is no file. A line torn by a kill is left out."""
-    found: list[Event] = []
+    """The events of a run, in order; none without a file. A line that a kill cut short is skipped."""
+    events: list[Event] = []
     if not path.is_file():
-        return found
+        return events
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -117,8 +117,8 @@ def read_events(path: Path) -> list[Event]:
                 continue
             named = isinstance(event, dict) and isinstance(event.get("event"), str)
             if named and _number(event.get("time")) is not None:
-                found.append(event)
-    return found
+                events.append(event)
+    return events
 
 
 def _timeline(events: list[Event]) -> _Timeline:
@@ -126,7 +126,7 @@ def _timeline(events: list[Event]) -> _Timeline:
     for event in events:
         if event["event"] == "started":
             sessions.append([])
-        if sessions:  # what precedes the first of them was told by a version that recorded nothing of this
+        if sessions:  # events before the first session are of an older version
             sessions[-1].append(event)
     timeline = _Timeline()
     for session in sessions:
@@ -135,28 +135,28 @@ def _timeline(events: list[Event]) -> _Timeline:
 
 
 def _add_session(timeline: _Timeline, session: list[Event]) -> None:
-    before = now = _Span()
+    before = current = _Span()
     between: dict[str, _Span] = {}
     worked = set()
     last = session[0]["time"]
     for event in session:
-        # The clock may have been set back meanwhile.
-        now.seconds += max(0.0, event["time"] - last)
+        # The clock may have been set back.
+        current.seconds += max(0.0, event["time"] - last)
         last = event["time"]
         kind, stage = event["event"], str(event.get("stage"))
         if kind == "round":
-            now = between.setdefault(f"round-{event['number']:02d}", _Span())
+            current = between.setdefault(f"round-{event['number']:02d}", _Span())
         elif kind == "stage" and event.get("status") == "running":
             worked.add(stage.partition("/")[0])
-            now = _Attempt(began=last)
-            timeline.attempts.setdefault(stage, []).append(now)
+            current = _Attempt(began=last)
+            timeline.attempts.setdefault(stage, []).append(current)
         elif kind == "stage" and event.get("status") == "done":
-            if isinstance(now, _Attempt):
-                now.done = True
-                now.seconds = _number(event.get("seconds")) or 0.0
-            now = between.setdefault(stage.partition("/")[0], _Span())
+            if isinstance(current, _Attempt):
+                current.done = True
+                current.seconds = _number(event.get("seconds")) or 0.0
+            current = between.setdefault(stage.partition("/")[0], _Span())
         else:
-            now.events.append(event)
+            current.events.append(event)
     for name in worked:
         timeline.between.setdefault(name, _Span()).add(between.get(name, _Span()))
     if worked:
@@ -166,7 +166,7 @@ def _add_session(timeline: _Timeline, session: list[Event]) -> None:
 def _round(name: str, manifest: dict[str, Any], timeline: _Timeline) -> dict[str, Any]:
     named = dict.fromkeys(stage for stage in (*manifest, *timeline.attempts) if stage.startswith(f"{name}/"))
     stages = [_stage(stage, manifest.get(stage, {}), timeline.attempts.get(stage, [])) for stage in named]
-    between = _figures(timeline.between[name]) if name in timeline.between else None
+    between = _span_values(timeline.between[name]) if name in timeline.between else None
     parts = [*stages, *([] if between is None else [between])]
     seconds = sum(part["seconds"] for part in parts)
     for part in parts:
@@ -175,7 +175,7 @@ def _round(name: str, manifest: dict[str, Any], timeline: _Timeline) -> dict[str
         "round": name,
         "seconds": _round_off(seconds),
         "lost_seconds": _sum(stage["lost_seconds"] for stage in stages),
-        **{figure: _sum(part[figure] for part in parts) for figure in _SUMMED},
+        **{name: _sum(part[name] for part in parts) for name in _SUMMED},
         **_gpus([gpu for part in parts for gpu in part["gpus"] or []]),
         "between": between,
         "stages": stages,
@@ -184,7 +184,7 @@ def _round(name: str, manifest: dict[str, Any], timeline: _Timeline) -> dict[str
 
 def _stage(name: str, entry: dict[str, Any], attempts: list[_Attempt]) -> dict[str, Any]:
     head: dict[str, Any] = {"stage": name, "attempts": len(attempts) or None, "lost_seconds": None}
-    if not attempts:  # made before any of this was recorded
+    if not attempts:  # made by an older version, which recorded no events
         nothing: dict[str, Any] = dict.fromkeys(("groups", *_SUMMED, "tokens", "tokens_per_second", "mfu"))
         status = "done" if entry.get("status") == "done" else "unfinished"
         seconds = _round_off(_number(entry.get("seconds")) or 0.0)
@@ -193,42 +193,42 @@ def _stage(name: str, entry: dict[str, Any], attempts: list[_Attempt]) -> dict[s
     head["lost_seconds"] = _round_off(sum(attempt.seconds for attempt in earlier))
     throughput = _throughput(last)
     own = name.rpartition("/")[2]
-    # An evaluation both generates and scores: a mixture of the two rates would mean nothing.
+    # An evaluation generates and scores: a mean of the two rates would mean nothing.
     shown = throughput.get(own) or (next(iter(throughput.values())) if len(throughput) == 1 else {})
     return {
         **head,
         "status": "done" if last.done else "unfinished",
-        **_figures(last, measured=last.done),
-        **{figure: shown.get(figure) for figure in ("tokens", "tokens_per_second", "mfu")},
+        **_span_values(last, measured=last.done),
+        **{name: shown.get(name) for name in ("tokens", "tokens_per_second", "mfu")},
         "throughput": throughput,
     }
 
 
-def _figures(span: _Span, measured: bool = True) -> dict[str, Any]:
-    """What a span's processes and GPUs did. Not `measured`: its processes may have died without a word."""
-    told = [event for event in span.events if event["event"] == "process"]
-    found: dict[str, Any] = {"seconds": _round_off(span.seconds), "groups": None, **dict.fromkeys(_SUMMED)}
-    if told or measured:
-        path = _critical_path([_Process.of(event) for event in told])
-        # Without a process, the parent itself did it.
-        work = path.work if told else span.seconds
+def _span_values(span: _Span, measured: bool = True) -> dict[str, Any]:
+    """Values of a span's processes and GPUs. Not `measured`: its processes may have died without an event."""
+    ended = [event for event in span.events if event["event"] == "process"]
+    values: dict[str, Any] = {"seconds": _round_off(span.seconds), "groups": None, **dict.fromkeys(_SUMMED)}
+    if ended or measured:
+        path = _critical_path([_Process.of(event) for event in ended])
+        # Without a process, the parent did the work.
+        work = path.work if ended else span.seconds
         starts = {f"{name}_seconds": _round_off(path.starts[name]) for name in STARTS}
         start_up = sum(path.starts.values())
-        found |= {
-            "groups": len({event["group"] for event in told if event.get("group") is not None}) or None,
-            "processes": len(told),
+        values |= {
+            "groups": len({event["group"] for event in ended if event.get("group") is not None}) or None,
+            "processes": len(ended),
             "start_up_seconds": _round_off(start_up),
             **starts,
             "work_seconds": _round_off(work),
             "rest_seconds": _round_off(max(0.0, span.seconds - start_up - work)),
         }
-    watched = [event for event in span.events if event["event"] == "gpu"]
-    return found | _gpus([gpu for event in watched for gpu in event.get("gpus") or []])
+    sampled = [event for event in span.events if event["event"] == "gpu"]
+    return values | _gpus([gpu for event in sampled for gpu in event.get("gpus") or []])
 
 
 @dataclass
 class _Process:
-    """What a process, or several one after another, told when it ended."""
+    """When a process began and ended, and where its seconds went; or several processes, one after another."""
 
     began: float
     ended: float
@@ -238,11 +238,11 @@ class _Process:
 
     @classmethod
     def of(cls, event: Event) -> _Process:
-        given = event.get("seconds") or {}
-        starts = {name: _number(given.get(name)) or 0.0 for name in STARTS}
-        total = _number(given.get("total"))
+        parts = event.get("seconds") or {}
+        starts = {name: _number(parts.get(name)) or 0.0 for name in STARTS}
+        total = _number(parts.get("total"))
         if total is None:
-            total = sum(starts.values()) + (_number(given.get("work")) or 0.0)
+            total = sum(starts.values()) + (_number(parts.get("work")) or 0.0)
         work = max(0.0, total - sum(starts.values()))
         return cls(event["time"] - total, event["time"], event.get("group"), starts, work)
 
@@ -259,9 +259,9 @@ class _Process:
 
 
 def _critical_path(processes: list[_Process]) -> _Process:
-    """What the processes of a span add up to, of groups that ran side by side only the slowest.
+    """The sum of a span's processes, with only the slowest of the groups that ran in parallel.
 
-    A process that started the groups and waited for them has their start-up in its work: that part is taken out.
+    The work of a process that started groups and waited for them includes their start-up, which is subtracted.
     """
     hosts = [process for process in processes if process.group is None]
     slack = 1.0  # seconds by which an event may arrive late
@@ -275,13 +275,13 @@ def _critical_path(processes: list[_Process]) -> _Process:
         if any(host.began - slack <= slowest.began and slowest.ended <= host.ended + slack for host in hosts):
             slowest.work = -slowest.start_up
         parts.append(slowest)
-    found = _Process.chain(parts)
-    found.work = max(0.0, found.work)
-    return found
+    path = _Process.chain(parts)
+    path.work = max(0.0, path.work)
+    return path
 
 
 def _waves(processes: list[_Process]) -> list[list[_Process]]:
-    """Processes that overlap in time, directly or through others, together."""
+    """Processes, grouped by whether they overlap in time, directly or through others."""
     waves: list[list[_Process]] = []
     for process in sorted(processes, key=lambda process: process.began):
         if waves and process.began < max(other.ended for other in waves[-1]):
@@ -292,26 +292,26 @@ def _waves(processes: list[_Process]) -> list[list[_Process]]:
 
 
 def _throughput(attempt: _Attempt) -> dict[str, dict[str, Any]]:
-    """By kind of work (generate, score, …): what its shards add up to."""
+    """By kind of work (generate, score, …): the sum of its shards."""
     kinds: dict[str, list[Event]] = {}
     for event in attempt.events:
         if event["event"] == "throughput":
             kinds.setdefault(str(event.get("stage")).rpartition("/")[2], []).append(event)
-    found = {}
+    throughput = {}
     for kind, events in kinds.items():
         tokens = int(sum(_number(event.get("tokens")) or 0.0 for event in events))
-        # Shards overlap, in one process and in several: a second in which two were worked on is one second.
+        # Shards overlap, in one process and in several: a second of work on two shards counts once.
         seconds = _covered(
             (max(attempt.began, event["time"] - (_number(event.get("seconds")) or 0.0)), event["time"])
             for event in events
         )
         flops = possible = 0.0
         for event in events:
-            made, share = _number(event.get("flops")), _number(event.get("mfu"))
-            if made and share:
-                flops += made
-                possible += made / share
-        found[kind] = {
+            flops_run, share = _number(event.get("flops")), _number(event.get("mfu"))
+            if flops_run and share:
+                flops += flops_run
+                possible += flops_run / share
+        throughput[kind] = {
             "shards": len(events),
             "sequences": int(sum(_number(event.get("sequences")) or 0.0 for event in events)),
             "tokens": tokens,
@@ -319,7 +319,7 @@ def _throughput(attempt: _Attempt) -> dict[str, dict[str, Any]]:
             "tokens_per_second": _round_off(tokens / seconds) if seconds else None,
             "mfu": _share(flops, possible),
         }
-    return found
+    return throughput
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:
@@ -331,10 +331,10 @@ def _covered(intervals: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
-def _gpus(told: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of each GPU, and of all together; None where there is none."""
+def _gpus(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Values of each GPU, and of all together; None where there is none."""
     gpus: dict[int, dict[str, Any]] = {}
-    for one in told:
+    for one in events:
         new = {"index": one["index"], "samples": 0, "idle_samples": 0, "busy": 0.0, "peak_memory_bytes": None}
         gpu = gpus.setdefault(one["index"], new)
         gpu["memory_bytes"] = one["memory_bytes"]
@@ -355,7 +355,7 @@ def _gpus(told: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _notes(rounds: list[dict[str, Any]], timeline: _Timeline) -> list[str]:
-    stages = [stage for found in rounds for stage in found["stages"]]
+    stages = [stage for entry in rounds for stage in entry["stages"]]
     if stages and not timeline.attempts:
         return [_OLD]
     notes = [] if all(stage["attempts"] for stage in stages) else [_PARTLY_OLD]
@@ -363,8 +363,8 @@ def _notes(rounds: list[dict[str, Any]], timeline: _Timeline) -> list[str]:
         notes.append(_SLOWEST)
     attempts = [attempt for many in timeline.attempts.values() for attempt in many]
     events = [event for span in (timeline.before, *timeline.between.values(), *attempts) for event in span.events]
-    told = [event["text"] for event in events if event["event"] == "gpu" and event.get("text")]
-    return notes + list(dict.fromkeys(told))
+    texts = [event["text"] for event in events if event["event"] == "gpu" and event.get("text")]
+    return notes + list(dict.fromkeys(texts))
 
 
 def _number(value: Any) -> float | None:
@@ -373,13 +373,13 @@ def _number(value: Any) -> float | None:
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    """The sum of those that are there; None where none is."""
-    there = [value for value in values if value is not None]
-    return _round_off(sum(there)) if there else None
+    """The sum of the values that are not None; None where there is no such value."""
+    known = [value for value in values if value is not None]
+    return _round_off(sum(known)) if known else None
 
 
 def _round_off(value: float) -> float:
-    """To thousandths (counts stay whole)."""
+    """Rounds to thousandths; integers stay as they are."""
     return value if isinstance(value, int) else round(value, 3)
 
 

@@ -1,4 +1,4 @@
-"""What a run folder says of itself: stages, counts and times. Neither imports torch nor touches anything."""
+"""The state of a run folder: its stages, counts and times. Nothing is changed, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dice_py.config.loading import load_resolved
 from dice_py.errors import DiceError, UsageError
 from dice_py.runs.folder import is_running
 from dice_py.runs.profile import profile
-from dice_py.stages.registry import ROUND_STAGES as STAGES
+from dice_py.stages.registry import ROUND_STAGES
 from dice_py.storage.files import Manifest
 
 
 def run_status(folder: Path) -> dict[str, Any]:
-    """`run`, `state`, `stages` (in all), `done`, and `entries` in order of work.
+    """The state of a run: `run`, `state`, `stages` and `done` (counts of stages), and `entries` in order of work.
 
-    `state` is "running" while a process works in the folder, "finished" when every stage is done, else
-    "stopped" (`dice resume` goes on).
+    `state` is "running" while a process works in the folder, "finished" when every stage is done, else "stopped"
+    (`dice resume` continues it). An entry has `stage`, `status`, `seconds` and `counts`.
 
     Raises:
         UsageError: the folder holds no run.
@@ -29,7 +29,7 @@ def run_status(folder: Path) -> dict[str, Any]:
     running = is_running(folder)
     entries = []
     for number in range(1, config.rounds + 1):
-        for stage in STAGES:
+        for stage in ROUND_STAGES:
             name = f"round-{number:02d}/{stage}"
             entry = manifest.stage(name) or {}
             status = entry.get("status", "to do")
@@ -49,7 +49,7 @@ def run_status(folder: Path) -> dict[str, Any]:
 
 
 def run_profile(folder: Path) -> dict[str, Any]:
-    """Where the time of a run went, up to now: `run`, `state` as `run_status` has it, and what `profile` found.
+    """Where the time of a run went, up to now: `run` and `state` as in `run_status`, and the values of `profile`.
 
     Raises:
         UsageError: the folder holds no run.
@@ -59,12 +59,12 @@ def run_profile(folder: Path) -> dict[str, Any]:
 
 
 def list_runs(runs: Path) -> list[dict[str, Any]]:
-    """The status of every run under `runs`, without its entries, by name; "unreadable" where it has none."""
-    found = []
+    """The state of every run under `runs`, without entries, by name; "unreadable" where it cannot be read."""
+    statuses = []
     for config in sorted(runs.glob("*/config.yaml")):
         try:
             status = run_status(config.parent)
         except DiceError:  # one broken folder must not hide the others
             status = {"run": str(config.parent), "state": "unreadable", "stages": 0, "done": 0}
-        found.append({name: value for name, value in status.items() if name != "entries"})
-    return found
+        statuses.append({name: value for name, value in status.items() if name != "entries"})
+    return statuses

@@ -1,0 +1,153 @@
+"""Estimates of stages by hand, from counts and measured costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from plan_data import COSTS, MACHINE, SIZE, changed, estimated, small
+
+from dice_py.planning.calibration import calibrated_costs
+from dice_py.planning.costs import Estimator
+from dice_py.planning.counts import count_rounds
+from dice_py.runs.measured_costs import EvaluateCosts
+
+
+def test_estimates_by_hand() -> None:
+    config, run_data = small()
+    found = estimated(config, run_data)
+    assert list(found) == [
+        f"round-01/{stage}" for stage in ("generate", "score", "mine", "replay", "train", "evaluate")
+    ]
+    generate, score, mine, replay, train, evaluate = found.values()
+    # Tokenizer 0.2, 4 prompts; 0.5 once; 5 steps, 40 tokens, 8 responses; a load.
+    assert generate["work_seconds"] == pytest.approx(0.2 + 0.04 + 0.5 + 0.5 + 0.4 + 0.008)
+    assert (generate["startup_seconds"], generate["tokens"], generate["disk_bytes"]) == (1.0, 80, 80)
+    assert generate["seconds"] == pytest.approx(generate["work_seconds"] + 1.0)
+    # The reference's 80 tokens, and the gate's: 8 responses with their prompts.
+    assert score["tokens"] == 80 + 8 * 15
+    assert score["work_seconds"] == pytest.approx(0.75 + 0.2)
+    assert score["startup_seconds"] == 2.0
+    assert mine["seconds"] == pytest.approx(0.008)
+    # Four pairs of 30 tokens; γ = 0.5.
+    assert replay["tokens"] == 120
+    assert replay["work_seconds"] == pytest.approx(0.2 + 0.25 + 0.04 + 0.12)
+    assert replay["disk_bytes"] == 8 * 20
+    # 8 pairs in 2 steps as long as the calibration's, a checkpoint each.
+    assert (train["steps"], train["checkpoints"], train["tokens"]) == (2, 2, 240)
+    assert train["work_seconds"] == pytest.approx(2.0 + 2 * 0.5 + 2 * 0.25)
+    assert (train["disk_bytes"], train["transient_disk_bytes"]) == (4200, 1400)
+    # Two draws of 2 responses; 6 pairs of 30 tokens under the new policy, the first one and the reference.
+    assert evaluate["tokens"] == 2 * (20 + 10) + 3 * 6 * 30
+    assert evaluate["startup_seconds"] == 2 * 1.0 + 3 * 1.0
+    draws = 2 * (0.2 + 0.02 + 0.5 + 0.1 + 0.002)
+    assert evaluate["work_seconds"] == pytest.approx(0.5 + draws + 0.1 + 0.2 + 0.06 + 0.25 + 0.54)
+
+
+def test_a_failed_gate_adds_the_policys_pass() -> None:
+    config, run_data = small()
+    failed = changed(COSTS, "score", gate_passed=False)
+    assert estimated(config, run_data, failed)["round-01/score"]["tokens"] == 2 * 80 + 8 * 15
+    always, run_data = small("score.policy_logps=recompute")
+    assert estimated(always, run_data)["round-01/score"]["tokens"] == 2 * 80
+
+
+def test_earlier_rounds_of_a_pool_are_scored_again() -> None:
+    config, run_data = small("rounds=2", "mine.pool_rounds=2")
+    two = replace(run_data, rounds=run_data.rounds * 2, offline=[1000, 1000])
+    # Both rounds under the reference, the first round's also under the policy, and the gate.
+    assert estimated(config, two)["round-02/score"]["tokens"] == 160 + 80 + 8 * 15
+
+
+def test_later_rounds_reuse_what_is_stored_of_the_start() -> None:
+    config, run_data = small("rounds=2")
+    two = replace(run_data, rounds=run_data.rounds * 2, offline=[1000, 1000])
+    found = estimated(config, two)
+    # One draw, and only the new policy's log-probabilities of the pairs.
+    assert found["round-02/evaluate"]["tokens"] == 20 + 10 + 6 * 30
+    assert found["round-02/evaluate"]["startup_seconds"] == 1.0 + 1.0
+
+
+def test_a_step_costs_by_its_tokens() -> None:
+    config, run_data = small()
+    half = changed(COSTS, "train", step_tokens=60.0)
+    assert estimated(config, run_data, half)["round-01/train"]["work_seconds"] == pytest.approx(2.0 + 2 * 1.0 + 0.5)
+
+
+def test_without_checkpoints_only_the_model_needs_disk() -> None:
+    config, run_data = small("train.save_steps=null")
+    train = estimated(config, run_data)["round-01/train"]
+    assert (train["transient_disk_bytes"], train["checkpoints"]) == (0, 0)
+
+
+def test_groups_share_the_shards_and_gpus_are_counted() -> None:
+    config, run_data = small()
+    two = replace(MACHINE, cuda=True, groups=2, gpus=2, processes=2, shards=2, gpu_bytes=10**6)
+    costs = COSTS.model_copy(update={"startup": dict.fromkeys(COSTS.startup, 3.0)})
+    one, both = estimated(config, run_data, costs), estimated(config, run_data, costs, two)
+    generate = both["round-01/generate"]
+    # A shard each: 20 tokens and 4 responses less; processes of their own to start, 3 s.
+    saved = 20 * 0.01 + 4 * 0.001
+    assert generate["work_seconds"] == pytest.approx(one["round-01/generate"]["work_seconds"] - saved + 3.0)
+    assert generate["gpu_hours"] == pytest.approx(2 * generate["seconds"] / 3600)
+    assert both["round-01/mine"]["gpu_hours"] == 0.0
+    assert all(stage["gpu_hours"] == 0.0 for stage in one.values())
+    # States of one of two processes, in the GPU's memory alone.
+    state, alone = both["round-01/train"]["peak_memory_bytes"], one["round-01/train"]["peak_memory_bytes"]
+    assert alone - state == 8_000 + 2 * MACHINE.base_memory
+
+
+def test_processes_on_the_host_add_up() -> None:
+    config, run_data = small()
+    found = estimated(config, run_data, machine=replace(MACHINE, processes=2))["round-01/train"]
+    one = estimated(config, run_data)["round-01/train"]
+    assert found["peak_memory_bytes"] - 1000 == 2 * (one["peak_memory_bytes"] - 1000)
+
+
+def test_the_measured_peak_counts_where_it_is_higher() -> None:
+    config, run_data = small()
+    costs = changed(COSTS, "score", peak_bytes=10**12)
+    assert estimated(config, run_data, costs)["round-01/score"]["peak_memory_bytes"] == 10**12 + 1000
+
+
+def test_lora_needs_less() -> None:
+    (config, run_data), (lora, _) = small(), small("train.lora.r=1")
+    large = replace(SIZE, parameters=10**9)
+    counts = count_rounds(config, run_data)
+    full, less = (Estimator(c, COSTS, MACHINE, large, large, run_data).estimate(counts, None) for c in (config, lora))
+    assert less["round-01/train"]["peak_memory_bytes"] < full["round-01/train"]["peak_memory_bytes"] / 3
+
+
+def test_the_check_of_the_users_data_is_part_of_the_first_stage() -> None:
+    config, run_data = small()
+    costs = COSTS.model_copy(update={"startup": COSTS.startup | {"generate": 5.0}})
+    without, found = estimated(config, run_data, costs), estimated(config, run_data, costs, check=2.0)
+    # Its process is started with the check, which takes 2 of its 5 seconds.
+    assert found["round-01/generate"]["seconds"] == pytest.approx(without["round-01/generate"]["seconds"])
+
+
+def test_costs_of_a_run_are_used_as_they_are() -> None:
+    config, run_data = small()
+    seen = EvaluateCosts(workload=(2, 1, 6), work=[9.0, 4.0], load=[2.0, 1.0])
+    run = changed(COSTS, "generate", warm_up=0.0, per_prompt=0.1).model_copy(update={"source": "run", "evaluate": seen})
+    found = estimated(config, run_data, run)
+    assert found["round-01/generate"]["work_seconds"] == pytest.approx(0.4 + 0.5 + 0.4 + 0.008)
+    assert (found["round-01/evaluate"]["work_seconds"], found["round-01/evaluate"]["startup_seconds"]) == (9.0, 2.0)
+    # Other counts: estimated from the costs of sampling and scoring.
+    other = changed(run, "evaluate", workload=(2, 1, 7))
+    assert estimated(config, run_data, other)["round-01/evaluate"]["work_seconds"] < 4.0
+
+
+def test_later_rounds_than_the_runs_cost_as_its_last() -> None:
+    config, run_data = small("rounds=3")
+    three = replace(run_data, rounds=run_data.rounds * 3, offline=[1000] * 3)
+    seen = EvaluateCosts(workload=(2, 1, 6), work=[9.0, 4.0], load=[2.0, 1.0])
+    found = estimated(config, three, COSTS.model_copy(update={"source": "run", "evaluate": seen}))
+    work = [found[f"round-{number:02d}/evaluate"]["work_seconds"] for number in (1, 2, 3)]
+    assert work == pytest.approx([9.0, 4.0, 4.0])
+
+
+def test_costs_of_a_calibration() -> None:
+    costs = calibrated_costs(COSTS.generate, COSTS.score, COSTS.train, {"generate": 5.0, "score": 4.0, "train": 6.0})
+    assert costs.startup == {"generate": 5.0, "score": 4.0, "replay": 4.0, "train": 6.0, "evaluate": 5.0}
+    assert (costs.source, costs.generate, costs.evaluate) == ("calibration", COSTS.generate, None)

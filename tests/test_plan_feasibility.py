@@ -1,0 +1,73 @@
+"""Whether a plan fits: the first stage that would fail, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from plan_data import estimated, small
+
+from dice_py.planning.feasibility import Room, first_failure, peak_disk
+
+
+def entries() -> dict[str, dict[str, Any]]:
+    def entry(memory: int, disk: int, transient: int = 0) -> dict[str, Any]:
+        return {"peak_memory_bytes": memory, "disk_bytes": disk, "transient_disk_bytes": transient}
+
+    return {
+        "round-01/generate": entry(50, 10),
+        "round-01/train": entry(80, 20, 30),
+        "round-02/generate": entry(50, 10),
+        "round-02/train": entry(80, 20, 30),
+    }
+
+
+@pytest.mark.parametrize(
+    ("disk", "memory", "want"),
+    [
+        (90, 80, None),
+        (89, 80, ("round-02/train", "disk", 90, 89, "train.save_steps")),
+        (59, 80, ("round-01/train", "disk", 60, 59, "train.save_steps")),
+        (9, 80, ("round-01/generate", "disk", 10, 9, "rounds")),
+        (90, 79, ("round-01/train", "memory", 80, 79, "train.per_device_train_batch_size")),
+        # The first in order of work is named.
+        (9, 49, ("round-01/generate", "memory", 50, 49, "generate.token_budget")),
+    ],
+)
+def test_the_first_stage_that_would_fail(disk: int, memory: int, want: tuple[Any, ...] | None) -> None:
+    found = first_failure(entries(), Room(disk, memory, "memory"))
+    if want is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert tuple(found[name] for name in ("stage", "what", "needed", "available", "setting")) == want
+        assert found["remedy"]
+        assert want[0] in found["text"]
+    assert peak_disk(entries()) == 90
+
+
+def test_vllm_has_another_setting() -> None:
+    stages = entries()
+    stages["round-01/generate"]["engine"] = "vllm"
+    found = first_failure(stages, Room(90, 49, "GPU memory"))
+    assert found is not None
+    assert found["setting"] == "generate.vllm.gpu_memory_utilization"
+    assert "GPU memory" in found["text"]
+
+
+def test_too_few_pairs() -> None:
+    config, run_data = small("replay.on_shortfall=error")
+    plenty = Room(10**15, 10**15, "memory")
+    assert first_failure(estimated(config, run_data), plenty) is None
+    found = first_failure(estimated(config, replace(run_data, offline=[3])), plenty)
+    assert found is not None
+    assert [found[name] for name in ("stage", "what", "needed", "available", "setting")] == [
+        "round-01/replay", "data", 4, 3, "replay.gamma",
+    ]  # fmt: skip
+    recorded, _ = small()
+    assert first_failure(estimated(recorded, replace(run_data, offline=[3])), plenty) is None
+    nothing, _ = small("replay.gamma=0")
+    found = first_failure(estimated(nothing, replace(run_data, usable=0.0)), plenty)
+    assert found is not None
+    assert (found["stage"], found["what"]) == ("round-01/train", "data")
