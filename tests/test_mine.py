@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 import dice_py
 from dice_py import mine_pairs
-from dice_py.config.mining import MineOptions
+from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError, UsageError
+from dice_py.mining.options import native_keywords
 
 SCHEMA = {
     "prompt_id": pl.UInt32,
@@ -447,7 +448,7 @@ def test_other_threads_run_meanwhile() -> None:
     stream = (
         frame(prompts=400_000).select(prompt="prompt_id", reward="reward", length="response_tokens").to_struct("rows")
     )
-    options = MineOptions().native()
+    options = native_keywords(MiningOptions())
     turns, done = [0], threading.Event()
 
     def count() -> None:

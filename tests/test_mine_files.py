@@ -94,8 +94,8 @@ def test_streaming_changes_nothing(options: dict[str, Any], order: str, tmp_path
     )
     same(summary, out, mined)
     steps = {event["step"] for event in events}
-    assert ("deal" in steps) == (order != "ascending")
-    assert {"look", "pairs"} <= steps
+    assert ("partition" in steps) == (order != "ascending")
+    assert {"scan", "pairs"} <= steps
     assert all(0 < event["done"] <= event["total"] == frame.height for event in events)
     assert [path.name for path in out.parent.iterdir()] == ["pairs.parquet"]
     assert parquet_meta(out)["files"] == sorted(str(p) for p in tmp_path.glob("part-*.parquet"))
@@ -229,7 +229,7 @@ def test_files_of_other_number_types_are_refused(memory: float, tmp_path: Path) 
 
 def test_few_prompts_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # So few that the sample has none.
-    monkeypatch.setattr("dice_py.mining.streaming.SAMPLE_ROWS", 1)
+    monkeypatch.setattr("dice_py.mining.segments.SAMPLE_ROWS", 1)
     frame = scored(prompts=6, most=900, order="shuffled").rename({"round": "length"})
     frame.write_parquet(tmp_path / "scored.parquet")
     out = tmp_path / "pairs.parquet"
