@@ -6,7 +6,6 @@ Shards are made by hand: nothing here imports torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +185,7 @@ def test_by_default_the_pairs_have_no_further_column(run: Path) -> None:
 def test_the_stage_mines_as_the_miner_does(run: Path, options: dict[str, Any]) -> None:
     config = MineConfig(**options)
     found, pairs, pool, scores = mined_pool(run, config)
-    expected = mine_pairs(whole(pool, scores), **asdict(config.options(5)))
+    expected = mine_pairs(whole(pool, scores), config.options(5))
     assert expected.pairs.height > 0
     told = expected.pairs
     if "difficulty" in told.columns:  # text in a file, so that every reader gets it

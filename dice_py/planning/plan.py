@@ -16,7 +16,6 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +280,7 @@ def _mine_seconds(config: RunConfig, data: Data) -> float:
         }
     )
     began = time.monotonic()
-    mine_pairs(frame, **asdict(options))
+    mine_pairs(frame, options)
     return (time.monotonic() - began) / count
 
 

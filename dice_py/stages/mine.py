@@ -7,7 +7,6 @@ and reference: the row numbers of its pairs count through the shards of all of t
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def mine(
         shards = zip(generations, rounds, strict=True)
         sampled_in = [pl.repeat(number, parquet_rows(file), dtype=pl.UInt32, eager=True) for file, number in shards]
         frame = frame.with_columns(pl.concat(sampled_in).alias(options.policy_column))
-    mined = mine_pairs(frame, **asdict(options))
+    mined = mine_pairs(frame, options)
     if mined.pairs.is_empty():
         pairs = f", pairs: {mined.dropped_pairs}" if any(mined.dropped_pairs.values()) else ""
         raise DataError(
