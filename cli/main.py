@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import stages
-from cli.mine import Panels, mine
+from cli.mine import MineCommand, Panels, mine
 from cli.plan import (
     DEFAULT_RUNS,
     Prompts,
@@ -161,8 +161,11 @@ def status(
 
 
 app.command()(plan)
-for stage in (stages.generate, stages.score, mine, stages.replay, stages.train, stages.evaluate):
-    app.command(cls=Panels)(stage)
+for stage, kind in (
+    (stages.generate, Panels), (stages.score, Panels), (mine, MineCommand), (stages.replay, Panels),
+    (stages.train, Panels), (stages.evaluate, Panels),
+):  # fmt: skip
+    app.command(cls=kind)(stage)
 
 
 @app.command()
