@@ -93,9 +93,9 @@ def mine(stream: _ArrowStream, options: dict[str, Any]) -> tuple[pa.RecordBatchR
 
     Args:
         stream: one row per response, in any order. Columns by name: `prompt` (integers, no nulls), `reward` (f32 or
-            f64), `length` (integers from 0 to 2**32 - 1); optional: `truncated` (bool; null
-            counts as false), `duplicate` (integers; equal values of a prompt count once), `policy` (integers, no nulls; greater is newer), `second` (f32 or f64;
-            a second reward).
+            f64), `length` (integers from 0 to 2**32 - 1); optional: `truncated` (bool; null counts as false),
+            `duplicate` (integers; equal values of a prompt count once), `policy` (integers, no nulls; greater is
+            newer), `second` (f32 or f64; a second reward).
         options: every key of `dice_py.mining.options.native_keywords`.
 
     Returns:
@@ -131,8 +131,8 @@ def sample(
         stream: which of several independent draws with that seed.
 
     Returns:
-        Column `row u64`, ascending row numbers of `offline`; and the number of rows that could be drawn (not excluded, and of a
-        weight above zero).
+        Column `row u64`, ascending row numbers of `offline`; and the number of rows that could be drawn (not excluded,
+        and of a weight above zero).
 
     Raises:
         DataError: a missing or unsuitable column, a null, or an unsuitable weight.

@@ -96,7 +96,7 @@ class PairOptions(Section):
         2.0, "Pairs", "For max_sweet_spot: the rejected response is this many standard deviations below the mean."
     )
     chosen_from: PickFrom = _option(
-        "any", "Pairs", "Which policies of `policy_column` may give the chosen response: any, newest or oldest."
+        "any", "Pairs", "Policies of `policy_column` that the chosen response may be of: any, newest or oldest."
     )
     rejected_from: PickFrom = _option("any", "Pairs", "The same for the rejected response: any, newest or oldest.")
     min_responses: int = _option(2, "Filters", "Usable responses that a prompt needs.")

@@ -198,7 +198,7 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     - `soft_labels`: sigmoid(margin / label_scale).
     - `difficulty_quantile`: "hard" for pairs with a margin below that quantile, else "easy" (MPO, arXiv 2403.19443).
     - `second_reward_column`: `consistency`, (tau + 1) / 2 with Kendall's tau of the reward and a second reward over the
-      prompt's responses (CREAM, arXiv 2410.12735). Ties count for neither side; fewer than two responses give null.
+      prompt's responses (CREAM, arXiv 2410.12735). Ties count for neither side; null for fewer than two responses.
 
     The pairs depend neither on the order of rows (except for responses equal in reward and length), nor on chunks or
     threads.
