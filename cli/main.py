@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli.mine import Panels, mine
+from cli.mine import MineCommand, Panels, mine
 from cli.options import Config, Json, Set
 from cli.output import print_json, print_result, run_job
 from cli.plan import plan
@@ -51,7 +51,10 @@ app = typer.Typer(
 
 for command in (run, resume, status, plan):
     app.command()(command)
-for stage in (generate, score, mine, replay, train, evaluate):
+app.command(cls=Panels)(generate)
+app.command(cls=Panels)(score)
+app.command(cls=MineCommand)(mine)
+for stage in (replay, train, evaluate):
     app.command(cls=Panels)(stage)
 
 

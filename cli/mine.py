@@ -1,13 +1,22 @@
-"""`dice mine`: the miner on files of the user's own, with every keyword of `dice_py.mine_pairs` as an option."""
+"""`dice mine`: the miner on files of the user's own, with every keyword of `dice_py.mine_pairs` as an option.
+
+The options come from the fields of `MiningOptions`. They are added when the command is parsed, and not on import, since
+pydantic would double the time of `dice --help`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
+import types
 from collections.abc import Iterator
-from typing import Annotated, Any
+from functools import cached_property
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperOption
+from typer.main import get_command
 
 from cli.options import Json, Out
 from cli.output import print_json
@@ -15,10 +24,10 @@ from dice_py.errors import InterruptedRunError, UsageError
 
 
 class Panels(TyperCommand):
-    """Help with the options under the headings that `rich_help_panel` names, without importing Rich."""
+    """A command whose help lists the options under the headings of `rich_help_panel`, without importing Rich."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes one section a heading, in the order of the parameters; options without one come last."""
+        """Writes a section per heading, in the order of the parameters; options without a heading come last."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         general = []
         for param in self.get_params(ctx):
@@ -37,13 +46,60 @@ class Panels(TyperCommand):
                     formatter.write_dl(records)
 
 
-def _option(panel: str, text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel)
+class MineCommand(Panels):
+    """`dice mine`: a command that also has an option for every field of `MiningOptions`."""
+
+    @cached_property
+    def mining_params(self) -> list[Any]:
+        """One Typer option per field, ordered by help panel."""
+        from dice_py.config.mining import PANELS, MiningOptions
+
+        parameters = [_parameter(name, field) for name, field in MiningOptions.model_fields.items()]
+
+        def options(**_: Any) -> None: ...
+
+        options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app = typer.Typer(add_completion=False)
+        app.command()(options)
+        params = [param for param in get_command(app).params if param.name in MiningOptions.model_fields]
+        return sorted(params, key=lambda param: PANELS.index(param.rich_help_panel))
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters of the function, and those of mining."""
+        return [*super().get_params(ctx), *self.mining_params]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Moves the mining options from the function's arguments to `ctx.obj`, a dict by field name."""
+        ctx.obj = {param.name: ctx.params.pop(param.name) for param in self.mining_params}
+        return super().invoke(ctx)
+
+
+def _parameter(name: str, field: Any) -> inspect.Parameter:
+    """A field of `MiningOptions` as a parameter for Typer."""
+    # Options of the same command are in backquotes: `debias=bucket` becomes --debias bucket.
+    text = re.sub(
+        r"`(\w+)(?:=(\w+))?`",
+        lambda match: " ".join(filter(None, [f"--{match[1].replace('_', '-')}", match[2]])),
+        field.description,
+    )
+    option = typer.Option(field.default, help=text, rich_help_panel=field.json_schema_extra["panel"])
+    kind = _flag_type(field.annotation, field.default)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def _flag_type(annotation: Any, default: Any) -> Any:
+    """The type that Typer parses: words for Literals, which the model checks."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if any(get_origin(member) is Literal for member in members):
+        return str
+    kind = next(member for member in members if member is not types.NoneType)
+    return kind | None if default is None else kind
 
 
 @contextlib.contextmanager
 def _interrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end it with the temporary files removed."""
+    """Turns Ctrl-C and SIGTERM into an error, after temporary files are removed."""
     from dice_py.runs.loop import terminate_as_interrupt
 
     try:
@@ -54,116 +110,38 @@ def _interrupted() -> Iterator[None]:
 
 
 def mine(
+    ctx: typer.Context,
     scored: Annotated[
         list[str], typer.Argument(help="Parquet with one row per response: files, a quoted pattern, or a folder.")
     ],
     out: Out,
-    prompt_column: Annotated[str, _option("Columns", "Column that names the prompt.")] = "prompt_id",
-    reward_column: Annotated[str, _option("Columns", "Column of rewards.")] = "reward",
-    length_column: Annotated[str, _option("Columns", "Column of lengths.")] = "response_tokens",
-    truncated_column: Annotated[
-        str, _option("Columns", "Boolean column of cut-off responses. auto: finish_reason, if there; none: drop none.")
-    ] = "auto",
-    duplicate_column: Annotated[
-        str | None, _option("Columns", "Text, token ids or hashes: equal responses of a prompt count once.")
-    ] = None,
-    policy_column: Annotated[
-        str | None, _option("Columns", "Which policy or round sampled the response; greater is newer.")
-    ] = None,
-    second_reward_column: Annotated[
-        str | None, _option("Columns", "Rewards of a second model: its agreement as the column consistency.")
-    ] = None,
-    debias: Annotated[str, _option("Length", "none, linear, per_token, bucket or matched.")] = "linear",
-    alpha: Annotated[str, _option("Length", "The length penalty: auto, or a number ≥ 0.")] = "auto",
-    buckets: Annotated[int, _option("Length", "Length quantiles of --debias bucket.")] = 10,
-    bucket_scale: Annotated[bool, _option("Length", "Scale inside buckets too.")] = False,
-    length_tolerance: Annotated[
-        int | None, _option("Length", "Of --debias matched: largest difference of lengths.")
-    ] = None,
-    length_ratio: Annotated[
-        float | None, _option("Length", "Of --debias matched: the same, as a share of the longer length.")
-    ] = None,
-    pairing: Annotated[
-        str, _option("Pairs", "max_min, max_random, top_bottom, max_sweet_spot or all_pairs.")
-    ] = "max_min",
-    top_k: Annotated[int, _option("Pairs", "Of --pairing top_bottom: the K best.")] = 2,
-    bottom_k: Annotated[int, _option("Pairs", "Of --pairing top_bottom: with the K worst.")] = 2,
-    pairs_per_prompt: Annotated[
-        int | None, _option("Pairs", "Of top_bottom and all_pairs: at most, greatest margins first.")
-    ] = None,
-    sweet_spot_deviations: Annotated[
-        float, _option("Pairs", "Of max_sweet_spot: the rejected is this far below the mean.")
-    ] = 2.0,
-    seed: Annotated[int, _option("Pairs", "Of --pairing max_random.")] = 0,
-    chosen_from: Annotated[str, _option("Pairs", "any, newest or oldest of --policy-column.")] = "any",
-    rejected_from: Annotated[str, _option("Pairs", "any, newest or oldest of --policy-column.")] = "any",
-    min_responses: Annotated[int, _option("Filters", "Usable responses that a prompt needs.")] = 2,
-    min_length: Annotated[int | None, _option("Filters", "Shortest response to use.")] = None,
-    max_length: Annotated[int | None, _option("Filters", "Longest response to use.")] = None,
-    min_margin: Annotated[float | None, _option("Filters", "Drop pairs of a smaller margin.")] = None,
-    min_margin_quantile: Annotated[
-        float | None, _option("Filters", "Then drop pairs below this quantile of the margins.")
-    ] = None,
-    win_rates: Annotated[bool, _option("Labels", "Columns of SPPO's win rates.")] = False,
-    soft_labels: Annotated[bool, _option("Labels", "Column soft_label: sigmoid(margin / scale).")] = False,
-    label_scale: Annotated[float, _option("Labels", "The scale of both, in units of reward.")] = 1.0,
-    difficulty_quantile: Annotated[
-        float | None, _option("Labels", "Column difficulty: hard below this quantile of the margins.")
-    ] = None,
     memory: Annotated[float, typer.Option(help="GiB to mine in; larger input is streamed.")] = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Stage 3: pairs of chosen and rejected, less the length bias.
+    """Stage 3: preference pairs, corrected for length bias.
 
     Written to OUT (Parquet) with the row numbers of both responses in SCORED, counted through its files.
     """
     from cli.progress import Display
     from cli.tables import mining_table, print_table
+    from dice_py.config.mining import MiningOptions
     from dice_py.mining.files import mine_files
 
-    try:
-        penalty: Any = "auto" if alpha == "auto" else float(alpha)
-    except ValueError:
-        raise UsageError(f"--alpha is {alpha!r}, but must be 'auto' or a finite number of zero or more") from None
+    options = MiningOptions(**_parse_words(ctx.obj))
     with _interrupted(), Display() as display:
         display("stage", stage="mine", status="running")
-        summary = mine_files(
-            scored,
-            out,
-            memory_gib=memory,
-            report=display,
-            prompt_column=prompt_column,
-            reward_column=reward_column,
-            length_column=length_column,
-            truncated_column=None if truncated_column == "none" else truncated_column,
-            duplicate_column=duplicate_column,
-            policy_column=policy_column,
-            second_reward_column=second_reward_column,
-            debias=debias,
-            alpha=penalty,
-            buckets=buckets,
-            bucket_scale=bucket_scale,
-            length_tolerance=length_tolerance,
-            length_ratio=length_ratio,
-            pairing=pairing,
-            top_k=top_k,
-            bottom_k=bottom_k,
-            pairs_per_prompt=pairs_per_prompt,
-            sweet_spot_deviations=sweet_spot_deviations,
-            seed=seed,
-            chosen_from=chosen_from,
-            rejected_from=rejected_from,
-            min_responses=min_responses,
-            min_length=min_length,
-            max_length=max_length,
-            min_margin=min_margin,
-            min_margin_quantile=min_margin_quantile,
-            win_rates=win_rates,
-            soft_labels=soft_labels,
-            label_scale=label_scale,
-            difficulty_quantile=difficulty_quantile,
-        )
+        summary = mine_files(scored, out, options, memory_gib=memory, report=display)
     if as_json:
         print_json(summary)
     else:
         print_table(mining_table(summary, str(out)))
+
+
+def _parse_words(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of options that are a word or something else: `--alpha auto`, `--truncated-column none`."""
+    alpha, truncated = values["alpha"], values["truncated_column"]
+    try:
+        penalty = "auto" if alpha == "auto" else float(alpha)
+    except ValueError:
+        raise UsageError(f"--alpha is {alpha!r}, but must be 'auto' or a finite number of zero or more") from None
+    return {**values, "alpha": penalty, "truncated_column": None if truncated == "none" else truncated}

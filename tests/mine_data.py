@@ -1,4 +1,4 @@
-"""Frames for the miner's tests, and the check of an answer against the oracle."""
+"""Frames for the miner's tests, and the comparison of a result with the oracle's."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ ROUNDED = ("margin", "chosen_win_rate", "rejected_win_rate", "soft_label", "cons
 
 
 def assert_agrees(mined: Any, want: dict[str, Any], *, exact_margins: bool = True) -> None:
-    """`mined` has what `want` has. Labels may differ in their last bits, and margins where it is said so."""
+    """`mined` has what `want` has. Labels may differ in their last bits, and margins unless `exact_margins`."""
     pairs, other = mined.pairs, want["pairs"]
     assert pairs.columns[: len(BASE)] == BASE
     assert dict(pairs.schema) == {name: other.schema[name] for name in pairs.columns}
@@ -178,10 +178,10 @@ def assert_agrees(mined: Any, want: dict[str, Any], *, exact_margins: bool = Tru
 
 
 def check(frame: pl.DataFrame, *, search: bool = True, **options: Any) -> MinedPairs:
-    """Mines `frame` and holds every number of the answer against the oracle's.
+    """Mines `frame` and compares every number of the result with the oracle's.
 
-    With `search` the least gap is found anew by bisection. Without, only the neighbours of the step that is
-    reported are looked at (and with `chosen_from` or `rejected_from` nothing is).
+    With `search` the least gap is computed again, by bisection. Without, only the neighbors of the reported
+    step are checked (and nothing with `chosen_from` or `rejected_from`).
     """
     mined = mine_pairs(frame, **options)
     o = with_defaults(options)

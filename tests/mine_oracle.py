@@ -1,11 +1,9 @@
-"""What `mine_pairs` must answer, said once more in plain Polars: slow, whole, and without the extension.
+"""An oracle for `mine_pairs`: a second implementation in plain Polars, slow, complete, without the extension.
 
-Every rule of the miner is a join, a sort or a `group_by` here. A penalised reward `r - alpha * l` is compared
-exactly: as rewards and alpha are binary fractions, it is a 128-bit integer after a common shift. This is no
-part of the package; it knows nothing of chunks, threads, samples or hulls.
-
-Names of columns: `row` (number in the frame), `p` prompt, `r` reward, `l` length, `s` score as float64, `x` score
-as it is compared. `C` are the responses that may be chosen, `R` those that may be rejected.
+Every rule is a join, a sort or a `group_by` here. A penalized reward `r - alpha * l` is compared exactly: as rewards
+and alpha are binary fractions, it is a 128-bit integer after a common shift. Columns: `row` (number in the frame), `p`
+prompt, `r` reward, `l` length, `s` score as float64, `x` score as it is compared. `C` are the responses that may be
+chosen, `R` those that may be rejected.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ BASE = [
     "rejected_length",
 ]  # fmt: skip
 REASONS = ["null", "not_finite", "truncated", "too_short", "too_long", "duplicate", "too_few_responses"]
+CHOICES = ("chosen", "rejected")
 QUANTILES = ["min", "0.05", "0.25", "0.5", "0.75", "0.95", "max"]
 DEFAULTS: dict[str, Any] = {
     "prompt_column": "prompt_id", "reward_column": "reward", "length_column": "response_tokens",
@@ -97,17 +96,17 @@ def usable_rows(frame: pl.DataFrame, o: dict[str, Any]) -> tuple[pl.DataFrame, p
 
 
 def exact_score(rows: pl.DataFrame, alpha: float) -> pl.Series:
-    """`r - alpha * l` times a power of two, as whole numbers."""
+    """`r - alpha * l` times a power of two, as integers."""
     if rows.is_empty():
         return pl.Series([], dtype=pl.Int128)
     shift = max(value.as_integer_ratio()[1].bit_length() - 1 for value in rows["r"].unique())
     over, under = alpha.as_integer_ratio()
     power = under.bit_length() - 1
-    whole = (rows["r"] * 2.0**shift).cast(pl.Int64)
-    widest = max(abs(v) for v in (whole.min(), whole.max())).bit_length()  # type: ignore[arg-type]
+    integers = (rows["r"] * 2.0**shift).cast(pl.Int64)
+    widest = max(abs(v) for v in (integers.min(), integers.max())).bit_length()  # type: ignore[arg-type]
     longest = int(rows["l"].max()).bit_length()  # type: ignore[arg-type]
     assert max(widest + power, longest + over.bit_length() + shift) < 126, "too wide for 128 bits"
-    wide = rows.select(whole.cast(pl.Int128).alias("w"), pl.col("l").cast(pl.Int128))
+    wide = rows.select(integers.cast(pl.Int128).alias("w"), pl.col("l").cast(pl.Int128))
     left = pl.col("w") * pl.lit(2**power, dtype=pl.Int128)
     return wide.select(left - pl.col("l") * pl.lit(over * 2**shift, dtype=pl.Int128)).to_series()
 
@@ -199,13 +198,13 @@ def _pairs(rows: pl.DataFrame, frame: pl.DataFrame, o: dict[str, Any]) -> pl.Dat
         margin = gain - o["alpha"] * (pl.col("l") - pl.col("l_r"))
     else:
         margin = gain if o["debias"] == "matched" else pl.col("s") - pl.col("s_r")
-    apart = (pl.col("l") - pl.col("l_r")).abs()
+    abs_diff = (pl.col("l") - pl.col("l_r")).abs()
     pairing = o["pairing"]
     if o["debias"] == "matched":
         longer = pl.max_horizontal("l", "l_r")
-        near = apart <= (longer * o["length_ratio"] if o["length_tolerance"] is None else o["length_tolerance"])
-        met = _meet(c, r).filter(near).with_columns(margin=margin, apart=apart)
-        order = met.sort("p", "margin", "apart", "row", "row_r", descending=[False, True, False, False, False])
+        near = abs_diff <= (longer * o["length_ratio"] if o["length_tolerance"] is None else o["length_tolerance"])
+        met = _meet(c, r).filter(near).with_columns(margin=margin, abs_diff=abs_diff)
+        order = met.sort("p", "margin", "abs_diff", "row", "row_r", descending=[False, True, False, False, False])
         return order.group_by("p", maintain_order=True).head(1)
     if pairing == "max_min":
         met = _meet(best, worst)
@@ -248,11 +247,11 @@ def expected(frame: pl.DataFrame, **options: Any) -> dict[str, Any]:
     o = with_defaults(options)
     assert o["debias"] != "linear" or isinstance(o["alpha"], float)
     rows, kept, dropped = usable_rows(frame, o)
-    whole, rows = scored(kept, kept, o), scored(rows, kept, o)
-    found = _pairs(rows, frame, o)
+    all_kept, rows = scored(kept, kept, o), scored(rows, kept, o)
+    picked = _pairs(rows, frame, o)
     ids = frame.select(p=_plain(frame, o["prompt_column"]))["p"]
-    without = rows["p"].n_unique() - found["p"].n_unique()
-    pairs = found.select(
+    without = rows["p"].n_unique() - picked["p"].n_unique()
+    pairs = picked.select(
         p="p", chosen_row="row", rejected_row="row_r",
         chosen_reward=pl.col("r").cast(pl.Float32), rejected_reward=pl.col("r_r").cast(pl.Float32),
         margin=pl.col("margin").cast(pl.Float32),
@@ -298,16 +297,13 @@ def expected(frame: pl.DataFrame, **options: Any) -> dict[str, Any]:
         "mean_length_gap_before": _mean(by_reward["l"] - by_reward["l_r"]),
         "mean_length_gap_after": _mean(gap),
         "chosen_longer_share": _mean((gap > 0).cast(pl.Float64)),
-        "reward_length_correlation_before": whole.select(pl.corr("r", "l")).item() if whole.height else math.nan,
-        "reward_length_correlation_after": whole.select(pl.corr("s", "l")).item() if whole.height else math.nan,
+        "reward_length_correlation_before": all_kept.select(pl.corr("r", "l")).item() if all_kept.height else math.nan,
+        "reward_length_correlation_after": all_kept.select(pl.corr("s", "l")).item() if all_kept.height else math.nan,
         "mean_consistency": consistency,
         "margin_quantiles": {k: _quantile(pairs["margin"], k) for k in QUANTILES},
         "prompts": ids.n_unique(),
         "rows": frame.height,
     }
-
-
-CHOICES = ("chosen", "rejected")
 
 
 def _quantile(margins: pl.Series, name: str) -> float:
@@ -394,8 +390,7 @@ def assert_step(choices: Choices, low: float, alpha: float, high: float) -> int:
 
 
 def assert_least_gap(choices: Choices, low: float, alpha: float, high: float) -> None:
-    """No alpha has a total gap nearer zero, and no lower one has one as near. As the gap falls, it is enough
-    to look at both neighbours."""
+    """No alpha has a total gap nearer zero, and no lower one has one as near. The gap falls: two neighbors decide."""
     gap = assert_step(choices, low, alpha, high)
     if gap > 0 and not math.isinf(high):
         assert -choices.gap(high) >= gap, "the next penalty leaves a smaller gap"

@@ -30,34 +30,42 @@ PAIRS = pl.DataFrame(
 
 
 def attach(pairs: pl.DataFrame, generations: Any, **options: Any) -> pl.DataFrame:
-    found: pl.DataFrame = pairs.pipe(dice_py.attach_text, generations, **options)
-    return found
+    attached: pl.DataFrame = pairs.pipe(dice_py.attach_text, generations, **options)
+    return attached
 
 
 def test_texts_of_the_rows_in_the_order_of_the_pairs() -> None:
-    found = attach(PAIRS, GENERATIONS)
-    assert found.columns == [*PAIRS.columns, "chosen", "rejected"]
-    assert found.select(PAIRS.columns).equals(PAIRS)
-    assert found["chosen"].to_list() == ["answer 11", "answer 0", "answer 5", "answer 9"]
-    assert found["rejected"].to_list() == ["answer 8", "answer 3", "answer 4", "answer 8"]
+    attached = attach(PAIRS, GENERATIONS)
+    assert attached.columns == [*PAIRS.columns, "chosen", "rejected"]
+    assert attached.select(PAIRS.columns).equals(PAIRS)
+    assert attached["chosen"].to_list() == ["answer 11", "answer 0", "answer 5", "answer 9"]
+    assert attached["rejected"].to_list() == ["answer 8", "answer 3", "answer 4", "answer 8"]
 
 
 def test_of_mined_pairs() -> None:
     mined = dice_py.mine_pairs(GENERATIONS)
-    found = mined.pairs.pipe(dice_py.attach_text, GENERATIONS)
-    assert found.height == 3
-    assert found["chosen"].equals(GENERATIONS["response"].gather(mined.pairs["chosen_row"]).alias("chosen"))
+    attached = mined.pairs.pipe(dice_py.attach_text, GENERATIONS)
+    assert attached.height == 3
+    assert attached["chosen"].equals(GENERATIONS["response"].gather(mined.pairs["chosen_row"]).alias("chosen"))
 
 
 def test_every_kind_of_generations(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole.parquet", [tmp_path / f"part-{i}.parquet" for i in range(3)]
-    GENERATIONS.write_parquet(whole, row_group_size=5)
+    single, parts = tmp_path / "single.parquet", [tmp_path / f"part-{i}.parquet" for i in range(3)]
+    GENERATIONS.write_parquet(single, row_group_size=5)
     # Cut within a prompt, and one part is empty: row numbers count through.
     for path, (start, stop) in zip(parts, [(0, 7), (7, 7), (7, 12)], strict=True):
         GENERATIONS[start:stop].write_parquet(path)
     expected = attach(PAIRS, GENERATIONS)
     chunks = pl.concat([GENERATIONS[:5], GENERATIONS[5:]], rechunk=False)
-    for kind in (chunks, GENERATIONS.lazy(), pl.scan_parquet(whole), whole, str(whole), parts, tuple(map(str, parts))):
+    for kind in (
+        chunks,
+        GENERATIONS.lazy(),
+        pl.scan_parquet(single),
+        single,
+        str(single),
+        parts,
+        tuple(map(str, parts)),
+    ):
         assert attach(PAIRS, kind).equals(expected), type(kind)
 
 
@@ -68,14 +76,14 @@ def test_a_path_is_no_pattern(tmp_path: Path) -> None:
 
 
 def test_other_columns() -> None:
-    found = attach(PAIRS, GENERATIONS, text_columns=("token_ids", "response"), prompt_columns=("messages",))
-    assert set(found.columns) == {
+    attached = attach(PAIRS, GENERATIONS, text_columns=("token_ids", "response"), prompt_columns=("messages",))
+    assert set(attached.columns) == {
         *PAIRS.columns, "chosen_token_ids", "rejected_token_ids", "chosen", "rejected", "messages",
     }  # fmt: skip
-    assert found["chosen_token_ids"].to_list() == [[11, 12], [0, 1], [5, 6], [9, 10]]
-    assert found["rejected_token_ids"].to_list() == [[8, 9], [3, 4], [4, 5], [8, 9]]
-    assert [messages[0]["content"][-1] for messages in found["messages"]] == ["2", "0", "1", "2"]
-    assert found["messages"].dtype == GENERATIONS["messages"].dtype
+    assert attached["chosen_token_ids"].to_list() == [[11, 12], [0, 1], [5, 6], [9, 10]]
+    assert attached["rejected_token_ids"].to_list() == [[8, 9], [3, 4], [4, 5], [8, 9]]
+    assert [messages[0]["content"][-1] for messages in attached["messages"]] == ["2", "0", "1", "2"]
+    assert attached["messages"].dtype == GENERATIONS["messages"].dtype
     prompts = attach(PAIRS, GENERATIONS.lazy(), text_columns=(), prompt_columns=["messages"])
     assert prompts.columns == [*PAIRS.columns, "messages"]
 

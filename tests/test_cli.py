@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -22,7 +21,7 @@ from small_disk import small_disk
 
 from cli.main import main
 from dice_py.config.loading import dump, resolve
-from dice_py.config.mining import MineOptions
+from dice_py.config.mining import MiningOptions
 from dice_py.storage.files import Manifest
 from dice_py.storage.parquet import parquet_meta, read_parquet
 
@@ -437,34 +436,46 @@ MINE_OPTIONS: list[tuple[str, object]] = [
     ("--difficulty-quantile", 0.75),
 ]  # fmt: skip
 """Every option of mining with a value that is not its default."""
+NEEDED = {
+    "--pairs-per-prompt": ["--pairing"],
+    "--chosen-from": ["--policy-column"],
+    "--rejected-from": ["--policy-column"],
+}
+"""Options that are refused without another one; those of --debias matched aside."""
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `dice mine` asks of the miner, which does nothing but count its rows."""
-    from dice_py.mining import streaming as mine_files
+    """The arguments that `dice mine` calls the miner with; the miner itself is replaced."""
+    from dice_py.mining import files
 
     seen: dict[str, Any] = {}
 
-    def counted(scored: list[str], out: Path, *, memory_gib: float, report: Any, **options: Any) -> dict[str, Any]:
-        report("progress", stage="mine", done=3, total=3)
-        seen.update(scored=scored, out=out, memory_gib=memory_gib, **options)
+    def counted(scored: list[str], out: Path, options: MiningOptions, **others: Any) -> dict[str, Any]:
+        others.pop("report")("progress", stage="mine", done=3, total=3)
+        seen.update(scored=scored, out=out, **options.model_dump(), **others)
         return {"pairs": 3}
 
-    monkeypatch.setattr(mine_files, "mine_files", counted)
+    monkeypatch.setattr(files, "mine_files", counted)
     return seen
 
 
 def test_every_option_of_mining_reaches_the_miner(dice, asked: dict[str, Any]) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(MineOptions)}
+    defaults = MiningOptions().model_dump()
     where = {"scored": ["a.parquet"], "out": Path("pairs.parquet")}
     assert dice("mine", "a.parquet", "-o", "pairs.parquet", "--json") == (0, '{"pairs": 3}\n', "")
     assert asked == where | {"memory_gib": 1.0} | defaults
-    given = [part for name, value in MINE_OPTIONS for part in ((name,) if value is True else (name, value))]
-    assert dice("mine", "a.parquet", "-o", "pairs.parquet", "--json", "--memory", "0.5", *given)[0] == 0
-    names = {name.removeprefix("--").replace("-", "_"): value for name, value in MINE_OPTIONS}
-    assert asked == where | {"memory_gib": 0.5} | names
-    assert [name for name in defaults if names.get(name, defaults[name]) == defaults[name]] == []
+    values = dict(MINE_OPTIONS)
+    assert {name.removeprefix("--").replace("-", "_") for name in values} == defaults.keys()
+    for name in values:
+        given = {needed: values[needed] for needed in NEEDED.get(name, ())} | {name: values[name]}
+        if name.startswith("--length-") and name != "--length-column":
+            given["--debias"] = "matched"
+        flags = [part for flag, value in given.items() for part in ((flag,) if value is True else (flag, value))]
+        assert dice("mine", "a.parquet", "-o", "pairs.parquet", "--json", "--memory", "0.5", *flags)[0] == 0
+        changed = {flag.removeprefix("--").replace("-", "_"): value for flag, value in given.items()}
+        assert asked == where | {"memory_gib": 0.5} | defaults | changed
+        assert all(defaults[key] != value for key, value in changed.items())
     # The word none turns the default off.
     dice("mine", "a.parquet", "-o", "pairs.parquet", "--json", "--truncated-column", "none")
     assert asked["truncated_column"] is None
@@ -540,7 +551,7 @@ def test_mine_refuses_and_leaves_the_old_pairs(refused) -> None:
         ("--pairing", "best"): "pairing is 'best', but must be one of max_min, max_random",
         ("--chosen-from", "newest"): "chosen_from is 'newest', which needs policy_column: name it",
         ("--length-ratio", "0.5"): "length_ratio is for debias 'matched', but debias is 'linear'",
-        ("--memory", "0"): "memory_gib is 0.0: give a number of GiB above zero",
+        ("--memory", "0"): "memory_gib is 0.0, but must be a number of GiB above zero",
         ("--alpha", "much"): "--alpha is 'much', but must be 'auto' or a finite number of zero or more",
         ("--alpha", "-1"): "alpha is -1.0",
         ("--alpha", "nan"): "alpha is nan",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from typer import Context
+from typer.main import get_command
 
-from cli.mine import mine as mine_command
+from cli.main import app
 from dice_py import mine_pairs
 from dice_py.config.loading import dump, known_keys, load_resolved, resolve
-from dice_py.config.mining import MineConfig, MineOptions
+from dice_py.config.mining import PANELS, MineConfig, MiningKeywords, MiningOptions, PairOptions
 from dice_py.config.run import RunConfig
 from dice_py.errors import UsageError
+from dice_py.mining.files import mine_files
 
 OWN = {
     "model": {"policy": "policy-folder", "reference": "reference-folder"},
@@ -119,9 +122,9 @@ def test_all_errors_are_reported_at_once() -> None:
         ("beta=.inf", "beta: Input should be a finite number"),
         ("train.num_train_epochs=inf", "train.num_train_epochs: Input should be a finite number"),
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
-        ("mine.alpha=-1", "mine.alpha: Input should be greater than or equal to 0 (got -1)"),
+        ("mine.alpha=-1", "mine: alpha is -1.0, but must be 'auto' or a finite number of zero or more"),
         ("mine.alpha=low", "mine.alpha: Input should be 'auto' (got 'low')"),
-        ("mine.min_responses=1", "mine.min_responses: Input should be greater than or equal to 2"),
+        ("mine.min_responses=1", "mine: min_responses is 1, but must be 2 or more: a pair is two responses"),
         (
             "generate.engine=vlm",
             "generate.engine: Input should be 'auto', 'transformers' or 'vllm' (got 'vlm')",
@@ -250,22 +253,42 @@ def test_every_key_is_in_the_dump() -> None:
 
 # Mining
 
-OPTIONS = {field.name: field.default for field in fields(MineOptions)}
+OPTIONS = MiningOptions().model_dump()
 
 
-def test_the_options_of_mining_are_the_same_everywhere() -> None:
-    def defaults(function) -> dict[str, object]:
-        parameters = inspect.signature(function, eval_str=True).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
+def test_keywords_of_mining_are_the_models_fields() -> None:
+    types = {name: field.annotation for name, field in MiningOptions.model_fields.items()}
+    assert get_type_hints(MiningKeywords) == types
+    for function, others in ((mine_pairs, ["frame", "options"]), (mine_files, ["scored", "out", "options"])):
+        parameters = inspect.signature(function).parameters
+        keywords = {name: p for name, p in parameters.items() if name in OPTIONS}
+        assert {name: p.default for name, p in keywords.items()} == OPTIONS
+        assert {name: p.annotation for name, p in keywords.items()} == types
+        assert [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == others
+        assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
 
-    assert defaults(mine_pairs) == OPTIONS
-    assert defaults(mine_command) == OPTIONS | {"memory": 1.0, "as_json": False}
-    config = {name: field.default for name, field in MineConfig.model_fields.items()}
+
+def test_flags_of_mining_are_the_models_fields() -> None:
+    command = get_command(app).commands["mine"]
+    params = {param.name: param for param in command.get_params(Context(command))}
+    own = {"scored", "out", "memory", "as_json", "help"}
+    assert params.keys() == OPTIONS.keys() | own
+    for name, field in MiningOptions.model_fields.items():
+        assert params[name].opts == [f"--{name.replace('_', '-')}"]
+        assert params[name].default == field.default
+        assert params[name].rich_help_panel in PANELS
+        assert "`" not in params[name].help
+    assert "--debias matched" in params["length_ratio"].help
+
+
+def test_the_section_mine_has_the_miners_options() -> None:
+    config = MineConfig().model_dump()
     columns = {name for name in OPTIONS if name.endswith("_column")}
     own = {"length": "tokens", "drop_duplicates": False, "second_reward": None, "pool_rounds": 1}
-    # A run sets columns and seeds itself, and skips empty responses, which have no score.
-    expected = {name: value for name, value in OPTIONS.items() if name not in columns | {"seed"}}
-    assert config == expected | own | {"min_length": 1}
+    # A run knows its columns and its seeds, and never scores a response of no tokens.
+    shared = {name: value for name, value in OPTIONS.items() if name not in columns | {"seed"}}
+    assert config == shared | own | {"min_length": 1}
+    assert PairOptions.model_fields.keys() == shared.keys()
 
 
 @pytest.mark.parametrize(
@@ -281,9 +304,9 @@ def test_the_options_of_mining_are_the_same_everywhere() -> None:
         (["win_rates=true", "label_scale=0.5"], {"win_rates": True, "label_scale": 0.5}),
     ],
 )
-def test_mining_options_of_a_run(assignments: list[str], changed: dict[str, object]) -> None:
-    config = resolve([], [f"mine.{text}" for text in assignments], OWN).mine
-    assert config.options(7) == MineOptions(**{"min_length": 1, "seed": 7} | changed)
+def test_what_a_run_asks_of_the_miner(assignments: list[str], changed: dict[str, object]) -> None:
+    found = resolve([], [f"mine.{text}" for text in assignments], OWN).mine
+    assert found.options(7) == MiningOptions(**{"min_length": 1, "seed": 7} | changed)
 
 
 @pytest.mark.parametrize(
@@ -293,10 +316,10 @@ def test_mining_options_of_a_run(assignments: list[str], changed: dict[str, obje
         (["mine.debias=matched"], "mine: debias 'matched' needs one of length_tolerance and length_ratio"),
         (["mine.length_tolerance=3"], "mine: length_tolerance is for debias 'matched', but debias is 'linear'"),
         (["mine.pairs_per_prompt=3"], "mine: pairs_per_prompt is for pairing 'top_bottom' or 'all_pairs'"),
-        (["mine.pairing=top_bottom", "mine.top_k=0"], "mine: top_k is 0: give 1 or more"),
-        (["mine.min_margin_quantile=2"], "mine: min_margin_quantile is 2.0: give a number from 0 to 1"),
+        (["mine.pairing=top_bottom", "mine.top_k=0"], "mine: top_k is 0, but must be 1 or more"),
+        (["mine.min_margin_quantile=2"], "mine: min_margin_quantile is 2.0, but must be a number from 0 to 1"),
         (["mine.min_margin=.inf"], "mine.min_margin: Input should be a finite number"),
-        (["mine.label_scale=0"], "mine: label_scale is 0.0: give a finite number above zero"),
+        (["mine.label_scale=0"], "mine: label_scale is 0.0, but must be a finite number above zero"),
         (["mine.second_reward=reward"], "mine.second_reward: Input should be 'logp' or 'ref_logp'"),
         (["mine.pool_rounds=0"], "mine.pool_rounds: Input should be greater than or equal to 1"),
         (

@@ -1,6 +1,6 @@
-"""Real data: what the DICE authors' published mining code gives on the responses of AlpacaEval 2.
+"""Real data: results of the DICE authors' published mining code on the responses of AlpacaEval 2.
 
-The files are not part of the repository (their licence is CC BY-NC 4.0); ../shared/README.md says what
+The files are not part of the repository (their license is CC BY-NC 4.0); ../shared/README.md says what
 they are.
 """
 
@@ -66,8 +66,8 @@ def test_pairs_of_the_reference(scored: pl.DataFrame, reference: dict[str, Any])
     assert mined.pairs["prompt_id"].to_list() == golden["prompt_id"].to_list()
     for side in ("chosen", "rejected"):
         rows = scored[mined.pairs[f"{side}_row"]]
-        penalised = rows["score"] - alpha * rows["response_chars"]
-        worst = (penalised - golden[f"{side}_score"]).abs().max()
+        penalized = rows["score"] - alpha * rows["response_chars"]
+        worst = (penalized - golden[f"{side}_score"]).abs().max()
         assert isinstance(worst, float)
         assert worst < 1e-6
         # Several models gave the same text, or texts that tie: the reference names them all.

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 import dice_py
 from dice_py import mine_pairs
-from dice_py.config.mining import MineOptions
+from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError, UsageError
+from dice_py.mining.options import native_keywords
 
 SCHEMA = {
     "prompt_id": pl.UInt32,
@@ -397,7 +398,7 @@ def test_bad_options(options: dict[str, Any], words: str) -> None:
         (small(prompt_id=["a", "a", "a", None, "b", "b"]), {}, "row 3: the prompt is null"),
         (small(response_tokens=[1, 2, 3, 4, -5, 6]), {}, "row 4: the length is -5.*'response_tokens'"),
         (small(response_tokens=[1, 2, 3, 4, 5, 2**32]), {}, "row 5: the length is 4294967296"),
-        (small(response_tokens=[1.0] * 6), {}, "dtype Float64, but must hold whole numbers"),
+        (small(response_tokens=[1.0] * 6), {}, "dtype Float64, but must hold integers"),
         (small(reward=["x"] * 6), {}, "dtype String, but must be numeric"),
         (small(prompt_id=[[1]] * 6), {}, "has no order"),
     ],
@@ -407,7 +408,7 @@ def test_bad_data(data: pl.DataFrame, options: dict[str, Any], words: str) -> No
         mine_pairs(data, **options)
 
 
-def test_a_bad_length_is_found_in_any_chunk_and_any_order() -> None:
+def test_a_bad_length_is_refused_in_any_chunk_and_any_order() -> None:
     rows = frame().with_columns(pl.col("response_tokens").cast(pl.Int64))
     bad = rows.with_columns(
         response_tokens=pl.when(pl.int_range(pl.len()).is_in([200, 300])).then(-1).otherwise("response_tokens"),
@@ -436,18 +437,18 @@ def test_threads_agree() -> None:
     for thread in threads:
         thread.join()
     assert len(results) == 6
-    assert all(found.pairs.equals(expected.pairs) and found.alpha == expected.alpha for found in results)
+    assert all(mined.pairs.equals(expected.pairs) and mined.alpha == expected.alpha for mined in results)
 
 
 def test_other_threads_run_meanwhile() -> None:
-    """The interpreter is released: another thread takes turns while Rust works.
+    """The interpreter is released: another thread runs while Rust works.
 
-    With a switch interval of a minute it gets its turns only when the interpreter is given away.
+    With a switch interval of a minute, it only runs when the interpreter is released.
     """
     stream = (
         frame(prompts=400_000).select(prompt="prompt_id", reward="reward", length="response_tokens").to_struct("rows")
     )
-    options = MineOptions().native()
+    options = native_keywords(MiningOptions())
     turns, done = [0], threading.Event()
 
     def count() -> None:

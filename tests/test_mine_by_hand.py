@@ -1,4 +1,4 @@
-"""Small examples of each of the miner's options, worked out by hand: the oracle must agree, and so must the miner."""
+"""Small examples of each of the miner's options, worked out by hand: the oracle and the miner must both agree."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def who(request: pytest.FixtureRequest) -> Any:
     return ask
 
 
-def rows(found: Any) -> list[tuple[int, int]]:
-    pairs: list[tuple[int, int]] = found.pairs.select("chosen_row", "rejected_row").rows()
+def rows(mined: Any) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = mined.pairs.select("chosen_row", "rejected_row").rows()
     return pairs
 
 
 def frame(reward: list[Any], length: list[Any], **columns: Any) -> pl.DataFrame:
-    """One prompt, unless `prompt_id` is given."""
+    """One prompt, unless there is a `prompt_id`."""
     return pl.DataFrame({"prompt_id": [1] * len(reward), "reward": reward, "response_tokens": length} | columns)
 
 
 def test_max_min(who: Any) -> None:
-    found = who(FIVE)
-    assert rows(found) == [(0, 3)]
-    assert found.pairs.row(0) == (1, 0, 3, 4.0, -1.0, 5.0, 40, 30)
+    mined = who(FIVE)
+    assert rows(mined) == [(0, 3)]
+    assert mined.pairs.row(0) == (1, 0, 3, 4.0, -1.0, 5.0, 40, 30)
     # Less 0.125 a token: -1, 0.75, -0.5, -4.75, -2.5.
     assert rows(who(FIVE, debias="linear", alpha=0.125)) == [(1, 3)]
     assert who(FIVE, debias="linear", alpha=0.125).pairs["margin"].to_list() == [5.5]
@@ -50,9 +50,9 @@ def test_max_min(who: Any) -> None:
 
 def test_per_token(who: Any) -> None:
     # 0.1, 0.2, 0.1, -1/30, 0 for each token.
-    found = who(FIVE, debias="per_token")
-    assert rows(found) == [(1, 3)]
-    assert found.pairs["margin"].to_list() == [pytest.approx(0.2 + 1 / 30)]
+    mined = who(FIVE, debias="per_token")
+    assert rows(mined) == [(1, 3)]
+    assert mined.pairs["margin"].to_list() == [pytest.approx(0.2 + 1 / 30)]
     # No length to divide by: too short, whatever min_length says.
     empty = frame([9.0, 1.0, 2.0], [0, 1, 4])
     assert rows(who(empty, debias="per_token", min_length=0)) == [(1, 2)]
@@ -62,22 +62,22 @@ def test_per_token(who: Any) -> None:
 
 def test_per_token_ties_go_to_the_shorter(who: Any) -> None:
     # 1, 1, 0.5, 0.5 for each token. Best first: 1, 0, 2, 3. Worst first: 3, 2, 0, 1.
-    found = who(frame([4.0, 2.0, 1.0, 2.0], [4, 2, 2, 4]), debias="per_token", pairing="all_pairs")
-    assert rows(found) == [(1, 3), (1, 2), (0, 3), (0, 2), (1, 0), (2, 3)]
+    mined = who(frame([4.0, 2.0, 1.0, 2.0], [4, 2, 2, 4]), debias="per_token", pairing="all_pairs")
+    assert rows(mined) == [(1, 3), (1, 2), (0, 3), (0, 2), (1, 0), (2, 3)]
 
 
 def test_a_tie_of_rounded_scores_goes_by_the_reward(who: Any) -> None:
     low, high = math.nextafter(2, 0), 2.0
     assert low / 3 == high / 3
-    found = who(frame([low, high, low], [3, 3, 3]), debias="per_token", pairing="all_pairs")
-    assert rows(found) == [(1, 0), (1, 2)]
-    assert found.pairs["margin"].to_list() == [0.0, 0.0]
+    mined = who(frame([low, high, low], [3, 3, 3]), debias="per_token", pairing="all_pairs")
+    assert rows(mined) == [(1, 0), (1, 2)]
+    assert mined.pairs["margin"].to_list() == [0.0, 0.0]
 
 
 def test_top_bottom(who: Any) -> None:
-    found = who(FIVE, pairing="top_bottom")
-    assert rows(found) == [(0, 3), (0, 4), (1, 3), (1, 4)]
-    assert found.pairs["margin"].to_list() == [5, 4, 3, 2]
+    mined = who(FIVE, pairing="top_bottom")
+    assert rows(mined) == [(0, 3), (0, 4), (1, 3), (1, 4)]
+    assert mined.pairs["margin"].to_list() == [5, 4, 3, 2]
     assert rows(who(FIVE, pairing="top_bottom", pairs_per_prompt=3)) == [(0, 3), (0, 4), (1, 3)]
     assert rows(who(FIVE, pairing="top_bottom", top_k=1, bottom_k=3)) == [(0, 3), (0, 4), (0, 2)]
     # Where both reach into the middle, no response meets itself, nor one that it does not beat.
@@ -88,12 +88,12 @@ ALL = [(0, 3), (0, 4), (1, 3), (2, 3), (0, 2), (0, 1), (1, 4), (2, 4), (4, 3), (
 
 
 def test_all_pairs(who: Any) -> None:
-    found = who(FIVE, pairing="all_pairs")
-    assert rows(found) == ALL
-    assert found.pairs["margin"].to_list() == [5, 4, 3, 3, 2, 2, 2, 2, 1, 0]
-    assert found.chosen_longer_share == 0.4
-    assert found.mean_length_gap_after == (10 + 20 - 20 - 10 + 20 + 30 - 10 + 0 - 10 - 10) / 10
-    assert found.mean_length_gap_before == 10
+    mined = who(FIVE, pairing="all_pairs")
+    assert rows(mined) == ALL
+    assert mined.pairs["margin"].to_list() == [5, 4, 3, 3, 2, 2, 2, 2, 1, 0]
+    assert mined.chosen_longer_share == 0.4
+    assert mined.mean_length_gap_after == (10 + 20 - 20 - 10 + 20 + 30 - 10 + 0 - 10 - 10) / 10
+    assert mined.mean_length_gap_before == 10
     assert rows(who(FIVE, pairing="all_pairs", pairs_per_prompt=4)) == ALL[:4]
     assert rows(who(FIVE, pairing="top_bottom", top_k=5, bottom_k=5)) == ALL
 
@@ -130,18 +130,18 @@ def test_max_random_of_text_prompts_goes_by_their_rank(who: Any) -> None:
     named = pl.concat([FIVE.with_columns(prompt_id=pl.lit(name)) for name in ("b", "a", "c")])
     numbered = pl.concat([FIVE.with_columns(prompt_id=pl.lit(number)) for number in (2, 1, 3)])
     for seed in range(5):
-        found = rows(who(named, pairing="max_random", seed=seed))
-        assert found == rows(who(numbered, pairing="max_random", seed=seed))
-        assert [chosen for chosen, _ in found] == [5, 0, 10]
+        drawn = rows(who(named, pairing="max_random", seed=seed))
+        assert drawn == rows(who(numbered, pairing="max_random", seed=seed))
+        assert [chosen for chosen, _ in drawn] == [5, 0, 10]
 
 
 def test_matched(who: Any) -> None:
     for bound in ({"length_tolerance": 10}, {"length_ratio": 0.25}, {"length_ratio": 1.0}, {"length_tolerance": 30}):
         assert rows(who(FIVE, debias="matched", **bound)) == [(0, 3)]
     for bound in ({"length_tolerance": 9}, {"length_tolerance": 0}, {"length_ratio": 0.2}, {"length_ratio": 0.0}):
-        found = who(FIVE, debias="matched", **bound)
-        assert rows(found) == [(2, 4)]
-        assert found.pairs["margin"].to_list() == [2.0]
+        mined = who(FIVE, debias="matched", **bound)
+        assert rows(mined) == [(2, 4)]
+        assert mined.pairs["margin"].to_list() == [2.0]
     two = frame([1.0, 0.0, 5.0, 5.0], [1, 9, 3, 3], prompt_id=[1, 1, 2, 2])
     assert who(two, debias="matched", length_tolerance=7).dropped_prompts["no_match"] == 2
     assert rows(who(two, debias="matched", length_tolerance=8)) == [(0, 1)]
@@ -165,32 +165,32 @@ def test_duplicates_count_once(who: Any) -> None:
     data = FIVE.with_columns(pl.Series(name, value) for name, value in values.items())
     for name in values:
         # Row 2 repeats row 0. Rows 3 and 4 hold nulls, which are equal to nothing.
-        found = who(data, duplicate_column=name, pairing="all_pairs")
-        assert found.dropped["duplicate"] == 1
-        assert rows(found) == [pair for pair in ALL if 2 not in pair]
+        mined = who(data, duplicate_column=name, pairing="all_pairs")
+        assert mined.dropped["duplicate"] == 1
+        assert rows(mined) == [pair for pair in ALL if 2 not in pair]
     # A row that is dropped for another reason makes no other row a duplicate.
     first_is_cut = data.with_columns(finish_reason=pl.Series(["length", "stop", "stop", "stop", "stop"]))
-    found = who(first_is_cut, duplicate_column="text", pairing="all_pairs")
-    assert (found.dropped["truncated"], found.dropped["duplicate"]) == (1, 0)
+    mined = who(first_is_cut, duplicate_column="text", pairing="all_pairs")
+    assert (mined.dropped["truncated"], mined.dropped["duplicate"]) == (1, 0)
     # The same text under two prompts is no duplicate; and what is left must be enough.
     two = frame([1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4], prompt_id=[1, 1, 2, 2], text=["a", "a", "a", "b"])
-    found = who(two, duplicate_column="text")
-    assert rows(found) == [(3, 2)]
-    assert (found.dropped["duplicate"], found.dropped["too_few_responses"]) == (1, 1)
-    assert found.dropped_prompts["too_few_responses"] == 1
+    mined = who(two, duplicate_column="text")
+    assert rows(mined) == [(3, 2)]
+    assert (mined.dropped["duplicate"], mined.dropped["too_few_responses"]) == (1, 1)
+    assert mined.dropped_prompts["too_few_responses"] == 1
 
 
 def test_policies(who: Any) -> None:
     data = FIVE.with_columns(policy=pl.Series([9, 10, 10, 9, 9], dtype=pl.Int16))
-    found = who(data, policy_column="policy")
-    assert rows(found) == [(0, 3)]
-    assert found.pairs.select("chosen_policy", "rejected_policy").row(0) == (9, 9)
-    assert found.pairs.schema["chosen_policy"] == pl.Int16
+    mined = who(data, policy_column="policy")
+    assert rows(mined) == [(0, 3)]
+    assert mined.pairs.select("chosen_policy", "rejected_policy").row(0) == (9, 9)
+    assert mined.pairs.schema["chosen_policy"] == pl.Int16
     assert rows(who(data, policy_column="policy", chosen_from="newest")) == [(1, 3)]
     assert rows(who(data, policy_column="policy", chosen_from="newest", rejected_from="newest")) == [(1, 2)]
     assert rows(who(data, policy_column="policy", rejected_from="newest")) == [(0, 2)]
-    apart: dict[str, Any] = {"policy_column": "policy", "chosen_from": "newest", "rejected_from": "oldest"}
-    assert rows(who(data, pairing="all_pairs", **apart)) == [(1, 3), (2, 3), (1, 4), (2, 4)]
+    policies: dict[str, Any] = {"policy_column": "policy", "chosen_from": "newest", "rejected_from": "oldest"}
+    assert rows(who(data, pairing="all_pairs", **policies)) == [(1, 3), (2, 3), (1, 4), (2, 4)]
     # As text "10" is less than "9".
     text = data.with_columns(pl.col("policy").cast(pl.String))
     assert rows(who(text, policy_column="policy", chosen_from="oldest")) == [(1, 3)]
@@ -202,10 +202,10 @@ def test_policies(who: Any) -> None:
 
 def test_the_best_of_the_newest_may_beat_nothing(who: Any) -> None:
     data = frame([1.0, 5.0], [3, 3], policy=[2, 1])
-    found = who(data, policy_column="policy", chosen_from="newest", rejected_from="oldest")
-    assert rows(found) == []
-    assert found.dropped_prompts["no_contrast"] == 1
-    assert math.isnan(found.mean_length_gap_before)
+    mined = who(data, policy_column="policy", chosen_from="newest", rejected_from="oldest")
+    assert rows(mined) == []
+    assert mined.dropped_prompts["no_contrast"] == 1
+    assert math.isnan(mined.mean_length_gap_before)
 
 
 def test_the_penalty_follows_the_policies() -> None:
@@ -214,28 +214,28 @@ def test_the_penalty_follows_the_policies() -> None:
     options: dict[str, Any] = {"policy_column": "policy", "chosen_from": "newest", "rejected_from": "oldest"}
     assert Choices(data, **options).least_gap() == 0
     assert Choices(data, **options).step(0) == (0.1, math.inf)
-    found = mine_pairs(data, **options)
-    assert found.alpha is not None
-    assert 0.1 <= found.alpha < math.inf
-    assert rows(found) == [(1, 2)]
+    mined = mine_pairs(data, **options)
+    assert mined.alpha is not None
+    assert 0.1 <= mined.alpha < math.inf
+    assert rows(mined) == [(1, 2)]
 
 
 def test_min_margin(who: Any) -> None:
-    found = who(FIVE, pairing="all_pairs", min_margin=2.0)
-    assert rows(found) == ALL[:8]
-    assert found.dropped_pairs["below_min_margin"] == 2
+    mined = who(FIVE, pairing="all_pairs", min_margin=2.0)
+    assert rows(mined) == ALL[:8]
+    assert mined.dropped_pairs["below_min_margin"] == 2
     # After the cap.
-    found = who(FIVE, pairing="all_pairs", min_margin=4.5, pairs_per_prompt=2)
-    assert rows(found) == ALL[:1]
-    assert found.dropped_pairs["below_min_margin"] == 1
+    mined = who(FIVE, pairing="all_pairs", min_margin=4.5, pairs_per_prompt=2)
+    assert rows(mined) == ALL[:1]
+    assert mined.dropped_pairs["below_min_margin"] == 1
     # Of 5, 4, 3, 3, 2, 2, 2, 2, 1, 0 the median is 2, and the upper quarter begins at 3.
-    found = who(FIVE, pairing="all_pairs", min_margin_quantile=0.75)
-    assert rows(found) == ALL[:4]
-    assert found.dropped_pairs["below_quantile"] == 6
+    mined = who(FIVE, pairing="all_pairs", min_margin_quantile=0.75)
+    assert rows(mined) == ALL[:4]
+    assert mined.dropped_pairs["below_quantile"] == 6
     # Of what is left: of 5, 4, 3, 3 the upper half begins at 3.5.
-    found = who(FIVE, pairing="all_pairs", min_margin=2.5, min_margin_quantile=0.5)
-    assert rows(found) == ALL[:2]
-    assert (found.dropped_pairs["below_min_margin"], found.dropped_pairs["below_quantile"]) == (6, 2)
+    mined = who(FIVE, pairing="all_pairs", min_margin=2.5, min_margin_quantile=0.5)
+    assert rows(mined) == ALL[:2]
+    assert (mined.dropped_pairs["below_min_margin"], mined.dropped_pairs["below_quantile"]) == (6, 2)
     assert rows(who(FIVE, min_margin=6.0)) == []
     # It is the stored margin that counts: in float32, 0.7 is a little less and 0.1 a little more.
     assert rows(who(frame([0.7, 0.0], [3, 3]), min_margin=0.7)) == []
@@ -243,15 +243,15 @@ def test_min_margin(who: Any) -> None:
 
 
 def test_win_rates(who: Any) -> None:
-    found = who(frame([1.0, 0.0], [5, 5]), win_rates=True)
-    assert found.pairs["chosen_win_rate"].to_list() == [pytest.approx((0.5 + 0.7310586) / 2)]
-    assert found.pairs["rejected_win_rate"].to_list() == [pytest.approx((0.5 + 0.2689414) / 2)]
+    mined = who(frame([1.0, 0.0], [5, 5]), win_rates=True)
+    assert mined.pairs["chosen_win_rate"].to_list() == [pytest.approx((0.5 + 0.7310586) / 2)]
+    assert mined.pairs["rejected_win_rate"].to_list() == [pytest.approx((0.5 + 0.2689414) / 2)]
     # The score is what is compared, and responses in neither place count.
-    found = who(frame([1.0, 0.0, -1.0], [2, 1, 4]), debias="linear", alpha=1.0, win_rates=True, label_scale=2.0)
+    mined = who(frame([1.0, 0.0, -1.0], [2, 1, 4]), debias="linear", alpha=1.0, win_rates=True, label_scale=2.0)
     # Scores -1, -1, -5.
-    assert rows(found) == [(1, 2)]
-    assert found.pairs["chosen_win_rate"].to_list() == [pytest.approx((0.5 + 0.5 + 0.8807971) / 3)]
-    assert found.pairs["rejected_win_rate"].to_list() == [pytest.approx((0.5 + 2 * 0.1192029) / 3)]
+    assert rows(mined) == [(1, 2)]
+    assert mined.pairs["chosen_win_rate"].to_list() == [pytest.approx((0.5 + 0.5 + 0.8807971) / 3)]
+    assert mined.pairs["rejected_win_rate"].to_list() == [pytest.approx((0.5 + 2 * 0.1192029) / 3)]
 
 
 def test_soft_labels(who: Any) -> None:
@@ -264,9 +264,9 @@ def test_difficulty(who: Any) -> None:
     data = frame([0.0, 1.0, 0.0, 2.0, 0.0, 3.0, 0.0, 4.0], [5] * 8, prompt_id=[1, 1, 2, 2, 3, 3, 4, 4])
     labels = {0.0: "easy " * 4, 0.5: "hard hard easy easy", 1.0: "hard hard hard easy"}
     for quantile, words in labels.items():
-        found = who(data, difficulty_quantile=quantile)
-        assert found.pairs["difficulty"].to_list() == words.split()
-        assert found.pairs.schema["difficulty"] == pl.Enum(["easy", "hard"])
+        mined = who(data, difficulty_quantile=quantile)
+        assert mined.pairs["difficulty"].to_list() == words.split()
+        assert mined.pairs.schema["difficulty"] == pl.Enum(["easy", "hard"])
     # Of the final pairs: 3 and 4.
     assert who(data, difficulty_quantile=0.5, min_margin=2.5).pairs["difficulty"].to_list() == ["hard", "easy"]
 
@@ -282,25 +282,25 @@ def test_consistency(who: Any) -> None:
     ]
     for reward, second, value in cases:
         data = frame(reward, [1, 2, 3, 4], second=pl.Series(second, strict=False))
-        found = who(data, second_reward_column="second")
-        assert found.pairs["consistency"].to_list() == [None if value is None else pytest.approx(value)]
-        assert found.mean_consistency == pytest.approx(nan if value is None else value, nan_ok=True)
+        mined = who(data, second_reward_column="second")
+        assert mined.pairs["consistency"].to_list() == [None if value is None else pytest.approx(value)]
+        assert mined.mean_consistency == pytest.approx(nan if value is None else value, nan_ok=True)
     # Each prompt once, however many pairs it gives.
     two = frame([3.0, 2.0, 1.0, 0.0, 1.0], [1] * 5, prompt_id=[1, 1, 1, 2, 2], second=[3.0, 2.0, 1.0, 1.0, 0.0])
-    found = who(two, second_reward_column="second", pairing="all_pairs")
-    assert found.pairs["consistency"].to_list() == [1.0, 1.0, 1.0, 0.0]
-    assert found.mean_consistency == 0.5
+    mined = who(two, second_reward_column="second", pairing="all_pairs")
+    assert mined.pairs["consistency"].to_list() == [1.0, 1.0, 1.0, 0.0]
+    assert mined.mean_consistency == 0.5
     assert who(two).mean_consistency is None
 
 
 def test_statistics(who: Any) -> None:
     data = frame([1.0, 2.0, 3.0, 9.0], [10, 20, 30, 40], prompt_id=[1, 1, 1, 2])
-    found = who(data, debias="linear", alpha=0.5)
+    mined = who(data, debias="linear", alpha=0.5)
     # Scores -4, -8, -12, -11 at lengths 10, 20, 30, 40; the single response of prompt 2 counts too.
-    assert found.reward_length_correlation_before == pytest.approx(12.5 / math.sqrt(5 * 38.75))
-    assert found.reward_length_correlation_after == pytest.approx(-12.5 / math.sqrt(5 * 38.75))
-    assert found.margin_quantiles["max"] == found.margin_quantiles["0.5"] == 8.0
-    assert (found.chosen_longer_share, found.mean_length_gap_before, found.mean_length_gap_after) == (0.0, 20.0, -20.0)
+    assert mined.reward_length_correlation_before == pytest.approx(12.5 / math.sqrt(5 * 38.75))
+    assert mined.reward_length_correlation_after == pytest.approx(-12.5 / math.sqrt(5 * 38.75))
+    assert mined.margin_quantiles["max"] == mined.margin_quantiles["0.5"] == 8.0
+    assert (mined.chosen_longer_share, mined.mean_length_gap_before, mined.mean_length_gap_after) == (0.0, 20.0, -20.0)
     spread = frame([0.0, 1.0, 0.0, 2.0, 0.0, 3.0, 0.0, 4.0], [5] * 8, prompt_id=[1, 1, 2, 2, 3, 3, 4, 4])
     wanted = {"min": 1.0, "0.05": 1.15, "0.25": 1.75, "0.5": 2.5, "0.75": 3.25, "0.95": 3.85, "max": 4.0}
     assert who(spread).margin_quantiles == pytest.approx(wanted)

@@ -1,4 +1,4 @@
-"""`mine_files`: Parquet in all its arrangements, and streaming that changes nothing but the memory."""
+"""`mine_files`: Parquet files in every arrangement; streaming must not change the result."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def same(summary: dict[str, Any], out: Path, mined: dice_py.MinedPairs) -> None:
         pairs, expected = (f.with_columns(pl.col("difficulty").cast(pl.String)) for f in (pairs, expected))
     assert pairs.columns == expected.columns
     assert pairs.equals(expected)
-    whole = mined.summary()
-    assert summary.keys() == whole.keys()
-    for name, value in whole.items():
+    in_memory = mined.summary()
+    assert summary.keys() == in_memory.keys()
+    for name, value in in_memory.items():
         if isinstance(value, float):
             assert summary[name] == pytest.approx(value, rel=1e-9, abs=2e-9), name
         else:
@@ -94,8 +94,8 @@ def test_streaming_changes_nothing(options: dict[str, Any], order: str, tmp_path
     )
     same(summary, out, mined)
     steps = {event["step"] for event in events}
-    assert ("deal" in steps) == (order != "ascending")
-    assert {"look", "pairs"} <= steps
+    assert ("partition" in steps) == (order != "ascending")
+    assert {"scan", "pairs"} <= steps
     assert all(0 < event["done"] <= event["total"] == frame.height for event in events)
     assert [path.name for path in out.parent.iterdir()] == ["pairs.parquet"]
     assert parquet_meta(out)["files"] == sorted(str(p) for p in tmp_path.glob("part-*.parquet"))
@@ -111,11 +111,11 @@ def test_held_in_memory_is_the_same(tmp_path: Path) -> None:
 def test_a_prompt_longer_than_a_segment(tmp_path: Path) -> None:
     frame = scored(prompts=40, most=4)
     long = pl.concat([frame.with_columns(prompt_id=pl.lit(1, pl.UInt32))] * 60)
-    whole = pl.concat([long, frame])
-    whole.write_parquet(tmp_path / "scored.parquet", row_group_size=200)
+    joined = pl.concat([long, frame])
+    joined.write_parquet(tmp_path / "scored.parquet", row_group_size=200)
     out = tmp_path / "pairs.parquet"
     summary = mine_files([str(tmp_path / "scored.parquet")], out, memory_gib=THOUSAND)
-    same(summary, out, dice_py.mine_pairs(whole))
+    same(summary, out, dice_py.mine_pairs(joined))
 
 
 def test_hive_folders_give_columns(tmp_path: Path) -> None:
@@ -131,11 +131,11 @@ def test_hive_folders_give_columns(tmp_path: Path) -> None:
     for memory in (1.0, THOUSAND):
         out = tmp_path / "pairs.parquet"
         mine_files([str(tmp_path / "scored")], out, memory_gib=memory, **options)
-        found = pl.read_parquet(out)
-        assert found.drop("chosen_policy", "rejected_policy").equals(
+        streamed = pl.read_parquet(out)
+        assert streamed.drop("chosen_policy", "rejected_policy").equals(
             mined.pairs.drop("chosen_policy", "rejected_policy")
         )
-        assert found["chosen_policy"].cast(pl.Int64).equals(mined.pairs["chosen_policy"])
+        assert streamed["chosen_policy"].cast(pl.Int64).equals(mined.pairs["chosen_policy"])
 
 
 def test_rows_count_through_the_arguments_in_order(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_files_of_other_number_types_are_refused(memory: float, tmp_path: Path) 
 
 def test_few_prompts_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # So few that the sample has none.
-    monkeypatch.setattr("dice_py.mining.streaming.SAMPLE_ROWS", 1)
+    monkeypatch.setattr("dice_py.mining.segments.SAMPLE_ROWS", 1)
     frame = scored(prompts=6, most=900, order="shuffled").rename({"round": "length"})
     frame.write_parquet(tmp_path / "scored.parquet")
     out = tmp_path / "pairs.parquet"

@@ -1,7 +1,7 @@
-"""Tens of thousands of prompts: the miner may take other ways there, but not to other answers.
+"""Tens of thousands of prompts, where the miner takes faster paths: the results must not differ.
 
-With many prompts the penalty is bracketed on a sample, and rows in no order are sorted by parts. Everything is held
-against the oracle, which knows of neither and compares exactly.
+With many prompts the penalty is bracketed on a sample, and unordered rows are sorted by parts. The oracle does neither
+and compares exactly.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def test_penalties_at_the_ends(order: str) -> None:
     # Longer responses are worse: no penalty helps.
     mined = check(large(10_000, 1, order=order, slope=-3.0), search=False)
     assert mined.alpha == mined.alpha_low == 0.0
-    # All lengths are equal but in one prompt, far from where a sample might look.
+    # All lengths are equal but in one prompt, far from what a sample may contain.
     level = large(10_000, 2, order=order, holes=0.0)
     one = level["prompt_id"].unique().sort()[7777]
-    apart = pl.when(pl.col("prompt_id") == one).then(pl.col("response_tokens") % 7).otherwise(9)
-    check(level.with_columns(response_tokens=apart.cast(pl.UInt32)), search=False)
+    lengths = pl.when(pl.col("prompt_id") == one).then(pl.col("response_tokens") % 7).otherwise(9)
+    check(level.with_columns(response_tokens=lengths.cast(pl.UInt32)), search=False)
     flat = mine_pairs(level.with_columns(response_tokens=pl.lit(9, dtype=pl.UInt32)))
     assert (flat.alpha, flat.alpha_high) == (0.0, float("inf"))
     # Two rewards and four lengths: break points that thousands of prompts share.

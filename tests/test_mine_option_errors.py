@@ -137,7 +137,7 @@ def test_unsuitable_columns(frame: pl.DataFrame, options: dict[str, Any], words:
         dice_py.mine_pairs(frame, **options)
 
 
-def test_a_null_policy_is_found_in_any_order() -> None:
+def test_a_null_policy_is_refused_in_any_order() -> None:
     """In the first row that has one, of shuffled rows as of grouped ones, and in rows that are dropped too."""
     policy = pl.Series([None if i in (37, 61) else i % 3 for i in range(100)])
     frame = pl.DataFrame(

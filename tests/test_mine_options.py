@@ -69,10 +69,10 @@ def test_the_penalty_is_that_of_max_min(pairing: str) -> None:
 )
 def test_matched(bound: dict[str, Any], layout: str) -> None:
     mined = check(laid_out(data(seed=1), layout), debias="matched", **bound)
-    apart = (mined.pairs["chosen_length"].cast(pl.Int64) - mined.pairs["rejected_length"].cast(pl.Int64)).abs()
+    abs_diff = (mined.pairs["chosen_length"].cast(pl.Int64) - mined.pairs["rejected_length"].cast(pl.Int64)).abs()
     assert mined.pairs.height > 20
     if "length_tolerance" in bound:
-        assert apart.max() <= bound["length_tolerance"]  # type: ignore[operator]
+        assert abs_diff.max() <= bound["length_tolerance"]  # type: ignore[operator]
     if max(bound.values()) < 1:
         assert mined.dropped_prompts["no_match"] > 0
 
@@ -260,19 +260,19 @@ def test_defaults_add_nothing() -> None:
 
 
 def summary(mined: MinedPairs) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(mined.summary(), allow_nan=False))
-    return found
+    stored: dict[str, Any] = json.loads(json.dumps(mined.summary(), allow_nan=False))
+    return stored
 
 
 def test_summary_has_every_number() -> None:
     options: dict[str, Any] = {"pairing": "all_pairs", "min_margin": 1.0, "second_reward_column": "second"}
     mined = mine_pairs(data(), **options)
-    found = summary(mined)
+    stored = summary(mined)
     for name in (
         "dropped", "dropped_prompts", "dropped_pairs", "mean_consistency", "chosen_longer_share", "margin_quantiles",
         "reward_length_correlation_before", "reward_length_correlation_after", "alpha", "mean_length_gap_after",
     ):  # fmt: skip
-        assert found[name] == getattr(mined, name), name
+        assert stored[name] == getattr(mined, name), name
     empty = summary(mine_pairs(data(), min_responses=99, **options))
     assert empty["pairs"] == 0
     assert empty["chosen_longer_share"] is None

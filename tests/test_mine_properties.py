@@ -1,4 +1,4 @@
-"""What holds of the miner for any input: Hypothesis looks for rows that break it.
+"""Properties of the miner that hold for any input: Hypothesis searches for rows that break one.
 
 Any column types: test_mine_raw_input.py. Many prompts: test_mine_large.py.
 """
@@ -52,8 +52,8 @@ def frames(draw: st.DrawFn, most: int = 40) -> pl.DataFrame:
               "round": pl.Int64, "second": pl.Float64}  # fmt: skip
     frame = pl.DataFrame(rows, schema=schema, orient="row")
     texts = {"text": pl.format("text {}", "hash"), "policy": pl.format("{}", "round"), "tokens": pl.concat_list("hash")}
-    whole = frame.with_columns(**texts)
-    return whole.with_columns(tokens=pl.when(pl.col("hash").is_not_null()).then("tokens"))
+    with_texts = frame.with_columns(**texts)
+    return with_texts.with_columns(tokens=pl.when(pl.col("hash").is_not_null()).then("tokens"))
 
 
 def exact_options(seed: int) -> dict[str, Any]:
@@ -180,7 +180,7 @@ any_length = st.one_of(st.integers(0, 2**32 - 1), st.integers(0, 40), st.integer
 @settings(RELAXED, max_examples=400)
 @given(data=st.data())
 def test_alpha_is_exact_for_any_floats(width: str, data: st.DataObject) -> None:
-    """Against rational arithmetic: rewards and lengths over the whole of their ranges, and to the last bit."""
+    """Against rational arithmetic: rewards and lengths over their full ranges, and to the last bit."""
     row = st.tuples(st.integers(0, 2), any_reward[width], any_length)
     rows = sorted(data.draw(st.lists(row, min_size=2, max_size=12)), key=lambda r: r[0])
     schema = {
@@ -232,9 +232,9 @@ def test_prompt_ids_of_any_type(dtype: Any, frame: pl.DataFrame, seed: int) -> N
         at = table.schema.get_field_index("prompt_id")
         coded = table.set_column(at, "prompt_id", table["prompt_id"].dictionary_encode())
         assert pa.types.is_dictionary(coded.schema.field("prompt_id").type)
-        found, plain = mine_pairs(coded.slice(1), **options), mine_pairs(named[1:], **options)
+        coded_pairs, plain = mine_pairs(coded.slice(1), **options), mine_pairs(named[1:], **options)
         text = pl.col("prompt_id").cast(pl.String)
-        assert found.pairs.with_columns(text).equals(plain.pairs.with_columns(text))
+        assert coded_pairs.pairs.with_columns(text).equals(plain.pairs.with_columns(text))
 
 
 @settings(RELAXED, max_examples=40)

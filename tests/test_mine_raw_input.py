@@ -1,4 +1,4 @@
-"""Columns of any Arrow or Polars type in any role: the miner answers, or says what is wrong. It never panics."""
+"""Columns of any Arrow or Polars type in any role: the miner returns pairs or a clear error, and never panics."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from dice_py import mine_pairs
 from dice_py.errors import DataError, DiceError
 
-whole = st.integers(-3, 9)
+small_integers = st.integers(-3, 9)
 # As an Arrow type writes it, and what it holds. Most values are small, so that prompts have several rows.
 TYPES: list[tuple[Any, st.SearchStrategy[Any]]] = [
     (pa.null(), st.none()),
     (pa.bool_(), st.booleans()),
     *[(t, st.one_of(st.integers(0, 5), st.sampled_from([-128, 127]))) for t in (pa.int8(), pa.int16())],
-    *[(t, st.one_of(whole, st.sampled_from([-(2**31), 2**31 - 1]))) for t in (pa.int32(), pa.int64())],
+    *[(t, st.one_of(small_integers, st.sampled_from([-(2**31), 2**31 - 1]))) for t in (pa.int32(), pa.int64())],
     (pa.int64(), st.sampled_from([-(2**63), 2**63 - 1, 2**32, 0])),
     *[(t, st.one_of(st.integers(0, 5), st.just(255))) for t in (pa.uint8(), pa.uint16(), pa.uint32())],
     (pa.uint64(), st.sampled_from([0, 1, 2, 2**63, 2**64 - 1])),
@@ -49,7 +49,7 @@ TYPES: list[tuple[Any, st.SearchStrategy[Any]]] = [
     (pa.binary(), st.binary(max_size=2)),
     (pa.binary_view(), st.binary(max_size=2)),
     (pa.binary(2), st.binary(min_size=2, max_size=2)),
-    (pa.list_(pa.int32()), st.lists(whole, max_size=2)),
+    (pa.list_(pa.int32()), st.lists(small_integers, max_size=2)),
     (pa.large_list(pa.float32()), st.lists(st.floats(width=32), max_size=2)),
     (pa.list_(pa.string()), st.lists(st.text(max_size=1), max_size=2)),
     (pa.list_(pa.list_(pa.int8())), st.just([[1], []])),
@@ -58,7 +58,7 @@ TYPES: list[tuple[Any, st.SearchStrategy[Any]]] = [
     (pa.map_(pa.string(), pa.int32()), st.just([("k", 1)])),
     (pa.dictionary(pa.int32(), pa.string()), st.sampled_from(["a", "b"])),
     (pa.dictionary(pa.int8(), pa.large_string()), st.sampled_from(["a", "b"])),
-    (pa.dictionary(pa.int8(), pa.int64()), whole),
+    (pa.dictionary(pa.int8(), pa.int64()), small_integers),
     (pa.dictionary(pa.uint16(), pa.float32()), st.floats(-2, 2, width=32)),
 ]
 ROLES = {
@@ -73,7 +73,7 @@ FIT: dict[str, Any] = {
 
 def values(dtype: Any, strategy: st.SearchStrategy[Any], rows: int, nulls: bool) -> st.SearchStrategy[Any]:
     one = st.one_of(st.none(), strategy) if nulls else strategy
-    return st.lists(one, min_size=rows, max_size=rows).map(lambda found: pa.array(found, type=dtype))
+    return st.lists(one, min_size=rows, max_size=rows).map(lambda drawn: pa.array(drawn, type=dtype))
 
 
 @st.composite
@@ -144,9 +144,9 @@ def test_every_type_in_every_role(role: str, number: int) -> None:
     columns = {name: pa.array([1, 1, 1, 2, 2, 2], type=FIT[name]) for name in list(ROLES)[:3]}
 
     @settings(RELAXED, max_examples=2, database=None, derandomize=True)
-    @given(found=values(dtype, strategy, 5, False))
-    def run(found: Any) -> None:
-        column = pa.concat_arrays([found, pa.array([None], type=dtype)])
+    @given(drawn=values(dtype, strategy, 5, False))
+    def run(drawn: Any) -> None:
+        column = pa.concat_arrays([drawn, pa.array([None], type=dtype)])
         named = {ROLES[name]: name for name in (*columns, role)}
         mined_or_refused(pa.table(columns | {role: column}), **named)
 

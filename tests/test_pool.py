@@ -6,7 +6,6 @@ Shards are made by hand: nothing here imports torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +196,7 @@ def test_by_default_the_pairs_have_no_further_column(run: Path) -> None:
 def test_the_stage_mines_as_the_miner_does(run: Path, options: dict[str, Any]) -> None:
     config = MineConfig(**options)
     found, pairs, pool, scores = mined_pool(run, config)
-    expected = mine_pairs(whole(pool, scores), **asdict(config.options(5)))
+    expected = mine_pairs(whole(pool, scores), config.options(5))
     assert expected.pairs.height > 0
     stored = expected.pairs
     if "difficulty" in stored.columns:  # text in a file, so that every reader gets it
@@ -252,7 +251,7 @@ def test_no_pair_is_left(run: Path) -> None:
 def test_scores_of_another_round_are_refused(run: Path) -> None:
     pool = pool_of(run)
     scores = make_scores(run / "scores", pool)
-    with pytest.raises(DataError, match=r"has 24 responses, but .* 18 scores: they are not of one round"):
+    with pytest.raises(DataError, match=r"has 24 responses, but .* has 18 scores: they are not of one round"):
         mine_job(run, MineConfig(pool_rounds=2), pool, scores[:-1]).run()
 
 

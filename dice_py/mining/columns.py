@@ -1,16 +1,18 @@
-"""The columns that the miner needs of a frame, as numbers: without copying those that are.
+"""From a frame of any kind to the numeric columns that the extension reads.
 
-Only these columns are collected of a LazyFrame or kept of an Arrow stream. Text is read only to compare responses
-(`duplicate_column`), and then hashed on the way.
+Numeric columns are passed on without a copy. Only the columns that the options name are collected from a LazyFrame or
+kept from an Arrow stream. Text is read only to compare responses (`duplicate_column`), and hashed batch by batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import polars as pl
 
-from dice_py.config.mining import MineOptions
+from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -26,29 +28,28 @@ class ArrowStream(Protocol):
 Frame: TypeAlias = "pl.DataFrame | pl.LazyFrame | pa.Table | pa.RecordBatchReader | ArrowStream"
 
 
-def narrow_frame(frame: Frame, options: MineOptions) -> pl.DataFrame:
-    """The named columns of a frame, as they are.
+def narrow_frame(frame: Frame, options: MiningOptions) -> pl.DataFrame:
+    """The columns that the options name, in their own types; text of the duplicate column as hashes.
 
     Raises:
-        UsageError: it is no frame.
+        UsageError: `frame` is not a table.
         DataError: a column is missing, or there are no rows.
     """
-    lazy, columns = _open(frame, options)
-    wanted = wanted_columns(columns, options)
-    chosen = lazy.select(wanted)
-    hashed = _hashed(chosen.collect_schema(), options)
-    # Text and token ids are hashed as they are read: they are never in memory as a whole.
-    narrow = chosen.collect() if hashed is None else chosen.with_columns(hashed).collect(engine="streaming")
+    lazy, names = _open(frame, options)
+    selected = lazy.select(wanted_columns(names, options))
+    hashed = _hashed(selected.collect_schema(), options)
+    # The streaming engine hashes text and token ids batch by batch, so that they are never all in memory.
+    narrow = selected.collect() if hashed is None else selected.with_columns(hashed).collect(engine="streaming")
     if narrow.height == 0:
-        raise DataError("the frame has no rows: give a table with at least one response")
+        raise DataError("the frame has no rows: pass a table with at least one response")
     return narrow
 
 
-def wanted_columns(columns: list[str], options: MineOptions) -> list[str]:
-    """The columns that the options name, of those that there are.
+def wanted_columns(columns: list[str], options: MiningOptions) -> list[str]:
+    """The names of the columns to read, among all names of a table.
 
     Raises:
-        DataError: one is not there.
+        DataError: a column is missing.
     """
     for role, name in options.columns.items():
         if name not in columns:
@@ -63,9 +64,14 @@ def wanted_columns(columns: list[str], options: MineOptions) -> list[str]:
     return list(wanted)
 
 
-def numeric_columns(narrow: pl.DataFrame, options: MineOptions) -> tuple[pl.DataFrame, bool]:
-    """The columns of a narrow frame under the names and in the types of the extension; and whether the prompts are
-    integers, which come back as they are (others come back as their rank).
+def numeric_columns(narrow: pl.DataFrame, options: MiningOptions) -> tuple[pl.DataFrame, bool]:
+    """The columns under the names and in the types of the extension, and whether the prompts are integers.
+
+    Integer prompts come back in the pairs unchanged; other prompts are replaced by their rank.
+
+    Returns:
+        `prompt` (integers), `reward` (f32 or f64) and `length` (integers); `truncated` (bool), `duplicate`, `policy`
+        (integers) and `second` (f32 or f64), where the options name such columns.
 
     Raises:
         DataError: a column is of an unsuitable type.
@@ -86,11 +92,22 @@ def numeric_columns(narrow: pl.DataFrame, options: MineOptions) -> tuple[pl.Data
 
 
 def missing_column(name: str, columns: list[str], option: str) -> str:
+    """The sentence about a missing column; `option` is the option that names it."""
     return f"column '{name}' not found in the frame; columns are {', '.join(columns)}; name it with {option}"
 
 
-def _open(frame: Frame, options: MineOptions) -> tuple[pl.LazyFrame, list[str]]:
-    """The frame and the names of all its columns. Of Arrow input only the wanted columns are kept."""
+@contextmanager
+def column_names(options: MiningOptions) -> Iterator[None]:
+    """Adds the columns of the options to the extension's errors, which only know the roles."""
+    try:
+        yield
+    except DataError as error:
+        columns = ", ".join(f"{role} column '{name}'" for role, name in options.columns.items())
+        raise DataError(f"{error} ({columns})") from None
+
+
+def _open(frame: Frame, options: MiningOptions) -> tuple[pl.LazyFrame, list[str]]:
+    """The frame and the names of all its columns. From Arrow input only the wanted columns are kept."""
     if isinstance(frame, pl.LazyFrame):
         return frame, frame.collect_schema().names()
     if isinstance(frame, pl.DataFrame):
@@ -107,7 +124,7 @@ def _open(frame: Frame, options: MineOptions) -> tuple[pl.LazyFrame, list[str]]:
         reader = pa.RecordBatchReader.from_stream(frame)
     else:
         raise UsageError(
-            f"cannot mine a {type(frame).__name__}: give a Polars DataFrame or LazyFrame, a pyarrow Table, "
+            f"cannot mine a {type(frame).__name__}: pass a Polars DataFrame or LazyFrame, a pyarrow Table, "
             "or anything with __arrow_c_stream__"
         )
     names = reader.schema.names
@@ -121,7 +138,7 @@ def _open(frame: Frame, options: MineOptions) -> tuple[pl.LazyFrame, list[str]]:
 
 
 def arrow_frame(table: pa.Table) -> pl.DataFrame:
-    """The columns of an Arrow table, in place.
+    """An Arrow table as a Polars frame, without a copy.
 
     Raises:
         DataError: Polars cannot hold one of them.
@@ -135,7 +152,7 @@ def arrow_frame(table: pa.Table) -> pl.DataFrame:
 
 
 def refuse_foreign(name: str, dtype: pa.DataType) -> None:
-    """Refuses Arrow types that Polars does not know (it would panic at some)."""
+    """Raises DataError for Arrow types that Polars does not support (some would make it panic)."""
     import pyarrow as pa
 
     foreign = (
@@ -158,7 +175,7 @@ def _native_integer(dtype: pl.DataType) -> bool:
 
 
 def _ordered(narrow: pl.DataFrame, name: str, role: str) -> tuple[pl.Expr, bool]:
-    """A column as integers in its order, and whether it is so already."""
+    """A column as integers in the same order (its dense rank, unless it is integers), and whether it is integers."""
     dtype = narrow.schema[name]
     key = pl.col(name)
     if _native_integer(dtype):
@@ -167,7 +184,7 @@ def _ordered(narrow: pl.DataFrame, name: str, role: str) -> tuple[pl.Expr, bool]
         # By text: the physical order of a categorical depends on what was read before.
         key = key.cast(pl.String)
     elif dtype.is_nested() or dtype in (pl.Object, pl.Null, pl.Unknown):
-        raise DataError(f"{role} column '{name}' has dtype {dtype}, which has no order: give integers or text")
+        raise DataError(f"{role} column '{name}' has dtype {dtype}, which has no order: use integers or text")
     return key.rank("dense").alias(role), False
 
 
@@ -186,7 +203,7 @@ def _length(narrow: pl.DataFrame, name: str) -> pl.Expr:
         return pl.col(name).alias("length")
     if dtype == pl.Null:
         return pl.col(name).cast(pl.UInt32).alias("length")
-    raise DataError(f"length column '{name}' has dtype {dtype}, but must hold whole numbers: cast it to UInt32 first")
+    raise DataError(f"length column '{name}' has dtype {dtype}, but must hold integers: cast it to UInt32 first")
 
 
 def _truncated(narrow: pl.DataFrame, option: str | None) -> pl.Expr | None:
@@ -202,14 +219,14 @@ def _truncated(narrow: pl.DataFrame, option: str | None) -> pl.Expr | None:
     return pl.col(option)
 
 
-def hash_duplicates(rows: pl.DataFrame, options: MineOptions) -> pl.DataFrame:
-    """The rows with text and token ids of the duplicate column as hashes."""
+def hash_duplicates(rows: pl.DataFrame, options: MiningOptions) -> pl.DataFrame:
+    """The rows, with text and token ids of the duplicate column replaced by 64-bit hashes."""
     hashed = _hashed(rows.schema, options)
     return rows if hashed is None else rows.with_columns(hashed)
 
 
-def _hashed(schema: pl.Schema, options: MineOptions) -> pl.Expr | None:
-    """The duplicate column as hashes, unless it is integers already or is needed as it is for something else."""
+def _hashed(schema: pl.Schema, options: MiningOptions) -> pl.Expr | None:
+    """The duplicate column as hashes; None if it holds integers already, or another role needs its values."""
     name = options.duplicate_column
     others = [column for role, column in options.columns.items() if role != "duplicate"]
     if name is None or name in others or _native_integer(schema[name]):
@@ -218,7 +235,7 @@ def _hashed(schema: pl.Schema, options: MineOptions) -> pl.Expr | None:
 
 
 def _duplicate(dtype: pl.DataType, name: str) -> pl.Expr:
-    """Equal values to equal integers of 64 bits; null stays null."""
+    """Maps equal values to equal 64-bit integers; null stays null."""
     column = pl.col(name)
     if _native_integer(dtype):
         return column

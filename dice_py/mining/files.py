@@ -1,77 +1,93 @@
-"""Mining of Parquet files: in memory where they fit, else streamed."""
+"""`mine_files`: mining of Parquet files, in memory if they fit, else streamed."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import polars as pl
 
-from dice_py.config.mining import MineOptions
+from dice_py.config.mining import MiningKeywords, MiningOptions
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.mining.columns import wanted_columns
-from dice_py.mining.pairs import (
-    mine_pairs,
-)
-from dice_py.mining.parquet_input import ScoredFiles
-from dice_py.mining.streaming import SEGMENT_BYTES, StreamMiner, narrow_batches
+from dice_py.mining.options import read_options, with_mining_signature
+from dice_py.mining.pairs import mine_pairs
+from dice_py.mining.parquet_input import ScoredFiles, narrow_batches
+from dice_py.mining.segments import SEGMENT_BYTES
+from dice_py.mining.streaming import StreamMiner
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import write_parquet
 
-HELD_BYTES = 48
-"""Memory for a row that is mined at once: the columns, the sorted copy, the pairs."""
+ROW_BYTES = 48
+"""Memory per row that is mined in memory: the columns, the sorted copy, the pairs."""
 
 
+@with_mining_signature
 def mine_files(
-    scored: list[str], out: Path, *, memory_gib: float = 1.0, report: Report = no_report, **options: Any
+    scored: list[str],
+    out: Path,
+    options: MiningOptions | None = None,
+    *,
+    memory_gib: float = 1.0,
+    report: Report = no_report,
+    **keywords: Unpack[MiningKeywords],
 ) -> dict[str, Any]:
-    """Mines Parquet files into `out`, with the keywords of `mine_pairs`; returns the summary.
+    """Mines Parquet files and writes the pairs to `out`.
 
     Args:
         scored: files, glob patterns, or folders (Hive-partitioned or plain). The pairs' row numbers count through all
-            files, in the order of the arguments and by path inside each; the footer of `out` names the files.
-        memory_gib: what the rows may take, if prompts are integers; text comes on top. Larger input is streamed, which
-            needs integer prompts (and policies).
+            files, in the order of the arguments and by path inside each. The footer of `out` lists the files.
+        out: the Parquet file to write.
+        options: all options of `mine_pairs` as one object, in place of keywords.
+        memory_gib: GiB for the rows, if prompts are integers; text needs more. Larger input is streamed, which needs
+            integer prompts (and policies).
+        report: receives progress events.
+        **keywords: single options of `mine_pairs`.
+
+    Returns:
+        The dict of `MinedPairs.summary`.
 
     Raises:
-        UsageError: an option out of range.
-        DataError: no file, no rows, a missing or unsuitable column, or larger input with prompts that are no integers.
+        UsageError: an option out of its range, or an `out` that cannot be written.
+        DataError: no file, no rows, a missing or unsuitable column, or larger input whose prompts are not integers.
+        TypeError: an unknown keyword.
     """
-    asked = MineOptions(**options)
+    options = read_options("mine_files", options, keywords)
     if not (math.isfinite(memory_gib) and memory_gib > 0):
-        raise UsageError(f"memory_gib is {memory_gib}: give a number of GiB above zero")
+        raise UsageError(f"memory_gib is {memory_gib}, but must be a number of GiB above zero")
     files = ScoredFiles(scored)
     if files.rows == 0:
-        raise DataError(f"{', '.join(scored)}: there are no rows; give files with at least one response")
-    place = scored[0] if len(scored) == 1 else f"{scored[0]}, …"
+        raise DataError(f"{', '.join(scored)}: there are no rows; pass files with at least one response")
+    source = scored[0] if len(scored) == 1 else f"{scored[0]}, …"
     _check_out(files.files, out)
-    # Not of their contents: that would read the text, too.
+    # Sizes and times stand for the contents: a digest of those would have to read the text, too.
     stats = [(file, Path(file).stat()) for file in files.files]
-    key = digest("mine", [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], options)
+    key = digest("mine", [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], options.model_dump())
     try:
-        columns = wanted_columns(files.schema.names, asked)
-        if files.rows * HELD_BYTES <= memory_gib * 2**30:
-            mined = mine_pairs(pl.concat(narrow_batches(files, columns, asked), rechunk=False), **options)
+        columns = wanted_columns(files.schema.names, options)
+        if files.rows * ROW_BYTES <= memory_gib * 2**30:
+            mined = mine_pairs(pl.concat(narrow_batches(files, columns, options), rechunk=False), options)
             report("progress", stage="mine", done=files.rows, total=files.rows)
             summary = mined.summary()
             write_parquet(out, mined.pairs, key=key, meta={**summary, "files": files.files})
             return summary
         segment_rows = max(1, int(memory_gib * 2**30 / SEGMENT_BYTES))
-        return StreamMiner(files, columns, asked, segment_rows, report).mine(out, key)
+        return StreamMiner(files, columns, options, segment_rows, report).mine(out, key)
     except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+        raise DataError(f"{source}: {error}") from None
 
 
 def _check_out(files: list[str], out: Path) -> None:
-    """Refuses input that would be read twice, and output that cannot be written or would be input."""
+    """Raises UsageError if a file would be read twice, or if `out` is a folder or one of the files."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder: name a file for the pairs")
     resolved = [Path(file).resolve() for file in files]
     if out.resolve() in resolved:
         raise UsageError(f"{out} is one of the files to be mined: name another one for the pairs")
     seen: set[Path] = set()
-    twice = [file for file, path in zip(files, resolved, strict=True) if path in seen or seen.add(path)]  # type: ignore[func-returns-value]
-    if twice:
-        raise UsageError(f"{twice[0]} is named twice: each file counts once")
+    for file, path in zip(files, resolved, strict=True):
+        if path in seen:
+            raise UsageError(f"{file} is named twice: each file counts once")
+        seen.add(path)

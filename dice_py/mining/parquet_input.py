@@ -1,7 +1,7 @@
 """Scored responses in Parquet: one file, several, a glob pattern, or a folder (Hive-partitioned or plain).
 
-Their rows count through all files in one order: that of the arguments, and by path inside a pattern or folder. Only the
-columns that are asked for are read, one batch after another.
+Row numbers count through all files: in the order of the arguments, and by path inside a pattern or folder. Only the
+requested columns are read, batch by batch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError
-from dice_py.mining.columns import refuse_foreign
+from dice_py.mining.columns import arrow_frame, hash_duplicates, refuse_foreign
 
 BATCH_ROWS = 1 << 18
+"""Rows of a batch, at most."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +29,25 @@ class _Fragment:
     file: str
     fragment: ds.Fragment
     partition: dict[str, object]
-    """Columns that the names of folders give."""
+    """Columns from the names of Hive folders (`round=1/`), each with the value of this file."""
     rows: int
 
 
 class ScoredFiles:
-    """The rows of some Parquet files.
+    """The Parquet files that some arguments name, read as one table.
+
+    Args:
+        scored: files, glob patterns, or folders.
 
     Raises:
-        DataError: there is no such file, or one is not Parquet.
+        DataError: an argument names no file, or a file is not Parquet.
     """
 
     def __init__(self, scored: list[str]) -> None:
         self._fragments: list[_Fragment] = []
         fields: dict[str, pa.Field[Any]] = {}
         for dataset in (_dataset(argument) for argument in scored):
-            for fragment in sorted(dataset.get_fragments(), key=lambda one: str(one.path)):
+            for fragment in sorted(dataset.get_fragments(), key=lambda fragment: str(fragment.path)):
                 partition = ds.get_partition_keys(fragment.partition_expression)
                 try:
                     rows, schema = fragment.count_rows(), fragment.physical_schema
@@ -52,12 +58,15 @@ class ScoredFiles:
                     fields.setdefault(field.name, field)
                 for name in partition:
                     fields.setdefault(name, dataset.schema.field(name))
-        self.files = [one.file for one in self._fragments]
-        self.rows = sum(one.rows for one in self._fragments)
+        self.files = [fragment.file for fragment in self._fragments]
+        self.rows = sum(fragment.rows for fragment in self._fragments)
         self.schema = pa.schema(fields.values())
 
     def batches(self, columns: list[str], batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-        """The named columns, in order of rows.
+        """Batches of the named columns, in the order of the row numbers.
+
+        Args:
+            batch_rows: rows of a batch, at most.
 
         Raises:
             DataError: a file lacks one of them, or has it in another type.
@@ -65,22 +74,24 @@ class ScoredFiles:
         schema = pa.schema([self.schema.field(name) for name in columns])
         for field in schema:
             refuse_foreign(field.name, field.type)
-        for one in self._fragments:
-            physical = one.fragment.physical_schema
-            missing = [name for name in columns if name not in physical.names and name not in one.partition]
+        for part in self._fragments:
+            physical = part.fragment.physical_schema
+            missing = [name for name in columns if name not in physical.names and name not in part.partition]
             if missing:
-                raise DataError(f"{one.file} has no column '{missing[0]}'; its columns are {', '.join(physical.names)}")
+                raise DataError(
+                    f"{part.file} has no column '{missing[0]}'; its columns are {', '.join(physical.names)}"
+                )
             for field in schema:
-                found = physical.field(field.name).type if field.name in physical.names else field.type
-                # Text has several types that mean the same; a number that is cast may be another one.
-                if found != field.type and (_number(found) or _number(field.type)):
+                dtype = physical.field(field.name).type if field.name in physical.names else field.type
+                # The Arrow types of text are interchangeable. Casting a number could change its value.
+                if dtype != field.type and (_is_number(dtype) or _is_number(field.type)):
                     raise DataError(
-                        f"{one.file} has column '{field.name}' as {found}, but {self._fragments[0].file} as "
+                        f"{part.file} has column '{field.name}' as {dtype}, but {self._fragments[0].file} as "
                         f"{field.type}: cast one of them"
                     )
             try:
-                # Little is read ahead, and what was read is not kept: memory is what this is for.
-                yield from one.fragment.to_batches(
+                # To save memory, little is read ahead and buffers are not kept.
+                yield from part.fragment.to_batches(
                     schema=schema,
                     columns=columns,
                     batch_size=batch_rows,
@@ -89,7 +100,17 @@ class ScoredFiles:
                     fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=False),
                 )
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{one.file} cannot be read: {error}") from None
+                raise DataError(f"{part.file} cannot be read: {error}") from None
+
+
+def narrow_batches(files: ScoredFiles, columns: list[str], options: MiningOptions) -> Iterator[pl.DataFrame]:
+    """Batches of the named columns, in order of rows, with text and token ids of the duplicate column hashed."""
+    for i, batch in enumerate(files.batches(columns)):
+        if i % 16 == 0:
+            # Arrow's pool would keep the memory of decoded pages.
+            pa.default_memory_pool().release_unused()
+        if batch.num_rows:
+            yield hash_duplicates(arrow_frame(pa.Table.from_batches([batch])), options)
 
 
 def _dataset(argument: str) -> ds.Dataset:
@@ -113,10 +134,10 @@ def _dataset(argument: str) -> ds.Dataset:
         raise DataError(f"{argument} cannot be read as Parquet: {error}") from None
 
 
-def _number(dtype: pa.DataType) -> bool:
+def _is_number(dtype: pa.DataType) -> bool:
     return pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_decimal(dtype)
 
 
 def _hidden(path: Path) -> bool:
-    """What a writer left unfinished, and what Spark calls metadata."""
+    """Whether a path is an unfinished file of a writer, or Spark's metadata."""
     return any(part.startswith((".", "_")) for part in path.parts)

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,7 +245,7 @@ def _mine_seconds(config: RunConfig, data: Data) -> float:
         }
     )
     began = time.monotonic()
-    mine_pairs(frame, **asdict(options))
+    mine_pairs(frame, options)
     return (time.monotonic() - began) / count
 
 

@@ -6,13 +6,13 @@ needs no model, so that it runs in the run's own process.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from dice_py.config.mining import MineConfig, MineOptions
+from dice_py.config.mining import MineConfig, MiningOptions
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.mining.pairs import MinedPairs, mine_pairs
@@ -55,7 +55,7 @@ class MineJob(Job):
         """Mines in this process; it takes seconds."""
         del report
         options = self.config.options(self.seed)
-        mined = mine_pairs(self._frame(options), **asdict(options))
+        mined = mine_pairs(self._frame(options), options)
         if mined.pairs.is_empty():
             raise _no_pairs(mined)
         config = self.config
@@ -73,7 +73,7 @@ class MineJob(Job):
         file = write_parquet(self.out / "mined.parquet", mined.pairs, key=key, schema=schema)
         return StageResult([(file, key)], counts)
 
-    def _frame(self, options: MineOptions) -> pl.DataFrame:
+    def _frame(self, options: MiningOptions) -> pl.DataFrame:
         """The columns that the options name, of generations and scores side by side."""
         wanted = [pl.col("prompt_id", options.length_column, "finish_reason")]
         if options.duplicate_column is not None:
