@@ -1,4 +1,4 @@
-"""Sums of log-probabilities against a plain forward, whatever the architecture, the batches and the tiles."""
+"""Sums of log-probabilities against a plain forward, for many architectures, batch sizes and tile sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dice_py.scoring.scorer import sequence_logps
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing is remembered here from elsewhere, or elsewhere from here."""
+    """An empty cache for each test."""
     monkeypatch.setenv("DICE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -69,7 +69,7 @@ def test_sums_are_those_of_a_plain_forward(name: str, token_budget: Any, logit_c
 
 @pytest.mark.parametrize("token_budget", [1, 90, "auto"])
 @pytest.mark.parametrize("name", NOT_PACKED)
-def test_models_that_do_not_take_the_packed_attention(name: str, token_budget: Any) -> None:
+def test_models_without_packed_attention(name: str, token_budget: Any) -> None:
     prompts, responses, want = of_name(name)
     notes: list[str] = []
     ours = scorer(build(name), notes, token_budget=token_budget)
@@ -126,10 +126,10 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_stop_token_is_in_the_sum(model: PreTrainedModel) -> None:
     stop = model.config.eos_token_id
     prompt, response = [6, 7, 8], [9, 10, 11]
-    without, whole = sequence_logps(model, [prompt] * 2, [response, [*response, stop]], ScoreConfig())
+    without, complete = sequence_logps(model, [prompt] * 2, [response, [*response, stop]], ScoreConfig())
     (alone,) = sequence_logps(model, [[*prompt, *response]], [[stop]], ScoreConfig())
     assert alone < -0.01
-    assert whole == pytest.approx(without + alone, abs=SAME)
+    assert complete == pytest.approx(without + alone, abs=SAME)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Bloom"])
@@ -155,12 +155,14 @@ def test_nothing_to_score(model: PreTrainedModel) -> None:
         ([7], [-1], "row 1: a token id lies outside"),
     ],
 )
-def test_what_cannot_be_scored(model: PreTrainedModel, prompt: list[int], response: list[int], sentence: str) -> None:
+def test_invalid_rows_are_refused(
+    model: PreTrainedModel, prompt: list[int], response: list[int], sentence: str
+) -> None:
     with pytest.raises(DataError, match=sentence):
         sequence_logps(model, [[6], prompt], [[6], response], ScoreConfig())
 
 
-# --- what is done is counted --------------------------------------------------------------------------------
+# --- counts of the work --------------------------------------------------------------------------------
 
 
 def test_work_of_packed_batches() -> None:
@@ -193,13 +195,13 @@ def test_logits_that_the_model_caps_or_scales(name: str) -> None:
     prompts, responses, _ = of_name(name)
     head = LogitHead(build(name), 8)
     assert head.scale != 1.0 or head.cap
-    head.scale, head.cap = 1.0, None  # without what it knows of the model it refuses it
-    with pytest.raises(DataError, match="changes its logits"):
+    head.scale, head.cap = 1.0, None  # without the transformation the check refuses the model
+    with pytest.raises(DataError, match="transforms its logits"):
         head.check([*prompts[2], *responses[2]])
 
 
 class ScaledLlama(LlamaForCausalLM):
-    """Does to its logits what no entry of its config says."""
+    """Scales its logits though its config does not say so."""
 
     def forward(self, *args: Any, **named: Any) -> Any:
         output = super().forward(*args, **named)
@@ -207,9 +209,9 @@ class ScaledLlama(LlamaForCausalLM):
         return output
 
 
-def test_model_that_changes_its_logits_is_refused(llama: Path) -> None:
+def test_undeclared_transformation_of_logits_is_refused(llama: Path) -> None:
     model = ScaledLlama.from_pretrained(llama).eval()
-    with pytest.raises(DataError, match="ScaledLlama changes its logits in a way that the scorer does not know"):
+    with pytest.raises(DataError, match="ScaledLlama transforms its logits in a way that the scorer does not support"):
         sequence_logps(model, [[6, 7, 8]], [[9, 10]], ScoreConfig())
 
 
@@ -235,12 +237,12 @@ def test_tiles_of_the_vocabulary(name: str, tile: int) -> None:
 
 
 def test_logits_of_a_batch_never_exist() -> None:
-    """A tile and a chunk bound what exists at one time, whatever the batch."""
+    """A tile and a chunk bound the logits that exist at one time, for any batch."""
     head = LogitHead(build("Llama"), 4096)
-    assert head.tile < LAST + 1  # so the tests above have tiles that do not divide the vocabulary, too
+    assert head.tile < LAST + 1  # the tests above include tiles that do not divide the vocabulary
     shapes = []
-    own = head.logits
-    head.logits = lambda hidden, tokens: shapes.append(own(hidden, tokens).shape) or own(hidden, tokens)  # type: ignore[method-assign,func-returns-value]
+    original = head.logits
+    head.logits = lambda hidden, part: shapes.append(original(hidden, part).shape) or original(hidden, part)  # type: ignore[method-assign,func-returns-value]
     head.chunk, head.tile = 4, 100
     head.token_logps(torch.ones(10, 32), torch.arange(10))
     assert [tuple(shape) for shape in shapes] == [(n, v) for n in (4, 4, 2) for v in (100, 100, 62)]
@@ -269,7 +271,7 @@ def test_bfloat16_is_near_its_own_plain_forward(token_budget: Any) -> None:
 
 @torch.no_grad()
 def test_bfloat16_of_likely_tokens() -> None:
-    """The head rounds logits to bfloat16 (steps of 1/16 from 8 on): a likely token must not feel it."""
+    """A likely token's log-probability must not show that logits are bfloat16 (steps of 1/16 from 8 on)."""
     generator = torch.Generator().manual_seed(0)
     head = LogitHead(bfloat16_llama(), 64)
     weight = head.head.weight
