@@ -44,7 +44,7 @@ def plain(model: PreTrainedModel, prompts: list[list[int]], responses: list[list
     return sums
 
 
-def apart(left: list[float], right: list[float]) -> float:
+def max_abs_diff(left: list[float], right: list[float]) -> float:
     """Largest absolute difference."""
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
 

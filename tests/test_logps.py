@@ -14,17 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logp_oracle import SAME, apart, mixed, plain, scorer, shared
+from logp_oracle import SAME, max_abs_diff, mixed, plain, scorer, shared
 from tiny_families import NOT_PACKED, PACKED, build
 from tiny_models import make_llama, make_mistral, make_qwen2
 from tiny_sets import CPU, LAST, draw_ids
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
 from dice_py.models.loading import load_model
 from dice_py.scoring.lm_head import LogitHead
-from dice_py.scoring.scorer import sequence_logps
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +59,7 @@ def test_sums_are_those_of_a_plain_forward(name: str, token_budget: Any, logit_c
     prompts, responses, want = of_name(name)
     notes: list[str] = []
     ours = scorer(build(name), notes, token_budget=token_budget, logit_chunk=logit_chunk)
-    assert apart(ours.sums(prompts, responses), want) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), want) < SAME
     assert ours.packs
     assert notes == []
     assert min(want) < -100.0  # so that the tolerance means something
@@ -73,8 +71,8 @@ def test_models_without_packed_attention(name: str, token_budget: Any) -> None:
     prompts, responses, want = of_name(name)
     notes: list[str] = []
     ours = scorer(build(name), notes, token_budget=token_budget)
-    assert apart(ours.sums(prompts, responses), want) < SAME
-    assert apart(ours.sums(prompts[:3], responses[:3]), want[:3]) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), want) < SAME
+    assert max_abs_diff(ours.sums(prompts[:3], responses[:3]), want[:3]) < SAME
     (note,) = notes  # once
     assert f"{name}ForCausalLM" in note
     assert note.endswith("scored in padded rows, each with its own prompt (slower)")
@@ -86,8 +84,7 @@ def test_models_from_folders(tmp_path: Path, make: Callable[[Path], Path]) -> No
     model = load_model(make(tmp_path / "model"), CPU)
     prompts, responses = mixed()
     assert (
-        apart(sequence_logps(model, prompts, responses, ScoreConfig(token_budget=90)), plain(model, prompts, responses))
-        < SAME
+        max_abs_diff(scorer(model, token_budget=90).sums(prompts, responses), plain(model, prompts, responses)) < SAME
     )
 
 
@@ -110,7 +107,7 @@ def test_random_groups(
     rng.shuffle(rows)
     prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
     ours = scorer(build("Mistral"), token_budget=token_budget, logit_chunk=logit_chunk)
-    assert apart(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
     assert ours.packs
 
 
@@ -126,8 +123,8 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_stop_token_is_in_the_sum(model: PreTrainedModel) -> None:
     stop = model.config.eos_token_id
     prompt, response = [6, 7, 8], [9, 10, 11]
-    without, complete = sequence_logps(model, [prompt] * 2, [response, [*response, stop]], ScoreConfig())
-    (alone,) = sequence_logps(model, [[*prompt, *response]], [[stop]], ScoreConfig())
+    without, complete = scorer(model).sums([prompt] * 2, [response, [*response, stop]])
+    (alone,) = scorer(model).sums([[*prompt, *response]], [[stop]])
     assert alone < -0.01
     assert complete == pytest.approx(without + alone, abs=SAME)
 
@@ -142,7 +139,7 @@ def test_on_batch_counts_every_sequence(name: str) -> None:
 
 
 def test_nothing_to_score(model: PreTrainedModel) -> None:
-    assert sequence_logps(model, [], [], ScoreConfig()) == []
+    assert scorer(model).sums([], []) == []
 
 
 @pytest.mark.parametrize(
@@ -159,7 +156,7 @@ def test_invalid_rows_are_refused(
     model: PreTrainedModel, prompt: list[int], response: list[int], sentence: str
 ) -> None:
     with pytest.raises(DataError, match=sentence):
-        sequence_logps(model, [[6], prompt], [[6], response], ScoreConfig())
+        scorer(model).sums([[6], prompt], [[6], response])
 
 
 # --- counts of the work --------------------------------------------------------------------------------
@@ -212,14 +209,14 @@ class ScaledLlama(LlamaForCausalLM):
 def test_undeclared_transformation_of_logits_is_refused(llama: Path) -> None:
     model = ScaledLlama.from_pretrained(llama).eval()
     with pytest.raises(DataError, match="ScaledLlama transforms its logits in a way that the scorer does not support"):
-        sequence_logps(model, [[6, 7, 8]], [[9, 10]], ScoreConfig())
+        scorer(model).sums([[6, 7, 8]], [[9, 10]])
 
 
 def test_logits_that_are_not_numbers_are_refused(model: PreTrainedModel) -> None:
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(DataError, match="nan"):
-        sequence_logps(model, [[6, 7, 8]], [[9, 10]], ScoreConfig())
+        scorer(model).sums([[6, 7, 8]], [[9, 10]])
 
 
 @pytest.mark.parametrize("name", ["Phi", "Gemma2", "Cohere"])  # a bias, a cap, a factor
@@ -264,7 +261,7 @@ def test_bfloat16_is_near_its_own_plain_forward(token_budget: Any) -> None:
     ours = scorer(model, token_budget=token_budget)
     got = ours.sums(prompts, responses)
     assert ours.packs
-    assert apart(got, want) < 0.2  # nats; rounding moves the plain forward by about as much from float32's
+    assert max_abs_diff(got, want) < 0.2  # nats; rounding moves the plain forward by about as much from float32's
     errors = [statistics.fmean((a - b) ** 2 for a, b in zip(sums, float32, strict=True)) for sums in (got, want)]
     assert errors[0] < 2 * errors[1]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from logp_oracle import SAME, apart, mixed, plain, scorer, shared
+from logp_oracle import SAME, max_abs_diff, mixed, plain, scorer, shared
 from tiny_families import SHAPE, WINDOW, build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -47,7 +47,7 @@ def test_model_that_mixes_the_sequences_of_a_row_is_detected(rows: Callable[[], 
     prompts, responses = rows()
     notes: list[str] = []
     ours = scorer(model, notes)
-    assert apart(ours.sums(prompts, responses), plain(model, prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(model, prompts, responses)) < SAME
     assert not ours.packs
     (note,) = notes
     assert "with the packed attention LlamaForCausalLM scores a response of" in note
@@ -80,7 +80,7 @@ def test_window_that_is_not_passed_on_is_detected(rows: Callable[[], Any]) -> No
     prompts, responses = rows()
     notes: list[str] = []
     ours = scorer(build("Mistral"), notes)
-    assert apart(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
     assert not ours.packs
     assert len(notes) == 1
 
@@ -91,11 +91,11 @@ def test_window_shows_where_sequences_are_longer() -> None:
     notes: list[str] = []
     ours = scorer(build("Mistral"), notes)
     prompts, responses = of_length(WINDOW)
-    assert apart(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
     assert ours.packs
     assert notes == []
     prompts, responses = of_length(2 * WINDOW)
-    assert apart(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
     assert not ours.packs
     assert len(notes) == 1
 
@@ -133,7 +133,7 @@ def test_packed_forward_that_fails_at_once(monkeypatch: pytest.MonkeyPatch, erro
     prompts, responses = shared()
     notes: list[str] = []
     ours = scorer(build("Llama"), notes)
-    assert apart(ours.sums(prompts, responses), plain(build("Llama"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Llama"), prompts, responses)) < SAME
     (note,) = notes
     assert words in note
     assert "\n" not in note
@@ -196,7 +196,7 @@ def test_out_of_memory_halves_the_budget(
     notes: list[str] = []
     ours = scorer(build(name), notes, token_budget=token_budget)
     seen: list[int] = []
-    assert apart(ours.sums(prompts, responses, seen.append), want) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses, seen.append), want) < SAME
     assert sum(seen) == len(prompts)
     # Eight prompts with their responses, or 32 sequences of 30 tokens, fill half the budget to the last token.
     failed = [tokens for tokens in device.batches if tokens > 500]

@@ -82,9 +82,7 @@ def test_starts_at_the_estimate_from_the_shape(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("device", "cap"), [(CPU, 8192), (CUDA, 131072)])
-def test_starts_between_minimum_and_cap(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, cap: int
-) -> None:
+def test_starts_between_minimum_and_cap(monkeypatch: pytest.MonkeyPatch, device: torch.device, cap: int) -> None:
     Memory(monkeypatch, 10**14)
     assert make(device=device).tokens == cap
     Memory(monkeypatch, 1000)

@@ -174,15 +174,3 @@ class Scorer:
         self.work.padded += padding
         self.work.unshared += batch.unshared_tokens
         self.work.flops += self.shape.flops(len(batch.tokens), len(batch.targets), seen_keys(batch.layout))
-
-
-def sequence_logps(
-    model: PreTrainedModel,
-    prompts: Sequence[Tokens],
-    responses: Sequence[Tokens],
-    config: ScoreConfig,
-    on_batch: Callable[[int], None] = lambda _: None,
-    report: Report = no_report,
-) -> list[float]:
-    """`Scorer.sums` with a scorer made for this call."""
-    return Scorer(model, config, report).sums(prompts, responses, on_batch)
