@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
 RUN_ARGS ?= --rounds 2
+PYTEST_ARGS ?=
 BENCH_ARGS ?=
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-rust test-python bench bench-peers bench-stream bench-scoring bench-generation \
-	bench-training bench-plan lock clean
+.PHONY: help setup run test test-fast test-rust test-python lint format docs bench bench-quick bench-peers bench-stream \
+	bench-scoring bench-generation bench-training bench-plan lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,29 +36,44 @@ setup: $(VENV)/.extension ## .venv with all dependencies and the extension, in r
 run: setup ## two rounds on the embedded world: the main job (RUN_ARGS adds options)
 	$(BIN)/dice run $(RUN_ARGS)
 
-test: lint test-rust test-python ## everything that CI checks
+test: lint test-rust test-python ## all tests and checks (PYTEST_ARGS adds options of pytest)
 
-lint: setup ## formats, clippy, ruff, mypy, stubtest
-	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --quiet -- -D warnings
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest dice_py._native
+test-fast: setup ## Python's tests without training, vLLM and GPUs, for the inner loop (under two minutes on two cores)
+	$(BIN)/python -m pytest -m "not slow and not vllm and not gpu" $(PYTEST_ARGS)
 
 test-rust: setup ## Rust's tests
 	cargo test --workspace --release --quiet
 
 test-python: setup ## Python's tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## formats, clippy, ruff, import contracts, mypy, stubtest
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest dice_py._native
+
+format: setup ## format Rust and Python, and fix what ruff can fix
+	cargo fmt --all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup ## docs/configuration.md from the config models
+	$(BIN)/python docs/config_reference.py
 
 bench: setup ## criterion's benches
 	cargo bench
 
+bench-quick: setup ## criterion's benches with few samples: that they build and run (some two minutes)
+	cargo bench -- --quick
+
 bench-stream: setup ## mining of 200,000,000 rows of Parquet: seconds and peak memory (minutes, 3 GB of disk)
 	$(BIN)/python benches/stream.py $(BENCH_ARGS)
 
-bench-peers: setup ## mining against Polars, DuckDB and NumPy: table, benches/results/mining.json and .png (BENCH_ARGS adds options)
+bench-peers: setup ## mining against Polars, DuckDB and NumPy: table, json and plot in benches/results/ (BENCH_ARGS adds options)
 	$(BIN)/python benches/peers.py $(BENCH_ARGS)
 
 bench-scoring: setup ## scoring against TRL's precompute and the DICE authors' way (minutes; BENCH_ARGS="--shape llama3-8b --device cuda")
@@ -73,8 +89,9 @@ bench-plan: setup ## the plan of the embedded default against a run of it (minut
 	$(BIN)/python benches/plan.py $(BENCH_ARGS)
 
 lock: $(UV) ## requirements/dev.txt from requirements/*.in
-	$(UV) pip compile requirements/dev.in --override requirements/overrides.txt --python-version 3.11 --universal \
-		--generate-hashes --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/dev.txt
+	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/dev.in \
+		--override requirements/overrides.txt --python-version 3.11 --universal --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --quiet --output-file requirements/dev.txt
 
 clean: ## remove what was built (not the runs)
 	rm -rf $(VENV) target dice_py/_native*.so

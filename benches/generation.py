@@ -1,15 +1,15 @@
-"""Sampling K responses per prompt, ours against the plain ways: `make bench-generation`, or `--help` here.
+"""Sampling K responses per prompt, ours against plain transformers and vLLM: `make bench-generation`, or `--help`.
 
-A model of random weights (shapes.py) answers prompts of random tokens with log-normal lengths. A random model does not
-end its answers by itself, so one in `--mean-response` tokens of the vocabulary, drawn from the seed, is a stop token:
-lengths are geometric about that mean, the longest of a thousand about seven times as long, and every way ends them the
-same way. No network.
+A model with random weights (shapes.py) responds to prompts of random tokens with log-normal lengths. A random model
+rarely ends a response, so one in `--mean-response` tokens of the vocabulary, drawn from the seed, is a stop token for
+every way. Lengths are then geometric with that mean; the longest of a thousand is about seven times as long. The bench
+needs no network.
 
-Each way runs in a process of its own, from the same files, and is timed from a loaded and warmed model to the last
-response (ours: to the last shard's file). Ours must give the same tokens as the plain way with the same seeds: in
-float32 on a CPU a mismatch ends it with status 1 and writes nothing; elsewhere the count is in the results, since
-kernels sum in another order for another batch. The sums of log-probabilities are compared with a float32 forward over
-one response at a time. Results go to `--out`: generation.json.
+Each way runs in a process of its own on the same files. It is timed from a loaded and warm model to the last response
+(ours: to the last shard's file). Ours must sample the same tokens as the plain way with the same seeds. In float32 on a
+CPU, a mismatch means status 1 and no results. Elsewhere mismatches are counted in the results, since kernels sum in an
+order that depends on the batch. The sums of log-probabilities are compared with a float32 forward over one response at
+a time. Results: a table, and generation.json in `--out`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SAME_TOKENS = {
     "vllm_shard_by_shard": "vllm_separate",
     "vllm_no_prefix_caching": "vllm_separate",
 }
-"""Ways that draw with the same seeds; vLLM's random numbers are not ours, and n=K has other seeds."""
+"""Pairs of ways with the same random numbers. vLLM's differ from ours, and n=K has other seeds."""
 SPEEDUPS = {
     "speedup_over_hf_generate": ("transformers", "hf_generate"),
     "speedup_of_streaming_over_shard_by_shard": ("vllm_streaming", "vllm_shard_by_shard"),
@@ -90,17 +90,17 @@ def main(arguments: list[str] | None = None) -> int:
     log = Console(stderr=True)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         task = prepare(options, Path(folder))
-        done: dict[str, dict[str, Any]] = {}
+        measured: dict[str, dict[str, Any]] = {}
         for way in options.ways:
             reason = skipped(way)
             log.print(f"{WAYS[way]}" + (f": skipped, {reason}" if reason else ""))
-            done[way] = {"skipped": reason} if reason else in_child({**task, "way": way})
+            measured[way] = {"skipped": reason} if reason else in_child({**task, "way": way})
         log.print("one response at a time, in float32")
-        differences = check(task, [way for way, found in done.items() if "skipped" not in found])
-        results = report(options, task, done, differences)
-    mismatches = {way: found["mismatches"] for way, found in results["ways"].items() if found.get("mismatches")}
+        differences = check(task, [way for way, figures in measured.items() if "skipped" not in figures])
+        results = summarize(options, task, measured, differences)
+    mismatches = {way: row["mismatches"] for way, row in results["ways"].items() if row.get("mismatches")}
     if mismatches and task["dtype"] == "float32" and task["device"] == "cpu":
-        print(f"other tokens than the plain way's, by way: {mismatches}", file=sys.stderr)
+        print(f"responses whose tokens differ from the plain way's: {mismatches}", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "generation.json", results)
@@ -116,16 +116,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16, help="K, responses per prompt")
     for name in ON_CPU:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    parser.add_argument("--checked", type=int, default=64, help="responses of each way that are scored one at a time")
+    parser.add_argument("--checked", type=int, default=64, help="responses of each way to score one at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ways", default=",".join(WAYS), help="which, with commas")
+    parser.add_argument("--ways", default=",".join(WAYS), help="separated by commas")
     parser.add_argument("--out", type=Path, default=Path("benches/results"))
-    parser.add_argument("--work", type=Path, help="where the model is put; none: the system's folder of temporaries")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the model; default: the system's folder for temporary files"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.ways = options.ways.split(",")
     if unknown := set(options.ways) - set(WAYS):
-        parser.error(f"--ways: {', '.join(sorted(unknown))} unknown; there are {', '.join(WAYS)}")
+        parser.error(f"--ways: {', '.join(sorted(unknown))} unknown; choose from {', '.join(WAYS)}")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     for name, value in (ON_CPU if options.device == "cpu" else ON_GPU).items():
         if getattr(options, name) is None:
@@ -140,7 +142,7 @@ def skipped(way: str) -> str | None:
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Writes model, tokenizer and prompts; what a process of a way needs to know."""
+    """Writes model, tokenizer and prompts; returns the task of the processes, as JSON values."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -201,14 +203,13 @@ def in_child(task: dict[str, Any]) -> Any:
     command = [sys.executable, __file__, "--child", json.dumps(task)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        # Its standard error was ours: the reason is above.
-        raise SystemExit(f"the process for {task['way']} ended with status {done.returncode}")
+        raise SystemExit(f"the process for {task['way']} ended with status {done.returncode}; its error is above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def child(task: dict[str, Any]) -> Any:
-    # What libraries print is not the answer, which is the last line.
-    answer, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    # Standard output is for the result alone; libraries print to it too.
+    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     try:
         way = Way(task)
@@ -224,23 +225,23 @@ def child(task: dict[str, Any]) -> Any:
         }
     finally:
         sys.stdout.flush()
-        os.dup2(answer, 1)
+        os.dup2(stdout, 1)
 
 
 # --- results --------------------------------------------------------------------------------------------------
 
 
-def report(
+def summarize(
     options: argparse.Namespace,
     task: dict[str, Any],
-    done: dict[str, dict[str, Any]],
+    measured: dict[str, dict[str, Any]],
     differences: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """generation.json."""
+    """The content of generation.json."""
     folder = Path(task["folder"])
     ways: dict[str, dict[str, Any]] = {}
-    for way, found in done.items():
-        ways[way] = dict(found)
+    for way, figures in measured.items():
+        ways[way] = dict(figures)
         if way in differences:
             ways[way]["max_abs_difference"] = differences[way]["max"]
             ways[way]["mean_abs_difference"] = differences[way]["mean"]
@@ -270,25 +271,25 @@ def report(
         },
         "ways": ways,
         **speedups,
-        "max_abs_difference": max((found["max"] for found in differences.values()), default=None),
+        "max_abs_difference": max((difference["max"] for difference in differences.values()), default=None),
     }
 
 
 def print_table(results: dict[str, Any]) -> None:
-    table = Table("way", "seconds", "tokens/s", "peak memory", "other tokens", "largest |Δ Σ log π|")
-    for way, found in results["ways"].items():
-        if "skipped" in found:
-            table.add_row(WAYS[way], f"skipped: {found['skipped']}")
+    table = Table("way", "seconds", "tokens/s", "peak memory", "mismatches", "largest |Δ Σ log π|")
+    for way, row in results["ways"].items():
+        if "skipped" in row:
+            table.add_row(WAYS[way], f"skipped: {row['skipped']}")
             continue
-        gpu = found["peak_gpu_memory_bytes"]
-        memory = f"{found['peak_memory_bytes'] / 1e9:.2f} GB" + (f", GPU {gpu / 1e9:.2f} GB" if gpu else "")
+        gpu = row["peak_gpu_memory_bytes"]
+        memory = f"{row['peak_memory_bytes'] / 1e9:.2f} GB" + (f", GPU {gpu / 1e9:.2f} GB" if gpu else "")
         table.add_row(
-            found["title"],
-            f"{found['seconds']:.2f}",
-            f"{found['tokens_per_second']:.0f}",
+            row["title"],
+            f"{row['seconds']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
             memory,
-            str(found.get("mismatches", "")),
-            f"{found['max_abs_difference']:.1e}",
+            str(row.get("mismatches", "")),
+            f"{row['max_abs_difference']:.1e}",
         )
     console = Console(width=max(Console().width, 130))
     console.print(table)

@@ -1,4 +1,4 @@
-"""The ways that generation.py compares: each samples the same requests, and says how many seconds it took."""
+"""The ways that generation.py compares: each samples the same requests, and returns the seconds that it took."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -15,14 +16,15 @@ import torch
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
+from dice_py.generation import sampler
 from dice_py.generation.engines.base import Engine, Request, sample_all
+from dice_py.generation.engines.factory import build_engine
 from dice_py.generation.shard import read_prompts
-from dice_py.stages import generate as stage
 from dice_py.storage.keys import seed_for
 
 
 class Way:
-    """What every way has: the workload, and where its result goes."""
+    """The workload of a way, the same for all, and the file of its responses."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.name = task["way"]
@@ -40,7 +42,7 @@ class Way:
         return [prompt for number in self.shards for prompt in read_prompts(self.folder / "prompts.parquet", number)]
 
     def requests(self) -> list[Request]:
-        """Of all shards, the seeds as the stage has them."""
+        """The requests of all shards, with the seeds of the stage."""
         return [
             Request(ids, seed_for(self.seed, 1, prompt_id, sample))
             for prompt_id, ids in self.prompts()
@@ -58,32 +60,29 @@ class Way:
 
 
 def warmed(engine: Engine, way: Way) -> Engine:
-    """After a first answer: kernels are loaded and buffers allocated."""
+    """Samples once, so that kernels are loaded and buffers allocated."""
     request = Request(way.prompts()[0][1], 0)
     sample_all(engine, [request] * 2)
     return engine
 
 
 class ShardQueue:
-    """All shards, for one group; one after the other, or ahead as soon as there is room."""
+    """All shards for one group of devices: the next as soon as the engine has room (`ahead`), or one at a time."""
 
     def __init__(self, numbers: range, *, ahead: bool) -> None:
-        self.left = deque(numbers)
+        self.remaining = deque(numbers)
         self.ahead = ahead
 
-    def take(self, *, wait: bool) -> int | None:
-        return self.left.popleft() if self.left and (wait or self.ahead) else None
+    def receive(self, *, wait: bool) -> int | None:
+        return self.remaining.popleft() if self.remaining and (wait or self.ahead) else None
 
 
 def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool = True) -> float:
-    """The stage's working half; seconds from the warmed engine to the last shard's file."""
+    """The stage's work for one group; returns the seconds from the warm engine to the last shard's file."""
 
-    def build(engine: str, config: GenerateConfig, models: ModelConfig, *rest: Any) -> Engine:
-        return warmed(
-            vllm_engine(way, prefix_caching) if engine == "vllm" else built(engine, config, models, *rest), way
-        )
+    def build(*arguments: Any) -> Engine:
+        return warmed(vllm_engine(way, prefix_caching) if engine == "vllm" else build_engine(*arguments), way)
 
-    built, stage._build = stage._build, build
     seconds = 0.0
 
     def on_event(event: str, **fields: Any) -> None:
@@ -91,8 +90,7 @@ def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool
         seconds += fields["seconds"] if event == "throughput" else 0.0
 
     files = [way.folder / f"{way.name}-{number:05d}.parquet" for number in way.shards]
-    stage.sample_shards(
-        ShardQueue(way.shards, ahead=ahead),
+    work = sampler.SampleShards(
         config=way.config,
         models=way.models,
         engine=engine,
@@ -104,8 +102,9 @@ def our_stage(way: Way, engine: str, *, ahead: bool = True, prefix_caching: bool
         keys=[file.name for file in files],
         seed=way.seed,
         round_number=1,
-        report=on_event,
     )
+    with mock.patch.object(sampler, "build_engine", build):
+        work(ShardQueue(way.shards, ahead=ahead), report=on_event)
     frame = pl.concat([pl.read_parquet(file) for file in files])
     way.write(frame["token_ids"].to_list(), frame["sampled_logp"].to_list())
     return seconds
@@ -164,7 +163,7 @@ def vllm_n(way: Way) -> float:
 
 
 def hf_generate(way: Way) -> float:
-    """K full prompts in a batch, prompts of like length together, until the longest row of the batch has ended."""
+    """transformers' generate, sorted by length: every response has a prefill, and a batch ends with its longest row."""
     from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 
     from dice_py.generation.engines.decoding import SeededSampling
@@ -175,7 +174,7 @@ def hf_generate(way: Way) -> float:
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=config.max_new_tokens, eos_token_id=way.stops, pad_token_id=0
     )
-    found: list[list[int]] = [[] for _ in requests]
+    responses: list[list[int]] = [[] for _ in requests]
     logps = [0.0] * len(requests)
 
     def run(rows: list[int]) -> None:
@@ -186,7 +185,7 @@ def hf_generate(way: Way) -> float:
             prompt = requests[row].prompt_token_ids
             ids[at, width - len(prompt) :] = torch.tensor(prompt)
             mask[at, width - len(prompt) :] = 1
-        # Its own draw, so that the tokens can be compared; it costs less than `do_sample=True`.
+        # Our draw, so that the tokens can be compared. It takes less time than `do_sample=True`.
         sampling = SeededSampling([requests[row].seed for row in rows], config, way.stops, model.device)
         with torch.inference_mode():
             output = model.generate(
@@ -198,18 +197,18 @@ def hf_generate(way: Way) -> float:
         for at, row in enumerate(rows):
             tokens = output[at, width:].tolist()
             end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens) - 1)
-            found[row], logps[row] = tokens[: end + 1], float(sampling.logp[at])
+            responses[row], logps[row] = tokens[: end + 1], float(sampling.logp[at])
 
     stops = set(way.stops)
     run([0, 1])
     began = time.perf_counter()
-    left = sorted(range(len(requests)), key=lambda row: -len(requests[row].prompt_token_ids))
-    while left:
-        size = max(1, config.token_budget // (len(requests[left[0]].prompt_token_ids) + config.max_new_tokens))
-        run(left[:size])
-        del left[:size]
+    rows = sorted(range(len(requests)), key=lambda row: -len(requests[row].prompt_token_ids))
+    while rows:
+        size = max(1, config.token_budget // (len(requests[rows[0]].prompt_token_ids) + config.max_new_tokens))
+        run(rows[:size])
+        del rows[:size]
     seconds = time.perf_counter() - began
-    way.write(found, logps)
+    way.write(responses, logps)
     return seconds
 
 
@@ -225,23 +224,27 @@ RUN: dict[str, Callable[[Way], float]] = {
 
 
 def check(task: dict[str, Any], ways: list[str]) -> dict[str, dict[str, float]]:
-    """Of each way's sums, against a float32 forward over one response at a time: absolute differences."""
+    """Compares each way's log-probabilities with a float32 forward over one response at a time.
+
+    Returns:
+        By way, `max` and `mean` of the absolute differences, in nats.
+    """
     from transformers import AutoModelForCausalLM
 
     way = Way({**task, "way": "check"})
     model = AutoModelForCausalLM.from_pretrained(way.model, dtype=torch.float32).to(way.models.device).eval()
     prompts = way.prompts()
-    found = {}
+    differences = {}
     for name in ways:
         frame = pl.read_parquet(way.folder / f"{name}.parquet")
         rows = np.unique(np.linspace(0, frame.height - 1, task["checked"]).astype(int)).tolist()
-        apart = []
+        abs_diffs = []
         for row in rows:
             prompt, response = prompts[row // way.config.samples][1], frame["token_ids"][row].to_list()
             ids = torch.tensor([prompt + response], device=model.device)
             with torch.inference_mode():
                 logits = model(ids, logits_to_keep=len(response) + 1).logits[0, :-1].float()
             exact = torch.log_softmax(logits, dim=-1).gather(1, ids[0, -len(response) :, None]).double().sum()
-            apart.append(abs(float(exact) - frame["sampled_logp"][row]))
-        found[name] = {"max": max(apart), "mean": sum(apart) / len(apart)}
-    return found
+            abs_diffs.append(abs(float(exact) - frame["sampled_logp"][row]))
+        differences[name] = {"max": max(abs_diffs), "mean": sum(abs_diffs) / len(abs_diffs)}
+    return differences

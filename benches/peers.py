@@ -3,7 +3,7 @@
 All ways (peers_ways.py) are timed in this process, in turn within each repeat, so that noise of the machine
 hits them alike. Before that each runs once, and its answer is compared with ours; a mismatch ends it with
 status 1 and writes nothing. Memory and scaling are measured in processes of their own. Results go to `--out`:
-mining.json, mining.png and mining.md (a table for the README).
+mining.json, mining.png and mining.md (the table in docs/figures.md).
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def setting(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table for the README: of each peer the fastest form, which may differ between the orders."""
+    """The table for docs/figures.md: of each peer the fastest form, which may differ between the orders."""
     lines = ["| frame to pairs | grouped by prompt | shuffled |", "| --- | ---: | ---: |"]
 
     def line(title: str, cells: list[str]) -> None:

@@ -1,20 +1,20 @@
 """One epoch of DPO: a stock DPOTrainer with precompute_ref_log_probs against ours. `python benches/training.py --help`.
 
-    stock            TRL as its documentation has it: texts are tokenised, the reference's log-probabilities are
-                     computed in a pass before training, then it trains
-    ours             stages/train.py on the same pairs, as tokens, with the reference log-probabilities that the
-                     score stage has computed for every mined pair: they cost nothing here
+    stock            TRL as in its documentation: it tokenizes texts, computes the reference's log-probabilities in a
+                     pass of its own, and trains
+    ours             stages/train.py on the same pairs as tokens, with the reference log-probabilities that the score
+                     stage computes for every mined pair anyway: their time is not counted
     ours_checkpoint  the same with train.gradient_checkpointing
-    score            what a replayed pair costs on top: its reference log-probabilities, by score_pairs;
-                     here for all pairs, so that a share γ of replay costs γ times as much
+    score            the extra cost of a replayed pair: its reference log-probabilities, by score_pairs. It is measured
+                     on all pairs, so a share γ of replayed pairs costs γ times as much
 
-Random weights in a named shape, lengths with a long tail, the same batches in the same order. Every way runs in a
-process of its own, in turn within each repeat; figures are medians. Stock and ours do the same work while they train:
-where those two spans differ much (`same_work`, 1 on a quiet machine), the figures are the machine's noise. On a CPU
-that others use too, one thread (`--threads 1`, the default) is the steadiest. Ours also checks the loss at step 0, on
-pairs that do not grow with the epoch (`check`). A memory peak is that of the process (on a GPU: of torch's allocator).
-The losses of all ways are compared at every step first: a difference above `--tolerance` ends it with status 1, and
-writes nothing. Results: a table, and training.json in `--out`.
+The model has a named shape and random weights; lengths have a long tail; all ways train on the same batches in the
+same order. Every way runs in a process of its own, and the ways take turns within each repeat. Figures are medians.
+Stock and ours do the same work while they train, so `same_work` is 1 on a quiet machine; if it is far from 1, the
+figures are noise. On a shared CPU, one thread (`--threads 1`, the default) has the least noise. Ours also checks the
+loss at step 0 (`check`), on a number of pairs that does not grow with the epoch. The peak of memory is that of the
+process (on a GPU, that of torch's allocator). The losses of all ways are compared at every step: if a difference
+exceeds `--tolerance`, the status is 1 and nothing is written. Results: a table, and training.json in `--out`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from dice_py.storage.schemas import TRAINING_SET
 
 TRAINING = ("stock", "ours", "ours_checkpoint")
 WAYS = (*TRAINING, "score")
-SPANS = ("startup", "tokenise", "reference", "check", "training", "save")
+SPANS = ("startup", "tokenize", "reference", "check", "training", "save")
 BETA, SEED, EOS = 0.1, 7, 2
 GAMMA = 0.5
-"""The share of replayed pairs that a run has unless told."""
+"""The default share of replayed pairs in a run."""
 SMOKE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
 
@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not parity <= options.tolerance:
         log.print(f"losses differ by up to {parity:.2g}, which is more than {options.tolerance:g}: nothing is written")
         return 1
-    found = result(runs, lengths, parity, options)
-    show(found, Console())
-    write_json(options.out / "training.json", found)
+    results = summarize(runs, lengths, parity, options)
+    show(results, Console())
+    write_json(options.out / "training.json", results)
     return 0
 
 
@@ -88,7 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=8, help="pairs per optimizer step")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="pairs per forward")
+    parser.add_argument("--per-device-train-batch-size", type=int, default=4, help="pairs per forward")
     parser.add_argument("--response-median", type=float, default=24.0, help="tokens; log-normal")
     parser.add_argument("--response-sigma", type=float, default=0.8, help="of the logarithm")
     parser.add_argument("--max-response", type=int, default=192, help="tokens; longer ones are cut to it")
@@ -111,11 +111,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-# --- what is trained ------------------------------------------------------------------------------------------
+# --- model and pairs ------------------------------------------------------------------------------------------
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A model folder, the pairs as texts and as tokens; returns what the lengths are."""
+    """Writes the model and the pairs, as texts and as tokens; returns statistics of the lengths."""
     changes = SMOKE if options.smoke else {}
     model = make_model(options.shape, getattr(torch, options.dtype), options.device, **changes)
     vocabulary = model.config.vocab_size
@@ -145,7 +145,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
     texts = {
         "prompt": words["prompt_ids"],
-        "chosen": [" " + text for text in words["chosen_ids"]],  # TRL joins it to the prompt, and adds the EOS
+        "chosen": [" " + text for text in words["chosen_ids"]],  # TRL joins it to the prompt, and adds the EOS.
         "rejected": [" " + text for text in words["rejected_ids"]],
     }
     pl.DataFrame(texts).write_parquet(folder / "texts.parquet")
@@ -160,7 +160,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_tokenizer(vocabulary: int) -> Any:
-    """Word `tN` is token N, so that texts and tokens are the same."""
+    """A tokenizer whose word `tN` is token N, so that texts and tokens are equivalent."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -169,30 +169,30 @@ def make_tokenizer(vocabulary: int) -> Any:
     names = {name: number for number, name in enumerate([*special, *(f"t{n}" for n in range(3, vocabulary))])}
     tokenizer = Tokenizer(WordLevel(names, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # not used
-    return made
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # not used
+    return wrapped
 
 
 # --- a way, in its own process --------------------------------------------------------------------------------
 
 
 def start(way: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs a way in a process of its own, and returns what it measured."""
+    """Runs a way in a process of its own, and returns its measurements."""
     began = time.time()
-    given = [item for name, value in vars(options).items() for item in argument(name, value)]
-    # What it caches is its own, so that no repeat finds the log-probabilities of another.
+    arguments = [item for name, value in vars(options).items() for item in argument(name, value)]
+    # Each process has a cache of its own, so that no repeat reuses the log-probabilities of another.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / f"cache-{began}")}
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
-    command = [sys.executable, __file__, *given, "--child", way, "--folder", str(folder)]
+    command = [sys.executable, __file__, *arguments, "--child", way, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wall = time.time() - began
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stdout[-4000:]}")
-    made: dict[str, Any] = read_json(folder / f"{way}.json")
-    spans = {name: made["spans"].get(name, 0.0) for name in SPANS}
-    spans["startup"] = wall - sum(spans.values())  # of the process, its imports, the model's reading
-    return {"wall_seconds": wall, "seconds": spans, **{k: v for k, v in made.items() if k != "spans"}}
+    measured: dict[str, Any] = read_json(folder / f"{way}.json")
+    spans = {name: measured["spans"].get(name, 0.0) for name in SPANS}
+    spans["startup"] = wall - sum(spans.values())  # the process, its imports, loading the model
+    return {"wall_seconds": wall, "seconds": spans, **{k: v for k, v in measured.items() if k != "spans"}}
 
 
 def argument(name: str, value: Any) -> list[str]:
@@ -207,12 +207,17 @@ def child(way: str, folder: Path, options: argparse.Namespace) -> None:
     before = peak("cpu")
     work = {"stock": stock, "score": score}.get(way, ours)
     losses = work(folder, options, spans, way)
-    found = {"spans": spans, "losses": losses, "peak_memory_bytes": peak(options.device), "peak_before_bytes": before}
-    write_json(folder / f"{way}.json", found)
+    measured = {
+        "spans": spans,
+        "losses": losses,
+        "peak_memory_bytes": peak(options.device),
+        "peak_before_bytes": before,
+    }
+    write_json(folder / f"{way}.json", measured)
 
 
 def peak(device: str) -> int:
-    """Bytes: the largest resident memory of this process, or what torch had of a GPU at the most."""
+    """Bytes: the peak of this process's resident memory, or of what torch allocated on a GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -221,13 +226,13 @@ def peak(device: str) -> int:
 
 @contextlib.contextmanager
 def timed(spans: dict[str, float], owner: Any, name: str, span: str) -> Iterator[None]:
-    """Adds what calls of `owner.name` take to `spans[span]`."""
+    """Adds the seconds of each call of `owner.name` to `spans[span]`."""
     function = getattr(owner, name)
 
-    def timed_function(*given: Any, **named: Any) -> Any:
+    def timed_function(*args: Any, **kwargs: Any) -> Any:
         began = time.monotonic()
         try:
-            return function(*given, **named)
+            return function(*args, **kwargs)
         finally:
             spans[span] = spans.get(span, 0.0) + time.monotonic() - began
 
@@ -255,7 +260,7 @@ def models(options: argparse.Namespace) -> ModelConfig:
 
 
 def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
-    """TRL's trainer as it is. Its arguments are ours, so that batches, seeds and steps are the same."""
+    """TRL's own trainer. It has our arguments, so that batches, seeds and steps are the same."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOTrainer
@@ -267,9 +272,9 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
     arguments = trainer_arguments(config, models(options), folder / "stock", BETA, SEED)
     held = options.dtype if options.lora else "float32"
     with (
-        timed(spans, DPOTrainer, "_prepare_dataset", "tokenise"),
+        timed(spans, DPOTrainer, "_prepare_dataset", "tokenize"),
         timed(spans, DPOTrainer, "_precompute_ref_logps", "reference"),
-        timed(spans, dpo_trainer, "hash_module", "reference"),  # it names the cache of that pass
+        timed(spans, dpo_trainer, "hash_module", "reference"),  # the key of that pass's cache
         timed(spans, DPOTrainer, "train", "training"),
         timed(spans, DPOTrainer, "save_model", "save"),
     ):
@@ -290,41 +295,42 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
 
 
 def score(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
-    """The reference log-probabilities of all pairs."""
-    from dice_py.stages import score as stage
+    """Computes the reference log-probabilities of all pairs."""
+    from dice_py.scoring import pairs as scoring
 
     pairs = pl.read_parquet(folder / "pairs.parquet")
-    with timed(spans, stage, "score_pairs", "reference"):
-        logps = stage.score_pairs(ScoreConfig(), models(options), policy=folder / "model", pairs=pairs)
+    with timed(spans, scoring, "score_pairs", "reference"):
+        logps = scoring.score_pairs(ScoreConfig(), models(options), policy=folder / "model", pairs=pairs)
     scored = pairs.with_columns(ref_chosen_logps=logps["chosen_logp"], ref_rejected_logps=logps["rejected_logp"])
     write_parquet(folder / "training_set.parquet", scored, key="bench")
     return []
 
 
 def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
-    """The stage of a run."""
+    """The train stage."""
     from trl import DPOTrainer
 
-    from dice_py.stages.train import train
-    from dice_py.training import trainer as train_rank
+    from dice_py.stages.train import TrainJob
+    from dice_py.training import trainer
 
     out = Path(tempfile.mkdtemp(dir=folder))
     with (
         timed(spans, DPOTrainer, "train", "training"),
-        timed(spans, train_rank, "step0", "check"),
-        timed(spans, train_rank, "_save", "save"),
+        timed(spans, trainer, "measure_step0", "check"),
+        timed(spans, trainer, "save_model", "save"),
     ):
-        train(
+        job = TrainJob(
             settings(options, way),
             models(options),
             policy=folder / "model",
             training_set=folder / "training_set.parquet",
+            training_set_key="bench",
             out=out,
             beta=BETA,
             seed=SEED,
-            key="bench",
         )
-    spans["training"] -= spans["check"]  # which is within it
+        job.run()
+    spans["training"] -= spans["check"]  # which is part of it
     return [entry["loss"] for entry in read_json(out / "model" / "train_log.json") if "loss" in entry]
 
 
@@ -340,7 +346,7 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> float:
     return max(abs(a - b) for curve in curves for a, b in zip(curve, want, strict=True))
 
 
-def result(
+def summarize(
     runs: dict[str, list[dict[str, Any]]], lengths: dict[str, Any], parity: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     def median(way: str, name: str) -> float:
@@ -372,7 +378,7 @@ def result(
         "repeats": options.repeats,
         "threads": options.threads,
         "ways": ways,
-        # Of this run's own figures. `work`: without a process's start, its imports and the reading of the model.
+        # From this run's own figures. `work` excludes the start of the process, its imports and loading the model.
         "speedup_over_stock": {
             name: {
                 "wall": ways["stock"]["wall_seconds"] / (ways["ours"]["wall_seconds"] + share * extra),
@@ -389,18 +395,19 @@ def result(
     }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"one epoch of {found['pairs']} pairs, {found['shape']}, {found['device']} {found['dtype']}")
+def show(results: dict[str, Any], console: Console) -> None:
+    title = f"one epoch of {results['pairs']} pairs, {results['shape']}, {results['device']} {results['dtype']}"
+    table = Table(title=title)
     for name in ("way", *SPANS, "wall, s", "peak, GB"):
         table.add_column(name, justify="left" if name == "way" else "right")
-    for way, row in found["ways"].items():
+    for way, row in results["ways"].items():
         spans = [f"{row['seconds'][span]:.2f}" for span in SPANS]
         table.add_row(way, *spans, f"{row['wall_seconds']:.2f}", f"{row['peak_memory_bytes'] / 1e9:.2f}")
     console.print(table)
-    for name, ratio in found["speedup_over_stock"].items():
+    for name, ratio in results["speedup_over_stock"].items():
         console.print(f"{name}: {ratio['wall']:.2f} × as fast as stock, {ratio['work']:.2f} × without start-up")
-    console.print(f"training, the same work in both: stock {found['same_work']:.2f} × as long as ours")
-    console.print(f"largest difference of a step's loss: {found['parity']['max_loss_difference']:.2g}")
+    console.print(f"training, the same work in both: stock {results['same_work']:.2f} × as long as ours")
+    console.print(f"largest difference of a step's loss: {results['parity']['max_loss_difference']:.2g}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from cli.stages import Json, Out, print_json
+from cli.options import Json, Out
+from cli.output import print_json
 from dice_py.errors import InterruptedRunError, UsageError
 
 

@@ -8,47 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.stages import Config, Json, Set, overrides, print_json
+from cli.options import (
+    DEFAULT_RUNS,
+    Config,
+    Json,
+    Prompts,
+    Replay,
+    Rounds,
+    RunDir,
+    RunPolicy,
+    RunReference,
+    Seed,
+    Set,
+    run_config,
+)
+from cli.output import print_json
 
 if TYPE_CHECKING:
     from dice_py.config.run import RunConfig
-
-RunPolicy = Annotated[str | None, typer.Option(help="π_1, a DPO-tuned model: folder or Hugging Face id.")]
-RunReference = Annotated[str | None, typer.Option(help="The model that its DPO training started from.")]
-Prompts = Annotated[Path | None, typer.Option(help="Prompts: JSONL, JSON or Parquet.")]
-Replay = Annotated[Path | None, typer.Option(help="Offline pairs in TRL's format.")]
-Rounds = Annotated[int | None, typer.Option(help="Rounds of generate, score, mine, replay, train.")]
-Seed = Annotated[int | None, typer.Option(help="The run's seed.")]
-RunDir = Annotated[Path | None, typer.Option(help="The run folder; default: a new one under runs/.")]
-
-DEFAULT_RUNS = Path("runs")
-
-
-def run_config(
-    config: list[Path] | None,
-    assign: list[str] | None,
-    policy: str | None,
-    reference: str | None,
-    prompts: Path | None,
-    replay: Path | None,
-    rounds: int | None,
-    seed: int | None,
-) -> RunConfig:
-    """The resolved config of `dice run` and `dice plan`."""
-    from dice_py.config.loading import resolve
-
-    return resolve(
-        config or [],
-        assign or [],
-        overrides(
-            model__policy=policy,
-            model__reference=reference,
-            data__prompts=None if prompts is None else str(prompts),
-            data__replay=None if replay is None else str(replay),
-            rounds=rounds,
-            seed=seed,
-        ),
-    )
 
 
 def show_plan(resolved: RunConfig, folder: Path, fresh: bool, as_json: bool) -> None:

@@ -1,68 +1,22 @@
-"""The commands of the stages alone, on files of the user's own, and what all commands share."""
+"""The commands of single stages on files of the user's own; `dice mine` is in cli/mine.py.
+
+Each reads the user's files, builds the stage's job, and prints its result.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import Config, Json, Out, Policy, Reference, Set, StageSeed, stage_config
+from cli.output import print_result, run_job
 from dice_py.errors import UsageError
 
-Config = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="One config value: section.key=value.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
-Policy = Annotated[str, typer.Option(help="The policy: a model folder or a Hugging Face id.")]
-Reference = Annotated[str, typer.Option(help="The model that the policy's DPO training started from.")]
-
-
-def print_json(value: Any) -> None:
-    """One JSON object on one line of stdout."""
-    typer.echo(json.dumps(value, allow_nan=False))
-
-
-def overrides(**values: Any) -> dict[str, Any]:
-    """`model__policy="x"` and the like to nested keys; None means not given."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        if value is not None:
-            section, _, key = name.partition("__")
-            if key:
-                nested.setdefault(section, {})[key] = value
-            else:
-                nested[section] = value
-    return nested
-
-
-def _one_stage(config: list[Path] | None, assign: list[str] | None, **options: Any) -> Any:
-    from dice_py.config.loading import resolve
-
-    return resolve(config or [], assign or [], overrides(**options), one_stage=True)
-
-
-def work_apart(stage: str, work: str, folder: Path, **arguments: Any) -> Any:
-    """Runs a stage in a process of its own, whose log goes to `folder`, and shows how far it is."""
-    from cli.display import Display
-    from dice_py.compute.stage_process import run_stage
-    from dice_py.stages.registry import REMEDIES
-
-    with Display() as display:
-        display("stage", stage=stage, status="running")
-        return run_stage(work, arguments, log=folder / "worker.log", remedy=REMEDIES[stage], report=display)
-
-
-def print_result(value: dict[str, Any], as_json: bool) -> None:
-    """What a stage has made: one JSON object, or a line for each name."""
-    if as_json:
-        print_json(value)
-        return
-    from dice_py.reporting.formatting import number
-
-    for name, item in value.items():
-        shown = "".join(f"\n  {file}" for file in item) if name == "files" else number(item)
-        typer.echo(f"{name.replace('_', ' ')}: {shown}")
+if TYPE_CHECKING:
+    from dice_py.config.run import RunConfig
+    from dice_py.stages.job import StageFile
 
 
 def generate(
@@ -72,40 +26,40 @@ def generate(
     prompt_column: Annotated[str, typer.Option(help="The prompts' column.")] = "prompt",
     samples: Annotated[int | None, typer.Option(help="K, responses per prompt.")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, transformers or vllm.")] = None,
-    seed: Annotated[int, typer.Option(help="The seed.")] = 0,
+    seed: StageSeed = 0,
     config: Config = None,
     assign: Set = None,
     as_json: Json = False,
 ) -> None:
     """Stage 1: sample K responses per prompt.
 
-    Into OUT/generations-NNNNN.parquet; shards that are there already, from the same inputs, are kept.
+    Into OUT/generations-NNNNN.parquet. Shards that are there already, from the same inputs, are kept.
     """
     from dice_py.data import read_prompts
     from dice_py.models.loading import resolve_model
+    from dice_py.stages.generate import GenerateJob
     from dice_py.storage.keys import digest
     from dice_py.storage.parquet import write_parquet
     from dice_py.storage.schemas import PROMPTS
 
-    resolved = _one_stage(config, assign, generate__samples=samples, generate__engine=engine)
+    resolved = stage_config(config, assign, generate__samples=samples, generate__engine=engine)
     frame = read_prompts(prompts, prompt_column)  # before the model, which may be a long download
     folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
-    write_parquet(out / "prompts.parquet", frame, key=digest(frame.to_dict(as_series=False)), schema=PROMPTS)
-    made = work_apart(
-        "generate",
-        "dice_py.stages.generate:generate",
-        out,
+    key = digest(frame.to_dict(as_series=False))
+    job = GenerateJob(
         config=resolved.generate,
         models=resolved.model,
         policy=folder,
-        prompts=out / "prompts.parquet",
+        prompts=write_parquet(out / "prompts.parquet", frame, key=key, schema=PROMPTS),
+        prompts_key=key,
         out=out,
         seed=seed,
         round_number=1,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
         devices=resolved.devices,
     )
-    print_result({"files": [str(file) for file in made.files], **made.counts()}, as_json)
+    result = run_job(job, out)
+    print_result({"files": [str(file) for file, _ in result.files], **result.counts}, as_json)
 
 
 def score(
@@ -124,55 +78,27 @@ def score(
 
     Of stored token ids, into OUT/scores-NNNNN.parquet, row by row beside the generations.
     """
-    from dice_py.models.loading import model_identity, resolve_model
-    from dice_py.storage.keys import digest, file_digest
+    from dice_py.models.loading import resolve_model
+    from dice_py.stages.score import ScoreJob
+    from dice_py.storage.keys import file_digest
 
-    resolved = _one_stage(config, assign, beta=beta)
-    contents = [file_digest(file) for file in generations]
-    folders = {
-        "policy": resolve_model(policy, resolved.model.policy_revision, role="--policy"),
-        "reference": resolve_model(reference, resolved.model.reference_revision, role="--reference"),
-    }
-    settings = [
-        resolved.score.model_dump(),
-        resolved.model.model_dump(),
-        resolved.beta,
-        prompt_tokens_column,
-        tokens_column,
-    ]
-    models = [model_identity(folder) for folder in folders.values()]
-    scored = work_apart(
-        "score",
-        "dice_py.stages.score:score",
-        out,
+    resolved = stage_config(config, assign, beta=beta)
+    job = ScoreJob(
         config=resolved.score,
         models=resolved.model,
-        **folders,
         generations=generations,
+        # By content: a file of the user's own has no key that could be trusted.
+        generation_keys=[file_digest(file) for file in generations],
+        policy=resolve_model(policy, resolved.model.policy_revision, role="--policy"),
+        reference=resolve_model(reference, resolved.model.reference_revision, role="--reference"),
         out=out,
-        keys=[digest("score", content, models, settings) for content in contents],
         beta=resolved.beta,
         devices=resolved.devices,
         prompt_column=prompt_tokens_column,
         response_column=tokens_column,
     )
-    print_result({"files": [str(file) for file in scored.files]}, as_json)
-
-
-def _buffers(given: list[str] | None) -> dict[str, dict[str, Any]] | None:
-    """`--buffer NAME=FILE[:SHARE]` as replay.buffers."""
-    found: dict[str, dict[str, Any]] = {}
-    for text in given or []:
-        name, _, file = text.partition("=")
-        start, _, share = file.rpartition(":")
-        try:
-            settings = {"path": start, "share": float(share)} if start else {"path": file}
-        except ValueError:
-            settings = {"path": file}  # the colon is the file's own
-        if not name or not file or name in found:
-            raise UsageError(f"--buffer {text}: write it as NAME=FILE or NAME=FILE:SHARE, each name once")
-        found[name] = settings
-    return found or None
+    result = run_job(job, out)
+    print_result({"files": [str(file) for file, _ in result.files]}, as_json)
 
 
 def replay(
@@ -187,7 +113,7 @@ def replay(
     ] = None,
     generations: Annotated[list[Path] | None, typer.Option(help="Shards that the mined rows count through.")] = None,
     scores: Annotated[list[Path] | None, typer.Option(help="Their scores.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="The prompts artefact of `dice generate`.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="The prompts artifact of `dice generate`.")] = None,
     gamma: Annotated[float | None, typer.Option(help="γ, the share of offline pairs.")] = None,
     prompt_column: Annotated[str, typer.Option(help="Prompt column of the offline pairs.")] = "prompt",
     chosen_column: Annotated[str, typer.Option(help="Chosen column of the offline pairs.")] = "chosen",
@@ -196,12 +122,12 @@ def replay(
     margin_power: Annotated[float | None, typer.Option(help="Weigh --replay by max(margin, 0)^POWER.")] = None,
     margin_column: Annotated[str | None, typer.Option(help="Margins.  [default: margin]")] = None,
     half_life: Annotated[float | None, typer.Option(help="Weigh --replay by 2^(-age/ROUNDS); needs --round.")] = None,
-    round_column: Annotated[str | None, typer.Option(help="The round a pair is of.  [default: round]")] = None,
+    round_column: Annotated[str | None, typer.Option(help="The round of a pair.  [default: round]")] = None,
     round_number: Annotated[int | None, typer.Option("--round", help="The current round, for ages.")] = None,
     stratify_by: Annotated[str | None, typer.Option(help="none, length (of the chosen, characters), source.")] = None,
     allocation: Annotated[str | None, typer.Option(help="Counts of the strata: proportional or equal.")] = None,
     source_column: Annotated[str | None, typer.Option(help="Sources.  [default: source]")] = None,
-    seed: Annotated[int, typer.Option(help="The seed.")] = 0,
+    seed: StageSeed = 0,
     config: Config = None,
     assign: Set = None,
     as_json: Json = False,
@@ -210,15 +136,7 @@ def replay(
 
     Into OUT/training_set.parquet, with the reference log-probabilities that training needs.
     """
-    from dice_py.data import read_pairs
-    from dice_py.models.loading import resolve_model
-    from dice_py.runs.inputs import pool_columns
-    from dice_py.storage.keys import digest, file_digest
-    from dice_py.storage.parquet import write_parquet
-
-    if mined is not None and (not generations or not scores or prompts is None):
-        raise UsageError("--mined also needs --generations, --scores and --prompts, which its row numbers refer to")
-    resolved = _one_stage(
+    resolved = stage_config(
         config,
         assign,
         replay__gamma=gamma,
@@ -232,77 +150,113 @@ def replay(
         data__round_column=round_column,
         data__source_column=source_column,
     )
+    shards = (mined, generations or [], scores or [], prompts)
+    columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
+    _replay(resolved, policy, out, pairs, shards, columns, round_number, seed, as_json)
+
+
+def _buffers(given: list[str] | None) -> dict[str, dict[str, Any]] | None:
+    """`--buffer NAME=FILE[:SHARE]` as replay.buffers."""
+    buffers: dict[str, dict[str, Any]] = {}
+    for text in given or []:
+        name, _, file = text.partition("=")
+        start, _, share = file.rpartition(":")
+        try:
+            settings = {"path": start, "share": float(share)} if start else {"path": file}
+        except ValueError:
+            settings = {"path": file}  # the colon is part of the file's name
+        if not name or not file or name in buffers:
+            raise UsageError(f"--buffer {text}: write it as NAME=FILE or NAME=FILE:SHARE, each name once")
+        buffers[name] = settings
+    return buffers or None
+
+
+def _check_replay(resolved: RunConfig, has_pairs: bool, round_number: int | None) -> None:
+    """Refuses options that need others."""
     settings = resolved.replay
     if settings.buffer is not None:
         raise UsageError(
             "replay.buffer is what a run keeps of its own rounds: leave it out here (--set replay.buffer=)"
         )
-    if pairs is None and not settings.buffers:
+    if not has_pairs and not settings.buffers:
         raise UsageError("nothing to replay from: give --replay FILE, --buffer NAME=FILE:SHARE, or both")
-    if pairs is None and (settings.margin_power or settings.half_life is not None):
+    if not has_pairs and (settings.margin_power or settings.half_life is not None):
         raise UsageError(
             "--margin-power and --half-life weigh the pairs of --replay, which is not given: --set "
             "replay.buffers.NAME.margin_power=… weighs those of a buffer"
         )
-    if round_number is None and any(p.half_life is not None for p in (settings, *settings.buffers.values())):
+    half_lives = [settings.half_life, *(buffer.half_life for buffer in settings.buffers.values())]
+    if round_number is None and any(half_life is not None for half_life in half_lives):
         raise UsageError("a half-life also needs --round, from which the age of a pair is counted")
-    named = {} if pairs is None else {"replay": pairs}
-    named |= {name: Path(found.path) for name, found in settings.buffers.items()}
-    columns = pool_columns(resolved)
+
+
+def _replay(
+    resolved: RunConfig,
+    policy: str,
+    out: Path,
+    pairs: Path | None,
+    shards: tuple[Path | None, list[Path], list[Path], Path | None],
+    columns: dict[str, Any],
+    round_number: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    from dice_py.data import read_pairs
+    from dice_py.models.loading import resolve_model
+    from dice_py.runs.inputs import pool_columns
+    from dice_py.stages.replay import ReplayJob
+    from dice_py.storage.keys import file_digest
+    from dice_py.storage.parquet import write_parquet
+
+    mined, generations, scores, prompts = shards
+    if mined is not None and (not generations or not scores or prompts is None):
+        raise UsageError("--mined also needs --generations, --scores and --prompts, which its row numbers refer to")
+    _check_replay(resolved, pairs is not None, round_number)
+    files = {} if pairs is None else {"replay": pairs}
+    files |= {name: Path(buffer.path) for name, buffer in resolved.replay.buffers.items()}
+    pool = pool_columns(resolved)
     frames = {
-        name: read_pairs(
-            file,
-            prompt_column=prompt_column,
-            chosen_column=chosen_column,
-            rejected_column=rejected_column,
-            current_round=round_number,
-            **columns[name],
-        )
-        for name, file in named.items()
+        name: read_pairs(file, current_round=round_number, **columns, **pool[name]) for name, file in files.items()
     }
     folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
-    contents = {name: file_digest(file) for name, file in named.items()}
-    files = {
+    contents = {name: file_digest(file) for name, file in files.items()}
+    buffers = {
         name: write_parquet(
             out / ("offline.parquet" if name == "replay" else f"buffer-{name}.parquet"), frame, key=contents[name]
         )
         for name, frame in frames.items()
     }
-    counts = work_apart(
-        "replay",
-        "dice_py.stages.replay:replay",
-        out,
-        config=settings,
+    job = ReplayJob(
+        config=resolved.replay,
         score_config=resolved.score,
         models=resolved.model,
         policy=folder,
         mined=mined,
-        generations=generations or [],
-        scores=scores or [],
+        generations=generations,
+        scores=scores,
         prompts=prompts,
-        offline=files.pop("replay", None),
+        offline=buffers.pop("replay", None),
+        input_keys=[
+            contents,
+            [file_digest(file) for file in (mined, *generations, *scores, prompts) if file],
+            resolved.data.model_dump(),
+            columns,
+        ],
         out=out,
         seed=seed,
-        key=digest(
-            "replay alone",
-            contents,
-            [file_digest(file) for file in (mined, *(generations or []), *(scores or []), prompts) if file],
-            resolved.model_dump(),
-            [prompt_column, chosen_column, rejected_column, round_number],
-            seed,
-        ),
-        buffers=files,
+        buffers=buffers,
         round_number=round_number,
     )
-    print_result({"training_set": str(out / "training_set.parquet"), **counts}, as_json)
+    result = run_job(job, out)
+    print_result({"training_set": str(result.files[0][0]), **result.counts}, as_json)
 
 
 def train(
     policy: Policy,
-    training_set: Annotated[Path, typer.Option(help="What `dice replay` wrote.")],
+    training_set: Annotated[Path, typer.Option(help="The training set that `dice replay` wrote.")],
     out: Out,
     beta: Annotated[float | None, typer.Option(help="β of DPO.")] = None,
-    seed: Annotated[int, typer.Option(help="The seed.")] = 0,
+    seed: StageSeed = 0,
     config: Config = None,
     assign: Set = None,
     as_json: Json = False,
@@ -311,28 +265,24 @@ def train(
 
     The new policy goes to OUT/model.
     """
-    from dice_py.models.loading import model_identity, resolve_model
-    from dice_py.storage.keys import digest, file_digest
+    from dice_py.models.loading import resolve_model
+    from dice_py.stages.train import TrainJob
+    from dice_py.storage.keys import file_digest
 
-    resolved = _one_stage(config, assign, beta=beta)
-    content = file_digest(training_set)
-    folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
-    settings = [resolved.train.decisive(), resolved.model.model_dump(), resolved.beta, seed]
-    counts = work_apart(
-        "train",
-        "dice_py.stages.train:train",
-        out,
+    resolved = stage_config(config, assign, beta=beta)
+    job = TrainJob(
         config=resolved.train,
         models=resolved.model,
-        policy=folder,
         training_set=training_set,
+        training_set_key=file_digest(training_set),
+        policy=resolve_model(policy, resolved.model.policy_revision, role="--policy"),
         out=out,
         beta=resolved.beta,
         seed=seed,
-        key=digest("train", content, model_identity(folder), settings),
         devices=resolved.devices,
     )
-    print_result({"model": str(out / "model"), **counts}, as_json)
+    result = run_job(job, out)
+    print_result({"model": str(job.target), **result.counts}, as_json)
 
 
 def evaluate(
@@ -346,7 +296,7 @@ def evaluate(
     chosen_column: Annotated[str, typer.Option(help="Chosen column of the pairs.")] = "chosen",
     rejected_column: Annotated[str, typer.Option(help="Rejected column of the pairs.")] = "rejected",
     world_oracle: Annotated[bool, typer.Option("--oracle", help="The prompts are the synthetic world's.")] = False,
-    seed: Annotated[int, typer.Option(help="The seed.")] = 0,
+    seed: StageSeed = 0,
     config: Config = None,
     assign: Set = None,
     as_json: Json = False,
@@ -355,50 +305,56 @@ def evaluate(
 
     Into OUT/metrics.json.
     """
-    from dice_py.data import read_pairs, read_prompts
     from dice_py.models.loading import resolve_model
-    from dice_py.storage.keys import digest, file_digest
-    from dice_py.storage.parquet import write_parquet
-    from dice_py.storage.schemas import PROMPTS
+    from dice_py.stages.evaluate import EvaluateJob
 
     if prompts is None and pairs is None:
         raise UsageError("nothing to evaluate on: give --prompts, --pairs or both")
-    resolved = _one_stage(config, assign)
-    asked = None if prompts is None else read_prompts(prompts, prompt_column)
-    held_out = (
-        None
-        if pairs is None
-        else read_pairs(
-            pairs, prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column
-        )
-    )
+    resolved = stage_config(config, assign)
+    # The data before the models, which may be long downloads.
+    columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
+    held_out_prompts, held_out_pairs = _held_out(prompts, pairs, columns, out)
     against = resolve_model(reference, resolved.model.reference_revision, role="--reference")
     start_folder = resolve_model(start, None, role="--start")
-    folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
-    inputs: dict[str, Path | None] = {"prompts": None, "pairs": None}
-    if asked is not None:
-        key = digest(asked.to_dict(as_series=False))
-        inputs["prompts"] = write_parquet(out / "eval_prompts.parquet", asked, key=key, schema=PROMPTS)
-    if pairs is not None and held_out is not None:
-        inputs["pairs"] = write_parquet(out / "eval_pairs.parquet", held_out, key=file_digest(pairs))
-    metrics = work_apart(
-        "evaluate",
-        "dice_py.stages.evaluate:evaluate",
-        out,
+    job = EvaluateJob(
         config=resolved.evaluate,
         generate_config=resolved.generate,
         score_config=resolved.score,
         models=resolved.model,
-        policy=folder,
+        policy=resolve_model(policy, resolved.model.policy_revision, role="--policy"),
         start=start_folder,
         reference=against,
         initial_reference=against,
-        **inputs,
+        prompts=held_out_prompts[0] if held_out_prompts else None,
+        pairs=held_out_pairs[0] if held_out_pairs else None,
+        input_keys=[made[1] if made else None for made in (held_out_prompts, held_out_pairs)],
         out=out,
         shared=out,
         seed=seed,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
-        devices=resolved.devices,
         with_oracle=world_oracle,
+        devices=resolved.devices,
     )
-    print_result(metrics, as_json)
+    print_result(run_job(job, out).counts, as_json)
+
+
+def _held_out(
+    prompts: Path | None, pairs: Path | None, columns: dict[str, Any], out: Path
+) -> tuple[StageFile | None, StageFile | None]:
+    """The held-out prompts and pairs as artifacts in `out`, with their keys."""
+    from dice_py.data import read_pairs, read_prompts
+    from dice_py.storage.keys import digest, file_digest
+    from dice_py.storage.parquet import write_parquet
+    from dice_py.storage.schemas import PROMPTS
+
+    # Both are read before one is written.
+    asked = None if prompts is None else read_prompts(prompts, columns["prompt_column"])
+    pairs_made = None if pairs is None else (read_pairs(pairs, **columns), file_digest(pairs))
+    prompts_file = pairs_file = None
+    if asked is not None:
+        key = digest(asked.to_dict(as_series=False))
+        prompts_file = write_parquet(out / "eval_prompts.parquet", asked, key=key, schema=PROMPTS), key
+    if pairs_made is not None:
+        frame, key = pairs_made
+        pairs_file = write_parquet(out / "eval_pairs.parquet", frame, key=key), key
+    return prompts_file, pairs_file

@@ -1,7 +1,8 @@
 """Self-alignment of language models with DPO implicit rewards (DICE, arXiv 2406.09760).
 
-The library's face is the miner: `df.pipe(dice_py.mine_pairs, …)`. Each stage of the loop stands in the file
-of its name. Names are imported on first use, so that importing this package costs next to nothing.
+The public functions mine preference pairs from scored responses (`df.pipe(dice_py.mine_pairs, …)`) and mix them with
+offline pairs. They need neither torch nor a GPU. The loop itself is the command line `dice`; its stages are in stages/.
+Names are imported on first use, so that `import dice_py` is quick.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     from dice_py.replay.mix import BufferMix, OfflineBuffer, mix_buffers
     from dice_py.replay.offline import ReplayMix, mix_replay, sample_replay
 
+    __version__: str
+
 __all__ = [
     "BufferMix",
     "MinedPairs",
     "OfflineBuffer",
     "ReplayBuffer",
     "ReplayMix",
+    "__version__",
     "attach_text",
     "mine_pairs",
     "mix_buffers",
@@ -29,7 +33,7 @@ __all__ = [
     "sample_replay",
 ]
 
-_HOME = {
+_MODULES = {
     "attach_text": "dice_py.mining.gather",
     "MinedPairs": "dice_py.mining.pairs",
     "mine_pairs": "dice_py.mining.pairs",
@@ -44,6 +48,22 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        return _version()
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """The version of the installed package; "0+unknown" for sources on the path that were never installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and rarely needed
+
+    try:
+        return version("dice-align")
+    except PackageNotFoundError:
+        return "0+unknown"

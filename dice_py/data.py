@@ -1,15 +1,16 @@
-"""A user's prompts and offline pairs, read from JSONL, JSON or Parquet in TRL's formats, as messages.
+"""Reads a user's prompts and offline pairs from JSONL, JSON or Parquet files in TRL's formats.
 
-TRL's formats: `prompt` as text or as a list of messages; `chosen` and `rejected` likewise; or, without a
-prompt column, `chosen` and `rejected` as whole conversations whose common beginning is the prompt. No
-tokenizer here: what needs one is in models/loading.py.
+TRL's formats: `prompt` as text or as a list of messages; `chosen` and `rejected` likewise; or, without a prompt column,
+`chosen` and `rejected` as full conversations whose common beginning is the prompt. The results are messages;
+models/tokenization.py turns them into token ids.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -27,7 +28,7 @@ class Message(TypedDict):
 
 
 class Pair(TypedDict):
-    """One offline preference: messages only, `chosen` and `rejected` are the answers alone."""
+    """One offline preference pair as messages; `chosen` and `rejected` hold the responses without the prompt."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -35,10 +36,10 @@ class Pair(TypedDict):
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where, row) for each row: `where` names file and line or row, for error messages.
+    """Yields (where, row) for each row; `where` names the file and the line or row, for error messages.
 
     Raises:
-        DataError: absent, empty, of an unknown kind, or a line that is not a JSON object.
+        DataError: the file is absent, empty, of an unknown type, or has a line that is not a JSON object.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist (or is not a file)")
@@ -52,7 +53,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     elif suffix == ".json":
         yield from _json_rows(path)
     else:
-        raise DataError(f"{path}: unknown kind {suffix!r}; give .jsonl, .json or .parquet")
+        raise DataError(f"{path}: unknown file type {suffix!r}; use .jsonl, .json or .parquet")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -84,15 +85,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse(data: bytes, where: str) -> Any:
     try:
-        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        text = data.decode("utf-8-sig")  # "sig": some editors write a byte order mark
         value = json.loads(text)
-        # Half of a surrogate pair is JSON, but no Unicode text, and so nothing that can be stored.
+        # A lone surrogate is valid JSON, but not valid Unicode, so it could not be stored.
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
     except UnicodeEncodeError:
-        raise DataError(f"{where}: holds half of a surrogate pair, which is no text; fix or remove it") from None
+        raise DataError(f"{where}: holds half of a surrogate pair, which is not valid text; fix or remove it") from None
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise DataError(f"{where}: not valid JSON ({error.msg} at {at}); fix or remove it") from None
@@ -103,12 +104,12 @@ def _parse(data: bytes, where: str) -> Any:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON object is expected, not a {type(value).__name__}")
+        raise DataError(f"{where}: expected a JSON object, not a {type(value).__name__}")
     return value
 
 
 def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
-    """Text becomes one message of `role`; messages are checked and reduced to role and content."""
+    """Turns text into one message of `role`; checks messages, and drops their fields but role and content."""
     if isinstance(value, str):
         if not value:
             raise DataError(f"{where}: {column!r} is an empty text")
@@ -141,18 +142,18 @@ def _prompt(value: Any, where: str, column: str) -> list[Message]:
     if not any(message["role"] == "user" for message in messages):
         raise DataError(f"{where}: the prompt has no user turn; its roles are {[m['role'] for m in messages]}")
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
+        raise DataError(f"{where}: the prompt ends with an assistant turn; it must end where the response begins")
     return messages
 
 
 def read_prompts(path: Path, column: str = "prompt") -> pl.DataFrame:
-    """Prompts with `prompt_id` u32 in file order and `messages`; equal prompts count once.
+    """Reads prompts: columns `prompt_id` (u32, in file order) and `messages`. Equal prompts are kept once.
 
-    A file of offline pairs serves too: without a prompt column, the common beginning of `chosen` and
-    `rejected` is the prompt.
+    A file of offline pairs works too: without a prompt column, the common beginning of `chosen` and `rejected` is the
+    prompt.
 
     Raises:
-        DataError: naming the file, the line and the column.
+        DataError: the message names the file, the line and the column.
     """
     seen: dict[str, list[Message]] = {}
     for where, row in read_rows(path):
@@ -169,13 +170,13 @@ def read_prompts(path: Path, column: str = "prompt") -> pl.DataFrame:
 
 
 def prompts_frame(prompts: Iterable[list[Message]]) -> pl.DataFrame:
-    """The prompts artefact: `prompt_id` counts from 0 in the given order."""
+    """The prompts artifact: `prompt_id` counts from 0 in the order of `prompts`."""
     rows = list(prompts)
     return pl.DataFrame({"prompt_id": range(len(rows)), "messages": rows}, schema=PROMPTS)
 
 
 def prompt_key(messages: list[Message]) -> str:
-    """Equal prompts, and only those, have equal keys."""
+    """A text that is equal for equal prompts only."""
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
 
 
@@ -186,13 +187,13 @@ def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: s
     }
     if prompt in row and row[prompt] is not None:
         messages = _prompt(row[prompt], where, prompt)
-        # Some published sets give the prompt, and the whole conversation as the answer as well.
+        # Some published datasets have a prompt column, and full conversations as chosen and rejected.
         for name, answer in answers.items():
             if answer[: len(messages)] == messages:
                 answers[name] = answer[len(messages) :]
     else:
         shared = 0
-        # The last turns are the answers, even where they are equal.
+        # The last turns are the responses, even if they are equal.
         for left, right in zip(answers["chosen"][:-1], answers["rejected"][:-1], strict=False):
             if left != right:
                 break
@@ -227,60 +228,77 @@ def read_pairs(
     current_round: int | None = None,
     weight_key: str | None = None,
 ) -> pl.DataFrame:
-    """Offline pairs as columns `prompt`, `chosen`, `rejected` (messages), `key` and what else is named.
+    """Reads offline pairs. Pairs whose chosen and rejected responses are equal are left out.
 
-    Those are `weight` f64 (a finite number of zero or more), `margin` f64 (a finite number), `round` i64 (a whole
-    number, with `current_round` not above it) and `source` (text). Pairs whose answers are equal say nothing and
-    are left out. `weight_key`: the config key that names the weight column, for an error's text.
+    Args:
+        path: a file in one of TRL's formats.
+        prompt_column: column of the prompt.
+        chosen_column: column of the preferred response.
+        rejected_column: column of the other response.
+        weight_column: column of sampling weights, finite numbers ≥ 0.
+        margin_column: column of reward margins, finite numbers.
+        round_column: column of the rounds that made the pairs, integers.
+        source_column: column of sources, text.
+        current_round: no pair may be of a later round.
+        weight_key: config key that sets the weight column, for error messages.
+
+    Returns:
+        Columns `prompt`, `chosen`, `rejected` (messages) and `key` (text, equal for equal prompts only); and for each
+        column named above, `weight` (f64), `margin` (f64), `round` (i64), `source` (text).
 
     Raises:
-        DataError: naming the file, the line and the column.
+        DataError: the message names the file, the line and the column.
     """
+    # (result column, its dtype, column in the file, check and conversion, config key for errors)
+    columns: list[tuple[str, pl.DataType, str | None, Callable[[Any, str, str], Any], str | None]] = [
+        ("weight", pl.Float64(), weight_column, _weight, weight_key),
+        ("margin", pl.Float64(), margin_column, _margin, None),
+        ("round", pl.Int64(), round_column, partial(_round, current_round=current_round), None),
+        ("source", pl.String(), source_column, _source, None),
+    ]
     pairs: list[Pair] = []
-    extra: dict[str, list[Any]] = {
-        name: []
-        for name, column in (
-            ("weight", weight_column),
-            ("margin", margin_column),
-            ("round", round_column),
-            ("source", source_column),
-        )
-        if column is not None
-    }
+    extra: dict[str, list[Any]] = {name: [] for name, _, column, _, _ in columns if column is not None}
     for where, row in read_rows(path):
         pair = _pair(row, where, prompt_column, chosen_column, rejected_column)
         if pair["chosen"] == pair["rejected"]:
             continue
-        if weight_column is not None:
-            weight = _column(row, weight_column, where, "weight", weight_key)
-            if not _is_finite(weight) or weight < 0:
-                raise DataError(f"{where}: {weight_column!r} must be a finite number ≥ 0, got {weight!r}")
-            extra["weight"].append(float(weight))
-        if margin_column is not None:
-            margin = _column(row, margin_column, where, "margin")
-            if not _is_finite(margin):
-                raise DataError(f"{where}: {margin_column!r} must be a finite number, got {margin!r}")
-            extra["margin"].append(float(margin))
-        if round_column is not None:
-            made = _column(row, round_column, where, "round")
-            if isinstance(made, bool) or not isinstance(made, int) or abs(made) >= 2**62:
-                raise DataError(f"{where}: {round_column!r} must be a whole number, got {made!r}")
-            if current_round is not None and made > current_round:
-                raise DataError(
-                    f"{where}: {round_column!r} is {made}, but the draw is made in round {current_round}: a pair's "
-                    "age cannot be negative"
-                )
-            extra["round"].append(made)
-        if source_column is not None:
-            source = _column(row, source_column, where, "source")
-            if not isinstance(source, str):
-                raise DataError(f"{where}: {source_column!r} must be text, got {source!r}")
-            extra["source"].append(source)
+        for name, _, column, check, key in columns:
+            if column is not None:
+                extra[name].append(check(_column(row, column, where, name, key), where, column))
         pairs.append(pair)
     if not pairs:
         raise DataError(f"{path} holds no pairs (or only pairs whose chosen equals their rejected)")
-    dtypes = {"weight": pl.Float64(), "margin": pl.Float64(), "round": pl.Int64(), "source": pl.String()}
-    return pairs_frame(pairs).with_columns(pl.Series(name, found, dtype=dtypes[name]) for name, found in extra.items())
+    return pairs_frame(pairs).with_columns(
+        pl.Series(name, extra[name], dtype=dtype) for name, dtype, *_ in columns if name in extra
+    )
+
+
+def _weight(value: Any, where: str, column: str) -> float:
+    if not _is_finite(value) or value < 0:
+        raise DataError(f"{where}: {column!r} must be a finite number ≥ 0, got {value!r}")
+    return float(value)
+
+
+def _margin(value: Any, where: str, column: str) -> float:
+    if not _is_finite(value):
+        raise DataError(f"{where}: {column!r} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _round(value: Any, where: str, column: str, current_round: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**62:
+        raise DataError(f"{where}: {column!r} must be a whole number, got {value!r}")
+    if current_round is not None and value > current_round:
+        raise DataError(
+            f"{where}: {column!r} is {value}, but the current round is {current_round}: a pair's age cannot be negative"
+        )
+    return value
+
+
+def _source(value: Any, where: str, column: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {column!r} must be text, got {value!r}")
+    return value
 
 
 def _is_finite(value: Any) -> bool:
@@ -288,6 +306,6 @@ def _is_finite(value: Any) -> bool:
 
 
 def pairs_frame(pairs: list[Pair]) -> pl.DataFrame:
-    """`prompt`, `chosen`, `rejected` as messages, and `key`, which is equal for equal prompts only."""
+    """Columns `prompt`, `chosen`, `rejected` (messages) and `key` (`prompt_key` of the prompt)."""
     frame = pl.DataFrame(pairs, schema={"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES})
     return frame.with_columns(pl.Series("key", [prompt_key(pair["prompt"]) for pair in pairs], dtype=pl.String))

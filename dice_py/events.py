@@ -1,4 +1,4 @@
-"""How a stage reports what it does: `report(event, **fields)`."""
+"""The callback by which stages report progress: `report(event, **fields)`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 Report = Callable[..., None]
-"""How a stage tells what it does: `report(event, **fields)`; see compute/stage_process.py for the events."""
+"""Called as `report(event, **fields)`; compute/stage_process.py lists the events and their fields."""
 
 
 def no_report(event: str, **fields: Any) -> None:
-    """A `Report` for callers that do not listen."""
+    """A `Report` that ignores every event."""

@@ -1,4 +1,4 @@
-"""Where a process's seconds go: named spans of this process, added up (`load`: weights read and placed)."""
+"""Seconds of this process by named span, added up ("import": modules; "load": weights read and moved to the device)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _seconds: dict[str, float] = {}
 
 @contextlib.contextmanager
 def timed(name: str) -> Iterator[None]:
-    """Adds what the block takes, failed or not, to the seconds of `name`."""
+    """Adds the duration of the block to the seconds of `name`, also if the block fails."""
     started = time.monotonic()
     try:
         yield
@@ -20,5 +20,5 @@ def timed(name: str) -> Iterator[None]:
 
 
 def timed_seconds() -> dict[str, float]:
-    """Seconds by name, so far, in this process."""
+    """Seconds by name in this process so far."""
     return dict(_seconds)

@@ -1,10 +1,10 @@
-"""A launcher for tests in place of `accelerate launch`: ranks are forked from a process that has imported everything.
+"""Replaces `accelerate launch` in tests: forks ranks from a process that has imported everything.
 
     python fork_ranks.py SOCKET                                            the process that forks
-    python fork_ranks.py SOCKET --config_file FILE --module NAME ADDRESS   a launcher: takes what accelerate's takes
+    python fork_ranks.py SOCKET --config_file FILE --module NAME ADDRESS   a launcher with accelerate's arguments
 
-What the config file means is asked of accelerate itself. As under torchrun, the ranks of a training of which one failed
-are told to stop, and what killed a rank is printed.
+accelerate itself interprets the config file. As under torchrun, the other ranks are terminated when one fails, and the
+signal that killed a rank is printed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODULES = (
 
 
 def serve(path: str) -> None:
-    """Forks one training after another; `.ready` beside the socket says that the imports are done."""
+    """Forks one training after another. The file `.ready` beside the socket appears after the imports."""
     for module in MODULES:
         importlib.import_module(module)
     importlib.import_module("trl").DPOTrainer  # noqa: B018  lazily imported
@@ -59,7 +59,7 @@ def _training(request: dict[str, object]) -> dict[str, object]:
     environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.main_process_port)}
     ranks = {_fork(arguments, environment, rank) for rank in range(count)}
-    said: list[str] = []
+    messages: list[str] = []
     code = 0
     while ranks:
         pid, status = os.wait()
@@ -69,11 +69,11 @@ def _training(request: dict[str, object]) -> dict[str, object]:
         code = 1
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
-            said.append(f"Signal {number} ({signal.Signals(number).name}) received by PID {pid}")
+            messages.append(f"Signal {number} ({signal.Signals(number).name}) received by PID {pid}")
         time.sleep(0.5)
         for left in ranks:
             os.kill(left, signal.SIGTERM)
-    return {"code": code, "said": said}
+    return {"code": code, "messages": messages}
 
 
 def _fork(arguments: object, environment: dict[str, str], rank: int) -> int:
@@ -98,7 +98,7 @@ def launch(path: str, arguments: list[str]) -> None:
             lines.write(json.dumps({"arguments": arguments, "environment": dict(os.environ)}) + "\n")
             lines.flush()
             answer = json.loads(lines.readline())
-    print(*answer["said"], sep="\n", flush=True)
+    print(*answer["messages"], sep="\n", flush=True)
     sys.exit(answer["code"])
 
 

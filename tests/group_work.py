@@ -1,11 +1,12 @@
 """What runs in the processes of tests/test_groups.py and tests/test_worker.py. It imports little, so they start fast.
 
-A group is known by its CUDA_VISIBLE_DEVICES. In `folder`, `item-N` is a whole item and holds the group that made it,
+A group is known by its CUDA_VISIBLE_DEVICES. In `folder`, `item-N` is a complete item and holds the group that made it,
 `tries-N` has a line for each group that took it, `starts-G` one for each process of a group: its id.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.devices import Group
-from dice_py.compute.dispatch import ShardQueue, over_groups
+from dice_py.compute.dispatch import ShardQueue, dispatch_shards
 from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.timing import timed
 
@@ -87,13 +88,13 @@ def planned(items: ShardQueue, *, folder: Path, plan: dict[int, list[str]], hold
             if how == "return":
                 return
             if how == "elsewhere":
-                report("item", number=number + 100)
+                report("shard_complete", number=number + 100)
                 time.sleep(PATIENCE)
             fail(how, number)
             if how != "lie":
                 make(folder, number)
             report("advance", count=1)
-            report("item", number=number)
+            report("shard_complete", number=number)
 
 
 def together(items: ShardQueue, *, folder: Path, of: int, then: str, report: Report) -> None:
@@ -109,11 +110,11 @@ def together(items: ShardQueue, *, folder: Path, of: int, then: str, report: Rep
         wait_until(folder / "item-1")
         fail(then, number)
     make(folder, number)
-    report("item", number=number)
+    report("shard_complete", number=number)
     while (number := items.receive(wait=True)) is not None:
         append(folder / f"tries-{number}", me())
         make(folder, number)
-        report("item", number=number)
+        report("shard_complete", number=number)
 
 
 def fails_second(items: ShardQueue, *, folder: Path, how: str, report: Report) -> None:
@@ -130,7 +131,7 @@ def fails_second(items: ShardQueue, *, folder: Path, how: str, report: Report) -
             if how == "raise":
                 wait_until(folder / "starts-0", 2)
         make(folder, number)
-        report("item", number=number)
+        report("shard_complete", number=number)
         done += 1
 
 
@@ -146,12 +147,11 @@ def drive(*, folder: Path, report: Report) -> None:
     from dice_py.config.shared import DevicesConfig
 
     append(folder / "driver", str(os.getpid()))
-    over_groups(
-        "group_work:linger",
-        {"folder": folder},
-        items=[0, 1, 2],
+    dispatch_shards(
+        functools.partial(linger, folder=folder),
+        shards=[0, 1, 2],
         groups=[Group(number, (str(number),)) for number in (1, 2, 3)],
-        is_whole=lambda number: False,
+        is_complete=lambda number: False,
         devices=DevicesConfig(),
         logs=folder,
         report=report,
@@ -159,7 +159,7 @@ def drive(*, folder: Path, report: Report) -> None:
 
 
 def describe(items: ShardQueue, *, folder: Path, report: Report) -> None:
-    """Tells all events, and what the environment was."""
+    """Reports every kind of event, and what the environment was."""
     print("printed by the group")
     names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     while (number := items.receive(wait=True)) is not None:
@@ -170,7 +170,7 @@ def describe(items: ShardQueue, *, folder: Path, report: Report) -> None:
         report("shard", file=f"item-{number}", environment={name: AT_IMPORT.get(name) for name in names})
         report("advance", count=3)
         (folder / f"item-{number}").write_text(str(os.getpid()))
-        report("item", number=number)
+        report("shard_complete", number=number)
 
 
 def load_long(items: ShardQueue, *, folder: Path, report: Report) -> None:
@@ -181,13 +181,13 @@ def load_long(items: ShardQueue, *, folder: Path, report: Report) -> None:
     wait_until(folder / "loading")
     while (number := items.receive(wait=True)) is not None:
         make(folder, number)
-        report("item", number=number)
+        report("shard_complete", number=number)
 
 
 def fails_at_the_end(items: ShardQueue, *, folder: Path, report: Report) -> None:
     while (number := items.receive(wait=True)) is not None:
         make(folder, number)
-        report("item", number=number)
+        report("shard_complete", number=number)
     raise ValueError("a bug at the end")
 
 

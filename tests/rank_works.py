@@ -1,6 +1,6 @@
-"""What ranks do in tests of training/launcher.py, without torch; and a launcher of two of them.
+"""Work of ranks in tests of training/launcher.py, without torch; and a launcher of two ranks.
 
-python rank_works.py ADDRESS    starts two ranks as torchrun does, and stops one when the other failed
+python rank_works.py ADDRESS    starts two ranks as torchrun does, and stops one when the other fails
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ def fail(report: Report, how: str, rank: int = 1) -> None:
 
 
 def fail_in_turn(report: Report) -> None:
-    """Rank 0 fails first, of something that nobody can act on; rank 1 knows why."""
+    """Rank 0 fails first, with a consequence; rank 1 fails with the cause."""
     if _rank() == 0:
         raise RuntimeError("connection reset by peer")
     time.sleep(0.3)
     raise DataError("row 7 is bad")
 
 
-def half(report: Report) -> str:
-    """Rank 0 ends well, and rank 1 without a word, as if it had done so too."""
+def exit_silently(report: Report) -> str:
+    """Rank 0 returns a value; rank 1 exits with 0, but without a result."""
     if _rank() == 1:
         os._exit(0)
-    return "whole"
+    return "value"
 
 
 def sleep(report: Report, folder: str | None = None) -> None:
-    """Leaves a file named by its process id in `folder`, and sleeps, with a word now and then."""
+    """Creates a file named after its process id in `folder`, and sleeps, with an event each second."""
     if folder is not None:
         Path(folder, str(os.getpid())).touch()
     for second in range(600):

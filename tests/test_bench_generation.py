@@ -1,4 +1,4 @@
-"""`make bench-generation` on little: the fields of its results, and that the ways agree. No time is asserted."""
+"""`make bench-generation` on a small workload: the fields of its results, and that the ways agree. No timings."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = bench(out, f"--ways={ways}")
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout
-    found: dict[str, Any] = json.loads((out / "generation.json").read_text())
-    assert list(found["ways"]) == ways.split(",")
-    return found
+    results: dict[str, Any] = json.loads((out / "generation.json").read_text())
+    assert list(results["ways"]) == ways.split(",")
+    return results
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_what_the_figures_depend_on(results: dict[str, Any]) -> None:
 def test_unknown_way(tmp_path: Path) -> None:
     done = bench(tmp_path, "--ways=transformers,sglang")
     assert done.returncode == 2
-    assert "--ways: sglang unknown; there are transformers, hf_generate" in done.stderr
+    assert "--ways: sglang unknown; choose from transformers, hf_generate" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

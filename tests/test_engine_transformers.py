@@ -1,4 +1,4 @@
-"""The embedded engine: what it draws, what it says of it, and that only a seed decides."""
+"""The transformers engine: what it draws, the log-probabilities that it returns, and that only a seed matters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny_models import (
     MAX_POSITIONS,
-    _save,
     make_llama,
     make_mistral,
     make_qwen2,
     make_tokenizer,
+    save_model,
     set_generation_config,
 )
 from transformers import (
@@ -68,8 +68,15 @@ class Rig:
     def __init__(self, folder: Path, config: GenerateConfig) -> None:
         tokenizer = load_tokenizer(folder, CPU)
         self.stops = stop_token_ids(folder, tokenizer)
-        self.engine = TransformersEngine(folder, config, CPU, stops=self.stops, pad=tokenizer.pad_token_id)
         self.prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
+        self.engine = TransformersEngine(
+            folder,
+            config,
+            CPU,
+            stops=self.stops,
+            pad=tokenizer.pad_token_id,
+            longest_prompt=max(map(len, self.prompts)),
+        )
 
     def requests(self, count: int) -> list[Request]:
         return [Request(self.prompts[n % len(self.prompts)], seed_for(7, n)) for n in range(count)]
@@ -90,7 +97,7 @@ def make_other(folder: Path, build: Callable[[dict[str, Any]], PreTrainedModel])
     tokenizer = make_tokenizer("chatml")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     model = build({"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}})
-    return _save(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
+    return save_model(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
 
 
 _SMALL: dict[str, Any] = {
@@ -172,7 +179,7 @@ def test_first_token_follows_transformers_distribution(llama: Path, sampling: di
     samples = rig.sample([Request(prompt, seed_for(3, n)) for n in range(8_000)])
     counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=len(exact))
     assert chi_square(counts, exact) < 4
-    # The same numbers refuse a distribution that is slightly another one: the test can fail.
+    # The test can fail: the same counts do not fit a slightly different distribution.
     assert chi_square(counts[exact > 0], (exact[exact > 0] ** 1.2) / (exact[exact > 0] ** 1.2).sum()) > 4
     likely = exact > 2e-3
     assert bool((counts[likely] > 0).all()), "a token of the filtered support was never drawn"
@@ -192,7 +199,7 @@ def test_second_token_follows_the_model(llama: Path) -> None:
 
 
 def test_draw_by_hand() -> None:
-    """The two races, in plain Python; a third of the vocabulary has no probability, and so has the second block."""
+    """The two races in plain Python. A third of the vocabulary and the second block have probability zero."""
     vocabulary, rows = 2 * decoding.BLOCK + 7, 200
     logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)) * 2
     logits[:, ::3] = -torch.inf
@@ -226,7 +233,7 @@ def test_draws_follow_the_distribution_across_blocks() -> None:
 
 
 def test_the_last_bits_of_logits_change_no_draw() -> None:
-    """With many tokens too: another batch has other last bits."""
+    """With a large vocabulary too. The last bits of the logits differ between batches."""
     scores = torch.randn(2000, 32_000, generator=torch.Generator().manual_seed(2)) * 3
     noise = torch.randn(scores.shape, generator=torch.Generator().manual_seed(3)) * 1e-6
     tokens = []
@@ -311,26 +318,18 @@ def test_model_generation_config_is_ignored(llama: Path, tmp_path: Path) -> None
 
 def test_every_response_is_reported_once(llama: Path) -> None:
     rig = Rig(llama, GenerateConfig(max_new_tokens=4, token_budget=400))
-    told: list[int] = []
-    sample_all(rig.engine, rig.requests(50), told.append)
-    assert sum(told) == 50
-    assert len(told) > 1
-    assert rig.engine.open == 0
-    assert sample_all(rig.engine, [], told.append) == []
+    counts: list[int] = []
+    sample_all(rig.engine, rig.requests(50), counts.append)
+    assert sum(counts) == 50
+    assert len(counts) > 1
+    assert rig.engine.unfinished == 0
+    assert sample_all(rig.engine, [], counts.append) == []
 
 
 def test_longest_first(llama: Path) -> None:
-    """What does not fit in memory fails in the first batch, not after an hour."""
+    """A batch that exceeds the memory fails at once, not after an hour."""
     rig = Rig(llama, GenerateConfig(max_new_tokens=4, token_budget=400))
-    widths: list[int] = []
-    start = rig.engine._start
-
-    def spy(prompts: list[Any], finished: Any) -> None:
-        widths.append(max(len(prompt.token_ids) for prompt in prompts))
-        start(prompts, finished)
-
-    rig.engine._start = spy  # type: ignore[method-assign]
-    rig.sample(rig.requests(50))
+    widths = [width for _, width in prefilled(rig, rig.requests(50))]
     assert len(widths) > 5
     assert all(one >= other for one, other in pairwise(widths))
 
@@ -404,7 +403,7 @@ def test_samples_are_those_of_whole_batches(
     join = Rows.join
     monkeypatch.setattr(Rows, "join", lambda self, other: (joined.append(len(other)), join(self, other)))
     ours = rig.sample(requests)
-    assert rig.engine.shares_prefill == shares
+    assert rig.engine.shares_prefill == rig.engine.drops_finished_rows == shares
     assert bool(joined) == joins
     rig.engine.shares_prefill = False
     for budget in (900, 1):
@@ -418,7 +417,7 @@ def test_samples_are_those_of_whole_batches(
 
 def test_no_row_goes_beyond_the_last_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that ended may stay for a while, but a row of GPT-2 not behind its 256th position."""
-    monkeypatch.setattr(decoding, "_CROWD", 0.0)  # they stay as long as they may
+    monkeypatch.setattr(decoding, "COMPACT_BELOW", 0.0)  # they stay as long as they may
     folder = make_other(tmp_path / "model", gpt2)
     rig = Rig(folder, GenerateConfig(max_new_tokens=40, temperature=1.0, token_budget=8 * MAX_POSITIONS))
     prompt = (rig.prompts[2] * 5)[: MAX_POSITIONS - 40]
@@ -430,17 +429,25 @@ def test_responses_come_as_they_end(llama: Path) -> None:
     rig = Rig(llama, GenerateConfig(max_new_tokens=24, temperature=1.0))
     requests = of_prompt(rig, 2, 16)
     rig.engine.add([((7, row), request) for row, request in enumerate(requests)])
-    assert rig.engine.open == 32
+    assert rig.engine.unfinished == 32
     first = rig.engine.step()
     assert 0 < len(first) < 32
-    assert rig.engine.open == 32 - len(first)
+    assert rig.engine.unfinished == 32 - len(first)
     # Others that are added meanwhile join, and the samples are the same.
     rig.engine.add([((8, row), request) for row, request in enumerate(requests)])
     samples = dict(first)
-    while rig.engine.open:
+    while rig.engine.unfinished:
         samples.update(rig.engine.step())
-    assert {place for place, _ in samples.items()} == {(shard, row) for shard in (7, 8) for row in range(32)}
+    assert set(samples) == {(shard, row) for shard in (7, 8) for row in range(32)}
     assert all(samples[7, row].token_ids == samples[8, row].token_ids for row in range(32))
+
+
+def test_rows_that_fit_beside_the_longest_prompt(llama: Path) -> None:
+    rig = Rig(llama, GenerateConfig(max_new_tokens=24, temperature=1.0, token_budget=700))
+    longest = max(map(len, rig.prompts))
+    assert rig.engine.max_rows == 700 // (longest + 24) > 1
+    rig.engine.config = rig.engine.config.model_copy(update={"token_budget": longest})
+    assert rig.engine.max_rows == 1
 
 
 def test_room(llama: Path) -> None:
@@ -448,6 +455,6 @@ def test_room(llama: Path) -> None:
     assert rig.engine.has_room
     rig.engine.add([((0, row), request) for row, request in enumerate(of_prompt(rig, 20, 4))])
     assert not rig.engine.has_room
-    while rig.engine.open:
+    while rig.engine.unfinished:
         rig.engine.step()
     assert rig.engine.has_room

@@ -1,8 +1,7 @@
-"""Real vLLM on the CPU: what it samples, what it says of it, and what decides it.
+"""Real vLLM on the CPU: its samples and their log-probabilities, and that only a seed matters.
 
-vLLM takes long to import and leaves state in its process (thread counts, torch.distributed, environment
-variables), so one spawned process makes every engine that these tests need, one after the other, and sends
-home plain data; the tests look at that.
+vLLM is slow to import and leaves state in its process (thread counts, torch.distributed, environment variables). So one
+spawned process builds all engines of these tests, one after the other, and returns plain data that the tests check.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import re
 import socket
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from test_engine_transformers import chi_square
 from tiny_models import MAX_POSITIONS, make_llama, make_mistral, set_generation_config
 
-from dice_py.compute.stage_process import run_stage
+from dice_py.compute.stage_process import run_in_subprocess
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig, ScoreConfig
 from dice_py.errors import DataError, OutOfMemoryError, UsageError
@@ -34,7 +34,7 @@ from dice_py.generation.engines.vllm import VllmEngine, check_settings, explain_
 from dice_py.models.loading import Placement, load_model
 from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
 from dice_py.scoring.scorer import Scorer
-from dice_py.stages.generate import generate
+from dice_py.stages.generate import GenerateJob
 from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import parquet_key
 from dice_py.timing import timed_seconds
@@ -50,7 +50,7 @@ QUESTIONS = ["hello there", "hi", "what is the tallest mountain on this planet? 
 
 @dataclass
 class Seen:
-    """What the process with vLLM saw; plain data, since it is pickled."""
+    """Results of the process with vLLM; plain data, since it is pickled."""
 
     start_seconds: float = 0.0
     tokens_per_second: float = 0.0
@@ -59,7 +59,7 @@ class Seen:
     requests: list[Request] = field(default_factory=list)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     scored: dict[str, list[float]] = field(default_factory=dict)
-    told: list[int] = field(default_factory=list)
+    done_counts: list[int] = field(default_factory=list)
     prompts_at_vllm: list[list[int]] = field(default_factory=list)
     preemptions: int = 0
     cached: list[int] = field(default_factory=list)
@@ -96,7 +96,7 @@ def _child_pids() -> list[int]:
     return found
 
 
-def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
+def sample_and_score(models: dict[str, Path], out: Path, report: Any) -> Seen:
     """Runs in a process of its own."""
     seen = Seen()
     connect = socket.socket.connect
@@ -106,7 +106,7 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
         connect(self, address)
 
     socket.socket.connect = watched  # type: ignore[method-assign,assignment]
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "9999"  # what the config says counts
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "9999"  # The config overrides it.
 
     llama = models["llama"]
     seen.prompts, seen.stops = _prompts(llama)
@@ -117,9 +117,9 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
     seen.start_seconds = time.monotonic() - began
     seen.load_seconds = timed_seconds()["load"]
 
-    # More prompt tokens than a step of vLLM holds (4096), so that prompts wait for the next one.
+    # More prompt tokens than one step of vLLM takes (4096), so that prompts wait for the next step.
     seen.requests = [Request(seen.prompts[n % 3], seed_for(7, n)) for n in range(96)]
-    seen.samples["whole"] = sample_all(engine, seen.requests, seen.told.append)
+    seen.samples["whole"] = sample_all(engine, seen.requests, seen.done_counts.append)
     began = time.monotonic()
     seen.samples["again"] = sample_all(engine, seen.requests)
     tokens = sum(len(sample.token_ids) for sample in seen.samples["again"])
@@ -164,16 +164,16 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
     seen.cached = [count for _, count in sorted(hits.items())]
     engine.llm.llm_engine.step = finish
 
-    # Requests that come while others run.
+    # Requests that are added while others run.
     waiting = [((1, row), request) for row, request in enumerate(seen.requests)]
-    while waiting or engine.open:
+    while waiting or engine.unfinished:
         engine.add(waiting[:7])
         del waiting[:7]
-        seen.room.append((engine.open, engine.has_room))
+        seen.room.append((engine.unfinished, engine.has_room))
         seen.streamed.update(engine.step())
     engine.close()
 
-    # A key/value cache of a few blocks: requests are thrown out in the middle and taken up again.
+    # A key/value cache of a few blocks: requests are preempted and resumed.
     cramped = _changed(PLAIN, vllm={"kv_cache_gib": 0.001})
     engine = VllmEngine(llama, cramped, FLOAT32, stops=seen.stops, longest_prompt=120)
     scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
@@ -199,7 +199,7 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
     other.close()
 
     for call in ("first", "second"):
-        generate(
+        job = GenerateJob(
             config,
             FLOAT32,
             policy=llama,
@@ -209,12 +209,13 @@ def _look(models: dict[str, Path], out: Path, report: Any) -> Seen:
                     "messages": [[{"role": "user", "content": text}] for text in QUESTIONS],
                 }
             ),
+            prompts_key="questions",
             out=out,
             seed=5,
             round_number=1,
             max_prompt_tokens=400,
-            report=lambda event, call=call, **fields: report(event, **fields, call=call),
         )
+        job.run(lambda event, call=call, **fields: report(event, **fields, call=call))
 
     gc.collect()
     seen.models_left = [type(thing).__name__ for thing in gc.get_objects()].count("LlamaForCausalLM")
@@ -281,9 +282,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(folders: dict[str, Path], out: Path, events: list[tuple[str, dict[str, Any]]]) -> Seen:
-    result = run_stage(
-        _look,
-        {"models": folders, "out": out},
+    result = run_in_subprocess(
+        partial(sample_and_score, folders, out),
         log=out.parent / "worker.log",
         remedy="",
         report=lambda event, **fields: events.append((event, fields)),
@@ -297,7 +297,7 @@ def seen(folders: dict[str, Path], out: Path, events: list[tuple[str, dict[str, 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measured with vLLM's CPU build, and a GPU is here")
 class TestOnTheCpu:
-    """What the one process with vLLM saw."""
+    """Checks of the results of the process with vLLM."""
 
     def test_token_ids_and_finish_reasons(self, seen: Seen) -> None:
         samples = seen.samples["whole"]
@@ -317,9 +317,9 @@ class TestOnTheCpu:
     @pytest.mark.parametrize("name", ["whole", "warped", "mistral"])
     def test_sum_is_raw_and_equals_transformers(self, seen: Seen, name: str) -> None:
         ours = [sample.logp for sample in seen.samples[name]]
-        apart = max(abs(one - other) for one, other in zip(ours, seen.scored[name], strict=True))
-        print(f"{name}: largest difference of a response's sum {apart:.3g}")
-        assert apart < 1e-4
+        abs_diff = max(abs(one - other) for one, other in zip(ours, seen.scored[name], strict=True))
+        print(f"{name}: largest difference of a response's sum {abs_diff:.3g}")
+        assert abs_diff < 1e-4
 
     @pytest.mark.parametrize("layout", ["again", "backwards", "alone"])
     def test_layout_changes_nothing(self, seen: Seen, layout: str) -> None:
@@ -330,11 +330,11 @@ class TestOnTheCpu:
         assert [s.logp for s in other] == pytest.approx([s.logp for s in whole], abs=1e-4)
 
     def test_samples_of_a_prompt_share_its_prefill(self, seen: Seen) -> None:
-        """Within one step of the scheduler too; a block on a CPU has 128 tokens."""
+        """Also if all are prefilled in one step. A block on a CPU has 128 tokens."""
         assert len(seen.cached) == 16
         assert seen.cached == [0] + [128] * 15
 
-    def test_requests_that_come_while_others_run_change_nothing(self, seen: Seen) -> None:
+    def test_requests_that_are_added_while_others_run_change_nothing(self, seen: Seen) -> None:
         assert sorted(seen.streamed) == [(1, row) for row in range(96)]
         ours = [seen.streamed[1, row] for row in range(96)]
         assert [s.token_ids for s in ours] == [s.token_ids for s in seen.samples["whole"]]
@@ -343,7 +343,7 @@ class TestOnTheCpu:
         assert [room for _, room in seen.room] == [open_ < 64 for open_, _ in seen.room]
         assert {room for _, room in seen.room} == {True, False}
 
-    def test_loading_is_clocked(self, seen: Seen) -> None:
+    def test_loading_is_timed(self, seen: Seen) -> None:
         assert 0 < seen.load_seconds <= seen.start_seconds
 
     def test_preemption_changes_nothing(self, seen: Seen) -> None:
@@ -355,7 +355,7 @@ class TestOnTheCpu:
     def test_model_generation_config_is_ignored(self, seen: Seen) -> None:
         assert [s.token_ids for s in seen.samples["opinionated"]] == [s.token_ids for s in seen.samples["whole"]]
 
-    def test_prompt_arrives_as_given(self, seen: Seen) -> None:
+    def test_prompt_reaches_vllm_unchanged(self, seen: Seen) -> None:
         assert seen.prompts_at_vllm == [seen.prompts[n % 3] for n in range(6)]
         assert [ids.count(1) for ids in seen.prompts_at_vllm] == [1] * 6  # one BOS
 
@@ -379,8 +379,8 @@ class TestOnTheCpu:
         assert bool((counts[exact > 5e-3] > 0).all())
 
     def test_every_response_is_reported_once_and_early(self, seen: Seen) -> None:
-        assert sum(seen.told) == len(seen.requests)
-        assert len(seen.told) > 3
+        assert sum(seen.done_counts) == len(seen.requests)
+        assert len(seen.done_counts) > 3
 
     def test_stage_writes_shards_and_keeps_them(
         self, seen: Seen, out: Path, events: list[tuple[str, dict[str, Any]]]
@@ -418,7 +418,7 @@ class TestOnTheCpu:
             ("platform", UsageError, r"runs on cuda, but the model is to be on cpu"),
         ],
     )
-    def test_refusals(self, seen: Seen, name: str, kind: type[Exception], says: str) -> None:
+    def test_errors_of_settings_and_models(self, seen: Seen, name: str, kind: type[Exception], says: str) -> None:
         raised, text = seen.errors[name]
         assert raised is kind
         assert re.search(says, text)
@@ -442,7 +442,7 @@ class TestOnTheCpu:
         ({"vllm": {"tensor_parallel_size": 99}}, "cuda:0", r"tensor_parallel_size is 99, but only \d+ GPU"),
     ],
 )
-def test_settings_that_vllm_does_not_have(changed: dict[str, Any], device: str, says: str) -> None:
+def test_settings_that_vllm_does_not_support(changed: dict[str, Any], device: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         check_settings(_changed(PLAIN, **changed), Placement(device, "float32"))
 
@@ -454,7 +454,7 @@ def test_context() -> None:
         max_model_len(_changed(PLAIN, vllm={"max_model_len": 120}), 100)
 
 
-# As vLLM 0.32 words them (v1/core/kv_cache_utils.py, v1/worker/utils.py); a CPU's are met for real above.
+# Messages of vLLM 0.32 on a GPU (v1/core/kv_cache_utils.py, v1/worker/utils.py). Those on a CPU are tested above.
 CACHE_TOO_SMALL = (
     "To serve at least one request with the model's max seq len (6144), (3.0 GiB KV cache is needed, which "
     "is larger than the available KV cache memory (1.2 GiB). Based on the available memory, the estimated "
@@ -499,7 +499,7 @@ def test_errors_say_what_to_do(error: Exception, vllm: dict[str, Any], kind: typ
     explained = explain_error(error, Path("model"), _changed(PLAIN, vllm=vllm), Placement("cuda:0", "bfloat16"))
     assert type(explained) is kind
     assert says in str(explained)
-    assert "`gpu_memory_utilization`" not in str(explained)  # vLLM's names are not ours
+    assert "`gpu_memory_utilization`" not in str(explained)  # vLLM's names differ from ours.
 
 
 def test_a_bug_stays_a_bug() -> None:

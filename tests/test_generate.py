@@ -1,4 +1,4 @@
-"""Stage 1 as a stage: its shards, their keys, what is made again and what is left, and what it refuses."""
+"""Stage 1: its shards and their keys, which shards are kept and which are sampled again, and its errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.generation.engines.factory import choose_engine
 from dice_py.generation.engines.transformers import TransformersEngine
+from dice_py.generation.limits import positions_limit
 from dice_py.generation.shard import ShardWriter
 from dice_py.models.loading import Placement
-from dice_py.stages import generate as stage
-from dice_py.stages.generate import Generations, generate
+from dice_py.stages.generate import GenerateJob
+from dice_py.stages.job import StageResult
 from dice_py.storage.parquet import parquet_key
 from dice_py.storage.schemas import GENERATIONS
 
@@ -48,12 +49,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stage:
-    """The stage with everything but what a test is about."""
+    """The stage, with defaults for everything that a test does not set."""
 
     def __init__(self, policy: Path, out: Path) -> None:
         self.arguments: dict[str, Any] = {
             "policy": policy,
             "prompts": questions(5),
+            "prompts_key": "questions",
             "out": out,
             "seed": 0,
             "round_number": 1,
@@ -62,21 +64,21 @@ class Stage:
         self.out = out
         self.events: list[tuple[str, dict[str, Any]]] = []
 
-    def __call__(self, config: GenerateConfig = CONFIG, models: ModelConfig = CPU, **changed: Any) -> Generations:
+    def __call__(self, config: GenerateConfig = CONFIG, models: ModelConfig = CPU, **changed: Any) -> StageResult:
         self.events.clear()
-        return generate(
-            config,
-            models,
-            **{**self.arguments, **changed},
-            report=lambda event, **fields: self.events.append((event, fields)),
-        )
+        job = GenerateJob(config, models, **{**self.arguments, **changed})
+        return job.run(lambda event, **fields: self.events.append((event, fields)))
 
     def written(self) -> list[str]:
         """Names of the shards that the last call wrote."""
         return [fields["file"] for event, fields in self.events if event == "shard"]
 
+    def files(self) -> list[Path]:
+        """The stage's shards, in order."""
+        return sorted(self.out.glob("*.parquet"))
+
     def frame(self) -> pl.DataFrame:
-        return pl.concat([pl.read_parquet(file) for file in sorted(self.out.glob("*.parquet"))])
+        return pl.concat([pl.read_parquet(file) for file in self.files()])
 
 
 @pytest.fixture
@@ -90,9 +92,9 @@ def shard(number: int) -> str:
 
 def test_shards_and_counts(run: Stage, llama: Path) -> None:
     result = run()
-    assert [file.name for file in result.files] == [shard(0), shard(1), shard(2)]
-    assert [parquet_key(file) for file in result.files] == result.keys
-    assert len(set(result.keys)) == 3
+    assert [file.name for file, _ in result.files] == [shard(0), shard(1), shard(2)]
+    assert [parquet_key(file) for file, _ in result.files] == [key for _, key in result.files]
+    assert len({key for _, key in result.files}) == 3
     frame = run.frame()
     assert dict(frame.schema) == dict(GENERATIONS)
     assert frame["prompt_id"].to_list() == [n for n in range(10, 15) for _ in range(3)]
@@ -102,7 +104,7 @@ def test_shards_and_counts(run: Stage, llama: Path) -> None:
     assert frame["sampled_logp"].is_finite().all()
     assert not frame["response"].str.contains(r"<\|im_end\|>|</s>|<pad>").any()
     assert frame["token_ids"].n_unique() == 15
-    assert result.counts() == {
+    assert result.counts == {
         "engine": "transformers",
         "prompts": 5,
         "prompts_too_long": 0,
@@ -124,31 +126,34 @@ def test_prompt_is_the_template_with_one_bos(run: Stage, llama: Path) -> None:
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_second_call_makes_nothing_again(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_call_samples_nothing(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run()
-    times = [file.stat().st_mtime_ns for file in first.files]
-    monkeypatch.setattr(stage, "_build", lambda *_: pytest.fail("the model was loaded for nothing"))
+    times = [file.stat().st_mtime_ns for file in run.files()]
+    monkeypatch.setattr(
+        "dice_py.generation.sampler.build_engine", lambda *_: pytest.fail("the model was loaded for nothing")
+    )
     assert run() == first
-    assert [file.stat().st_mtime_ns for file in first.files] == times
+    assert [file.stat().st_mtime_ns for file in run.files()] == times
     assert run.written() == []
     assert run.events[-1][1]["done"] == 15
 
 
-def test_only_the_missing_shard_is_made_and_is_the_same(run: Stage) -> None:
+def test_only_the_missing_shard_is_sampled_and_is_the_same(run: Stage) -> None:
     first = run()
     before = run.frame()
-    times = [file.stat().st_mtime_ns for file in first.files]
-    first.files[1].unlink()
+    times = [file.stat().st_mtime_ns for file in run.files()]
+    run.files()[1].unlink()
     assert run() == first
     assert run.written() == [shard(1)]
-    assert [first.files[n].stat().st_mtime_ns for n in (0, 2)] == [times[0], times[2]]
+    assert [run.files()[n].stat().st_mtime_ns for n in (0, 2)] == [times[0], times[2]]
     assert run.frame().drop("sampled_logp").equals(before.drop("sampled_logp"))
 
 
-def test_broken_or_foreign_shard_is_made_again(run: Stage) -> None:
+def test_broken_or_foreign_shard_is_sampled_again(run: Stage) -> None:
     first = run()
-    first.files[0].write_bytes(first.files[0].read_bytes()[:100])
-    pl.DataFrame({"a": [1]}).write_parquet(first.files[2])
+    files = run.files()
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    pl.DataFrame({"a": [1]}).write_parquet(files[2])
     assert run() == first
     assert sorted(run.written()) == [shard(0), shard(2)]
 
@@ -165,14 +170,14 @@ def test_broken_or_foreign_shard_is_made_again(run: Stage) -> None:
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_changed_config_makes_all_again(run: Stage, changed: dict[str, Any]) -> None:
+def test_changed_config_samples_all_again(run: Stage, changed: dict[str, Any]) -> None:
     run()
     run(CONFIG.model_copy(update=changed))
     assert len(run.written()) == 3
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"round_number": 2}], ids=lambda changed: next(iter(changed)))
-def test_changed_seed_or_round_makes_all_again(run: Stage, changed: dict[str, Any]) -> None:
+def test_changed_seed_or_round_samples_all_again(run: Stage, changed: dict[str, Any]) -> None:
     run()
     before = run.frame()
     run(**changed)
@@ -180,25 +185,25 @@ def test_changed_seed_or_round_makes_all_again(run: Stage, changed: dict[str, An
     assert run.frame()["token_ids"].to_list() != before["token_ids"].to_list()
 
 
-def test_changed_model_makes_all_again(run: Stage, tmp_path: Path) -> None:
+def test_changed_model_samples_all_again(run: Stage, tmp_path: Path) -> None:
     run()
     run(policy=make_llama(tmp_path / "other", seed=1))
     assert len(run.written()) == 3
 
 
-def test_same_model_elsewhere_makes_nothing_again(run: Stage, llama: Path, tmp_path: Path) -> None:
+def test_same_model_in_another_folder_samples_nothing(run: Stage, llama: Path, tmp_path: Path) -> None:
     run()
     run(policy=Path(shutil.copytree(llama, tmp_path / "copy")))
     assert run.written() == []
 
 
-def test_settings_of_the_other_engine_make_nothing_again(run: Stage) -> None:
+def test_settings_of_the_other_engine_sample_nothing(run: Stage) -> None:
     run()
     run(GenerateConfig.model_validate({**CONFIG.model_dump(), "vllm": {"max_num_seqs": 3}}))
     assert run.written() == []
 
 
-def test_one_changed_prompt_makes_its_shard_again(run: Stage) -> None:
+def test_one_changed_prompt_samples_its_shard_again(run: Stage) -> None:
     run()
     run(prompts=pl.concat([questions(3), questions(1, first=7), questions(1, first=4)]))
     assert run.written() == [shard(1)]
@@ -220,7 +225,7 @@ def test_order_of_prompts_changes_no_sample(run: Stage) -> None:
     assert run.frame().sort("prompt_id", "sample_id").drop("sampled_logp").equals(before)
 
 
-def test_interrupted_call_keeps_whole_shards(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_call_keeps_complete_shards(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     write, kept = ShardWriter.write, []
 
     def interrupt(shard: ShardWriter, *rest: Any) -> None:
@@ -239,7 +244,7 @@ def test_interrupted_call_keeps_whole_shards(run: Stage, monkeypatch: pytest.Mon
     assert set(run.written()) == {shard(0), shard(1), shard(2)} - {kept[0].name}
 
 
-def test_engine_is_closed_whatever_happens(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_is_closed_after_success_and_failure(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[bool] = []
     close = TransformersEngine.close
     monkeypatch.setattr(TransformersEngine, "close", lambda self: (closed.append(True), close(self)))
@@ -255,7 +260,7 @@ def test_too_long_prompts_are_left_out_and_counted(run: Stage) -> None:
     run()
     lengths = {row[0]: len(row[1]) for row in run.frame().select("prompt_id", "prompt_token_ids").iter_rows()}
     result = run(max_prompt_tokens=lengths[12])  # inclusive
-    assert (result.prompts, result.prompts_too_long, result.responses) == (3, 2, 9)
+    assert [result.counts[name] for name in ("prompts", "prompts_too_long", "responses")] == [3, 2, 9]
     assert sorted(set(run.frame()["prompt_id"])) == [10, 11, 12]
     assert any("2 prompts are longer than" in fields.get("text", "") for _, fields in run.events)
 
@@ -276,7 +281,7 @@ def test_other_template_without_padding_token(tmp_path: Path) -> None:
     assert 0 < sum(ends) < len(ends)
 
 
-def test_template_that_refuses(tmp_path: Path) -> None:
+def test_template_that_rejects_a_role(tmp_path: Path) -> None:
     run = Stage(make_mistral(tmp_path / "model"), tmp_path / "out")
     prompts = pl.DataFrame({"prompt_id": [10], "messages": [[{"role": "system", "content": "Be kind."}]]})
     with pytest.raises(DataError, match="prompt 10: the chat template refuses these messages: only user and"):
@@ -293,7 +298,7 @@ def test_tokenizer_without_template(tmp_path: Path) -> None:
 def test_prompt_and_response_beyond_the_models_positions(run: Stage) -> None:
     with pytest.raises(UsageError, match=r"generate\.max_new_tokens .*data\.max_prompt_tokens") as caught:
         run(CONFIG.model_copy(update={"max_new_tokens": MAX_POSITIONS}))
-    assert f"made for {MAX_POSITIONS}" in str(caught.value)
+    assert f"has {MAX_POSITIONS} positions" in str(caught.value)
 
 
 def test_positions_up_to_the_last_are_used(run: Stage) -> None:
@@ -318,7 +323,7 @@ def test_positions_up_to_the_last_are_used(run: Stage) -> None:
     ids=["default", "linear", "yarn"],
 )
 def test_positions_of_scaled_rope(rope: dict[str, Any], positions: int) -> None:
-    assert stage._positions(LlamaConfig(max_position_embeddings=100, rope_parameters=rope)) == positions
+    assert positions_limit(LlamaConfig(max_position_embeddings=100, rope_parameters=rope)) == positions
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
@@ -329,7 +334,7 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
         Stage(policy, tmp_path / "out")()
 
 
-def test_vllm_is_asked_for_and_not_installed(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_configured_but_not_installed(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     with pytest.raises(UsageError, match=r"pip install 'dice-align\[vllm\]'.*generate\.engine=transformers"):
@@ -349,17 +354,17 @@ def test_vllm_is_asked_for_and_not_installed(run: Stage, monkeypatch: pytest.Mon
 def test_auto_engine(monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, engine: str, why: str) -> None:
     spec = importlib.util.find_spec("json") if installed else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: spec)
-    monkeypatch.setattr(stage, "placement", lambda _: Placement(device, "float32"))
+    monkeypatch.setattr("dice_py.generation.engines.factory.placement", lambda _: Placement(device, "float32"))
     chosen, reason = choose_engine(GenerateConfig(), ModelConfig())
     assert chosen == engine
     assert why in reason
 
 
-def test_configured_engine_is_taken_as_it_is() -> None:
+def test_configured_engine_is_used() -> None:
     assert choose_engine(GenerateConfig(engine="transformers"), CPU) == ("transformers", "as configured")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_device_that_is_not_there(run: Stage) -> None:
+def test_device_that_does_not_exist(run: Stage) -> None:
     with pytest.raises(UsageError, match=r"model\.device is 'cuda:0'"):
         run(models=ModelConfig(device="cuda:0"))

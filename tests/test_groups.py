@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import os
 import signal
@@ -19,8 +20,8 @@ from hypothesis import strategies as st
 from test_worker import gone, wait_for
 
 from dice_py.compute.devices import Group, device_in_group, find_groups
-from dice_py.compute.dispatch import over_groups
-from dice_py.compute.process_pool import in_group
+from dice_py.compute.dispatch import dispatch_shards
+from dice_py.compute.process_pool import GroupWork
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.errors import DataError, InterruptedRunError, OutOfMemoryError, UsageError
 
@@ -48,14 +49,13 @@ def deal(
     devices: DevicesConfig | None = None,
     **arguments: Any,
 ) -> Heard:
-    """Deals `group_work:work` over groups; its events."""
+    """Dispatches shards to `group_work.work` in groups; the events."""
     heard: Heard = []
-    over_groups(
-        f"group_work:{work}",
-        {"folder": folder, **arguments},
-        items=items,
+    dispatch_shards(
+        functools.partial(getattr(group_work, work), folder=folder, **arguments),
+        shards=items,
         groups=three() if groups is None else groups,
-        is_whole=lambda number: (folder / f"item-{number}").is_file(),
+        is_complete=lambda number: (folder / f"item-{number}").is_file(),
         devices=devices or DevicesConfig(),
         logs=folder / "logs",
         report=report or (lambda event, **fields: heard.append((event, fields))),
@@ -89,7 +89,7 @@ def test_every_item_is_made_once(tmp_path: Path) -> None:
     assert all(len(tries(tmp_path, number)) == 1 for number in items)
     assert sum(fields["count"] for event, fields in heard if event == "advance") == len(items)
     assert sorted(statuses(heard)) == [(1, "started"), (2, "started"), (3, "started")]
-    assert not [event for event, _ in heard if event in ("item", "take")]
+    assert not [event for event, _ in heard if event in ("shard_complete", "receive")]
 
 
 def test_none_is_told_at_once_without_wait_and_later_with_it(tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ def test_a_group_in_reserve_starts_when_an_item_comes_back(tmp_path: Path) -> No
 
 
 def test_nothing_to_do_starts_nothing(tmp_path: Path) -> None:
-    assert deal(tmp_path, "no_such_work", items=[]) == []
+    assert deal(tmp_path, "fails_at_once", items=[], how="raise") == []
 
 
 def test_events_carry_their_group(tmp_path: Path) -> None:
-    heard = deal(tmp_path, "describe", items=[0], groups=[Group(5, ("GPU-7", "GPU-8"), apart=True)])
+    heard = deal(tmp_path, "describe", items=[0], groups=[Group(5, ("GPU-7", "GPU-8"), needs_process=True)])
     events = dict(heard)
     assert [event for event, _ in heard] == ["group", "note", "throughput", "shard", "advance", "process"]
     assert events["group"] == {"number": 5, "gpus": ["GPU-7", "GPU-8"], "status": "started", "text": ""}
@@ -153,9 +153,9 @@ def test_threads_are_limited_before_torch_is_imported_and_after(
     assert (environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]) == ("3", "3")
     told: list[int] = []
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(set_num_threads=told.append))
-    arguments = {"folder": tmp_path, "how": "raise"}
+    work = functools.partial(group_work.fails_at_once, folder=tmp_path, how="raise")
     with pytest.raises(ValueError, match="a bug at -1"):
-        in_group(work="group_work:fails_at_once", arguments=arguments, threads=3, report=lambda event, **fields: None)
+        GroupWork(work, threads=3)(report=lambda event, **fields: None)
     assert told == [3]
 
 
@@ -188,14 +188,14 @@ def test_an_item_that_failed_is_made_by_another_group(tmp_path: Path, how: str) 
         "kill": "signal 9",
         "terminate": "signal 15",
         "exit": "exit code 0",
-        "lie": "reported shard 2 as whole, and it is not",
-        "elsewhere": "reported shard 102, which it does not hold",
-        "return": "returned before every shard was whole",
+        "lie": "reported shard 2 as complete, and it is not",
+        "elsewhere": "reported shard 102 as complete, which it does not hold",
+        "return": "returned before every shard was complete",
     }[how]
     assert said in text
     if how not in ("lie", "elsewhere", "return"):
         assert f"    about to {how} at 2" in text  # the end of its log
-    assert f"group {number} (GPU {first}) failed with shard 2 in hand" in notes(heard)
+    assert f"group {number} (GPU {first}) failed while it held shard 2" in notes(heard)
     assert said in notes(heard)
 
 
@@ -243,7 +243,14 @@ def test_one_attempt_is_all_there_may_be(tmp_path: Path) -> None:
 def test_all_that_was_in_hand_counts_as_failed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"shard 1 failed on group 1 \(GPU 0\), and no other group is left"):
         # Shard 0, made before the failure, has not failed.
-        deal(tmp_path, "planned", items=[0, 1], groups=[Group(1, ("0",), apart=True)], plan={1: ["raise"]}, hold=2)
+        deal(
+            tmp_path,
+            "planned",
+            items=[0, 1],
+            groups=[Group(1, ("0",), needs_process=True)],
+            plan={1: ["raise"]},
+            hold=2,
+        )
     folder = tmp_path / "second"
     folder.mkdir()
     deal(folder, "planned", items=[0, 1, 2], groups=three(2), plan={0: ["kill"]}, hold=3)
@@ -311,7 +318,7 @@ def test_when_every_group_fails_before_an_item_the_last_error_is_raised(
 
 def test_a_failure_after_the_last_item_is_told(tmp_path: Path) -> None:
     heard = deal(tmp_path, "fails_at_the_end", items=[0, 1, 2], groups=three(2))
-    assert "failed after every shard was whole: ValueError: a bug at the end" in notes(heard)
+    assert "failed after every shard was complete: ValueError: a bug at the end" in notes(heard)
     assert len(makers(tmp_path, [0, 1, 2])) == 3
 
 
@@ -379,9 +386,9 @@ def test_one_groups_errors_are_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     alone = [Group(1)]
     with pytest.raises(ValueError, match="a bug at 1"):
         deal(tmp_path, "planned", items=[0, 1], groups=alone, plan={1: ["raise"]})
-    with pytest.raises(RuntimeError, match="shard 3 was reported as whole, and it is not"):
+    with pytest.raises(RuntimeError, match="shard 3 was reported as complete, and it is not"):
         deal(tmp_path, "planned", items=[3], groups=alone, plan={3: ["lie"]})
-    with pytest.raises(RuntimeError, match="the stage is over, but shard 5 is not whole"):
+    with pytest.raises(RuntimeError, match="the stage has ended, but shard 5 is not complete"):
         deal(tmp_path, "planned", items=[4, 5], groups=alone, plan={5: ["return"]})
 
 
@@ -396,11 +403,13 @@ def test_groups_end_with_their_driver(tmp_path: Path, which: str, number: signal
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from dice_py.compute.stage_process import run_stage\n"
+        "from dice_py.compute.stage_process import run_in_subprocess\n"
+        "import functools, group_work\n"
         "folder = Path(sys.argv[1])\n"
         "if __name__ == '__main__':\n"
         "    on_event = lambda event, **fields: None\n"
-        "    run_stage('group_work:drive', {'folder': folder}, log=folder / 'worker.log', remedy='', report=on_event)\n"
+        "    work = functools.partial(group_work.drive, folder=folder)\n"
+        "    run_in_subprocess(work, log=folder / 'worker.log', remedy='', report=on_event)\n"
     )
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     main = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=here, stderr=subprocess.DEVNULL)
@@ -457,7 +466,7 @@ def found(
 ) -> list[tuple[int, tuple[str, ...], bool]]:
     groups = find_groups(DevicesConfig(**devices), ModelConfig(device=device), size=size, report=report)
     assert all(group.threads is None for group in groups)
-    return [(group.number, group.gpus, group.apart) for group in groups]
+    return [(group.number, group.gpus, group.needs_process) for group in groups]
 
 
 def test_one_gpu_is_one_group_here(gpus: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""The journal of an open shard: what it gives back, and what it survives."""
+"""The journal of an unfinished shard: what is read back, and after which damage."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def write(path: Path, rows: range | list[int], key: str = "one") -> None:
 
 def read(path: Path, key: str = "one") -> dict[int, Sample]:
     journal = Journal(path, key)
-    found = {row: journal.read(row) for row in sorted(journal.rows)}
-    assert len(journal) == len(found)
+    samples = {row: journal.read(row) for row in sorted(journal.rows)}
+    assert len(journal) == len(samples)
     journal.close()
-    return found
+    return samples
 
 
-def test_gives_back_what_was_appended(tmp_path: Path) -> None:
+def test_reads_back_what_was_appended(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "a.journal"
     journal = Journal(path, "one")
     assert len(journal) == 0
@@ -54,14 +54,14 @@ def test_gives_back_what_was_appended(tmp_path: Path) -> None:
     assert read(path) == {0: Sample([], "length", 0.0), 3: SAMPLES[3], 7: SAMPLES[7], 30: SAMPLES[30]}
 
 
-def test_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_appends_to_an_existing_journal(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     write(path, range(10))
     write(path, range(10, 40))
     assert read(path) == SAMPLES
 
 
-def test_a_row_that_comes_twice_is_the_later_one(tmp_path: Path) -> None:
+def test_a_row_that_is_appended_twice_is_the_later_one(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     journal = Journal(path, "one")
     journal.append(1, SAMPLES[1])
@@ -73,7 +73,7 @@ def test_a_row_that_comes_twice_is_the_later_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["two", "on", "one ", ""])
-def test_of_another_key_is_dropped(tmp_path: Path, key: str) -> None:
+def test_journal_with_another_key_is_emptied(tmp_path: Path, key: str) -> None:
     path = tmp_path / "a.journal"
     write(path, range(10))
     write(path, [5], key=key)
@@ -81,45 +81,45 @@ def test_of_another_key_is_dropped(tmp_path: Path, key: str) -> None:
     assert read(path) == {}
 
 
-def test_torn_anywhere_gives_what_is_whole(tmp_path: Path) -> None:
+def test_torn_anywhere_keeps_the_complete_records(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     write(path, range(6))
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     counts = []
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        found = read(path)
-        counts.append(len(found))
-        assert found == {row: SAMPLES[row] for row in range(len(found))}
-        # And what is appended behind the cut is read again.
+    for length in range(len(complete)):
+        path.write_bytes(complete[:length])
+        kept = read(path)
+        counts.append(len(kept))
+        assert kept == {row: SAMPLES[row] for row in range(len(kept))}
+        # A record that is appended after the cut can be read.
         write(path, [39])
-        assert read(path) == {**found, 39: SAMPLES[39]}
+        assert read(path) == {**kept, 39: SAMPLES[39]}
     assert counts == sorted(counts)
     assert set(counts) == set(range(6))
 
 
 @pytest.mark.parametrize("tail", [bytes(4096), b"\xff" * 64, b"\x10\x00\x00\x00garbage that is long enough"])
-def test_rubbish_behind_the_last_record_is_cut_off(tmp_path: Path, tail: bytes) -> None:
+def test_garbage_behind_the_last_record_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "a.journal"
     write(path, range(6))
-    whole = path.read_bytes()
-    path.write_bytes(whole + tail)
+    complete = path.read_bytes()
+    path.write_bytes(complete + tail)
     assert len(read(path)) == 6
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
 
 
-def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     write(path, range(4))
-    whole = path.read_bytes()
-    for at in range(len(whole)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
-        found = read(path)
-        assert len(found) < 4
-        assert found == {row: SAMPLES[row] for row in range(len(found))}
+    complete = path.read_bytes()
+    for at in range(len(complete)):
+        path.write_bytes(complete[:at] + bytes([complete[at] ^ 16]) + complete[at + 1 :])
+        kept = read(path)
+        assert len(kept) < 4
+        assert kept == {row: SAMPLES[row] for row in range(len(kept))}
 
 
-def test_rubbish_is_no_journal(tmp_path: Path) -> None:
+def test_garbage_is_emptied(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     path.write_bytes(b"something else")
     assert read(path) == {}
@@ -127,13 +127,13 @@ def test_rubbish_is_no_journal(tmp_path: Path) -> None:
     assert read(path) == {1: SAMPLES[1]}
 
 
-def test_what_was_flushed_outlives_the_process(tmp_path: Path) -> None:
+def test_flushed_responses_survive_the_process(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     program = f"""
 import os, signal
 from pathlib import Path
-from dice_py.engine import Sample
-from dice_py.journal import Journal
+from dice_py.generation.engines.base import Sample
+from dice_py.generation.journal import Journal
 journal = Journal(Path({str(path)!r}), "one")
 for row in range(5):
     journal.append(row, Sample([row], "stop", -1.0))
@@ -169,7 +169,7 @@ def test_full_disk(tmp_path: Path) -> None:
         with pytest.raises(DiskFullError, match=r"a\.journal.*are kept\. Free some space, then `dice resume`"):
             fill(journal)
         journal.close()
-        # Still full: opening it cuts the torn record off, and needs no room.
+        # The disk is still full. Opening the journal cuts the torn record off, and needs no room.
         assert sorted(read(disk / "a.journal")) == written
         with pytest.raises(DiskFullError, match=r"b\.journal"):
             Journal(disk / "b.journal", "one")

@@ -219,7 +219,7 @@ def test_a_models_size_from_headers_alone(tmp_path: Path) -> None:
 
 def test_weights_that_are_cut_off(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 900) + b"{")
-    with pytest.raises(DataError, match=r"model\.safetensors is not whole"):
+    with pytest.raises(DataError, match=r"model\.safetensors is not a complete safetensors file"):
         model_size(tmp_path)
 
 

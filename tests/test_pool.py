@@ -20,7 +20,7 @@ from dice_py.errors import DataError
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined, gather_mined
 from dice_py.runs.candidates import Candidates, candidates
-from dice_py.stages.mine import mine
+from dice_py.stages.mine import MineJob
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
 from dice_py.storage.schemas import GENERATIONS, MINED, PROMPTS, SCORES
@@ -80,15 +80,24 @@ def pool_of(run: Path, number: int = 2, pool_rounds: int = 2) -> Candidates:
     return candidates(run, Manifest(run / "manifest.json"), number, pool_rounds)
 
 
+def mine(config: MineConfig, pool: Candidates, scores: list[Path], out: Path, seed: int = 5) -> dict[str, Any]:
+    """The counts of the stage."""
+    keys = [str(parquet_key(file)) for file in scores]
+    job = MineJob(config, pool.generations, scores, keys, pool.rounds, out, seed)
+    result = job.run()
+    assert result.files == [(out / "mined.parquet", job.key())]
+    assert parquet_key(out / "mined.parquet") == job.key()
+    assert job.is_complete(result.files)
+    return result.counts
+
+
 def mined_pool(
     run: Path, config: MineConfig, number: int = 2
 ) -> tuple[dict[str, Any], pl.DataFrame, Candidates, list[Path]]:
     """The stage's answer, its pairs, the pool and its scores."""
     pool = pool_of(run, number, config.pool_rounds)
     scores = make_scores(run / "scores", pool)
-    files = {"generations": pool.generations, "scores": scores, "rounds": pool.rounds}
-    found = mine(config, **files, out=run / "out", seed=5, key="mined")
-    return found, read_parquet(run / "out/mined.parquet"), pool, scores
+    return mine(config, pool, scores, run / "out"), read_parquet(run / "out/mined.parquet"), pool, scores
 
 
 def whole(pool: Candidates, scores: list[Path]) -> pl.DataFrame:
@@ -167,7 +176,6 @@ def test_by_default_the_pairs_have_no_further_column(run: Path) -> None:
     assert stored == {"length": "tokens", "debias": "linear", "pairing": "max_min"} | expected.summary()
     assert curve == expected.curve.to_dict(as_series=False)
     assert list(curve) == ["alpha", "mean_length_gap", "exact"]
-    assert parquet_key(run / "out/mined.parquet") == "mined"
 
 
 @pytest.mark.parametrize(
@@ -202,8 +210,7 @@ def test_the_seed_of_the_run_is_the_draws(run: Path) -> None:
     scores = make_scores(run / "scores", pool)
     drawn = []
     for seed in (1, 1, 2, 3):
-        files = {"generations": pool.generations, "scores": scores, "rounds": pool.rounds}
-        mine(config, **files, out=run / "out", seed=seed, key="mined")
+        mine(config, pool, scores, run / "out", seed)
         drawn.append(read_parquet(run / "out/mined.parquet")["rejected_row"].to_list())
     assert drawn[0] == drawn[1]
     assert len({tuple(rows) for rows in drawn}) > 1
@@ -242,16 +249,8 @@ def test_no_pair_is_left(run: Path) -> None:
 def test_scores_of_another_round_are_refused(run: Path) -> None:
     pool = pool_of(run)
     scores = make_scores(run / "scores", pool)
-    with pytest.raises(DataError, match=r"has 24 responses, but .* 18 scores: they are not of one round"):
-        mine(
-            MineConfig(pool_rounds=2),
-            generations=pool.generations,
-            scores=scores[:-1],
-            rounds=pool.rounds,
-            out=run / "out",
-            seed=0,
-            key="mined",
-        )
+    with pytest.raises(DataError, match=r"has 24 responses, but .* has 18 scores: they are not of one round"):
+        mine(MineConfig(pool_rounds=2), pool, scores[:-1], run / "out")
 
 
 # What comes after

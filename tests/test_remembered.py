@@ -1,16 +1,16 @@
-"""What is remembered is kept for its kind and key, and a file that is lost or broken costs nothing else."""
+"""The cache keeps values by kind and key, and a lost or broken file costs nothing but the values."""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dice_py.storage import files as artefacts
 from dice_py.storage.cache import cache_folder, recall, remember
 
 BROKEN = [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b'{"sizes": 3}', b'{"sizes": ["here"]}']
@@ -66,10 +66,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remember("sizes", "here", 1)
 
-    def full(_: Path) -> None:
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artefacts, "_fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     remember("sizes", "here", 2)
     assert recall("sizes", "here") == 1
     assert sorted(file.name for file in folder.iterdir()) == ["remembered.json", "remembered.lock"]

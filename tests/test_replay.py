@@ -1,4 +1,4 @@
-"""Replay: the share, the sampling, and what happens when there are too few."""
+"""mix_replay and sample_replay: counts for a share, sampling, and the shortfall when there are too few pairs."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def test_sampling_is_seeded_and_without_replacement() -> None:
     assert not rows.equals(sample_replay(keys, 300, 8))
 
 
-def test_the_generator_is_this_one() -> None:
-    """A change here changes every run with this seed: ChaCha8, stream 0, `rand`'s sampling."""
+def test_generator_is_pinned() -> None:
+    """If this fails, every run with this seed changes: ChaCha8, stream 0, the sampling of the crate `rand`."""
     keys = offline(1000)["prompt_id"]
     weights = pl.Series([1.0, 2.0] * 500)
     assert sample_replay(keys, 5, 0).to_list() == [465, 507, 652, 706, 728]
     assert sample_replay(keys, 5, 0, weights=weights).to_list() == [39, 248, 601, 771, 897]
 
 
-def test_chunks_do_not_matter() -> None:
+def test_chunks_do_not_change_the_draw() -> None:
     keys = offline(1000)["prompt_id"]
     weights = pl.Series("w", [float(i % 7) for i in range(1000)])
     chunked = pl.concat([keys[:333], keys[333:335], keys[335:]], rechunk=False)
     assert chunked.n_chunks() == 3
-    for given_weights in (None, weights):
-        one = sample_replay(keys, 50, 3, weights=given_weights)
-        assert one.equals(sample_replay(chunked, 50, 3, weights=given_weights))
+    for row_weights in (None, weights):
+        one = sample_replay(keys, 50, 3, weights=row_weights)
+        assert one.equals(sample_replay(chunked, 50, 3, weights=row_weights))
 
 
-def test_excluded_keys_are_left_out() -> None:
+def test_excluded_keys_are_not_drawn() -> None:
     rows = sample_replay(offline(100)["prompt_id"], 50, 0, exclude=pl.Series(range(50), dtype=pl.UInt32))
     assert rows.to_list() == list(range(50, 100))
 
@@ -81,11 +81,11 @@ def test_weights_of_zero_are_never_drawn() -> None:
     data = offline(100, weight=[float(i % 2) for i in range(100)])
     rows = sample_replay(data["prompt_id"], 50, 0, weights=data["weight"])
     assert all(row % 2 for row in rows)
-    with pytest.raises(DataError, match="51 offline rows were asked for, but only 50 can be drawn"):
+    with pytest.raises(DataError, match="51 offline rows were requested, but only 50 of 100 can be drawn"):
         sample_replay(data["prompt_id"], 51, 0, weights=data["weight"])
 
 
-def test_weights_are_followed() -> None:
+def test_draws_are_proportional_to_weights() -> None:
     keys = offline(2)["prompt_id"]
     weights = pl.Series([1.0, 3.0], dtype=pl.Float32)
     second = sum(sample_replay(keys, 1, seed, weights=weights)[0] for seed in range(1000))
@@ -94,12 +94,12 @@ def test_weights_are_followed() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, None])
-def test_bad_weights(bad: float | None) -> None:
+def test_invalid_weights(bad: float | None) -> None:
     with pytest.raises(DataError, match="row 2: the weight is"):
         sample_replay(offline(3)["prompt_id"], 1, 0, weights=pl.Series([1.0, 1.0, bad]))
 
 
-def test_other_bad_input() -> None:
+def test_invalid_input() -> None:
     keys = offline(3)["prompt_id"]
     with pytest.raises(DataError, match="row 1: the key is null"):
         sample_replay(pl.Series([1, None, 3]), 1, 0)
@@ -117,25 +117,25 @@ def test_other_bad_input() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "replay"), [(0.0, 0), (0.2, 3), (0.5, 10), (0.75, 30)])
-def test_all_mined_and_a_share(gamma: float, replay: int) -> None:
+def test_all_mined_pairs_and_a_share_of_offline_pairs(gamma: float, replay: int) -> None:
     mix = mix_replay(mined(), offline(), gamma=gamma, seed=0)
     assert mix.mined_rows.to_list() == list(range(10))
     assert mix.replay == replay
-    # Prompts that were mined are left out.
+    # Mined prompts are excluded.
     assert all(row >= 10 for row in mix.replay_rows)
     assert mix.candidates == 90
     assert mix.shortfall == {"mined": 0, "replay": 0}
     assert mix.reached_share == replay / (replay + 10)
 
 
-def test_only_replay() -> None:
+def test_gamma_of_one_replays_only() -> None:
     mix = mix_replay(mined(), offline(), gamma=1.0, seed=0)
     assert (mix.mined, mix.replay, mix.reached_share) == (0, 10, 1.0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(gamma=st.floats(0, 1), total=st.integers(0, 40), seed=st.integers(0, 2**64 - 1))
-def test_a_total(gamma: float, total: int, seed: int) -> None:
+def test_total(gamma: float, total: int, seed: int) -> None:
     mix = mix_replay(mined(40), offline(100, first=20), gamma=gamma, seed=seed, total=total)
     assert mix.mined + mix.replay == total
     assert abs(mix.replay - gamma * total) <= 0.5
@@ -143,7 +143,7 @@ def test_a_total(gamma: float, total: int, seed: int) -> None:
     assert all(row >= 20 for row in mix.replay_rows)
 
 
-def test_the_two_draws_do_not_share_random_numbers() -> None:
+def test_mined_and_offline_draws_do_not_share_random_numbers() -> None:
     mix = mix_replay(mined(1000), offline(1000, first=1000), gamma=0.5, seed=0, total=200)
     assert mix.mined == mix.replay == 100
     assert not mix.mined_rows.equals(mix.replay_rows)
@@ -151,7 +151,9 @@ def test_the_two_draws_do_not_share_random_numbers() -> None:
 
 def test_shortfall() -> None:
     few = offline(15)
-    with pytest.raises(DataError, match=r"takes 10 mined and 10 offline .* 5 offline ones .* \(of 15\)"):
+    with pytest.raises(
+        DataError, match=r"takes 10 mined and 10 offline pairs, but there are 10 mined pairs, and 5 of 15 offline"
+    ):
         mix_replay(mined(), few, gamma=0.5, seed=0)
     mix = mix_replay(mined(), few, gamma=0.5, seed=0, on_shortfall="record")
     assert mix.shortfall == {"mined": 0, "replay": 5}
@@ -159,8 +161,8 @@ def test_shortfall() -> None:
     assert mix.summary()["requested_share"] == 0.5
     with pytest.raises(DataError, match="takes 50 mined and 50 offline"):
         mix_replay(mined(), offline(), gamma=0.5, seed=0, total=100)
-    nothing = mix_replay(mined(0), few.clear(), gamma=0.5, seed=0)
-    assert json.loads(json.dumps(nothing.summary(), allow_nan=False))["reached_share"] is None
+    empty = mix_replay(mined(0), few.clear(), gamma=0.5, seed=0)
+    assert json.loads(json.dumps(empty.summary(), allow_nan=False))["reached_share"] is None
 
 
 def test_weight_column() -> None:
@@ -170,7 +172,7 @@ def test_weight_column() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "words"),
+    ("options", "error", "message"),
     [
         ({"gamma": -0.1}, UsageError, "gamma is -0.1"),
         ({"gamma": 1.1}, UsageError, "gamma is 1.1"),
@@ -181,6 +183,6 @@ def test_weight_column() -> None:
         ({"weight_column": "w"}, DataError, "'w' not found in the offline pairs"),
     ],
 )
-def test_bad_options(options: dict[str, Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
+def test_invalid_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         mix_replay(mined(), offline(), **({"gamma": 0.5, "seed": 0} | options))

@@ -1,4 +1,4 @@
-"""The replay buffer over rounds: what is in it, what is on the disk, and what a kill or a repetition changes."""
+"""The replay buffer: which pairs it has, which pairs are written, and the effect of kills and repeated appends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_round import make_round
 
 from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
-from dice_py.replay import buffer as replay_buffer
+from dice_py.replay import mined as replay_mined
 from dice_py.replay.buffer import ReplayBuffer, priority
 from dice_py.replay.mined import BUFFER, append_mined
 from dice_py.storage.parquet import parquet_key, parquet_meta, write_parquet
@@ -43,25 +43,25 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 60, 139, 140, 1000])
-def test_the_pairs_of_least_priority(tmp_path: Path, capacity: int) -> None:
+def test_buffer_is_the_pairs_of_least_priority(tmp_path: Path, capacity: int) -> None:
     buffer = fill(ReplayBuffer(tmp_path, capacity, 3))
     for before in (1, 2, 3, 4, 5):
-        found = buffer.read(before)
-        assert (found["what"].to_list() if found.height else []) == oracle(capacity, 3, before)
-    found = buffer.read()
-    assert found["what"].to_list() == oracle(capacity, 3)
-    assert found.schema == {
+        pairs_before = buffer.read(before)
+        assert (pairs_before["what"].to_list() if pairs_before.height else []) == oracle(capacity, 3, before)
+    kept = buffer.read()
+    assert kept["what"].to_list() == oracle(capacity, 3)
+    assert kept.schema == {
         "what": pl.String, "margin": pl.Float64, "round": pl.UInt32, "index": pl.UInt32, "priority": pl.UInt64,
     }  # fmt: skip
-    assert [f"{r}/{i}" for r, i in found.select("round", "index").iter_rows()] == found["what"].to_list()
-    assert (found["margin"] == 0.5 * found["index"]).all()
+    assert [f"{r}/{i}" for r, i in kept.select("round", "index").iter_rows()] == kept["what"].to_list()
+    assert (kept["margin"] == 0.5 * kept["index"]).all()
 
 
-def test_what_can_never_come_back_is_not_written(tmp_path: Path) -> None:
+def test_pairs_that_can_never_enter_are_not_written(tmp_path: Path) -> None:
     buffer = ReplayBuffer(tmp_path, 25, 0)
     for number, rows in SIZES.items():
         written = buffer.append(number, pairs(number, rows), "key")
-        # Its pairs among the 25 least of all rounds up to this one, and no others.
+        # Only its pairs among the 25 least priorities of the rounds up to this one.
         up_to = [what for what in oracle(25, 0, number + 1) if what.startswith(f"{number}/")]
         assert pl.read_parquet(buffer.path(number))["what"].to_list() == up_to
         assert written == len(up_to)
@@ -70,8 +70,8 @@ def test_what_can_never_come_back_is_not_written(tmp_path: Path) -> None:
     assert 25 < on_disk < sum(SIZES.values()) / 2
 
 
-def test_the_sample_is_uniform(tmp_path: Path) -> None:
-    """Over seeds, every pair of every round is kept as often as any other, whenever it was appended."""
+def test_sample_is_uniform(tmp_path: Path) -> None:
+    """Over many seeds, the pairs of all rounds are kept equally often."""
     seeds, capacity, sizes = 150, 12, {1: 20, 2: 5, 3: 15}
     kept: Counter[str] = Counter()
     for seed in range(seeds):
@@ -80,11 +80,11 @@ def test_the_sample_is_uniform(tmp_path: Path) -> None:
     assert kept.total() == seeds * capacity
     by_round = {r: sum(count for what, count in kept.items() if what.startswith(f"{r}/")) for r in sizes}
     for r, rows in sizes.items():
-        # Of a hypergeometric number per seed; five standard deviations of the sum over seeds.
+        # Hypergeometric for one seed; five standard deviations of the sum over the seeds.
         variance = capacity * (rows / n) * (1 - rows / n) * (n - capacity) / (n - 1)
         assert abs(by_round[r] - seeds * share * rows) < 5 * (seeds * variance) ** 0.5
-    # Each pair: binomial, 45 expected, standard deviation 5.6. And all of them together: chi-square of 39
-    # degrees of freedom (the counts of one seed sum to the capacity), whose standard deviation is 8.8.
+    # One pair: binomial, 45 expected, standard deviation 5.6. All pairs: chi-square of 39 degrees of freedom (the
+    # counts of one seed sum to the capacity), standard deviation 8.8.
     expected, variance = seeds * share, seeds * share * (1 - share)
     counts = [kept[f"{r}/{i}"] for r, rows in sizes.items() for i in range(rows)]
     assert all(abs(count - expected) < 5 * variance**0.5 for count in counts)
@@ -92,8 +92,8 @@ def test_the_sample_is_uniform(tmp_path: Path) -> None:
     assert abs(chi_square - (n - 1)) < 5 * (2 * (n - 1)) ** 0.5
 
 
-def test_priorities_are_these() -> None:
-    """A change here changes every buffer: SHA-256 of (seed, "replay buffer", round, index)."""
+def test_priorities_are_pinned() -> None:
+    """If this fails, every buffer changes: SHA-256 of (seed, "replay buffer", round, index)."""
     assert priority(0, 1, 0) == 4753551509197463424
     assert len({priority(s, r, i) for s in range(3) for r in range(3) for i in range(3)}) == 27
 
@@ -101,16 +101,16 @@ def test_priorities_are_these() -> None:
 def test_appending_twice_does_nothing(tmp_path: Path) -> None:
     buffer = fill(ReplayBuffer(tmp_path, 25, 0))
     before, keys = files(tmp_path), buffer.keys()
-    assert all(buffer.holds(number, f"key {number}") for number in SIZES)
-    assert not buffer.holds(2, "another key")
-    assert not buffer.holds(5, "key 5")
+    assert all(buffer.is_appended(number, f"key {number}") for number in SIZES)
+    assert not buffer.is_appended(2, "another key")
+    assert not buffer.is_appended(5, "key 5")
     fill(ReplayBuffer(tmp_path, 25, 0))
     assert files(tmp_path) == before
     assert buffer.keys() == keys
     assert buffer.append(1, pairs(1, 30), "key 1") == pl.read_parquet(buffer.path(1)).height
 
 
-def test_a_later_round_rewrites_no_file(tmp_path: Path) -> None:
+def test_later_rounds_rewrite_no_file(tmp_path: Path) -> None:
     buffer = fill(ReplayBuffer(tmp_path, 25, 0))
     before = files(tmp_path)
     buffer.append(5, pairs(5, 100), "key 5")
@@ -120,38 +120,38 @@ def test_a_later_round_rewrites_no_file(tmp_path: Path) -> None:
     assert buffer.keys(5) == buffer.keys()[:4]
 
 
-def test_another_key_replaces_the_round(tmp_path: Path) -> None:
+def test_round_with_another_key_is_replaced(tmp_path: Path) -> None:
     buffer = fill(ReplayBuffer(tmp_path, 25, 0))
     buffer.append(4, pairs(4, 10), "another key")
     assert buffer.read()["what"].to_list() == oracle(25, 0, sizes=SIZES | {4: 10})
     assert buffer.rounds() == [1, 2, 3, 4]
 
 
-def test_a_round_that_was_cut_by_another_past_is_refused(tmp_path: Path) -> None:
+def test_round_is_refused_after_earlier_rounds_changed(tmp_path: Path) -> None:
     buffer = fill(ReplayBuffer(tmp_path, 25, 0))
     buffer.append(2, pairs(2, 3), "another key")
-    # Round 3 was cut by 50 pairs of round 2, of which some would make room now.
+    # Round 3 was sampled against 50 pairs of round 2. With 3, more of its pairs would be written.
     assert buffer.read(3)["what"].to_list() == oracle(25, 0, 3, SIZES | {2: 3})
     for use in (buffer.read, buffer.keys, lambda: buffer.append(4, pairs(4, 40), "key 4")):
-        with pytest.raises(DataError, match=r"round-03.parquet was appended when the earlier .* append round 3 again"):
+        with pytest.raises(DataError, match=r"the rounds before .*round-03.parquet changed .* append round 3 again"):
             use()
-    assert not buffer.holds(3, "key 3")
+    assert not buffer.is_appended(3, "key 3")
     buffer.append(3, pairs(3, 20), "key 3")
     buffer.append(4, pairs(4, 40), "key 4")
     assert buffer.read()["what"].to_list() == oracle(25, 0, sizes=SIZES | {2: 3})
 
 
-def test_a_buffer_of_another_capacity_or_seed_is_refused(tmp_path: Path) -> None:
+def test_other_capacity_or_seed_is_refused(tmp_path: Path) -> None:
     fill(ReplayBuffer(tmp_path, 25, 0))
     for other in (ReplayBuffer(tmp_path, 26, 0), ReplayBuffer(tmp_path, 25, 1)):
-        with pytest.raises(DataError, match=r"round-01.parquet is of a buffer with capacity 25 and seed 0, not"):
+        with pytest.raises(DataError, match=r"round-01.parquet belongs to a buffer of capacity 25 and seed 0, not"):
             other.read()
-        assert not other.holds(1, "key 1")
-    # Appended again from the first round on, it is this one's.
+        assert not other.is_appended(1, "key 1")
+    # After all rounds are appended again, the folder is the buffer of this seed.
     assert fill(other).read()["what"].to_list() == oracle(25, 1)
 
 
-def test_what_a_killed_process_left_is_not_read(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_ignored(tmp_path: Path) -> None:
     buffer = fill(ReplayBuffer(tmp_path, 25, 0))
     expected, keys = buffer.read(), buffer.keys()
     (tmp_path / ".round-05.parquet.4711.tmp").write_bytes(b"PAR1 half a file")
@@ -160,7 +160,7 @@ def test_what_a_killed_process_left_is_not_read(tmp_path: Path) -> None:
     assert (buffer.keys(), buffer.rounds()) == (keys, [1, 2, 3, 4])
 
 
-def test_an_append_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_append_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = fill(ReplayBuffer(tmp_path, 25, 0), {1: 30, 2: 50})
     before = files(tmp_path)
 
@@ -171,82 +171,87 @@ def test_an_append_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr("pyarrow.parquet.ParquetWriter.add_key_value_metadata", stop)  # its rows are written by then
+        patch.setattr("pyarrow.parquet.ParquetWriter.add_key_value_metadata", stop)  # called after the rows are written
         with pytest.raises(Stopped):
             buffer.append(3, pairs(3, 20), "key 3")
     assert files(tmp_path) == before
-    assert not buffer.holds(3, "key 3")
+    assert not buffer.is_appended(3, "key 3")
     assert fill(buffer).read()["what"].to_list() == oracle(25, 0)
 
 
-def test_files_that_are_not_ours(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     buffer = ReplayBuffer(tmp_path / "buffer", 25, 0)
     assert (buffer.rounds(), buffer.keys(), buffer.read().height) == ([], [], 0)
     assert not buffer.folder.exists()
     write_parquet(buffer.path(1), pairs(1, 3), key="some key")
-    with pytest.raises(DataError, match=r"round-01.parquet is not a file of a replay buffer, or is broken: remove it"):
+    with pytest.raises(DataError, match=r"round-01.parquet is not a file of a replay buffer, or is damaged: remove it"):
         buffer.read()
     buffer.path(1).write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"round-01.parquet is not a file of a replay buffer"):
         buffer.append(2, pairs(2, 3), "key 2")
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
-    for capacity, seed, said in ((0, 0, "capacity is 0"), (1, -1, "seed is -1")):
-        with pytest.raises(UsageError, match=said):
+def test_invalid_arguments(tmp_path: Path) -> None:
+    for capacity, seed, message in (
+        (0, 0, "capacity of the replay buffer is 0"),
+        (1, -1, "seed of the replay buffer is -1"),
+    ):
+        with pytest.raises(UsageError, match=message):
             ReplayBuffer(tmp_path, capacity, seed)
     buffer = fill(ReplayBuffer(tmp_path, 25, 0), {1: 30})
     with pytest.raises(UsageError, match="the round is -1"):
         buffer.append(-1, pairs(1, 3), "key")
-    with pytest.raises(UsageError, match="column 'round' is the replay buffer's own: rename yours"):
+    with pytest.raises(UsageError, match="column 'round' is reserved by the replay buffer"):
         buffer.append(2, pairs(2, 3).with_columns(round=pl.lit(1)), "key")
-    with pytest.raises(DataError, match=r"round 2 have columns what String, but those of .*margin Float64"):
+    with pytest.raises(
+        DataError, match=r"round 2 have columns what String, but those of .* have what String, margin Float64"
+    ):
         buffer.append(2, pairs(2, 3).select("what"), "key")
     assert buffer.rounds() == [1]
 
 
-def test_a_round_without_pairs_counts_as_appended(tmp_path: Path) -> None:
+def test_round_without_pairs_counts_as_appended(tmp_path: Path) -> None:
     buffer = ReplayBuffer(tmp_path, 5, 0)
     assert buffer.append(1, pairs(1, 0), "key 1") == 0
-    assert buffer.holds(1, "key 1")
+    assert buffer.is_appended(1, "key 1")
     buffer.append(2, pairs(2, 3), "key 2")
     assert buffer.read()["what"].to_list() == ["2/0", "2/1", "2/2"]
 
 
-# What a run appends
+# Mined pairs
 
 
-def test_mined_pairs_are_appended_with_their_tokens(tmp_path: Path) -> None:
-    made = make_round(tmp_path)
+def test_mined_pairs_are_appended_with_their_token_ids(tmp_path: Path) -> None:
+    round_files = make_round(tmp_path)
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
-    told: list[str] = []
-    append_mined(buffer, 3, **made, report=lambda event, **fields: told.append(fields["text"]))
-    found = buffer.read(4)
-    assert found.select(BUFFER.names()).schema == BUFFER
-    assert found.columns == [*BUFFER.names(), "round", "index", "priority"]
-    assert found["chosen_ids"].to_list() == [[11, 4], [42, 4]]  # rows 1 and 11 over both shards
-    assert found["rejected_ids"].to_list() == [[12, 4], [40, 4]]
-    assert found["prompt_ids"].to_list() == [[100], [103]]
-    assert found["chosen"].to_list() == [[{"role": "assistant", "content": f"answer {n}"}] for n in ("0 1", "3 2")]
-    assert found["prompt"].to_list() == [[{"role": "user", "content": f"q{p}"}] for p in (0, 3)]
-    assert found["key"].to_list() == [prompt_key(messages) for messages in found["prompt"].to_list()]
-    assert found["margin"].to_list() == pytest.approx([0.4, 0.3])
-    assert set(found["source"]) == {"round-03"}
-    assert set(found["round"]) == {3}
-    assert told == ["replay buffer: 2 of 2 mined pairs written"]
+    notes: list[str] = []
+    append_mined(buffer, 3, **round_files, report=lambda event, **fields: notes.append(fields["text"]))
+    kept = buffer.read(4)
+    assert kept.select(BUFFER.names()).schema == BUFFER
+    assert kept.columns == [*BUFFER.names(), "round", "index", "priority"]
+    assert kept["chosen_ids"].to_list() == [[11, 4], [42, 4]]  # rows 1 and 11 of both shards
+    assert kept["rejected_ids"].to_list() == [[12, 4], [40, 4]]
+    assert kept["prompt_ids"].to_list() == [[100], [103]]
+    assert kept["chosen"].to_list() == [[{"role": "assistant", "content": f"answer {n}"}] for n in ("0 1", "3 2")]
+    assert kept["prompt"].to_list() == [[{"role": "user", "content": f"q{p}"}] for p in (0, 3)]
+    assert kept["key"].to_list() == [prompt_key(messages) for messages in kept["prompt"].to_list()]
+    assert kept["margin"].to_list() == pytest.approx([0.4, 0.3])
+    assert set(kept["source"]) == {"round-03"}
+    assert set(kept["round"]) == {3}
+    assert notes == ["replay buffer: 2 of 2 mined pairs written"]
 
 
-def test_a_round_that_is_there_is_not_gathered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_round(tmp_path)
+def test_appended_round_is_not_gathered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    round_files = make_round(tmp_path)
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
-    append_mined(buffer, 1, **made)
+    append_mined(buffer, 1, **round_files)
     stored = parquet_key(buffer.path(1))
 
     def never(*_: Any) -> None:
         raise AssertionError("gathered again")
 
-    monkeypatch.setattr(replay_buffer, "gather_mined", never)
-    append_mined(buffer, 1, **made)
+    monkeypatch.setattr(replay_mined, "gather_mined", never)
+    append_mined(buffer, 1, **round_files)
     assert parquet_key(buffer.path(1)) == stored
     with pytest.raises(AssertionError, match="gathered again"):
-        append_mined(buffer, 1, **(made | {"key": "another"}))
+        append_mined(buffer, 1, **(round_files | {"key": "another"}))

@@ -1,4 +1,4 @@
-"""Replay by strata and from several buffers: how the count is shared out, and that no pair comes twice."""
+"""Replay by strata and from several buffers: how the count is divided, and that no pair is drawn twice."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STRATA = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
         ("equal", 81, {"a": 41, "b": 30, "c": 10}),
     ],
 )
-def test_strata_share_the_draw(allocation: Any, n: int, expected: dict[str, int]) -> None:
+def test_count_is_divided_among_strata(allocation: Any, n: int, expected: dict[str, int]) -> None:
     keys = offline(100)["prompt_id"]
     rows = sample_replay(keys, n, 3, strata=pl.Series(STRATA), allocation=allocation)
     assert strata_counts(rows, STRATA) == expected
@@ -56,32 +56,32 @@ def test_strata_share_the_draw(allocation: Any, n: int, expected: dict[str, int]
     assert not rows.equals(sample_replay(keys, n, 4, strata=pl.Series(STRATA), allocation=allocation))
 
 
-def test_strata_count_what_can_be_drawn() -> None:
+def test_strata_count_candidates() -> None:
     keys = offline(100)["prompt_id"]
     weights = pl.Series([0.0] * 30 + [1.0] * 70)
-    found = draw(keys, 20, 0, exclude=keys[60:70], weights=weights, strata=pl.Series(STRATA))
-    assert found.strata is not None
-    assert found.strata.rows() == [("a", 30, 10), ("b", 20, 7), ("c", 10, 3)]
-    assert found.candidates == 60
-    assert not set(found.rows) & ({*range(30)} | {*range(60, 70)})
-    with pytest.raises(DataError, match="61 offline rows were asked for, but only 60 can be drawn"):
+    drawn = draw(keys, 20, 0, exclude=keys[60:70], weights=weights, strata=pl.Series(STRATA))
+    assert drawn.strata is not None
+    assert drawn.strata.rows() == [("a", 30, 10), ("b", 20, 7), ("c", 10, 3)]
+    assert drawn.candidates == 60
+    assert not set(drawn.rows) & ({*range(30)} | {*range(60, 70)})
+    with pytest.raises(DataError, match="61 offline rows were requested, but only 60 of 100 can be drawn"):
         sample_replay(keys, 61, 0, exclude=keys[60:70], weights=weights, strata=pl.Series(STRATA))
 
 
-def test_the_strata_have_streams_of_their_own() -> None:
-    """A change here changes every stratified run: stream 2 + rank of the stratum."""
+def test_strata_have_separate_streams() -> None:
+    """If this fails, every stratified run changes: stream 2 + rank of the stratum."""
     keys = offline(100)["prompt_id"]
     strata = pl.Series(STRATA)
     rows = sample_replay(keys, 10, 0, strata=strata)
     assert rows.to_list() == [4, 6, 18, 38, 49, 52, 61, 67, 85, 96]
-    # A stratum that gives nothing changes nothing in the others: neither count nor rows.
+    # A stratum without candidates changes neither the counts nor the rows of the others.
     without = sample_replay(keys, 4, 0, exclude=keys[:60], strata=strata)
     assert without.to_list() == [row for row in rows if row >= 60]
     chunked = pl.concat([strata[:33], strata[33:61], strata[61:]], rechunk=False)
     assert sample_replay(pl.concat([keys[:5], keys[5:]], rechunk=False), 10, 0, strata=chunked).equals(rows)
 
 
-def test_weights_hold_inside_strata() -> None:
+def test_weights_apply_within_strata() -> None:
     keys = offline(4)["prompt_id"]
     strata, weights = pl.Series([1, 1, 2, 2]), pl.Series([1.0, 3.0, 100.0, 300.0])
     heavy = {1: 0, 3: 0}
@@ -102,7 +102,7 @@ def test_dtypes_of_strata(dtype: Any) -> None:
     assert sum(row % 2 for row in rows) == 5
 
 
-def test_strata_that_are_none() -> None:
+def test_invalid_strata() -> None:
     keys = offline(3)["prompt_id"]
     with pytest.raises(DataError, match="row 1: the stratum is null"):
         sample_replay(keys, 1, 0, strata=pl.Series(["a", None, "b"]))
@@ -114,7 +114,7 @@ def test_strata_that_are_none() -> None:
         sample_replay(keys, 1, 0, strata=pl.Series(["a", "a", "b"]), allocation="even")  # type: ignore[arg-type]
 
 
-def test_a_mix_by_length() -> None:
+def test_mix_by_length() -> None:
     lengths = [(7 * i) % 83 for i in range(100)]
     data = offline(100, length=lengths)
     mix = mix_replay(mined(20), data, gamma=0.5, seed=0, stratify_by="length", length_buckets=4, allocation="equal")
@@ -130,7 +130,7 @@ def test_a_mix_by_length() -> None:
     assert all(row >= 20 for row in mix.replay_rows)
 
 
-def test_a_mix_by_source_with_weights() -> None:
+def test_mix_by_source_with_weights() -> None:
     data = offline(
         100, origin=STRATA, margin=[float(i % 5) - 1 for i in range(100)], round=[1 + i % 3 for i in range(100)]
     )
@@ -146,7 +146,7 @@ def test_a_mix_by_source_with_weights() -> None:
     )
     assert mix.replay_rows.equals(rows)
     assert all(data["margin"][row] > 0 for row in rows)
-    # Of 90 rows that are not mined, 3 in 5 have a margin above zero: 30, 18 and 6.
+    # Of the 90 rows that are not mined, 3 in 5 have a margin above zero: 30, 18 and 6.
     assert mix.strata is not None
     assert mix.strata.rows() == [("a", 30, 6), ("b", 18, 3), ("c", 6, 1)]
 
@@ -155,14 +155,14 @@ def test_a_mix_by_source_with_weights() -> None:
 
 
 def pairs(first: int, rows: int, **columns: Any) -> pl.DataFrame:
-    """Pairs whose answers tell them apart."""
+    """Pairs with distinct answers."""
     numbers = range(first, first + rows)
     return offline(
         rows, first, chosen=[f"good {n}" for n in numbers], rejected=[f"bad {n}" for n in numbers], **columns
     )
 
 
-def test_buffers_share_by_largest_remainder() -> None:
+def test_counts_of_buffers_by_largest_remainder() -> None:
     buffers = [
         OfflineBuffer("replay", pairs(0, 100), share=3),
         OfflineBuffer("uf", pairs(1000, 100), share=2),
@@ -171,7 +171,7 @@ def test_buffers_share_by_largest_remainder() -> None:
     mix = mix_buffers(mined(20), buffers, gamma=0.5, seed=0)
     # 20 · 3/6.5, 2/6.5 and 1.5/6.5: 9.23, 6.15 and 4.62.
     assert mix.requested == {"replay": 9, "uf": 6, "hh": 5}
-    assert {name: len(found.rows) for name, found in mix.draws.items()} == mix.requested
+    assert {name: len(drawn.rows) for name, drawn in mix.draws.items()} == mix.requested
     assert (mix.mined, mix.replay, mix.reached_share) == (20, 20, 0.5)
     assert mix.candidates == 80 + 100 + 100
     assert all(row >= 20 for row in mix.draws["replay"].rows)
@@ -179,14 +179,14 @@ def test_buffers_share_by_largest_remainder() -> None:
     assert summary["buffers"]["uf"] == {"drawn": 6, "requested": 6, "candidates": 100, "shortfall": 0}
 
 
-def test_a_mined_prompt_is_left_out_of_every_buffer() -> None:
+def test_mined_prompts_are_excluded_from_every_buffer() -> None:
     buffers = [OfflineBuffer(name, pairs(0, 40)) for name in ("a", "b")]
     mix = mix_buffers(mined(30), buffers, gamma=0.5, seed=0, total=10)
-    assert {row for found in mix.draws.values() for row in found.rows} <= {*range(30, 40)}
+    assert {row for drawn in mix.draws.values() for row in drawn.rows} <= {*range(30, 40)}
 
 
-def test_a_pair_of_two_buffers_is_drawn_once() -> None:
-    # The same ten pairs in both, and in "b" the prompt of one with another answer: that is another pair.
+def test_pair_in_two_buffers_is_drawn_once() -> None:
+    # Both have the same ten pairs. "b" also has the prompt of one with another answer, which is a distinct pair.
     other = pairs(0, 1).with_columns(chosen=pl.lit("another answer"))
     buffers = [OfflineBuffer("a", pairs(0, 10)), OfflineBuffer("b", pl.concat([pairs(0, 10), other]))]
     for seed in range(20):
@@ -198,12 +198,12 @@ def test_a_pair_of_two_buffers_is_drawn_once() -> None:
         assert mix.draws["b"].candidates == 11 - 6
         assert 10 in b
     mix = mix_buffers(mined(0), buffers, gamma=1.0, seed=0, total=20, on_shortfall="record")
-    assert [len(found.rows) for found in mix.draws.values()] == [10, 1]
+    assert [len(drawn.rows) for drawn in mix.draws.values()] == [10, 1]
     assert mix.shortfall == {"mined": 0, "replay": 9}
     assert mix.summary()["buffers"]["b"]["shortfall"] == 9
 
 
-def test_alone_the_first_buffer_is_as_ever() -> None:
+def test_single_buffer_matches_mix_replay() -> None:
     data = pairs(0, 100, w=[float(i % 7) for i in range(100)])
     one = mix_replay(mined(), data, gamma=0.5, seed=9, weight_column="w")
     alone = mix_buffers(mined(), [OfflineBuffer("replay", data, weight_column="w")], gamma=0.5, seed=9)
@@ -212,12 +212,12 @@ def test_alone_the_first_buffer_is_as_ever() -> None:
     assert alone.summary() == one.summary()
 
 
-def test_names_seed_the_buffers() -> None:
+def test_draw_depends_on_the_name_of_a_buffer_not_on_its_position() -> None:
     buffers = [OfflineBuffer(name, pairs(1000 * at, 500)) for at, name in enumerate(("replay", "x", "y"), 1)]
     mix = mix_buffers(mined(30), buffers, gamma=0.5, seed=4)
-    turned = mix_buffers(mined(30), buffers[::-1], gamma=0.5, seed=4)
-    for name, found in mix.draws.items():
-        assert found.rows.equals(turned.draws[name].rows)
+    reversed_mix = mix_buffers(mined(30), buffers[::-1], gamma=0.5, seed=4)
+    for name, drawn in mix.draws.items():
+        assert drawn.rows.equals(reversed_mix.draws[name].rows)
     keys = buffers[1].pairs["prompt_id"]
     assert mix.draws["x"].rows.equals(sample_replay(keys, 10, seed_for(4, "buffer", "x")))
     assert mix.draws["replay"].rows.equals(sample_replay(buffers[0].pairs["prompt_id"], 10, 4))
@@ -229,29 +229,33 @@ def test_strata_and_weights_of_buffers() -> None:
     b = pairs(100, 40, source=["r", "s"] * 20, margin=[float(i % 4 == 1) for i in range(40)])
     buffers = [OfflineBuffer("a", a), OfflineBuffer("b", b, margin_power=1.0)]
     mix = mix_buffers(mined(0), buffers, gamma=1.0, seed=0, total=20, stratify_by="source", allocation="equal")
-    strata = {name: found.strata.rows() for name, found in mix.draws.items() if found.strata is not None}
+    strata = {name: drawn.strata.rows() for name, drawn in mix.draws.items() if drawn.strata is not None}
     assert strata == {"a": [("p", 20, 5), ("q", 20, 5)], "b": [("s", 10, 10)]}
     assert mix.summary()["buffers"]["b"]["strata"] == {"s": 10}
 
 
-def test_shortfall_of_a_buffer() -> None:
+def test_shortfall_of_one_buffer() -> None:
     buffers = [OfflineBuffer("a", pairs(100, 50)), OfflineBuffer("b", pairs(200, 3))]
-    said = r"takes 10 mined and 10 offline .* 53 offline .* \(of 53\); buffer 'b' was to give 5 and has 3 \(of 3\)"
-    with pytest.raises(DataError, match=said):
+    message = r"10 mined and 10 .* 53 of 53 offline .*; buffer 'b' should contribute 5, but has 3 of 3 available"
+    with pytest.raises(DataError, match=message):
         mix_buffers(mined(), buffers, gamma=0.5, seed=0)
     mix = mix_buffers(mined(), buffers, gamma=0.5, seed=0, on_shortfall="record")
-    # What one lacks is not made up by another: the shares would no longer be those that were asked for.
-    assert [len(found.rows) for found in mix.draws.values()] == [5, 3]
+    # The other buffer does not make up for it: the shares would differ from the requested ones.
+    assert [len(drawn.rows) for drawn in mix.draws.values()] == [5, 3]
     assert mix.reached_share == 8 / 18
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
-        ({"buffers": []}, UsageError, "no buffers are given"),
-        ({"buffers": [OfflineBuffer("a", pairs(0, 3))] * 2}, UsageError, "named a, a: give each a name of its own"),
+        ({"buffers": []}, UsageError, "there are no buffers to replay from"),
+        (
+            {"buffers": [OfflineBuffer("a", pairs(0, 3))] * 2},
+            UsageError,
+            "named a, a, but every buffer must have a name",
+        ),
         ({"buffers": [OfflineBuffer("a", pairs(0, 3), share=0)]}, UsageError, "the share of buffer 'a' is 0"),
-        ({"pair_columns": ["text"]}, DataError, "buffer 'a': column 'text' not found, which tells pairs apart"),
+        ({"pair_columns": ["text"]}, DataError, "buffer 'a': column 'text', which identifies pairs, not found"),
         ({"stratify_by": "size"}, UsageError, "stratify_by is 'size'"),
         ({"stratify_by": "length"}, DataError, "column 'length' not found in the offline .* length_column="),
         ({"stratify_by": "source"}, DataError, "column 'source' not found in the offline .* source_column="),
@@ -272,11 +276,11 @@ def test_shortfall_of_a_buffer() -> None:
         ),
     ],
 )
-def test_bad_buffers(options: dict[str, Any], error: type[Exception], said: str) -> None:
-    given: dict[str, Any] = {
+def test_invalid_buffers(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    defaults: dict[str, Any] = {
         "buffers": [OfflineBuffer("a", pairs(0, 90)), OfflineBuffer("b", pairs(0, 90))],
         "gamma": 0.5,
         "seed": 0,
     }
-    with pytest.raises(error, match=said):
-        mix_buffers(mined(), **(given | options))
+    with pytest.raises(error, match=message):
+        mix_buffers(mined(), **(defaults | options))

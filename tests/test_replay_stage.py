@@ -1,4 +1,4 @@
-"""The replay stage on a tiny model: where each pair's tokens and log-probabilities come from, and its label."""
+"""The replay stage on a tiny model: the source of the token ids and log-probabilities of each pair, and its label."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
 from dice_py.scoring.pairs import score_pairs
-from dice_py.stages.replay import replay
+from dice_py.stages.replay import ReplayJob
 from dice_py.storage.parquet import parquet_meta, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
@@ -33,7 +33,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def offline_pairs(path: Path, name: str, rows: int, **columns: Any) -> Path:
-    made: list[Pair] = [
+    pairs: list[Pair] = [
         {
             "prompt": [{"role": "user", "content": f"{name} {n}"}],
             "chosen": [{"role": "assistant", "content": "good" * (1 + n % 4)}],
@@ -41,25 +41,27 @@ def offline_pairs(path: Path, name: str, rows: int, **columns: Any) -> Path:
         }
         for n in range(rows)
     ]
-    return write_parquet(path / f"{name}.parquet", pairs_frame(made).with_columns(**columns), key=name)
+    return write_parquet(path / f"{name}.parquet", pairs_frame(pairs).with_columns(**columns), key=name)
 
 
-def run(config: ReplayConfig, policy: Path, out: Path, **given: Any) -> tuple[pl.DataFrame, dict[str, Any], list[str]]:
-    """Training set, summary, notes."""
-    told: list[str] = []
+def run(config: ReplayConfig, policy: Path, out: Path, **inputs: Any) -> tuple[pl.DataFrame, dict[str, Any], list[str]]:
+    """The training set, the summary and the notes."""
+    notes: list[str] = []
 
     def report(event: str, **fields: Any) -> None:
         if event == "note":
-            told.append(fields["text"])
+            notes.append(fields["text"])
 
-    given = {"mined": None, "generations": [], "scores": [], "prompts": None, "offline": None} | given
-    summary = replay(
-        config, ScoreConfig(), CPU, policy=policy, out=out, seed=0, **({"key": "k"} | given), report=report
-    )
-    return pl.read_parquet(out / "training_set.parquet"), summary, told
+    inputs = {"mined": None, "generations": [], "scores": [], "prompts": None, "offline": None} | inputs
+    key = inputs.pop("key", "k")
+    job = ReplayJob(config, ScoreConfig(), CPU, policy=policy, out=out, seed=0, input_keys=key, **inputs)
+    result = job.run(report)
+    assert result.files == [(out / "training_set.parquet", job.key())]
+    assert job.is_complete(result.files)
+    return pl.read_parquet(out / "training_set.parquet"), result.counts, notes
 
 
-def test_every_source_keeps_its_tokens_and_is_scored_by_this_policy(policy: Path, tmp_path: Path) -> None:
+def test_token_ids_and_logps_of_every_source(policy: Path, tmp_path: Path) -> None:
     earlier, this_round = make_round(tmp_path / "1", first=50), make_round(tmp_path / "2")
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
     append_mined(buffer, 1, **earlier)
@@ -74,48 +76,49 @@ def test_every_source_keeps_its_tokens_and_is_scored_by_this_policy(policy: Path
             "share": 2.0,
         }
     )
-    weighed = {"margin": pl.Series([0.0] * 10 + [1.0] * 10), "round": pl.Series([2] * 20)}
-    found, summary, told = run(
+    weight_columns = {"margin": pl.Series([0.0] * 10 + [1.0] * 10), "round": pl.Series([2] * 20)}
+    training_set, summary, notes = run(
         config,
         policy,
         tmp_path / "out",
         **this_round,
-        offline=offline_pairs(tmp_path, "offline", 20, **weighed),
+        offline=offline_pairs(tmp_path, "offline", 20, **weight_columns),
         buffers={"uf": offline_pairs(tmp_path, "uf", 20)},
         rounds_buffer=buffer,
         round_number=2,
     )
-    assert found.schema == TRAINING_SET
-    assert found["source"].to_list() == [
+    assert training_set.schema == TRAINING_SET
+    assert training_set["source"].to_list() == [
         *["mined"] * 2, *["replay"] * 4, *["replay:uf"] * 2, *["replay:rounds"] * 2
     ]  # fmt: skip
-    assert (summary["mined"], summary["replay"], summary["reached_share"], told) == (2, 8, 0.8, [])
+    assert (summary["mined"], summary["replay"], summary["reached_share"], notes) == (2, 8, 0.8, [])
     assert summary["buffers"]["rounds"] == {"drawn": 2, "requested": 2, "candidates": 2, "shortfall": 0}
-    assert summary["buffers"]["replay"]["candidates"] == 10  # the others' margin is zero
+    assert summary["buffers"]["replay"]["candidates"] == 10  # the margin of the others is zero
     assert parquet_meta(tmp_path / "out/training_set.parquet") == summary
-    by_source = found.partition_by("source", as_dict=True)
-    # Mined in this round: the log-probabilities of the score stage, rows 1 and 11, 2 and 9 of both shards.
+    by_source = training_set.partition_by("source", as_dict=True)
+    # Mined in this round: the log-probabilities of the score stage; rows 1 and 11, 2 and 9 of both shards.
     assert by_source[("mined",)]["ref_chosen_logps"].to_list() == [-1.0, -11.0]
     assert by_source[("mined",)]["ref_rejected_logps"].to_list() == [-2.0, -9.0]
-    # Mined earlier: the tokens that were sampled, which no tokenizer gives for this text.
-    old = by_source[("replay:rounds",)]
-    assert old["chosen_ids"].to_list() == [[11, 4], [42, 4]]
-    assert [messages[0]["content"] for messages in old["prompt"].to_list()] == ["q50", "q53"]
+    # Mined earlier: the sampled token ids, which the tokenizer does not produce for this text.
+    earlier_pairs = by_source[("replay:rounds",)]
+    assert earlier_pairs["chosen_ids"].to_list() == [[11, 4], [42, 4]]
+    assert [messages[0]["content"] for messages in earlier_pairs["prompt"].to_list()] == ["q50", "q53"]
     tokenizer = load_tokenizer(policy, CPU)
-    again = encode_pairs(old.select("prompt", "chosen", "rejected"), tokenizer, stop_token_ids(policy, tokenizer))
-    assert again["chosen_ids"].to_list() != old["chosen_ids"].to_list()
-    # From files: tokenised by the policy's tokenizer.
+    messages = earlier_pairs.select("prompt", "chosen", "rejected")
+    encoded = encode_pairs(messages, tokenizer, stop_token_ids(policy, tokenizer))
+    assert encoded["chosen_ids"].to_list() != earlier_pairs["chosen_ids"].to_list()
+    # From files: tokenized by the policy's tokenizer.
     for source in ("replay", "replay:uf"):
         part = by_source[(source,)].select(PAIRS.names())
         messages = part.select("prompt", "chosen", "rejected")
         assert_frame_equal(encode_pairs(messages, tokenizer, stop_token_ids(policy, tokenizer)), part)
-    replayed = found.filter(pl.col("source") != "mined")
+    replayed = training_set.filter(pl.col("source") != "mined")
     logps = score_pairs(ScoreConfig(), CPU, policy=policy, pairs=replayed)
     assert (logps["chosen_logp"] - replayed["ref_chosen_logps"]).abs().max() < 1e-4
     assert (logps["rejected_logp"] - replayed["ref_rejected_logps"]).abs().max() < 1e-4
 
 
-def test_strata_by_length_of_characters_and_of_tokens(policy: Path, tmp_path: Path) -> None:
+def test_strata_by_length_in_characters_and_in_tokens(policy: Path, tmp_path: Path) -> None:
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
     append_mined(buffer, 1, **make_round(tmp_path / "1", first=50))
     config = ReplayConfig.model_validate(
@@ -127,7 +130,7 @@ def test_strata_by_length_of_characters_and_of_tokens(policy: Path, tmp_path: Pa
             "on_shortfall": "record",
         }
     )
-    found, summary, told = run(
+    training_set, summary, notes = run(
         config,
         policy,
         tmp_path / "out",
@@ -135,54 +138,58 @@ def test_strata_by_length_of_characters_and_of_tokens(policy: Path, tmp_path: Pa
         rounds_buffer=buffer,
         round_number=2,
     )
-    # Without mined pairs all are replayed, 8 and 4. Answers of 4, 8, 12 and 16 characters; of 2 tokens each.
+    # Without mined pairs all 12 are replayed, 8 and 4. Answers have 4, 8, 12 and 16 characters, or 2 tokens.
     assert summary["buffers"]["replay"]["strata"] == {"4-4": 2, "8-8": 2, "12-12": 2, "16-16": 2}
     assert summary["buffers"]["rounds"]["strata"] == {"2-2": 2}
-    assert found["source"].value_counts(sort=True).rows() == [("replay", 8), ("replay:rounds", 2)]
+    assert training_set["source"].value_counts(sort=True).rows() == [("replay", 8), ("replay:rounds", 2)]
     assert summary["shortfall"] == {"mined": 0, "replay": 2}
-    assert [note for note in told if "short of 2 offline (rounds 2) and 0 mined ones" in note]
-    assert "data.prompts_per_round" in told[0]
+    assert [note for note in notes if "short of 2 offline (rounds 2) and 0 mined ones" in note]
+    assert "data.prompts_per_round" in notes[0]
 
 
-def test_a_prompt_mined_in_this_round_is_left_out_of_the_rounds_buffer(policy: Path, tmp_path: Path) -> None:
-    made = make_round(tmp_path / "1")
+def test_prompts_mined_in_this_round_are_not_replayed(policy: Path, tmp_path: Path) -> None:
+    round_files = make_round(tmp_path / "1")
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
-    append_mined(buffer, 1, **made)
+    append_mined(buffer, 1, **round_files)
     config = ReplayConfig.model_validate({"buffer": {}})
-    found, summary, _ = run(config, policy, tmp_path / "out", **made, rounds_buffer=buffer, round_number=2)
-    assert set(found["source"]) == {"mined"}
+    training_set, summary, _ = run(
+        config, policy, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=2
+    )
+    assert set(training_set["source"]) == {"mined"}
     assert summary["buffers"]["rounds"] == {"drawn": 0, "requested": 2, "candidates": 0, "shortfall": 2}
     strict = config.model_copy(update={"on_shortfall": "error"})
     with pytest.raises(DataError, match="takes 2 mined and 2 offline pairs"):
-        run(strict, policy, tmp_path / "out", **made, rounds_buffer=buffer, round_number=2)
+        run(strict, policy, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=2)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
-def test_the_first_round_has_no_earlier_one(policy: Path, tmp_path: Path, gamma: float) -> None:
-    made = make_round(tmp_path / "1")
+def test_first_round_has_no_earlier_round_to_replay(policy: Path, tmp_path: Path, gamma: float) -> None:
+    round_files = make_round(tmp_path / "1")
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
-    append_mined(buffer, 1, **made)
+    append_mined(buffer, 1, **round_files)
     config = ReplayConfig.model_validate({"gamma": gamma, "buffer": {}, "on_shortfall": "error"})
-    found, summary, told = run(config, policy, tmp_path / "out", **made, rounds_buffer=buffer, round_number=1)
-    assert found["source"].to_list() == ["mined", "mined"]
-    assert (summary["mined"], summary["replay"], summary["requested_share"]) == (2, 0, 0.0)
-    assert told == ["no earlier round to replay from: this round trains on mined pairs alone"]
-    # With offline pairs its share is theirs.
-    offline = offline_pairs(tmp_path, "offline", 20)
-    found, summary, _ = run(
-        config, policy, tmp_path / "out", **made, offline=offline, rounds_buffer=buffer, round_number=1
+    training_set, summary, notes = run(
+        config, policy, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=1
     )
-    assert found["source"].value_counts(sort=True).filter(pl.col("source") == "replay")["count"].to_list() == [2]
+    assert training_set["source"].to_list() == ["mined", "mined"]
+    assert (summary["mined"], summary["replay"], summary["requested_share"]) == (2, 0, 0.0)
+    assert notes == ["no earlier round to replay from: this round trains on mined pairs alone"]
+    # With offline pairs, they get the share of the rounds' buffer.
+    offline = offline_pairs(tmp_path, "offline", 20)
+    training_set, summary, _ = run(
+        config, policy, tmp_path / "out", **round_files, offline=offline, rounds_buffer=buffer, round_number=1
+    )
+    assert training_set["source"].value_counts(sort=True).filter(pl.col("source") == "replay")["count"].to_list() == [2]
     assert "buffers" not in summary
 
 
 def test_several_buffers_without_mined_pairs_need_a_total(policy: Path, tmp_path: Path) -> None:
     config = ReplayConfig.model_validate({"buffers": {"a": {"path": "unused"}, "b": {"path": "unused"}}})
     buffers = {name: offline_pairs(tmp_path, name, 3) for name in ("a", "b")}
-    with pytest.raises(UsageError, match=r"there are 2: say how many pairs with replay\.total"):
+    with pytest.raises(UsageError, match=r"there are 2: set how many pairs with replay\.total"):
         run(config, policy, tmp_path / "out", buffers=buffers)
-    found, _, _ = run(config.model_copy(update={"total": 4}), policy, tmp_path / "out", buffers=buffers)
-    assert found["source"].to_list() == ["replay:a", "replay:a", "replay:b", "replay:b"]
+    training_set, _, _ = run(config.model_copy(update={"total": 4}), policy, tmp_path / "out", buffers=buffers)
+    assert training_set["source"].to_list() == ["replay:a", "replay:a", "replay:b", "replay:b"]
 
 
 def test_dice_replay_with_several_buffers(
@@ -203,13 +210,13 @@ def test_dice_replay_with_several_buffers(
         main()
     out, err = capfd.readouterr()
     assert ended.value.code == 0, err
-    told = json.loads(out)
-    # Shares 1 and 3 of 16; margins above zero are every other row of the first; lengths 1, 2 and 3, 4.
-    assert told["buffers"]["replay"] == {
+    result = json.loads(out)
+    # Shares 1 and 3 of 16; every other row of the first has a margin above zero; lengths 1, 2 and 3, 4.
+    assert result["buffers"]["replay"] == {
         "drawn": 4, "requested": 4, "candidates": 20, "shortfall": 0, "strata": {"1-2": 2, "3-4": 2},
     }  # fmt: skip
-    assert told["buffers"]["uf"]["strata"] == {"1-2": 6, "3-4": 6}
-    found = pl.read_parquet(told["training_set"])
-    assert found["source"].to_list() == ["replay"] * 4 + ["replay:uf"] * 12
-    asked = [int(messages[0]["content"].split()[1]) for messages in found["prompt"].to_list()]
-    assert all(n % 2 for n in asked[:4])
+    assert result["buffers"]["uf"]["strata"] == {"1-2": 6, "3-4": 6}
+    training_set = pl.read_parquet(result["training_set"])
+    assert training_set["source"].to_list() == ["replay"] * 4 + ["replay:uf"] * 12
+    numbers = [int(messages[0]["content"].split()[1]) for messages in training_set["prompt"].to_list()]
+    assert all(n % 2 for n in numbers[:4])

@@ -27,24 +27,32 @@ from polars.testing import assert_frame_equal
 from safetensors.torch import load_file
 from tiny_models import make_llama, make_mistral
 
+from dice_py.compute.worker import work_name
 from dice_py.config.loading import dump, load_resolved, resolve
 from dice_py.config.run import RunConfig
 from dice_py.errors import UsageError
 from dice_py.replay.buffer import ReplayBuffer
+from dice_py.reporting.html import write_report
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop as rounds
+from dice_py.runs.folder import Run
 from dice_py.runs.status import run_status
 from dice_py.scoring.pairs import score_pairs
-from dice_py.stages.generate import Generations
-from dice_py.stages.registry import STAGES
-from dice_py.stages.score import Scored
+from dice_py.stages.evaluate import EvaluateJob
+from dice_py.stages.generate import GenerateJob
+from dice_py.stages.job import Job, StageResult
+from dice_py.stages.preflight import PreflightJob
+from dice_py.stages.registry import ROUND_STAGES
+from dice_py.stages.replay import ReplayJob
+from dice_py.stages.score import ScoreJob
+from dice_py.stages.train import TrainJob
 from dice_py.storage.files import read_json, write_json
 from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import parquet_key, write_parquet
 from dice_py.storage.schemas import GENERATIONS, SCORES
 
 PROMPTS, PAIRS, SAMPLES, MAX_NEW, STEPS = 24, 30, 4, 64, 6
-STAGE_NAMES = [f"round-01/{stage}" for stage in STAGES]
+STAGE_NAMES = [f"round-01/{stage}" for stage in ROUND_STAGES]
 SMALL = {
     "rounds": 1,
     "model": {"device": "cpu", "dtype": "float32"},
@@ -137,7 +145,7 @@ def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     told = Told()
-    metrics = rounds.run(config, folder, told)
+    metrics = rounds.run(config, folder, told, after_round=write_report)
     assert list(metrics) == ["round-01"]
     assert told.stages() == [(name, status) for name in STAGE_NAMES for status in ("running", "done")]
     return folder
@@ -161,35 +169,36 @@ def faked_stages(monkeypatch: pytest.MonkeyPatch, config: RunConfig, folder: Pat
     """Runs the loop with stages that run no model; returns (stage, models that it was given)."""
     given: list[tuple[Any, ...]] = []
 
-    def spawn(self: rounds.Run, stage: str, work: str, log: Path, **a: Any) -> Any:
-        if stage == "generate":
-            given.append((stage, a["policy"]))
-            file = a["out"] / "generations-00000.parquet"
-            key = f"round {a['round_number']}"
+    def spawn(self: Run, job: Job, folder: Path, **_: Any) -> StageResult:
+        if isinstance(job, GenerateJob):
+            given.append(("generate", job.policy))
+            file = job.out / "generations-00000.parquet"
+            key = f"round {job.round_number}"
             rows = [(p, s, [1], [1], "x", 1 + s, 1 + s, "stop", 0.0) for p in range(3) for s in range(SAMPLES)]
             write_parquet(file, pl.DataFrame(rows, schema=GENERATIONS, orient="row"), key=key)
-            return Generations([file], [key], "none", 3, 0, len(rows), 0, len(rows))
-        if stage == "score":
-            given.append((stage, a["policy"], a["reference"]))
-            file = a["out"] / "scores-00000.parquet"
+            return StageResult([(file, key)], {"responses": len(rows), "prompts": 3})
+        if isinstance(job, ScoreJob):
+            given.append(("score", job.policy, job.reference))
+            file = job.out / "scores-00000.parquet"
             rows = [(0.0, 0.0, 0.1 * (n % 5)) for n in range(3 * SAMPLES)]
-            write_parquet(file, pl.DataFrame(rows, schema=SCORES, orient="row"), key=a["keys"][0])
-            return Scored([file], None)
-        if stage == "replay":
-            write_parquet(a["out"] / "training_set.parquet", pl.DataFrame({"none": [0]}), key=a["key"])
-            return {}
-        if stage == "train":
-            given.append((stage, a["policy"]))
-            write_json(a["out"] / "model" / "dice.json", {"key": a["key"]})
-            return {}
-        if stage == "evaluate":
-            given.append((stage, a["policy"], a["reference"], a["start"], a["initial_reference"]))
-            write_json(a["out"] / "metrics.json", {})
-            return {}
-        assert stage == "check"
-        return None
+            write_parquet(file, pl.DataFrame(rows, schema=SCORES, orient="row"), key=job.shard_keys()[0])
+            return StageResult([(file, job.shard_keys()[0])], {})
+        if isinstance(job, ReplayJob):
+            file = job.out / "training_set.parquet"
+            write_parquet(file, pl.DataFrame({"none": [0]}), key=job.key())
+            return StageResult([(file, job.key())], {})
+        if isinstance(job, TrainJob):
+            given.append(("train", job.policy))
+            write_json(job.target / "dice.json", {"key": job.key()})
+            return StageResult([(job.target, job.key())], {})
+        if isinstance(job, EvaluateJob):
+            given.append(("evaluate", job.policy, job.reference, job.start, job.initial_reference))
+            write_json(job.out / "metrics.json", {})
+            return StageResult([(job.out / "metrics.json", "metrics")], {})
+        assert isinstance(job, PreflightJob)
+        return StageResult([], {})
 
-    monkeypatch.setattr(rounds.Run, "spawn", spawn)
+    monkeypatch.setattr(Run, "spawn", spawn)
     rounds.run(config, folder)
     return given
 
@@ -228,7 +237,7 @@ def test_another_reference_is_another_key(config: RunConfig, tmp_path: Path, mon
             stage: entry["key"] for stage, entry in read_json(tmp_path / name / "manifest.json")["stages"].items()
         }
     same = {stage for stage, key in keys["previous"].items() if keys["initial"][stage] == key}
-    first = [f"round-01/{stage}" for stage in STAGES if stage != "evaluate"]
+    first = [f"round-01/{stage}" for stage in ROUND_STAGES if stage != "evaluate"]
     assert same == {*first, "round-02/generate"}
 
 
@@ -239,7 +248,7 @@ def test_the_folder_of_a_run(config: RunConfig, whole: Path) -> None:
     assert load_resolved(whole / "config.yaml") == config
     for name in ("manifest.json", "events.jsonl", "report.html", "inputs/prompts.parquet", "inputs/offline.parquet"):
         assert (whole / name).stat().st_size > 0
-    assert sorted(path.name for path in (whole / "round-01").iterdir()) == sorted(STAGES)
+    assert sorted(path.name for path in (whole / "round-01").iterdir()) == sorted(ROUND_STAGES)
     assert not list(whole.rglob("*.tmp"))
     events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "finished"
@@ -316,14 +325,14 @@ def test_status_of_a_finished_run(whole: Path) -> None:
 # What is made again
 
 
-def no_worker(work: str, *_: Any, **__: Any) -> Any:
-    raise AssertionError(f"a worker was started: {work}")
+def no_worker(work: Any, **_: Any) -> Any:
+    raise AssertionError(f"a worker was started: {work_name(work)}")
 
 
 def test_a_second_run_keeps_everything(
     config: RunConfig, copy: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "run_stage", no_worker)
+    monkeypatch.setattr(run_folder, "run_in_subprocess", no_worker)
     told = Told()
     metrics = rounds.run(config, copy, told)
     assert metrics == {"round-01": read_json(whole / "round-01/evaluate/metrics.json")}
@@ -355,12 +364,12 @@ def test_what_depends_on_a_changed_key_is_made_again(
     changed = config.model_copy(update={"mine": config.mine.model_copy(update={"debias": "none"})})
     (copy / "config.yaml").write_text(dump(changed))
 
-    def only_check(work: str, *arguments: Any, **named: Any) -> Any:
-        return None if work.endswith(":check") else no_worker(work)
+    def only_preflight(work: Any, **_: Any) -> Any:
+        return StageResult([], {}) if "preflight" in work_name(work) else no_worker(work)
 
-    monkeypatch.setattr(run_folder, "run_stage", only_check)
+    monkeypatch.setattr(run_folder, "run_in_subprocess", only_preflight)
     told = Told()
-    with pytest.raises(AssertionError, match="replay:replay"):
+    with pytest.raises(AssertionError, match="replay:ReplayJob"):
         rounds.resume(copy, told)
     redone = [("round-01/mine", "running"), ("round-01/mine", "done"), ("round-01/replay", "running")]
     assert told.stages() == [*KEPT[:2], *redone]
@@ -424,12 +433,12 @@ def test_a_second_round_replays_what_the_first_mined(tmp_path: Path, monkeypatch
     assert {path: path.stat().st_mtime_ns for path in (folder / "buffer").iterdir()} == before
 
     # What a round draws from is part of its key: with another past, its set is made again.
-    monkeypatch.setattr(run_folder, "run_stage", no_worker)
+    monkeypatch.setattr(run_folder, "run_in_subprocess", no_worker)
     entry = ReplayBuffer(folder / "buffer", 8, seed_for(config.seed, "buffer"))
     entry.append(1, kept[0].drop("round", "index", "priority")[:3], "another past")
     monkeypatch.setattr(rounds, "append_mined", lambda *_, **__: None)
     told = Told()
-    with pytest.raises(AssertionError, match="replay:replay"):
+    with pytest.raises(AssertionError, match="replay:ReplayJob"):
         rounds.resume(folder, told)
     assert told.stages()[-1] == ("round-02/replay", "running")
     assert ("round-01/replay", "kept") in told.stages()
@@ -507,12 +516,13 @@ def test_a_second_round_mines_the_candidates_of_both(tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from cli.main import main
-from dice_py import rounds
+from dice_py.runs.folder import Run
+from dice_py.stages.mine import MineJob
 
 stage, event, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 del sys.argv[1:4]
 now, seen = None, 0
-tell, mine = rounds.Run.report, rounds.mine
+tell, mine = Run.report, MineJob.run
 
 def report(self, name, **fields):
     global now, seen
@@ -524,13 +534,13 @@ def report(self, name, **fields):
         if seen == number:
             os.killpg(0, signal.SIGKILL)
 
-def mine_and_die(*arguments, **named):
-    mine(*arguments, **named)
+def mine_and_die(job, report):
+    mine(job, report)
     os.killpg(0, signal.SIGKILL)
 
-rounds.Run.report = report
+Run.report = report
 if stage.endswith("/mine"):
-    rounds.mine = mine_and_die
+    MineJob.run = mine_and_die
 main()
 """
 """`dice …`, whose whole process group is killed at the given event of the given stage (mine: when its files
@@ -577,7 +587,7 @@ def test_a_run_that_was_killed_in_every_stage_ends_as_an_unkilled_one(whole: Pat
             process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
             assert process.wait(300) == -signal.SIGKILL, (tmp_path / "output").read_text()
         assert gone(process.pid)
-        at = STAGES.index(stage)
+        at = ROUND_STAGES.index(stage)
         statuses = [entry["status"] for entry in run_status(folder)["entries"]]
         assert statuses == ["done"] * at + ["stopped"] + ["to do"] * (5 - at)
         left = sorted((folder / "round-01").glob(name))
@@ -592,7 +602,7 @@ def test_a_run_that_was_killed_in_every_stage_ends_as_an_unkilled_one(whole: Pat
     redone = [(name, status) for name in STAGE_NAMES[4:] for status in ("running", "done")]
     assert told.stages() == [*KEPT[:4], *redone]
     notes = [fields["text"] for event, fields in told.events if event == "note"]
-    assert any(note.startswith("training goes on from checkpoint-") for note in notes)
+    assert any(note.startswith("training resumes from checkpoint-") for note in notes)
     # A shard that was whole when the kill came is never written again.
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
@@ -630,7 +640,7 @@ def test_sigterm_ends_a_run_that_can_go_on(config: RunConfig, tmp_path: Path) ->
         process.kill()
     told = (tmp_path / "err").read_text()
     assert said == (5, ""), told
-    assert told.strip().splitlines()[-1].endswith(f"Go on with: dice resume {folder}")
+    assert told.strip().splitlines()[-1].endswith(f"Continue with: dice resume {folder}")
     assert "Traceback" not in told
     assert gone(process.pid)
     assert run_status(folder)["state"] == "stopped"

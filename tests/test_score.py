@@ -94,7 +94,7 @@ def test_what_it_tells(run: Stage) -> None:
     assert run.of("throughput", "sequences") == [4, 4, 4, 4]  # a response of no tokens is not run
     tokens = [sum(map(len, frame["token_ids"])) for frame in run.frames]
     assert all(ran > own for ran, own in zip(run.of("throughput", "tokens"), tokens * 2, strict=True))
-    assert not run.of("item", "number")  # of the dealer's alone
+    assert not run.of("shard_complete", "number")  # for the dispatcher alone
     assert not run.of("advance", "count")
 
 

@@ -16,11 +16,13 @@ from tiny_stage import BETA, KEYS, Stage
 from dice_py.errors import DataError
 from dice_py.models.loading import release_held
 from dice_py.scoring import scorer as logps
+from dice_py.scoring.gate import gate_rows
 from dice_py.scoring.shards import Columns, Shard
 from dice_py.stages import score as stage
+from dice_py.storage.keys import digest
 from dice_py.storage.parquet import parquet_key, write_parquet
 
-SAMPLED = [True, True]
+SAMPLED = (True, True)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +223,7 @@ def test_a_shard_with_what_is_no_number_is_scored_though_the_gate_passed(
         Shard(file, out, half, key, sampled=True)
         for file, out, half, key in zip(run.generations, run.files, run.halves, KEYS, strict=True)
     ]
-    drawn = {shard.key: rows for shard, rows in stage._gate_rows(3, shards, Columns(), gate_key())}
+    drawn = {shard.key: rows for shard, rows in gate_rows(3, shards, Columns(), gate_key())}
     unseen = next(row for row in range(4) if row not in drawn.get(KEYS[1], []))
     values = [frame["sampled_logp"].to_list() for frame in run.frames]
     values[1][unseen] = float("nan")
@@ -289,7 +291,7 @@ def test_samples_without_their_logps(run: Stage) -> None:
 
 
 def gate_key(keys: list[str] = KEYS) -> str:
-    return stage.digest("gate", keys)
+    return digest("gate", keys)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -303,14 +305,14 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_resume_takes_the_gate_that_was_measured(run: Stage, monkeypatch: pytest.MonkeyPatch, nats: float) -> None:
     off_by(run, nats)
     with monkeypatch.context() as patch:
-        interrupt(patch, "_finish")
+        interrupt(patch, "write_scores")
         with pytest.raises(KeyboardInterrupt):
             run(sampled=SAMPLED)
     assert sorted(run.out.iterdir()) == [run.gate_file, *run.halves]
     measured = json.loads(run.gate_file.read_text())
     assert measured["key"] == gate_key()
     with monkeypatch.context() as patch:
-        interrupt(patch, "measure_gate")
+        interrupt(patch, "MeasureGate")
         made = run(sampled=SAMPLED)
     assert made.gate == measured["gate"]
     assert made.gate["passed"] is (nats == 0.0)
@@ -339,7 +341,7 @@ def test_the_draw_is_seeded(run: Stage) -> None:
     ]
 
     def draw(count: int, key: str) -> list[tuple[str, int]]:
-        found = stage._gate_rows(count, shards, Columns(), key)
+        found = gate_rows(count, shards, Columns(), key)
         assert all(rows == sorted(set(rows)) for _, rows in found)
         return [(shard.key, row) for shard, rows in found for row in rows]
 

@@ -42,7 +42,7 @@ def test_two_processes_give_the_files_of_one(run: Stage, tmp_path: Path) -> None
     run(out=here)
     want = [pl.read_parquet(here / file.name) for file in run.files]
     run.came_with(want[0]["logp"].to_list(), [None] * 4)
-    made = run(devices=TWO, sampled=[True, False])
+    made = run(devices=TWO, sampled=(True, False))
     assert made.gate is not None
     assert (made.gate["passed"], made.gate["responses"]) == (True, 4)
     assert made.files == run.files

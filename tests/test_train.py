@@ -1,4 +1,4 @@
-"""Stage 5: what the trainer starts from, refuses, saves, keeps and goes on from."""
+"""Stage 5: the check at step 0, the pairs that are trained on, the saved model, and resuming from checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import DataError
 from dice_py.models.loading import load_model
 from dice_py.models.tokenization import load_tokenizer
-from dice_py.stages.train import train
+from dice_py.stages.train import TrainJob
 from dice_py.storage.files import read_json
 from dice_py.storage.parquet import write_parquet
 from dice_py.training.checkpoints import is_trained
@@ -60,18 +60,20 @@ class Stage:
 
     def __call__(self, pairs: pl.DataFrame | None = None, key: str = "k", **changed: Any) -> dict[str, Any]:
         self.events.clear()
-        training_set = self.folder / "training_set.parquet"
-        write_parquet(training_set, self.pairs if pairs is None else pairs, key="mixed")
-        return train(
+        write_parquet(self.folder / "training_set.parquet", self.pairs if pairs is None else pairs, key="mixed")
+        return self.job(key, **changed).run(self.report).counts
+
+    def job(self, key: str = "k", **changed: Any) -> TrainJob:
+        """`key`: of the training set. The job's own key depends on it."""
+        return TrainJob(
             CONFIG.model_copy(update=changed),
             CPU,
             policy=self.policy,
-            training_set=training_set,
+            training_set=self.folder / "training_set.parquet",
+            training_set_key=key,
             out=self.out,
             beta=0.1,
             seed=7,
-            key=key,
-            report=self.report,
         )
 
     def report(self, event: str, **fields: Any) -> None:
@@ -123,12 +125,12 @@ def test_first_logged_loss_is_ln_2(trained: tuple[Stage, dict[str, Any]]) -> Non
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_model_folder_is_whole(trained: tuple[Stage, dict[str, Any]], llama: Path) -> None:
+def test_model_folder_is_complete(trained: tuple[Stage, dict[str, Any]], llama: Path) -> None:
     run, counts = trained
-    assert read_json(run.model / "dice.json") == {"key": "k", "counts": counts}
-    assert is_trained(run.model, "k")
-    assert not is_trained(run.model, "another")
-    assert not is_trained(run.out, "k")
+    assert read_json(run.model / "dice.json") == {"key": run.job().key(), "counts": counts}
+    assert is_trained(run.model, run.job().key())
+    assert not is_trained(run.model, run.job("another").key())
+    assert not is_trained(run.out, run.job().key())
     for name in ("generation_config.json", "chat_template.jinja"):
         assert (run.model / name).read_text() == (llama / name).read_text()
     model = load_model(run.model, CPU)
@@ -151,7 +153,7 @@ def test_wrong_reference_stops_at_step_0(run: Stage, side: str) -> None:
     assert "differs by up to 0.5" in str(caught.value)
     assert not run.model.exists()
     assert run.steps() == []
-    assert run()["steps"] == 6  # and with the right set it trains
+    assert run()["steps"] == 6  # It trains with the right set.
 
 
 def test_offset_that_leaves_the_loss_at_ln_2_stops_at_step_0(run: Stage) -> None:
@@ -219,13 +221,13 @@ def test_longer_pairs_are_left_out_and_counted(run: Stage, tmp_path: Path) -> No
     counts = run(max_length=limit, max_steps=1)
     assert (counts["pairs"], counts["pairs_too_long"]) == (kept, left_out)
     frame, _ = load_training_set(tmp_path / "training_set.parquet", limit)
-    assert frame.equals(run.pairs.filter(lengths <= limit))  # none is shortened
-    with pytest.raises(DataError, match=r"none of its 8 pairs can be trained on; is train\.max_length too small"):
+    assert frame.equals(run.pairs.filter(lengths <= limit))  # No pair is truncated.
+    with pytest.raises(DataError, match=r"none of its 8 pairs fits into train\.max_length \(2\); raise it"):
         run(max_length=2, key="another")
 
 
 def test_empty_training_set(run: Stage) -> None:
-    with pytest.raises(DataError, match="none of its 0 pairs"):
+    with pytest.raises(DataError, match="has no pairs"):
         run(run.pairs.clear())
 
 
@@ -243,7 +245,7 @@ def test_model_under_its_key_is_left_as_it_is(run: Stage) -> None:
     assert (run.model / "model.safetensors").stat().st_mtime_ns == time
     run(max_steps=1, key="another")
     assert run.steps() == [1]
-    assert is_trained(run.model, "another")
+    assert is_trained(run.model, run.job("another", max_steps=1).key())
 
 
 def test_same_call_gives_the_same_weights(run: Stage, trained: tuple[Stage, dict[str, Any]]) -> None:
@@ -253,30 +255,30 @@ def test_same_call_gives_the_same_weights(run: Stage, trained: tuple[Stage, dict
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)], ids=["full", "lora"])
-def test_goes_on_from_a_checkpoint_to_the_same_weights(
+def test_resume_from_a_checkpoint_gives_the_same_weights(
     run: Stage, trained: tuple[Stage, dict[str, Any]], tmp_path: Path, lora: LoraConfig | None
 ) -> None:
-    whole = Stage(run.policy, run.pairs, tmp_path / "whole")
-    (tmp_path / "whole").mkdir()
-    want = whole(lora=lora) if lora else trained[1]
+    uninterrupted = Stage(run.policy, run.pairs, tmp_path / "uninterrupted")
+    uninterrupted.folder.mkdir()
+    want = uninterrupted(lora=lora) if lora else trained[1]
     run.interrupt_at = 5  # inside the second epoch's last step; the checkpoints are of steps 2 and 4
     with pytest.raises(KeyboardInterrupt):
         run(save_steps=2, lora=lora)
     checkpoints = run.out / "checkpoints"
     assert {file.name for file in checkpoints.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    assert all(is_trained(file, "k") for file in checkpoints.glob("checkpoint-*"))
+    assert all(is_trained(file, run.job(save_steps=2, lora=lora).key()) for file in checkpoints.glob("checkpoint-*"))
     assert not run.model.exists()
     run.interrupt_at = None
     counts = run(save_steps=2, lora=lora)
     assert run.steps() == [5, 6]
-    assert ("note", {"text": "training goes on from checkpoint-4"}) in run.events
+    assert ("note", {"text": "training resumes from checkpoint-4"}) in run.events
     assert counts == want
-    weights = (whole if lora else trained[0]).weights()
+    weights = (uninterrupted if lora else trained[0]).weights()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.weights().items())
     assert not checkpoints.exists()
 
 
-def test_checkpoint_that_is_not_whole_or_not_ours_is_not_taken(run: Stage) -> None:
+def test_incomplete_and_foreign_checkpoints_are_not_resumed_from(run: Stage) -> None:
     run.interrupt_at = 5
     with pytest.raises(KeyboardInterrupt):
         run(save_steps=2)

@@ -1,4 +1,4 @@
-"""Ranks: how the stage starts them, hears them, judges how they end, and that none outlives it."""
+"""Ranks: how the stage starts them, receives their events and failures, and that none survives it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemor
 from dice_py.training.launcher import launch
 
 HERE = Path(__file__).parent
+PYTHONPATH = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 PLAIN = [sys.executable, str(HERE / "rank_works.py")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 class Launch:
-    """`launch` of two ranks, with what was reported."""
+    """`launch` of two ranks, with the reported events."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -33,9 +35,8 @@ class Launch:
         return launch(
             command,
             rank_works.RANKS,
-            f"rank_works:{work}",
-            arguments,
-            environment={"PYTHONPATH": str(HERE), "FLAVOUR": "vanilla"},
+            partial(getattr(rank_works, work), **arguments),
+            environment={"PYTHONPATH": PYTHONPATH, "FLAVOUR": "vanilla"},
             report=self.report,
         )
 
@@ -49,7 +50,7 @@ def ranks() -> Launch:
     return Launch()
 
 
-def is_there(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -57,17 +58,17 @@ def is_there(pid: int) -> bool:
 
 
 def pids(folder: Path, count: int = rank_works.RANKS) -> list[int]:
-    """Process ids that as many ranks have left in `folder`."""
+    """Process ids that `count` ranks have left in `folder`."""
     deadline = time.monotonic() + 60
-    while len(found := [int(file.name) for file in folder.iterdir()]) < count:
+    while len(running := [int(file.name) for file in folder.iterdir()]) < count:
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.05)
-    return found
+    return running
 
 
-def gone(found: list[int]) -> bool:
+def have_ended(processes: list[int]) -> bool:
     deadline = time.monotonic() + 30
-    while any(is_there(pid) for pid in found):
+    while any(is_running(pid) for pid in processes):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
@@ -105,19 +106,19 @@ def test_bug_in_a_rank_comes_with_its_traceback(ranks: Launch) -> None:
         ranks("fail", how="bug")
 
 
-def test_error_that_can_be_acted_on_comes_before_one_heard_first(ranks: Launch) -> None:
+def test_error_that_a_user_can_act_on_comes_before_an_earlier_one(ranks: Launch) -> None:
     with pytest.raises(DataError, match="row 7 is bad"):
         ranks("fail_in_turn")
 
 
-def test_rank_that_ends_without_a_word_is_no_success(ranks: Launch) -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)rank 1 of the training ended without a word.*last words"):
+def test_rank_that_ends_without_a_result_is_a_failure(ranks: Launch) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 of the training ended without a result.*last words"):
         ranks("fail", how="exit")
-    with pytest.raises(RuntimeError, match="rank 1 of the training ended without a word"):
-        ranks("half")
+    with pytest.raises(RuntimeError, match="rank 1 of the training ended without a result"):
+        ranks("exit_silently")
 
 
-def test_launcher_that_starts_nothing_is_no_success(ranks: Launch) -> None:
+def test_launcher_that_starts_no_rank_is_a_failure(ranks: Launch) -> None:
     for code in (0, 7):
         command = [sys.executable, "-c", f"print('no such option'); raise SystemExit({code})"]
         with pytest.raises(RuntimeError, match=rf"(?s)exit code of accelerate launch: {code}\).*no such option"):
@@ -137,21 +138,21 @@ def test_rank_killed_under_accelerate_is_out_of_memory(ranks: Launch, tmp_path: 
 
 
 def test_interruption_ends_all_ranks(ranks: Launch, tmp_path: Path) -> None:
-    found: list[int] = []
+    started: list[int] = []
 
     def interrupt() -> None:
-        found[:] = [int(file.name) for file in tmp_path.iterdir()]
-        if len(found) == rank_works.RANKS:
+        started[:] = [int(file.name) for file in tmp_path.iterdir()]
+        if len(started) == rank_works.RANKS:
             raise KeyboardInterrupt
 
     ranks.on_event = interrupt
     with pytest.raises(KeyboardInterrupt):
         ranks("sleep", folder=str(tmp_path))
-    assert gone(found)
+    assert have_ended(started)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_rank_outlives_the_stage(tmp_path: Path, number: signal.Signals) -> None:
+def test_no_rank_survives_the_stage(tmp_path: Path, number: signal.Signals) -> None:
     stage = subprocess.Popen(
         [
             sys.executable,
@@ -159,13 +160,13 @@ def test_no_rank_outlives_the_stage(tmp_path: Path, number: signal.Signals) -> N
             "import sys; from test_train_launch import Launch; Launch()('sleep', folder=sys.argv[1])",
             str(tmp_path),
         ],
-        env={**os.environ, "PYTHONPATH": str(HERE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     try:
-        found = pids(tmp_path)
+        started = pids(tmp_path)
         launchers = Path(f"/proc/{stage.pid}/task/{stage.pid}/children").read_text().split()
         assert launchers
     finally:
         stage.send_signal(number)
         stage.wait()
-    assert gone([*found, *map(int, launchers)])
+    assert have_ended([*started, *map(int, launchers)])

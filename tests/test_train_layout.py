@@ -1,4 +1,4 @@
-"""Which processes a training gets, by which strategy, and what accelerate and DeepSpeed read in the files for it."""
+"""The processes and the strategy of a training, and how accelerate and DeepSpeed read the files for it."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if DeepSpeed were installed, for who looks for it."""
-    found = importlib.util.find_spec
+    """As if DeepSpeed were installed."""
+    original = importlib.util.find_spec
 
     def find_spec(name: str, *rest: Any) -> Any:
-        return object() if name == "deepspeed" else found(name, *rest)
+        return object() if name == "deepspeed" else original(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
@@ -54,7 +54,7 @@ def config(**changed: Any) -> TrainConfig:
 # --- lay_out --------------------------------------------------------------------------------------------------
 
 
-def test_cpu_is_one_process_unless_told() -> None:
+def test_cpu_is_one_process_unless_configured() -> None:
     assert lay_out(config(), CPU, ALL) == ProcessLayout()
     assert lay_out(config(processes=3), CPU, ALL) == ProcessLayout(3, "ddp")
     assert lay_out(config(processes=3), CPU, None) == ProcessLayout(3, "ddp")
@@ -85,42 +85,46 @@ def test_without_devices_auto_is_the_first_gpu() -> None:
 
 @pytest.mark.usefixtures("gpus")
 def test_as_many_gpus_as_the_batch_divides_among() -> None:
-    said: list[str] = []
-    layout = lay_out(config(batch_size=16), AUTO, ALL, lambda event, **fields: said.append(fields["text"]))
+    notes: list[str] = []
+    layout = lay_out(config(batch_size=16), AUTO, ALL, lambda event, **fields: notes.append(fields["text"]))
     assert layout.gpus == ("3", "GPU-ab12")
-    assert said == [
-        "training takes 2 of 3 GPUs: train.batch_size (16) must be a multiple of "
+    assert notes == [
+        "training uses 2 of 3 GPUs: train.batch_size (16) must be a multiple of "
         "train.per_device_train_batch_size (2) × processes"
     ]
     assert lay_out(config(batch_size=2), AUTO, ALL).processes == 1
 
 
 @pytest.mark.usefixtures("gpus")
-def test_one_process_does_not_shard_and_says_so() -> None:
-    said: list[str] = []
+def test_note_that_one_process_does_not_shard() -> None:
+    notes: list[str] = []
     layout = lay_out(
-        config(strategy="fsdp2"), AUTO, DevicesConfig(gpus=[0]), lambda event, **fields: said.append(fields["text"])
+        config(strategy="fsdp2"), AUTO, DevicesConfig(gpus=[0]), lambda event, **fields: notes.append(fields["text"])
     )
     assert layout.strategy == "none"
-    assert said == ["training is one process, which has nothing to shard (fsdp2) with"]
+    assert notes == ["training runs in one process, so train.strategy=fsdp2 has nothing to shard"]
 
 
 @pytest.mark.usefixtures("gpus")
 def test_more_processes_than_gpus() -> None:
-    with pytest.raises(UsageError, match=r"train\.processes is 4, but training has 3 GPU\(s\) to use"):
+    with pytest.raises(UsageError, match=r"train\.processes is 4, but training can use 3 GPU\(s\)"):
         lay_out(config(processes=4), AUTO, ALL)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_cpu_does_not_shard(strategy: str) -> None:
-    with pytest.raises(UsageError, match=rf"train\.strategy is {strategy}, which needs GPUs; on the CPU take ddp"):
+    with pytest.raises(
+        UsageError, match=rf"train\.strategy is {strategy}, which needs GPUs; on the CPU, set it to ddp"
+    ):
         lay_out(config(processes=2, strategy=strategy), CPU, ALL)
 
 
 @pytest.mark.usefixtures("gpus")
 def test_zero3_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else found(name, *a))
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else original(name, *rest)
+    )
     with pytest.raises(UsageError, match=r"DeepSpeed is not installed; add it with: pip install deepspeed$"):
         lay_out(config(strategy="zero3"), AUTO, ALL)
 
@@ -132,7 +136,9 @@ def test_zero3() -> None:
 
 def test_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match=r"WORLD_SIZE=4.*run dice alone, unset WORLD_SIZE, and set train\.processes"):
+    with pytest.raises(
+        UsageError, match=r"WORLD_SIZE=4.*run dice without a launcher, unset WORLD_SIZE, and set train\.processes"
+    ):
         lay_out(config(), CPU, ALL)
 
 
@@ -147,21 +153,21 @@ def test_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch) -> Non
             r"batch_size \(32\) must be a multiple of per_device_train_batch_size × processes \(4 × 3\)",
         ),
         (["train.accelerate_config=a.yaml", "train.processes=2"], "leave out processes and strategy"),
-        (["train.lora.r=2", "train.strategy=fsdp2"], "with lora, take ddp"),
+        (["train.lora.r=2", "train.strategy=fsdp2"], "set strategy=ddp"),
         (["train.strategy=fsdp"], "'auto', 'ddp', 'fsdp2' or 'zero3'"),
         (["train.processes=0"], "train.processes"),
     ],
 )
-def test_settings_that_cannot_be(settings: list[str], message: str) -> None:
+def test_settings_that_are_rejected(settings: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve([], settings)
 
 
-def test_how_the_work_is_spread_is_not_decisive() -> None:
+def test_how_the_work_is_spread_is_not_in_keys() -> None:
     one, other = config(), config(processes=3, strategy="ddp")
-    assert one.decisive() == other.decisive() == config(accelerate_config="a.yaml").decisive()
-    assert one.decisive() != config(learning_rate=1.0).decisive()
-    assert set(one.model_dump()) - set(one.decisive()) == {"processes", "strategy", "accelerate_config"}
+    assert one.key_fields() == other.key_fields() == config(accelerate_config="a.yaml").key_fields()
+    assert one.key_fields() != config(learning_rate=1.0).key_fields()
+    assert set(one.model_dump()) - set(one.key_fields()) == {"processes", "strategy", "accelerate_config"}
 
 
 # --- the user's own file --------------------------------------------------------------------------------------
@@ -174,48 +180,48 @@ def own(folder: Path, text: str) -> TrainConfig:
 
 
 def test_own_file_is_used_as_it_is(tmp_path: Path) -> None:
-    given = own(tmp_path, "num_processes: 2\n")
-    layout = lay_out(given, CPU, ALL)
+    settings = own(tmp_path, "num_processes: 2\n")
+    layout = lay_out(settings, CPU, ALL)
     assert layout == ProcessLayout(2, "own", own=tmp_path / "own.yaml")
-    assert write_accelerate_config(layout, given, tmp_path / "out") == tmp_path / "own.yaml"
+    assert write_accelerate_config(layout, settings, tmp_path / "out") == tmp_path / "own.yaml"
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mixed_precision: bf16\n", "has no num_processes; give a file that `accelerate config` wrote"),
+        ("mixed_precision: bf16\n", "has no num_processes; use a file that `accelerate config` wrote"),
         ("- 1\n", "has no num_processes"),
         ("num_processes: '2'\n", "has no num_processes"),
         ("a: [\n", "is not YAML"),
-        ("num_processes: 8\nnum_machines: 2\n", "is for several machines; training runs on one"),
+        ("num_processes: 8\nnum_machines: 2\n", "is for several machines, but training runs on one"),
         (
             "num_processes: 5\n",
             r"must be a multiple of train\.per_device_train_batch_size × num_processes of .*own\.yaml \(2 × 5",
         ),
     ],
 )
-def test_own_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+def test_own_file_that_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         lay_out(own(tmp_path, text), CPU, ALL)
 
 
-def test_own_file_that_is_not_there() -> None:
+def test_own_file_that_does_not_exist() -> None:
     with pytest.raises(UsageError, match=r"train\.accelerate_config: /nowhere\.yaml: No such file"):
         lay_out(config(accelerate_config="/nowhere.yaml"), CPU, ALL)
 
 
 @pytest.mark.usefixtures("gpus")
 def test_own_file_for_more_gpus(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is for 4 processes, but training has 3 GPU"):
+    with pytest.raises(UsageError, match=r"is for 4 processes, but training can use 3 GPU"):
         lay_out(own(tmp_path, "num_processes: 4\n"), AUTO, ALL)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_that_can_be_gone_on_from(tmp_path: Path) -> None:
-    assert ProcessLayout().checkpoints == ProcessLayout(4, "ddp", "cuda").checkpoints  # whole ones
+def test_layouts_that_can_resume_from_each_other(tmp_path: Path) -> None:
+    assert ProcessLayout().checkpoints == ProcessLayout(4, "ddp", "cuda").checkpoints  # not sharded
     sharded = [ProcessLayout(n, strategy, "cuda").checkpoints for strategy in ("fsdp2", "zero3") for n in (2, 4)]
     mine, yours = tmp_path / "a.yaml", tmp_path / "b.yaml"
     mine.write_text("num_processes: 2")
@@ -228,9 +234,9 @@ def test_checkpoints_that_can_be_gone_on_from(tmp_path: Path) -> None:
 
 
 def launcher_arguments(file: Path) -> Any:
-    """What `accelerate launch` makes of the file."""
-    given = ["--config_file", str(file), "--module", "dice_py.training.launcher", "ADDRESS"]
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
+    """The arguments of `accelerate launch`, after it has read the file."""
+    command = ["--config_file", str(file), "--module", "dice_py.training.launcher", "ADDRESS"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
     return arguments
 
 
@@ -262,11 +268,11 @@ def test_fsdp2_as_accelerate_reads_it(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_ddp_as_accelerate_reads_it(tmp_path: Path, device: Any) -> None:
     arguments = launcher_arguments(write_accelerate_config(ProcessLayout(2, "ddp", device), config(), tmp_path))
-    assert arguments.multi_gpu  # what starts several processes, on the CPU too
+    assert arguments.multi_gpu  # starts several processes, on the CPU too
     assert not arguments.use_fsdp
     assert not arguments.use_deepspeed
     assert prepare_multi_gpu_env(arguments)["ACCELERATE_MIXED_PRECISION"] == "no"  # model.dtype decides
-    assert arguments.main_process_port != 0  # one that is free was found
+    assert arguments.main_process_port != 0  # a free one was found
 
 
 def test_zero3_as_accelerate_reads_it(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-"""Training in two processes: the same model as in one, the same checks, checkpoints, and no success where one fails.
+"""Training in two processes: the same model as in one, the same checks, checkpoints, and failures of a rank.
 
-One test goes through `accelerate launch`; in the others tests/fork_ranks.py stands in for it, to save the imports.
-Shards on the CPU: tests/sharded_on_cpu.py.
+One test uses `accelerate launch`. In the others tests/fork_ranks.py replaces it, to save the time of the imports.
+tests/sharded_on_cpu.py shards on the CPU.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import sharded_on_cpu
 import torch
 from safetensors.torch import load_file
 from tiny_models import make_llama, make_qwen2
@@ -31,13 +33,14 @@ from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages import train as stage
-from dice_py.stages.train import train
+from dice_py.stages.train import TrainJob
 from dice_py.storage.files import read_json
 from dice_py.storage.parquet import write_parquet
 from dice_py.training.checkpoints import is_trained
 from dice_py.training.parallelism import ProcessLayout
 
 HERE = Path(__file__).parent
+PYTHONPATH = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 CONFIG = TrainConfig(
     learning_rate=1e-3,
     lr_scheduler_type="cosine",
@@ -75,18 +78,20 @@ class Stage:
 
     def __call__(self, pairs: pl.DataFrame | None = None, key: str = "k", **changed: Any) -> dict[str, Any]:
         self.events.clear()
-        training_set = self.folder / "training_set.parquet"
-        write_parquet(training_set, self.pairs if pairs is None else pairs, key="mixed")
-        return train(
+        write_parquet(self.folder / "training_set.parquet", self.pairs if pairs is None else pairs, key="mixed")
+        return self.job(key, **changed).run(self.report).counts
+
+    def job(self, key: str = "k", **changed: Any) -> TrainJob:
+        """`key`: of the training set. The job's own key depends on it."""
+        return TrainJob(
             CONFIG.model_copy(update=changed),
             self.models,
             policy=self.policy,
-            training_set=training_set,
+            training_set=self.folder / "training_set.parquet",
+            training_set_key=key,
             out=self.out,
             beta=0.1,
             seed=7,
-            key=key,
-            report=self.report,
         )
 
     def report(self, event: str, **fields: Any) -> None:
@@ -108,14 +113,14 @@ def run(llama: Path, pairs: pl.DataFrame, tmp_path: Path) -> Stage:
 
 @pytest.fixture(scope="module")
 def alone(llama: Path, pairs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """What one process trains."""
-    made = Stage(llama, pairs, tmp_path_factory.mktemp("alone"))
-    made()
-    return made
+    """A stage that has trained in one process."""
+    stage = Stage(llama, pairs, tmp_path_factory.mktemp("alone"))
+    stage()
+    return stage
 
 
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference of a weight, of models that have the same ones in the same types."""
+def max_abs_diff(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a weight; the weights must have the same names and dtypes."""
     assert {name: value.dtype for name, value in one.items()} == {name: value.dtype for name, value in other.items()}
     return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
 
@@ -125,19 +130,19 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 
 def test_two_processes_train_the_same_model(run: Stage, alone: Stage) -> None:
     counts = run(processes=2)
-    assert apart(run.weights(), alone.weights()) < NEAR
+    assert max_abs_diff(run.weights(), alone.weights()) < NEAR
     assert counts["steps"] == 6
     assert counts["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert run.steps() == [1, 2, 3, 4, 5, 6]
-    assert read_json(run.model / "dice.json") == {"key": "k", "counts": counts}
+    assert read_json(run.model / "dice.json") == {"key": run.job(processes=2).key(), "counts": counts}
     for file in alone.model.iterdir():
         if file.suffix in (".json", ".jinja") and file.name not in ("train_log.json", "dice.json"):
             assert (run.model / file.name).read_text() == file.read_text()
     assert sorted(file.name for file in run.model.iterdir()) == sorted(file.name for file in alone.model.iterdir())
-    losses = [[entry["loss"] for entry in read_json(made.model / "train_log.json")[:6]] for made in (run, alone)]
+    losses = [[entry["loss"] for entry in read_json(stage.model / "train_log.json")[:6]] for stage in (run, alone)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert sorted(file.name for file in run.out.iterdir()) == ["accelerate.yaml", "model"]
-    assert run(processes=2) == counts  # whole under its key: nothing is started
+    assert run(processes=2) == counts  # The model is complete, so no process starts.
     assert run.events == []
 
 
@@ -150,7 +155,7 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]
     socket = tmp_path_factory.mktemp("f") / "s"
     process = subprocess.Popen(
         [sys.executable, str(HERE / "fork_ranks.py"), str(socket)],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
     )
     try:
         while not Path(f"{socket}.ready").exists():
@@ -164,7 +169,7 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]
 
 @pytest.fixture
 def forked(forker: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Ranks are forked. Returns the id of their parent."""
+    """Makes ranks forks. Returns the process id of their parent."""
     launch = stage.launch
 
     def from_fork(command: list[str], *rest: Any, **named: Any) -> Any:
@@ -177,7 +182,7 @@ def forked(forker: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture
 def sharded(forked: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several processes are FSDP2's."""
+    """Makes several processes use FSDP2."""
     launch = stage.launch
 
     def with_shards(command: list[str], *rest: Any, **named: Any) -> Any:
@@ -197,13 +202,13 @@ def test_ddp(run: Stage, tmp_path: Path, changed: dict[str, Any]) -> None:
     (tmp_path / "alone").mkdir()
     one = Stage(run.policy, run.pairs, tmp_path / "alone")
     one(**changed)
-    assert apart(run.weights(), one.weights()) < NEAR
+    assert max_abs_diff(run.weights(), one.weights()) < NEAR
 
 
 @pytest.mark.usefixtures("sharded")
 def test_fsdp2(run: Stage, alone: Stage) -> None:
     counts = run(**TWO)
-    assert apart(run.weights(), alone.weights()) < NEAR
+    assert max_abs_diff(run.weights(), alone.weights()) < NEAR
     assert counts["step0_max_abs_difference"] < 1e-4
     assert (run.model / "config.json").read_text() == (alone.model / "config.json").read_text()
     assert run.steps() == [1, 2, 3, 4, 5, 6]
@@ -215,19 +220,19 @@ def test_fsdp2_with_activation_checkpointing_and_accumulation(run: Stage, tmp_pa
     (tmp_path / "alone").mkdir()
     one = Stage(run.policy, run.pairs, tmp_path / "alone")
     one(batch_size=8)
-    assert apart(run.weights(), one.weights()) < NEAR
+    assert max_abs_diff(run.weights(), one.weights()) < NEAR
 
 
 @pytest.mark.usefixtures("sharded")
 def test_fsdp2_of_tied_embeddings(tmp_path: Path) -> None:
     policy = make_qwen2(tmp_path / "qwen2")
     two, one = (Stage(policy, scored_pairs(policy, 8), tmp_path / name) for name in ("two", "one"))
-    for made in (two, one):
-        made.folder.mkdir()
+    for run in (two, one):
+        run.folder.mkdir()
     two(**TWO)
     one()
     assert "lm_head.weight" not in two.weights()
-    assert apart(two.weights(), one.weights()) < 1e-5
+    assert max_abs_diff(two.weights(), one.weights()) < 1e-5
     assert AutoModelForCausalLM.from_pretrained(two.model).lm_head.weight.isfinite().all()
 
 
@@ -246,7 +251,7 @@ def test_fsdp2_in_bfloat16_saves_the_stored_type(llama: Path, tmp_path: Path) ->
     assert counts["final_loss"] < 0.5 * math.log(2)
     assert {value.dtype for value in run.weights().values()} == {torch.bfloat16}
     assert read_json(run.model / "config.json")["dtype"] == "bfloat16"
-    assert apart(run.weights(), load_file(policy / "model.safetensors")) > 0
+    assert max_abs_diff(run.weights(), load_file(policy / "model.safetensors")) > 0
 
 
 @pytest.mark.usefixtures("sharded")
@@ -254,17 +259,18 @@ def test_fsdp2_has_no_reference_model_and_sums_in_float32(
     run: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     launch = stage.launch
-    found: dict[str, Any] = {}
+    setup: dict[str, Any] = {}
 
-    def look(command: list[str], ranks: int, work: str, arguments: dict[str, Any], **named: Any) -> Any:
-        found.update(launch(command, ranks, "sharded_on_cpu:look", arguments, **named))
+    def launch_inspection(command: list[str], ranks: int, work: functools.partial[Any], **named: Any) -> Any:
+        inspection = functools.partial(sharded_on_cpu.inspect_setup, *work.args, **work.keywords)
+        setup.update(launch(command, ranks, inspection, **named))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "launch", look)
+    monkeypatch.setattr(stage, "launch", launch_inspection)
     run.models = ModelConfig(device="cpu", dtype="bfloat16")
     with pytest.raises(KeyboardInterrupt):
         run(step0_tolerance=1.0, **TWO)
-    assert found == {
+    assert setup == {
         "models_loaded": 1,
         "hashes": 0,
         "reference": None,
@@ -278,16 +284,16 @@ def test_fsdp2_has_no_reference_model_and_sums_in_float32(
 
 
 @pytest.mark.usefixtures("sharded")
-def test_fsdp2_goes_on_from_a_checkpoint(run: Stage, alone: Stage) -> None:
+def test_fsdp2_resumes_from_a_checkpoint(run: Stage, alone: Stage) -> None:
     interrupt(run, at=5, save_steps=2, **TWO)
     checkpoints = run.out / "checkpoints"
     for file in checkpoints.glob("checkpoint-*"):
-        assert read_json(file / "dice.json") == {"key": "k", "layout": "fsdp2 of 2"}
+        assert read_json(file / "dice.json") == {"key": run.job(save_steps=2, **TWO).key(), "layout": "fsdp2 of 2"}
     assert not run.model.exists()
     run(save_steps=2, **TWO)
     assert run.steps() == [5, 6]
-    assert ("note", {"text": "training goes on from checkpoint-4"}) in run.events
-    assert apart(run.weights(), alone.weights()) < NEAR
+    assert ("note", {"text": "training resumes from checkpoint-4"}) in run.events
+    assert max_abs_diff(run.weights(), alone.weights()) < NEAR
     assert not checkpoints.exists()
 
 
@@ -303,22 +309,22 @@ def interrupt(run: Stage, at: int, **changed: Any) -> None:
 
 
 @pytest.mark.usefixtures("sharded")
-def test_checkpoint_in_shards_is_nothing_for_one_process(run: Stage, alone: Stage) -> None:
+def test_one_process_ignores_a_checkpoint_in_shards(run: Stage, alone: Stage) -> None:
     interrupt(run, at=3, save_steps=2, **TWO)
     assert run(save_steps=None)["steps"] == 6
     assert run.steps() == [1, 2, 3, 4, 5, 6]
-    assert apart(run.weights(), alone.weights()) == 0
+    assert max_abs_diff(run.weights(), alone.weights()) == 0
 
 
 @pytest.mark.usefixtures("forked")
-def test_one_process_goes_on_from_a_checkpoint_of_two_under_ddp(run: Stage, alone: Stage) -> None:
+def test_one_process_resumes_from_a_checkpoint_of_ddp(run: Stage, alone: Stage) -> None:
     interrupt(run, at=5, save_steps=2, **TWO)
     run(save_steps=2)
     assert run.steps() == [5, 6]
-    assert apart(run.weights(), alone.weights()) < NEAR
+    assert max_abs_diff(run.weights(), alone.weights()) < NEAR
 
 
-# Row 1 is checked by rank 1 alone; the loss that is told is the mean over all eight pairs.
+# Rank 1 alone checks row 1. The reported loss is the mean over all eight pairs.
 ROW_1 = pl.int_range(pl.len()) == 1
 
 
@@ -356,7 +362,7 @@ def test_weights_that_are_not_finite_are_not_saved(run: Stage) -> None:
     assert not run.model.exists()
 
 
-def test_rank_that_dies_is_no_success(run: Stage, forked: int) -> None:
+def test_rank_that_is_killed_is_a_failure(run: Stage, forked: int) -> None:
     def kill_one(step: int) -> None:
         if step == 2:
             ranks = Path(f"/proc/{forked}/task/{forked}/children").read_text().split()
@@ -366,7 +372,7 @@ def test_rank_that_dies_is_no_success(run: Stage, forked: int) -> None:
     with pytest.raises(OutOfMemoryError, match=r"rank \d of the training was killed \(signal 9") as caught:
         run(num_train_epochs=1000.0, **TWO)
     assert caught.value.exit_code == 4
-    assert not is_trained(run.model, "k")
+    assert not is_trained(run.model, run.job(num_train_epochs=1000.0, **TWO).key())
     assert not run.model.exists()
 
 
@@ -379,7 +385,7 @@ def test_zero3(run: Stage, alone: Stage, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(stage, "launch", with_zero)
     monkeypatch.setattr(stage, "lay_out", lambda config, *_: ProcessLayout(2, "zero3"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     run(**TWO)
-    assert apart(run.weights(), alone.weights()) < NEAR
+    assert max_abs_diff(run.weights(), alone.weights()) < NEAR
     assert (run.model / "config.json").read_text() == (alone.model / "config.json").read_text()

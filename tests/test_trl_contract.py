@@ -1,6 +1,6 @@
-"""What training/trainer.py takes for granted of the installed TRL: one test for each hook, name and output.
+"""What training/trainer.py relies on in the installed TRL: one test for each hook, name and output.
 
-A new TRL that breaks one of these breaks training; widen its range in pyproject.toml only when all pass.
+A version of TRL that fails one of these tests breaks training. Widen its range in pyproject.toml only if all pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import polars as pl
 import pytest
 import torch
 import trl
-from datasets import Dataset
 from packaging.requirements import Requirement
 from tiny_models import make_llama
 from tiny_sets import CPU, scored_pairs
@@ -27,10 +26,8 @@ from trl.trainer import dpo_trainer
 from trl.trainer import utils as trl_utils
 
 from dice_py.config.training import LoraConfig, TrainConfig
-from dice_py.models.loading import load_model
-from dice_py.models.tokenization import load_tokenizer
 from dice_py.training.dataset import COLUMNS
-from dice_py.training.trainer import peft_config, trainer_arguments, trainer_class
+from dice_py.training.trainer import build_trainer, trainer_arguments, trainer_class
 
 CONFIG = TrainConfig(batch_size=4, per_device_train_batch_size=4, save_steps=None, warmup_steps=0)
 
@@ -46,14 +43,8 @@ def pairs(llama: Path) -> pl.DataFrame:
 
 
 def build(llama: Path, pairs: pl.DataFrame, out: Path, lora: LoraConfig | None = None) -> DPOTrainer:
-    """The trainer as dice_py.training.trainer.train_rank builds it."""
-    return trainer_class()(
-        model=load_model(llama, CPU, training=True),
-        args=trainer_arguments(CONFIG, CPU, out, 0.1, 0),
-        train_dataset=Dataset(pairs.select(COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
-        processing_class=load_tokenizer(llama, CPU),
-        peft_config=peft_config(lora),
-    )
+    config = CONFIG.model_copy(update={"lora": lora})
+    return build_trainer(config, CPU, policy=llama, pairs=pairs, folder=out, beta=0.1, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +75,7 @@ def test_hooks_have_their_parameters(hook: str, parameters: list[str]) -> None:
     assert list(inspect.signature(getattr(trainer_class(), hook)).parameters) == parameters
 
 
-def test_arguments_that_are_given_exist(tmp_path: Path) -> None:
+def test_arguments_exist(tmp_path: Path) -> None:
     arguments = trainer_arguments(CONFIG, CPU, tmp_path, 0.1, 0)
     assert isinstance(arguments, DPOConfig)
     assert arguments.precompute_ref_log_probs
@@ -95,7 +86,7 @@ def test_arguments_that_are_given_exist(tmp_path: Path) -> None:
     assert (weighted.loss_type, weighted.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
 
 
-def test_dataset_is_what_was_given(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
+def test_dataset_is_unchanged(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
     assert trainer.train_dataset.column_names == COLUMNS
     assert pl.DataFrame(trainer.train_dataset.to_dict(), schema=pairs.schema).equals(pairs)
 
@@ -128,7 +119,7 @@ def test_batches_of_the_loader_are_the_collators(trainer: DPOTrainer, pairs: pl.
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)], ids=["full", "lora"])
-def test_no_reference_pass_and_no_tokenising(
+def test_no_reference_pass_and_no_tokenization(
     llama: Path,
     pairs: pl.DataFrame,
     tmp_path: Path,
@@ -146,8 +137,8 @@ def test_no_reference_pass_and_no_tokenising(
     trainer = build(llama, pairs, tmp_path, lora)
     tokenizer = type(trainer.processing_class)
     for name in ("__call__", "apply_chat_template", "encode"):
-        monkeypatch.setattr(tokenizer, name, lambda *_, **__: pytest.fail("something is tokenised again"))
-    assert shapes == []  # none while it is built
+        monkeypatch.setattr(tokenizer, name, lambda *_, **__: pytest.fail("something is tokenized again"))
+    assert shapes == []  # No forward runs while it is built.
     assert trainer.ref_model is None
     trainer.train()
     assert trainer.state.global_step == 2
@@ -167,13 +158,13 @@ def test_fused_head_gives_log_probabilities(trainer: DPOTrainer, pairs: pl.DataF
         ).log_probs
     assert logps.shape == (2 * pairs.height, batch["input_ids"].shape[1] - 1)
     assert (logps[batch["completion_mask"][:, 1:] == 0] == 0).all()
-    given = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-    torch.testing.assert_close(logps.sum(dim=1), given, rtol=0, atol=1e-4)
+    stored = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+    torch.testing.assert_close(logps.sum(dim=1), stored, rtol=0, atol=1e-4)
 
 
 def test_hash_of_the_weights_is_made_for_the_reference_pass_alone(trainer: DPOTrainer) -> None:
-    # PairTrainer replaces the name `hash_module` while it is built. What it stands for is read by the hook
-    # `_precompute_ref_logps`, which it overrides, and by nothing else.
+    # PairTrainer replaces `hash_module` while it is built. The hash is read only by the hook `_precompute_ref_logps`,
+    # which it overrides.
     assert callable(dpo_trainer.hash_module)
     assert trainer._precompute_model_hash is None
     source = inspect.getsource(dpo_trainer)
@@ -187,19 +178,19 @@ def test_what_reads_is_fsdp_enabled_while_the_trainer_is_built(trainer: DPOTrain
     built = inspect.getsource(Trainer.__init__)
     after = built[built.index("self._validate_args()") :]
     assert "is_fsdp_enabled" not in after
-    assert "self.place_model_on_device" not in after  # the model is where it belongs by then
+    assert "self.place_model_on_device" not in after  # The model is on its device by then.
     own = inspect.getsource(DPOTrainer.__init__)
     read = [line.strip() for line in own.splitlines() if "is_fsdp_enabled" in line]
     assert read == [
         "if is_peft_model(self.model) or (args.precompute_ref_log_probs and not self.is_fsdp_enabled):",
-        "elif self.is_fsdp_enabled:",  # of a reference model that there is
+        "elif self.is_fsdp_enabled:",  # Of an existing reference model.
         "if self.is_fsdp_enabled and ref_model is None:",
     ]
     assert trainer.is_fsdp_enabled is False
 
 
 def test_logits_are_projected_in_tiles(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
-    # The largest tensor that the head makes in forward and backward is one tile, whatever the batch.
+    # The largest tensor of the head's forward and backward is one tile, whatever the batch.
     assert trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE == 32768
     assert chunked_logprob.TOKEN_CHUNK_SIZE == 4096
     positions, vocabulary, hidden = 64, 100, 8
@@ -212,11 +203,11 @@ def test_logits_are_projected_in_tiles(trainer: DPOTrainer, pairs: pl.DataFrame)
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
-            made = func(*args, **(kwargs or {}))
-            for tensor in made if isinstance(made, tuple | list) else [made]:
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
                 if isinstance(tensor, torch.Tensor):
                     largest = max(largest, tensor.untyped_storage().nbytes() // tensor.element_size())
-            return made
+            return result
 
     with pytest.MonkeyPatch.context() as patch, Watch():
         patch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 16)

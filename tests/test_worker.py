@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from dice_py.compute.failures import failure_fields, is_out_of_memory
-from dice_py.compute.stage_process import WarmPool, run_stage
+from dice_py.compute.stage_process import WarmPool, run_in_subprocess
 from dice_py.compute.worker import Worker
 from dice_py.errors import DataError, DiceError, DiskFullError, InterruptedRunError, OutOfMemoryError, UsageError
 from dice_py.events import Report, no_report
@@ -55,7 +56,7 @@ def stage(tmp_path: Path) -> Callable[..., Any]:
     def run(work: Any, report: Report | None = None, **arguments: Any) -> Any:
         listen = report or (lambda event, **fields: None)
         log = tmp_path / "deep" / "worker.log"
-        return run_stage(work, arguments, log=log, remedy=REMEDY, report=listen)
+        return run_in_subprocess(functools.partial(work, **arguments), log=log, remedy=REMEDY, report=listen)
 
     return run
 
@@ -139,10 +140,6 @@ def test_what_every_process_imports_is_light() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_a_stage_by_name(stage) -> None:
-    assert stage(f"{__name__}:add", left=2, right=2)["sum"] == 4
-
-
 def test_a_worker_tells_where_its_time_went(stage) -> None:
     heard: list[tuple[str, dict[str, Any]]] = []
 
@@ -151,7 +148,7 @@ def test_a_worker_tells_where_its_time_went(stage) -> None:
 
     stage(take_time, on_event, loading=0.1, working=0.2)
     with pytest.raises(UsageError, match="no result"):  # a failure has its times too
-        stage(f"{__name__}:take_time", on_event, loading=0.1, working=0.2, error=UsageError("no result"))
+        stage(take_time, on_event, loading=0.1, working=0.2, error=UsageError("no result"))
     assert [event for event, _ in heard] == ["process"] * 2
     for _, fields in heard:
         assert fields["work"] == f"{__name__}:take_time"
@@ -270,7 +267,7 @@ def test_a_worker_killed_by_the_kernel_ran_out_of_memory(stage) -> None:
 
 
 def test_a_worker_told_to_stop_was_interrupted(stage) -> None:
-    with pytest.raises(InterruptedRunError, match="told to stop") as caught:
+    with pytest.raises(InterruptedRunError, match="was terminated") as caught:
         stage(end, how="terminate")
     assert caught.value.exit_code == 5
 
@@ -299,13 +296,14 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from dice_py.storage.files import no_report\n"
-        "from dice_py.compute.stage_process import WarmPool, run_stage\n"
+        "from dice_py.events import no_report\n"
+        "import functools, test_worker\n"
+        "from dice_py.compute.stage_process import run_in_subprocess\n"
         "folder = Path(sys.argv[1])\n"
         "if __name__ == '__main__':\n"
-        "    arguments = {'pid_file': str(folder / 'pid')}\n"
+        "    work = functools.partial(test_worker.wait_long, pid_file=str(folder / 'pid'))\n"
         "    log = folder / 'worker.log'\n"
-        "    run_stage('test_worker:wait_long', arguments, log=log, remedy='', report=no_report)\n"
+        "    run_in_subprocess(work, log=log, remedy='', report=no_report)\n"
     )
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=here)
@@ -342,17 +340,20 @@ def test_a_process_that_the_worker_left_holds_nobody_up(stage, tmp_path: Path) -
 
 
 @pytest.fixture
-def spares() -> Iterator[WarmPool]:
+def pool() -> Iterator[WarmPool]:
     with WarmPool() as there:
         yield there
 
 
 @pytest.fixture
-def with_spare(tmp_path: Path) -> Callable[..., Any]:
-    """Runs `group_work:whoami` in the spare, or without one: its answer."""
+def in_warm(tmp_path: Path) -> Callable[..., Any]:
+    """Runs `group_work.whoami` in the warm process, or in a new one: its answer."""
 
-    def run(spare: Worker | None, work: str = "group_work:whoami", report: Report = no_report) -> Any:
-        return run_stage(work, {}, log=tmp_path / "worker.log", remedy=REMEDY, report=report, spare=spare)
+    def run(warm: Worker | None, report: Report = no_report) -> Any:
+        import group_work  # prints, so that a process that has imported it shows
+
+        work, log = group_work.whoami, tmp_path / "worker.log"
+        return run_in_subprocess(work, log=log, remedy=REMEDY, report=report, warm=warm)
 
     return run
 
@@ -360,43 +361,41 @@ def with_spare(tmp_path: Path) -> Callable[..., Any]:
 MODULES = ["json", "group_work"]
 
 
-def test_a_stage_works_in_the_spare(spares: WarmPool, with_spare, tmp_path: Path) -> None:
-    spares.prepare(MODULES, log=tmp_path / "spare.log")
-    spares.prepare(MODULES)  # one is enough
+def test_a_stage_works_in_the_spare(pool: WarmPool, in_warm, tmp_path: Path) -> None:
+    pool.prepare(MODULES, log=tmp_path / "spare.log")
+    pool.prepare(MODULES)  # one is enough
     assert wait_for(lambda: (tmp_path / "spare.log").exists() and "imported" in (tmp_path / "spare.log").read_text())
-    assert spares.take(["another"]) is None
-    spare = spares.take(MODULES)
-    assert spare is not None
-    assert spares.take(MODULES) is None  # it is given away
+    assert pool.take(["another"]) is None
+    warm = pool.take(MODULES)
+    assert warm is not None
+    assert pool.take(MODULES) is None  # it is given away
     heard: list[tuple[str, dict[str, Any]]] = []
-    found = with_spare(spare, report=lambda event, **fields: heard.append((event, fields)))
-    assert found["pid"] == spare.pid != os.getpid()
+    found = in_warm(warm, report=lambda event, **fields: heard.append((event, fields)))
+    assert found["pid"] == warm.pid != os.getpid()
     assert [event for event, _ in heard] == ["note", "process"]
     assert (tmp_path / "spare.log").read_text() == "group_work is imported\n"
     assert (tmp_path / "worker.log").read_text() == "printed by the work\n"
     seconds = heard[-1][1]["seconds"]
     assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=0.005)
     assert all(value >= 0 for value in seconds.values())
-    assert gone(spare.pid)
+    assert gone(warm.pid)
 
 
-def test_a_spare_that_is_not_done_yet_goes_on_with_the_work(spares: WarmPool, with_spare) -> None:
-    spares.prepare(MODULES)
-    spare = spares.take(MODULES)
-    assert spare is not None
-    assert with_spare(spare)["pid"] == spare.pid
+def test_a_spare_that_is_not_done_yet_goes_on_with_the_work(pool: WarmPool, in_warm) -> None:
+    pool.prepare(MODULES)
+    warm = pool.take(MODULES)
+    assert warm is not None
+    assert in_warm(warm)["pid"] == warm.pid
 
 
-def test_a_spare_works_in_the_environment_of_its_work(
-    spares: WarmPool, with_spare, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_spare_works_in_the_environment_of_its_work(pool: WarmPool, in_warm, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = "PYTORCH_NVML_BASED_CUDA_CHECK"
     monkeypatch.delenv(nvml, raising=False)
     monkeypatch.setenv("FOR_A_WHILE", "1")
-    spares.prepare(MODULES)
+    pool.prepare(MODULES)
     monkeypatch.delenv("FOR_A_WHILE")
     monkeypatch.setenv("SINCE_THEN", "2")
-    found = with_spare(spares.take(MODULES))
+    found = in_warm(pool.take(MODULES))
     assert found["at_import"][nvml] == "1"  # the CUDA driver is left alone
     assert nvml not in found["now"]
     assert found["at_import"]["FOR_A_WHILE"] == "1"
@@ -404,62 +403,61 @@ def test_a_spare_works_in_the_environment_of_its_work(
     assert found["now"]["SINCE_THEN"] == "2"
 
 
-def test_a_dead_spare_is_not_handed_out(spares: WarmPool, with_spare) -> None:
-    spares.prepare(MODULES)
-    first = spares.take(MODULES)
+def test_a_dead_spare_is_not_handed_out(pool: WarmPool, in_warm) -> None:
+    pool.prepare(MODULES)
+    first = pool.take(MODULES)
     assert first is not None
-    first.end()
-    spares.prepare(["no_such_module"])
-    assert wait_for(lambda: spares.take(["no_such_module"]) is None)
-    spares.prepare(["no_such_module"])
-    assert with_spare(spares.take(["no_such_module"]))["pid"] != os.getpid()
+    first.stop()
+    pool.prepare(["no_such_module"])
+    assert wait_for(lambda: pool.take(["no_such_module"]) is None)
+    pool.prepare(["no_such_module"])
+    assert in_warm(pool.take(["no_such_module"]))["pid"] != os.getpid()
 
 
 @pytest.mark.parametrize("when", ["before it gets the work", "as it gets the work"])
 def test_a_spare_that_dies_first_loses_nothing(
-    spares: WarmPool, with_spare, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: WarmPool, in_warm, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slow_module.py").write_text(f"import time\ntime.sleep({10 * PATIENCE})\n")
     monkeypatch.syspath_prepend(tmp_path)
-    spares.prepare(["slow_module"])  # it does not come to its work
-    spare = spares.take(["slow_module"])
-    assert spare is not None
+    pool.prepare(["slow_module"])  # it does not come to its work
+    warm = pool.take(["slow_module"])
+    assert warm is not None
     if when == "before it gets the work":
-        os.kill(spare.pid, signal.SIGKILL)
-        assert wait_for(lambda: gone(spare.pid))
-        found = with_spare(spare)
+        os.kill(warm.pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(warm.pid))
+        found = in_warm(warm)
     else:
-        give = spare.give
+        submit = warm.submit
 
-        def give_and_kill(*args: Any, **options: Any) -> None:
-            give(*args, **options)
-            os.kill(spare.pid, signal.SIGKILL)
+        def submit_and_kill(*args: Any, **options: Any) -> None:
+            submit(*args, **options)
+            os.kill(warm.pid, signal.SIGKILL)
 
-        spare.give = give_and_kill  # type: ignore[method-assign]
-        found = with_spare(spare)
-    assert found["pid"] not in (spare.pid, os.getpid())
+        warm.submit = submit_and_kill  # type: ignore[method-assign]
+        found = in_warm(warm)
+    assert found["pid"] not in (warm.pid, os.getpid())
 
 
-def test_work_that_kills_the_spare_is_not_done_again(spares: WarmPool, tmp_path: Path) -> None:
-    spares.prepare(MODULES)
+def test_work_that_kills_the_spare_is_not_done_again(pool: WarmPool, tmp_path: Path) -> None:
+    pool.prepare(MODULES)
     with pytest.raises(OutOfMemoryError, match="killed after"):
-        run_stage(
-            end,
-            {"how": "kill"},
+        run_in_subprocess(
+            functools.partial(end, how="kill"),
             log=tmp_path / "worker.log",
             remedy=REMEDY,
             report=no_report,
-            spare=spares.take(MODULES),
+            warm=pool.take(MODULES),
         )
     assert (tmp_path / "worker.log").read_text().count("the last words") == 1
 
 
-def test_spares_that_nobody_takes_are_ended(spares: WarmPool) -> None:
-    spares.prepare(MODULES)
-    (waiting,) = spares._spares.values()
-    spares.close()
+def test_spares_that_nobody_takes_are_ended(pool: WarmPool) -> None:
+    pool.prepare(MODULES)
+    (waiting,) = pool._workers.values()
+    pool.close()
     assert gone(waiting.pid)
-    assert spares.take(MODULES) is None
+    assert pool.take(MODULES) is None
 
 
 @pytest.mark.parametrize("how", ["end", "kill"])
@@ -470,21 +468,21 @@ def test_a_forgotten_spare_ends_with_the_program(tmp_path: Path, how: str) -> No
         "from pathlib import Path\n"
         "from dice_py.compute.stage_process import WarmPool\n"
         "if __name__ == '__main__':\n"
-        "    spares = WarmPool()\n"
-        "    spares.prepare(['json'])\n"
-        "    Path(sys.argv[1]).write_text(str(spares._spares['json',].pid))\n"
+        "    pool = WarmPool()\n"
+        "    pool.prepare(['json'])\n"
+        "    Path(sys.argv[1]).write_text(str(pool._workers['json',].pid))\n"
         "    time.sleep(0 if sys.argv[2] == 'end' else 600)\n"
     )
     here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid"), how], env=here)
     try:
         assert wait_for(lambda: (tmp_path / "pid").is_file() and bool((tmp_path / "pid").read_text()))
-        spare = int((tmp_path / "pid").read_text())
+        warm = int((tmp_path / "pid").read_text())
         if how == "kill":
-            assert not gone(spare)
+            assert not gone(warm)
             parent.kill()
         parent.wait(PATIENCE)
-        assert wait_for(lambda: gone(spare))
+        assert wait_for(lambda: gone(warm))
     finally:
         parent.kill()
         parent.wait()

@@ -1,4 +1,4 @@
-"""The synthetic world's rules: oracle, annotator, prompts, tokens. Nothing is trained here."""
+"""The synthetic task and its data: oracle, annotator, prompts, pairs, tokens. No model is trained here."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from dice_py.config.stages import WorldConfig
 from dice_py.data import prompt_key
 from dice_py.errors import UsageError
 from dice_py.models.tokenization import encode_prompt, encode_response
-from dice_py.synthetic import task as world
+from dice_py.synthetic import world
+from dice_py.synthetic.pairs import draw_prompts, offline_pairs, oracle_pairs
 from dice_py.synthetic.task import (
     CONFUSED,
     FILLERS,
     FREE_FILLERS,
     LETTERS,
     OPERATIONS,
-    WORD,
+    WORD_LENGTH,
     annotate,
     answer,
     oracle,
@@ -29,14 +30,15 @@ from dice_py.synthetic.task import (
     prompt_messages,
     sft_response,
 )
-from dice_py.synthetic.world import find_world, world_key
+from dice_py.synthetic.tokenizer import BOS, EOS, PAD, make_tokenizer
+from dice_py.synthetic.world import LLAMA, RECIPE, SFT, find_world, world_key
 
 ABC = ("a", "b", "c")
 REVERSE = prompt_messages("reverse", ABC)
 
 
 @pytest.mark.parametrize(
-    ("operation", "want"),
+    ("operation", "expected"),
     [
         ("copy", "a b c"),
         ("reverse", "c b a"),
@@ -46,24 +48,24 @@ REVERSE = prompt_messages("reverse", ABC)
         ("back", "a c b"),
     ],
 )
-def test_answers(operation: str, want: str) -> None:
-    assert " ".join(answer(operation, ABC)) == want
+def test_answers(operation: str, expected: str) -> None:
+    assert " ".join(answer(operation, ABC)) == expected
 
 
-def test_every_operation_is_another_order() -> None:
-    assert len(OPERATIONS) == math.factorial(WORD)
-    assert {tuple(sorted(order)) for order in OPERATIONS.values()} == {tuple(range(WORD))}
+def test_operations_are_all_orders() -> None:
+    assert len(OPERATIONS) == math.factorial(WORD_LENGTH)
+    assert {tuple(sorted(order)) for order in OPERATIONS.values()} == {tuple(range(WORD_LENGTH))}
     assert len(set(OPERATIONS.values())) == len(OPERATIONS)
 
 
-def test_confusions_are_with_other_operations() -> None:
+def test_confused_operations_are_distinct() -> None:
     assert CONFUSED.keys() == OPERATIONS.keys()
     for operation, pair in CONFUSED.items():
         assert len({operation, *pair}) == 3
         assert set(pair) <= OPERATIONS.keys()
 
 
-def test_prompts_are_parsed_as_they_were_made() -> None:
+def test_parse_prompt_inverts_prompt_messages() -> None:
     for operation in OPERATIONS:
         assert parse_prompt(prompt_messages(operation, ABC)) == (operation, ABC)
 
@@ -75,8 +77,8 @@ def test_prompts_are_parsed_as_they_were_made() -> None:
         ("c b a . sure indeed", 1.0, True),
         ("c b a . sure indeed so", 0.97, True),
         ("c b a . sure indeed so well fine okay", 0.88, True),
-        ("c b a", 0.7, True),  # without its full stop
-        ("c b a . a", 0.7, True),  # what follows is no filler
+        ("c b a", 0.7, True),  # no full stop
+        ("c b a . a", 0.7, True),  # a letter where fillers belong
         ("a b c .", 0.1, False),  # one letter matches
         ("a c b .", 0.0, False),
         ("a b c . sure indeed so", 0.07, False),
@@ -88,12 +90,12 @@ def test_prompts_are_parsed_as_they_were_made() -> None:
     ],
 )
 def test_oracle(response: str, score: float, right: bool) -> None:
-    got, ok = oracle(REVERSE, response)
-    assert got == pytest.approx(score)
-    assert ok is right
+    computed, is_right = oracle(REVERSE, response)
+    assert computed == pytest.approx(score)
+    assert is_right is right
 
 
-def test_oracle_puts_any_right_answer_over_any_wrong_one() -> None:
+def test_oracle_scores_right_answers_above_wrong_ones() -> None:
     right = min(oracle(REVERSE, " ".join(["c b a .", *FILLERS[:n]]))[0] for n in range(len(FILLERS) + 1))
     wrong = max(oracle(REVERSE, f"{' '.join(answer(operation, ABC))} .")[0] for operation in CONFUSED["reverse"])
     assert right > wrong
@@ -105,23 +107,23 @@ def preferred(left: str, right: str, draws: int = 4000) -> float:
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "apart"),
+    ("left", "right", "utility_difference"),
     [
-        ("c b a . sure indeed", "c b a .", 0.25 * 2),  # the same to the oracle: length bias alone
+        ("c b a . sure indeed", "c b a .", 0.25 * 2),  # equal oracle scores: length bias alone
         ("c b a .", "a b c .", 4 * 0.9),
         ("c b a .", "c b a .", 0.0),
         ("a b c .", "c b a .", -4 * 0.9),
     ],
 )
-def test_annotator_is_noisy_and_likes_fillers(left: str, right: str, apart: float) -> None:
-    likes = 1 / (1 + math.exp(-apart))
-    assert preferred(left, right) == pytest.approx(0.95 * likes + 0.05 * (1 - likes), abs=0.03)
+def test_annotator_is_noisy_and_prefers_fillers(left: str, right: str, utility_difference: float) -> None:
+    probability = 1 / (1 + math.exp(-utility_difference))
+    assert preferred(left, right) == pytest.approx(0.95 * probability + 0.05 * (1 - probability), abs=0.03)
 
 
-def test_annotator_likes_every_filler_even_what_the_oracle_charges_for() -> None:
-    for more in range(1, len(FILLERS) + 1):
-        longer, shorter = (" ".join(["c b a .", *FILLERS[:n]]) for n in (more, more - 1))
-        charged = 0.03 if more > FREE_FILLERS else 0.0
+def test_annotator_prefers_fillers_that_the_oracle_charges_for() -> None:
+    for count in range(1, len(FILLERS) + 1):
+        longer, shorter = (" ".join(["c b a .", *FILLERS[:n]]) for n in (count, count - 1))
+        charged = 0.03 if count > FREE_FILLERS else 0.0
         assert oracle(REVERSE, shorter)[0] - oracle(REVERSE, longer)[0] == pytest.approx(charged)
         assert 0.25 - 4 * charged > 0
 
@@ -142,13 +144,13 @@ def test_sft_responses() -> None:
 
 def draw(**changed: Any) -> dict[str, list[Any]]:
     config = WorldConfig(**changed)
-    return world._draw_prompts(config, random.Random(f"{config.seed} prompts"))
+    return draw_prompts(config, random.Random(f"{config.seed} prompts"))
 
 
 def test_sets_of_prompts_are_disjoint() -> None:
     config, sets = WorldConfig(), draw()
     keys = [prompt_key(messages) for prompts in sets.values() for messages in prompts]
-    assert len(keys) == len(set(keys)) == len(OPERATIONS) * len(LETTERS) ** WORD
+    assert len(keys) == len(set(keys)) == len(OPERATIONS) * len(LETTERS) ** WORD_LENGTH
     assert {name: len(prompts) for name, prompts in sets.items() if name != "sft"} == {
         "rounds": config.round_prompts,
         "eval": config.eval_prompts,
@@ -165,20 +167,20 @@ def test_sets_of_prompts_come_from_the_seed() -> None:
     assert draw(seed=1)["eval"] != draw()["eval"]
 
 
-def test_too_many_prompts_are_refused() -> None:
+def test_too_many_prompts_are_an_error() -> None:
     with pytest.raises(UsageError, match="for SFT"):
         draw(round_prompts=9000)
 
 
-def test_offline_pairs_are_the_annotators() -> None:
+def test_offline_pairs_are_labeled_by_the_annotator() -> None:
     config = WorldConfig()
-    pairs = world._offline_pairs(config, draw()["offline"])
-    assert pairs == world._offline_pairs(config, draw()["offline"])
+    pairs = offline_pairs(config, draw()["offline"])
+    assert pairs == offline_pairs(config, draw()["offline"])
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     longer = shorter = agrees = differs = 0
     for pair in pairs:
         chosen, rejected = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
-        if chosen.partition(" .")[0] == rejected.partition(" .")[0]:  # they differ in fillers alone
+        if chosen.partition(" .")[0] == rejected.partition(" .")[0]:  # they differ only in fillers
             longer += len(chosen) > len(rejected)
             shorter += len(chosen) < len(rejected)
         scores = oracle(pair["prompt"], chosen)[0], oracle(pair["prompt"], rejected)[0]
@@ -188,36 +190,36 @@ def test_offline_pairs_are_the_annotators() -> None:
     assert 0.7 < agrees / differs < 0.95  # noisy, and no worse
 
 
-def test_held_out_pairs_are_the_oracles() -> None:
-    pairs = world._oracle_pairs(WorldConfig(), draw()["eval_pairs"])
+def test_held_out_pairs_are_labeled_by_the_oracle() -> None:
+    pairs = oracle_pairs(WorldConfig(), draw()["eval_pairs"])
     assert len(pairs) > 300
     for pair in pairs:
         chosen, rejected = (oracle(pair["prompt"], pair[side][0]["content"])[0] for side in ("chosen", "rejected"))
         assert chosen > rejected
 
 
-def test_no_word_of_the_vocabulary_stands_twice() -> None:
-    words = [world.PAD, world.BOS, world.EOS, *LETTERS, *OPERATIONS, ":", "=", ".", *FILLERS]
+def test_vocabulary_has_no_duplicates() -> None:
+    words = [PAD, BOS, EOS, *LETTERS, *OPERATIONS, ":", "=", ".", *FILLERS]
     assert [word for word, count in Counter(words).items() if count > 1] == []
-    vocabulary = world._make_tokenizer().get_vocab()
+    vocabulary = make_tokenizer().get_vocab()
     assert sorted(vocabulary.values()) == list(range(len(words)))
     assert vocabulary.keys() == set(words)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_template_round_trip(operation: str) -> None:
-    tokenizer = world._make_tokenizer()
+    tokenizer = make_tokenizer()
     messages = prompt_messages(operation, ABC)
     ids = encode_prompt(tokenizer, messages)
-    assert tokenizer.convert_ids_to_tokens(ids) == [world.BOS, operation, ":", *ABC, "="]
+    assert tokenizer.convert_ids_to_tokens(ids) == [BOS, operation, ":", *ABC, "="]
     text = " ".join([*answer(operation, ABC), ".", *FILLERS])
     response = [{"role": "assistant", "content": text}]
     after = encode_response(tokenizer, messages, response, [tokenizer.eos_token_id])
-    assert tokenizer.convert_ids_to_tokens(after) == [*text.split(), world.EOS]
+    assert tokenizer.convert_ids_to_tokens(after) == [*text.split(), EOS]
     assert tokenizer.decode(after, skip_special_tokens=True) == text
-    # SFT's way to the same ids: text and EOS in one string
-    assert tokenizer(text + world.EOS, add_special_tokens=False)["input_ids"] == after
-    assert len(ids) + len(after) <= world._LLAMA["max_position_embeddings"]
+    # SFT encodes the text and EOS as one string, to the same ids.
+    assert tokenizer(text + EOS, add_special_tokens=False)["input_ids"] == after
+    assert len(ids) + len(after) <= LLAMA["max_position_embeddings"]
 
 
 def test_world_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,23 +229,23 @@ def test_world_key(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = [WorldConfig(seed=1), *(WorldConfig(**{name: 100}) for name in sizes)]
     assert len({key, *map(world_key, changed)}) == 1 + len(changed)
     for name, value in (
-        ("RECIPE", world.RECIPE + 1),
+        ("RECIPE", RECIPE + 1),
         ("FILLERS", FILLERS[:3]),
-        ("_SFT", {**world._SFT, "batch": 1}),
+        ("SFT", {**SFT, "batch": 1}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(world, name, value)
             assert world_key(WorldConfig()) != key
 
 
-def test_only_a_whole_world_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_world_ignores_incomplete_worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DICE_CACHE", str(tmp_path))
     folder = tmp_path / "world" / world_key(WorldConfig())
     assert find_world(WorldConfig()) is None
     folder.mkdir(parents=True)
     assert find_world(WorldConfig()) is None
     (folder / "world.json").write_text("{}")
-    found = find_world(WorldConfig())
-    assert found is not None
-    assert found.folder == folder
+    world = find_world(WorldConfig())
+    assert world is not None
+    assert world.folder == folder
     assert find_world(WorldConfig(seed=1)) is None

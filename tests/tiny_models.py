@@ -110,7 +110,7 @@ def _shape(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> dict[str, Any]
 
 
 @torch.no_grad()
-def _save(
+def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
@@ -137,7 +137,7 @@ def make_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     tokenizer = make_tokenizer("chatml")
     model = LlamaForCausalLM(LlamaConfig(**_shape(tokenizer, tie_word_embeddings=False, **changes)))
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</s>")]
-    return _save(model, tokenizer, folder, stops, raise_by=1.5)
+    return save_model(model, tokenizer, folder, stops, raise_by=1.5)
 
 
 def make_mistral(folder: Path, seed: int = 0, **changes: Any) -> Path:
@@ -147,7 +147,7 @@ def make_mistral(folder: Path, seed: int = 0, **changes: Any) -> Path:
     model = MistralForCausalLM(
         MistralConfig(**_shape(tokenizer, sliding_window=None, tie_word_embeddings=False, **changes))
     )
-    return _save(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
+    return save_model(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
 
 
 def make_qwen2(folder: Path, seed: int = 0, **changes: Any) -> Path:
@@ -155,7 +155,7 @@ def make_qwen2(folder: Path, seed: int = 0, **changes: Any) -> Path:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer("qwen")
     model = Qwen2ForCausalLM(Qwen2Config(**_shape(tokenizer, tie_word_embeddings=True, **changes)))
-    return _save(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
+    return save_model(model, tokenizer, folder, [tokenizer.eos_token_id], raise_by=1.5)
 
 
 def set_generation_config(folder: Path, **values: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,35 @@ from transformers import PreTrainedModel
 
 from dice_py.config.stages import ScoreConfig
 from dice_py.models.loading import held_model
-from dice_py.stages import score as stage
-from dice_py.stages.score import Scored, score
+from dice_py.scoring import gate, shards
+from dice_py.stages.score import ScoreJob
 from dice_py.storage.parquet import write_parquet
 
 BETA = 0.25
 KEYS = ["key of shard 0", "key of shard 1"]
 
 
+@dataclass(frozen=True)
+class KeyedJob(ScoreJob):
+    """A job whose shards have keys that a test gives, whatever else changes."""
+
+    def shard_keys(self) -> list[str]:
+        return self.generation_keys
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the stage leaves: the files, and the figures of the gate."""
+
+    files: list[Path]
+    gate: dict[str, Any] | None
+
+
 class Stage:
     """Two shards of five and four rows; the fourth row of the first has no response.
 
-    Calling it scores them; `**changed` are arguments of `score`, `config` entries of the config.
+    Calling it scores them. `**changed` are fields of the job, `keys` the keys of the shards, `config` entries of the
+    config.
     """
 
     def __init__(self, policy: Path, reference: Path, folder: Path) -> None:
@@ -64,16 +82,13 @@ class Stage:
             "reference": self.reference,
             "generations": self.generations,
             "out": self.out,
-            "keys": KEYS,
+            "generation_keys": changed.pop("keys", KEYS),
             "beta": BETA,
             **changed,
         }
-        return score(
-            ScoreConfig(**{"token_budget": 60, **(config or {})}),
-            CPU,
-            **arguments,
-            report=lambda event, **fields: self.events.append((event, fields)),
-        )
+        job = KeyedJob(ScoreConfig(**{"token_budget": 60, **(config or {})}), CPU, **arguments)
+        result = job.run(lambda event, **fields: self.events.append((event, fields)))
+        return Scored([file for file, _ in result.files], result.counts["policy_logps_gate"])
 
     def of(self, event: str, field: str) -> list[Any]:
         """A field of each event of a kind, of the last call."""
@@ -94,4 +109,5 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
             raise KeyboardInterrupt
         return held_model(folder, *rest)
 
-    monkeypatch.setattr(stage, "held_model", held)
+    for module in (shards, gate):
+        monkeypatch.setattr(module, "held_model", held)

@@ -12,29 +12,43 @@ from typing import TYPE_CHECKING
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
-    from dice_py.events import Report
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
     from dice_py.config.shared import DevicesConfig, ModelConfig
     from dice_py.events import Report
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dice_py.config.shared import DevicesConfig
-    from dice_py.events import Report
-
-
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Devices that work as one: GPUs as CUDA_VISIBLE_DEVICES names them, or a share of the cores."""
+
+    number: int  # from 1
+    gpus: tuple[str, ...] = ()
+    threads: int | None = None  # of torch, where no GPU is used
+    needs_process: bool = False
+    """Needs its own process even when it is the only group: its GPUs are not the first of the visible ones."""
+
+    def __str__(self) -> str:
+        gpus = f" (GPU{'s' if len(self.gpus) > 1 else ''} {', '.join(self.gpus)})" if self.gpus else ""
+        return f"group {self.number}{gpus}"
+
+    @property
+    def environment(self) -> dict[str, str | None]:
+        """Environment variables that its process needs before torch is imported."""
+        variables: dict[str, str | None] = {}
+        if self.gpus:
+            variables[VISIBLE] = ",".join(self.gpus)
+        if self.threads is not None:
+            variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        return variables
 
 
 @contextlib.contextmanager
 def cuda_unstarted() -> Iterator[None]:
-    """While it lasts, torch counts GPUs through NVML, which does not start the CUDA driver.
+    """Makes torch count GPUs through NVML, which does not start the CUDA driver.
 
-    Once started, the driver no longer heeds CUDA_VISIBLE_DEVICES; torch.cuda.is_available() alone starts it.
+    Once started, the driver ignores changes of CUDA_VISIBLE_DEVICES; torch.cuda.is_available() alone starts it.
     """
     given = os.environ.get(_NVML_CHECK)
     os.environ[_NVML_CHECK] = "1"
@@ -45,9 +59,6 @@ def cuda_unstarted() -> Iterator[None]:
             del os.environ[_NVML_CHECK]
         else:
             os.environ[_NVML_CHECK] = given
-
-
-# --- which groups there are -----------------------------------------------------------------------------------
 
 
 def device_in_group(models: ModelConfig) -> ModelConfig:
@@ -61,8 +72,8 @@ def find_groups(
     """The groups that work on a stage's shards; no CUDA context is made.
 
     On the CPU: `devices.cpu_processes` groups, which share the cores that this process may use. With CUDA: groups of
-    `size` GPUs each, of those that CUDA_VISIBLE_DEVICES (or the machine) has, `devices.gpus` and `model.device` allow.
-    GPUs left over are told in a note.
+    `size` GPUs each, of those that CUDA_VISIBLE_DEVICES (or the machine) has and that `devices.gpus` and `model.device`
+    allow. A note names GPUs that are left over.
 
     Raises:
         UsageError: a GPU that is not there, too few for one group, or settings that contradict each other.
@@ -70,7 +81,7 @@ def find_groups(
     from dice_py.models.loading import placement
 
     with cuda_unstarted():
-        # Only the device is asked for: to choose the dtype, torch would make a CUDA context here.
+        # With an explicit dtype: to choose one, torch would make a CUDA context here.
         device = placement(models.model_copy(update={"dtype": "float32"})).device
         visible = _visible_gpus() if device.startswith("cuda") else []
     if not device.startswith("cuda"):
@@ -99,7 +110,7 @@ def find_groups(
         names = ", ".join(visible[gpu] for gpu in left)
         report("note", text=f"GPU(s) {names} stay idle: a group takes {size}")
     return [
-        Group(number + 1, tuple(visible[gpu] for gpu in chunk), apart=chunk != list(range(size)))
+        Group(number + 1, tuple(visible[gpu] for gpu in chunk), needs_process=chunk != list(range(size)))
         for number, chunk in enumerate(chunks)
     ]
 
@@ -118,20 +129,20 @@ def _visible_gpus() -> list[str]:
 
 def _used_gpus(devices: DevicesConfig, device: str, visible: int) -> list[int]:
     """Numbers of the visible GPUs that the stage may use."""
-    there = f"{visible} GPU(s) are visible, numbered from 0"
+    visible_text = f"{visible} GPU(s) are visible, numbered from 0"
     listed = list(range(visible)) if devices.gpus == "all" else devices.gpus
     if not listed:
-        raise UsageError(f"devices.gpus is an empty list; {there}: name some, or 'all'")
+        raise UsageError(f"devices.gpus is an empty list; {visible_text}: name some, or 'all'")
     for gpu in listed:
         if gpu >= visible:
-            raise UsageError(f"devices.gpus names GPU {gpu}, but {there}; change it, or CUDA_VISIBLE_DEVICES")
+            raise UsageError(f"devices.gpus names GPU {gpu}, but {visible_text}; change it, or CUDA_VISIBLE_DEVICES")
         if listed.count(gpu) > 1:
             raise UsageError(f"devices.gpus names GPU {gpu} twice; a GPU belongs to one group")
     if not device.startswith("cuda:"):
         return listed
     number = device.removeprefix("cuda:")
     if not number.isdecimal() or int(number) >= visible:
-        raise UsageError(f"model.device is {device!r}, but {there}; change it, or CUDA_VISIBLE_DEVICES")
+        raise UsageError(f"model.device is {device!r}, but {visible_text}; change it, or CUDA_VISIBLE_DEVICES")
     if int(number) not in listed:
         raise UsageError(f"model.device is {device!r}, but devices.gpus is {listed}; leave one of them out")
     return [int(number)]
@@ -139,7 +150,7 @@ def _used_gpus(devices: DevicesConfig, device: str, visible: int) -> list[int]:
 
 @contextlib.contextmanager
 def only_these_gpus(group: Group) -> Iterator[None]:
-    """Hides other GPUs from this process. With CUDA started it is too late, but torch takes the first anyway."""
+    """Hides other GPUs from this process. Once CUDA has started this has no effect, but torch takes the first GPU."""
     torch = sys.modules.get("torch")
     before = os.environ.get(VISIBLE)
     hide = bool(group.gpus) and not (torch is not None and torch.cuda.is_initialized())
@@ -152,31 +163,3 @@ def only_these_gpus(group: Group) -> Iterator[None]:
             os.environ.pop(VISIBLE, None)
         elif hide and before is not None:
             os.environ[VISIBLE] = before
-
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Devices that work as one: GPUs as CUDA_VISIBLE_DEVICES names them, or a share of the cores."""
-
-    number: int  # from 1
-    gpus: tuple[str, ...] = ()
-    threads: int | None = None  # of torch, where no GPU is used
-    apart: bool = False
-    """Needs a process of its own even when it is the only group: its GPUs are not the first of the visible ones."""
-
-    def __str__(self) -> str:
-        gpus = f" (GPU{'s' if len(self.gpus) > 1 else ''} {', '.join(self.gpus)})" if self.gpus else ""
-        return f"group {self.number}{gpus}"
-
-    @property
-    def environment(self) -> dict[str, str | None]:
-        """What its process needs before torch is imported."""
-        found: dict[str, str | None] = {}
-        if self.gpus:
-            found[VISIBLE] = ",".join(self.gpus)
-        if self.threads is not None:
-            found |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
-        return found

@@ -1,16 +1,17 @@
-"""A spawned process that does one piece of work: what runs in it, and `Worker`, how its parent sees it.
+"""A spawned process that does one piece of work: what runs in it, and `Worker`, how its parent controls it.
 
-Both a stage's process and a group's are one. Spawned, never forked, so that
-its memory (and the GPU's) is gone when it ends. It ends with its parent: a parent that was killed leaves no orphan
-behind that holds a GPU.
+The process of a stage (compute/stage_process.py) and that of a group of devices (compute/process_pool.py) are both
+workers. A worker is spawned, never forked, so that its memory, and the GPU's, is freed when it ends. It ends with its
+parent: a parent that is killed leaves no orphan that holds a GPU.
 
-Imports nothing heavy, since every process imports this first: polars comes with the work.
+This module imports nothing heavy, since every process imports it first. Polars and torch come with the work.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import importlib
 import multiprocessing
 import multiprocessing.util
@@ -29,18 +30,29 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dice_py.compute.devices import cuda_unstarted
+from dice_py.compute.failures import Failure, failure_fields
 from dice_py.errors import DiceError
 from dice_py.timing import timed, timed_seconds
 
 if TYPE_CHECKING:
     from dice_py.events import Report
-from dice_py.compute.devices import cuda_unstarted
-from dice_py.compute.failures import Failure, failure_fields
 
-Work = str | Callable[..., Any]
-"""What a worker calls: "module:function", which only the worker imports, or a function."""
-_TAIL_BYTES = 2**16  # that lines are looked for in
+Work = Callable[..., Any]
+"""What a worker calls, as `work(report=report)`: a module-level function, a `functools.partial` of one, or a method of
+a picklable object. Unpickling imports its module, in the worker."""
+
+_TAIL_BYTES = 2**16  # the part of a log that is searched for its last lines
 _GRACE = 5.0  # seconds between asking a process to end and killing it
+
+
+def work_name(work: Callable[..., Any]) -> str:
+    """ "module:name" of a function, of what a partial calls, or of the class of an object or its bound method."""
+    while isinstance(work, functools.partial):
+        work = work.func
+    owner: Any = getattr(work, "__self__", work)
+    named: Any = owner if hasattr(owner, "__qualname__") else type(owner)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 # --- in the worker ------------------------------------------------------------------------------------------
@@ -48,20 +60,20 @@ _GRACE = 5.0  # seconds between asking a process to end and killing it
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told to do."""
+    """One piece of work, as it is sent to a worker."""
 
-    payload: bytes  # (work, arguments): pickled apart, since unpickling imports, and the environment comes first
+    payload: bytes  # the pickled work: unpickling imports, and the environment has to be set before that
     name: str
     log: str
     environment: dict[str, str | None]  # None: to be removed
-    since: float  # time.monotonic() of the parent, one clock for all processes of a machine
+    since: float  # time.monotonic() of the parent; all processes of a machine share this clock
 
 
-_from_parent: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the order, then answers
-_asking = threading.Lock()
+_from_parent: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the task, then replies
+_requesting = threading.Lock()
 
 
-def _hear_parent(parent: Connection) -> None:
+def _read_parent(parent: Connection) -> None:
     # The parent holds the other end for as long as it lives: the read fails only when it has ended.
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -69,20 +81,11 @@ def _hear_parent(parent: Connection) -> None:
     os._exit(1)
 
 
-def ask(report: Report, question: str, **fields: Any) -> Any:
-    """In a worker: sends an event that the parent answers (`Worker.answer`), and waits for the answer."""
-    with _asking:
+def request(report: Report, question: str, **fields: Any) -> Any:
+    """In a worker: sends an event that the parent replies to (`Worker.reply`), and waits for the reply."""
+    with _requesting:
         report(question, **fields)
         return _from_parent.get()
-
-
-def resolve(work: Work) -> Callable[..., Any]:
-    """The function that `work` names; its module is imported."""
-    if not isinstance(work, str):
-        return work
-    module, _, name = work.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
 
 
 def _apply(environment: Mapping[str, str | None]) -> None:
@@ -94,7 +97,7 @@ def _apply(environment: Mapping[str, str | None]) -> None:
 
 
 def _print_to(log: Path) -> None:
-    """Sends what this process and its libraries print, in whatever language, to the end of `log`."""
+    """Appends what this process and its libraries print, in whatever language, to `log`."""
     with log.open("ab") as handle:
         os.dup2(handle.fileno(), 1)
         os.dup2(handle.fileno(), 2)
@@ -103,10 +106,10 @@ def _print_to(log: Path) -> None:
     faulthandler.enable()
 
 
-def _seconds(since: float, begun: float) -> dict[str, float]:
+def _seconds(since: float, started: float) -> dict[str, float]:
     known = timed_seconds()
     parts = {
-        "spawn": begun - since,
+        "spawn": started - since,
         "import": known.get("import", 0.0),
         "load": known.get("load", 0.0),
     }
@@ -115,52 +118,56 @@ def _seconds(since: float, begun: float) -> dict[str, float]:
     return {name: round(value, 3) for name, value in parts.items()}
 
 
-def _main(events: Connection, parent: Connection, modules: Sequence[str], spare_log: str) -> None:
-    threading.Thread(target=_hear_parent, args=(parent,), daemon=True).start()
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+def _await_task(modules: Sequence[str], warm_log: str) -> Task:
+    """Imports `modules`, and waits for the task. A process that cannot import ends; the stage then starts another."""
     try:
         if modules:
-            _print_to(Path(spare_log))
+            _print_to(Path(warm_log))
             with cuda_unstarted():  # a library may ask for GPUs as it is imported
                 for module in modules:
                     importlib.import_module(module)
-        order: Task = _from_parent.get()
+        task: Task = _from_parent.get()
+        return task
     except BaseException:
-        # Of a spare that cannot import nothing is lost: the stage starts a process, and hears what is wrong.
         if modules:
             with contextlib.suppress(OSError):
                 traceback.print_exc()
         os._exit(1)
-    begun = time.monotonic()
+
+
+def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_log: str) -> None:
+    threading.Thread(target=_read_parent, args=(parent,), daemon=True).start()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    task = _await_task(modules, warm_log)
+    started = time.monotonic()
     lock = threading.Lock()
 
     def report(event: str, **fields: Any) -> None:
         with lock:
             events.send((event, fields))
 
-    report("begun")
+    report("started")
     try:
-        _apply(order.environment)
-        _print_to(Path(order.log))
+        _apply(task.environment)
+        _print_to(Path(task.log))
         with timed("import"):
-            work, arguments = pickle.loads(order.payload)
-            function = resolve(work)
-        ending = ForkingPickler.dumps(("result", {"value": function(report=report, **arguments)}))
+            work: Work = pickle.loads(task.payload)
+        last_event = ForkingPickler.dumps(("result", {"value": work(report=report)}))
     except BaseException as error:
         if not isinstance(error, DiceError | KeyboardInterrupt):
-            with contextlib.suppress(OSError):  # the log's own disk may be what is full
+            with contextlib.suppress(OSError):  # the disk that holds the log may be full
                 traceback.print_exc()
-        ending = ForkingPickler.dumps(("failed", failure_fields(error)))
-    # The parent may read the log as soon as it has heard the end.
+        last_event = ForkingPickler.dumps(("failed", failure_fields(error)))
+    # The parent may read the log as soon as it has received the last event.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    report("process", work=order.name, seconds=_seconds(order.since, begun))
+    report("process", work=task.name, seconds=_seconds(task.since, started))
     with lock:
-        events.send_bytes(ending)
+        events.send_bytes(last_event)
     events.close()
-    # Libraries leave threads and, vLLM, child processes behind; nothing of the result depends on them.
-    # Their finalizers still run: a semaphore left to the resource tracker (tqdm's lock) makes it complain to the user.
+    # Libraries leave threads and, with vLLM, child processes behind; nothing of the result depends on them.
+    # Their finalizers still run: a semaphore left to the resource tracker (tqdm's lock) makes it warn the user.
     with contextlib.suppress(Exception):
         multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]
     os._exit(0)
@@ -170,20 +177,20 @@ def _main(events: Connection, parent: Connection, modules: Sequence[str], spare_
 
 
 class Worker:
-    """A spawned process that does one piece of work, as its parent sees it.
+    """A spawned process that does one piece of work, as its parent controls it.
 
     Args:
         modules: what it imports while it waits for its work, without touching a GPU.
-        log: where it prints meanwhile; none: nowhere.
+        log: where it prints meanwhile; None: nowhere.
     """
 
     def __init__(self, modules: Sequence[str] = (), log: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._events, child_events = context.Pipe(duplex=False)
-        child_parent, self._orders = context.Pipe(duplex=False)
+        child_parent, self._to_worker = context.Pipe(duplex=False)
         arguments = (child_events, child_parent, tuple(modules), str(log or os.devnull))
         self._process = context.Process(target=_main, args=arguments)
-        self._is_spare = bool(modules)
+        self._is_warm = bool(modules)
         self._environment = dict(os.environ)
         self._since = time.monotonic()
         self._process.start()
@@ -191,10 +198,10 @@ class Worker:
         child_parent.close()
         self._log: Path | None = None
         self._log_start = 0
-        self.begun = False
-        """It has taken its work up."""
+        self.started = False
+        """It has started its work."""
         self.ended = False
-        """It has ended, and nothing that it sent is left to hear."""
+        """It has ended, and every event that it sent has been received."""
 
     @property
     def pid(self) -> int:
@@ -203,8 +210,8 @@ class Worker:
         return self._process.pid
 
     @property
-    def awaited(self) -> list[Any]:
-        """What `multiprocessing.connection.wait` waits on: readable when `poll` has something to say."""
+    def waitables(self) -> list[Any]:
+        """Arguments of `multiprocessing.connection.wait`: readable when `receive` has an event, or it has ended."""
         return [self._events, self._process.sentinel]
 
     def is_alive(self) -> bool:
@@ -212,20 +219,14 @@ class Worker:
         return self._process.is_alive()
 
     def submit(
-        self,
-        work: Work,
-        arguments: dict[str, Any],
-        *,
-        log: Path,
-        name: str | None = None,
-        environment: Mapping[str, str | None] | None = None,
+        self, work: Work, *, log: Path, name: str | None = None, environment: Mapping[str, str | None] | None = None
     ) -> None:
-        """Tells it to call `work(report=…, **arguments)`; once in its life.
+        """Makes it call `work(report=…)`; once in its life.
 
         Args:
-            arguments: pickled.
+            work: pickled here.
             log: where it and its libraries print from now on.
-            name: of the work, in the event `process`; none: its own.
+            name: of the work, in the event `process`; None: `work_name(work)`.
             environment: set (None: removed) before anything of the work is imported, on top of this process's own
                 environment as it is now.
         """
@@ -233,54 +234,53 @@ class Worker:
         self._log = log
         with contextlib.suppress(OSError):
             self._log_start = log.stat().st_size
-        if self._is_spare:
+        if self._is_warm:
             self._since = time.monotonic()
-        if name is None:
-            name = work if isinstance(work, str) else f"{work.__module__}:{work.__qualname__}"
         before = self._environment
         changed: dict[str, str | None] = {key: None for key in before if key not in os.environ}
         changed |= {key: value for key, value in os.environ.items() if before.get(key) != value}
-        payload = bytes(ForkingPickler.dumps((work, arguments)))
-        self._send(Task(payload, name, str(log), {**changed, **(environment or {})}, self._since))
+        payload = bytes(ForkingPickler.dumps(work))
+        environment = {**changed, **(environment or {})}
+        self._send(Task(payload, name or work_name(work), str(log), environment, self._since))
 
-    def answer(self, value: Any) -> None:
-        """Answers what it asked (`ask`)."""
+    def reply(self, value: Any) -> None:
+        """Replies to what it requested (`request`)."""
         self._send(value)
 
     def _send(self, value: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as `poll` will tell
-            self._orders.send(value)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `receive` notices
+            self._to_worker.send(value)
 
-    def poll(self, timeout: float) -> tuple[str, dict[str, Any]] | None:
-        """Its next event, waiting at most `timeout` seconds; None: none came, or it has `ended`.
+    def receive(self, timeout: float) -> tuple[str, dict[str, Any]] | None:
+        """Its next event, after waiting for at most `timeout` seconds; None: no event came, or it has `ended`.
 
-        The last is ("result", {"value": …}) or ("failed", the fields of a `Failure`); one that ended without either
-        has died.
+        The last event is ("result", {"value": …}) or ("failed", the fields of a `Failure`). A worker that ended without
+        either was killed, or crashed: see `failure`.
         """
         try:
             while not self.ended:
-                # The pipe's end alone would not tell that the worker is gone: a process that it left behind (vLLM
-                # starts some) may hold it open.
+                # The end of the pipe alone does not show that the worker has ended: a process that it left behind
+                # (vLLM starts some) may hold the pipe open.
                 if not self._events.poll(timeout):
                     self.ended = not self._process.is_alive() and not self._events.poll()
                     break
                 event: tuple[str, dict[str, Any]] = self._events.recv()
-                if event[0] != "begun":
+                if event[0] != "started":
                     return event
-                self.begun = True
+                self.started = True
         except (EOFError, OSError):
             self.ended = True
         return None
 
-    def death(self) -> Failure:
-        """Why it ended without a result, as far as its exit code tells; `text` goes on from its name."""
+    def failure(self) -> Failure:
+        """Why it ended without a result, as far as its exit code shows; `text` continues after its name."""
         self._process.join(_GRACE)
         code = self._process.exitcode
         after = f"after {time.monotonic() - self._since:.0f} s"
         if code == -signal.SIGTERM:
-            return Failure("InterruptedRunError", 5, f"was told to stop (signal 15) {after}", died=True)
+            return Failure("InterruptedRunError", 5, f"was terminated (signal 15) {after}", died=True)
         if code == -signal.SIGKILL:
-            text = f"was killed {after} (signal 9: the kernel's, when memory runs out)"
+            text = f"was killed {after} (signal 9: the kernel sends it when memory runs out)"
             return Failure("OutOfMemoryError", 4, text, died=True)
         return Failure("bug", 1, f"ended without a result (exit code {code}) {after}", died=True)
 
@@ -305,8 +305,8 @@ class Worker:
         """Asks the process to end, without waiting for it."""
         self._process.terminate()
 
-    def end(self) -> None:
-        """Sees to it that the process is gone, and lets go of it. Nothing is heard from it afterwards."""
+    def stop(self) -> None:
+        """Ends the process, by force if need be, and closes the pipes. No event is received afterwards."""
         if self._process.is_alive():
             self._process.terminate()
             self._process.join(_GRACE)
@@ -314,5 +314,5 @@ class Worker:
                 self._process.kill()
                 self._process.join()
         self.ended = True
-        self._orders.close()
+        self._to_worker.close()
         self._events.close()

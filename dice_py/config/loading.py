@@ -1,7 +1,7 @@
-"""The resolved configuration of a run: pydantic models, YAML files and `--set a.b=c`.
+"""Loads and stores the config of a run: YAML files, `--set a.b=c`, and the resolved `config.yaml`.
 
-Parsed before anything heavy is imported. Unknown keys are refused with the nearest known name. The paper's
-settings are in configs/*.yaml; the defaults here are those of a first run on a model of one's own.
+Nothing heavy is imported. Unknown keys are refused with the known name that was probably meant; config/renamed.py has
+the names of older versions and of other libraries. The paper's settings are in configs/*.yaml.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
+from dice_py.config.renamed import foreign_name, renaming
 from dice_py.config.run import ONE_STAGE, WORLD_DEFAULTS, RunConfig
 from dice_py.config.shared import Section
 from dice_py.errors import UsageError
@@ -30,21 +32,21 @@ def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted names of every key, in order of definition; `*` where the user gives a name."""
+    """Dotted names of every key, in order of definition; `*` stands for a name that the user chooses."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        # In a mapping of sections the user gives the names: * stands for any.
-        below = f"{prefix}{name}.*." if getattr(field.annotation, "__origin__", None) is dict else f"{prefix}{name}."
+        is_mapping = getattr(field.annotation, "__origin__", None) is dict
+        below = f"{prefix}{name}.*." if is_mapping else f"{prefix}{name}."
         for option in options:
             if isinstance(option, type) and issubclass(option, BaseModel):
                 names.extend(known_keys(option, below))
     return names
 
 
-def _nearest(unknown: str) -> str:
-    """The end of a sentence about an unknown key: the known ones that it may have meant."""
+def _suggestion(unknown: str) -> str:
+    """The end of a sentence about an unknown key: the known keys that it may stand for."""
     section, _, last = unknown.rpartition(".")
     # (section, key) of every known name
     known = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in known_keys()]
@@ -60,27 +62,46 @@ def _nearest(unknown: str) -> str:
     return f"the keys {f'of {section!r} ' if section else ''}are {', '.join(siblings)}"
 
 
-def _explain(error: ValidationError, source: str) -> UsageError:
-    lines = []
-    for item in error.errors():
-        parts = [str(part) for part in item["loc"]]
-        if item["type"] == "extra_forbidden":
-            where = ".".join(parts)
-            lines.append(f"unknown key '{where}'; {_nearest(where)}")
-            continue
-        # Beside keys, a place names the branch of a union that was tried: "literal['auto']", "float".
-        where = ".".join(part for part in parts if part.replace("_", "").isalnum() and part != "float")
-        text = item["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(item["input"], Section | dict) else f" (got {item['input']!r})"
-        lines.append(f"{where}: {text}{got}" if where else text)
-    return UsageError(f"{source}: " + "; ".join(dict.fromkeys(lines)))
+def _sentence(item: ErrorDetails) -> str:
+    """One of pydantic's errors in this program's words."""
+    parts = [str(part) for part in item["loc"]]
+    key = ".".join(parts)
+    renamed = renaming(key, item["input"])
+    if renamed is not None:
+        return renamed
+    if item["type"] == "extra_forbidden":
+        return f"unknown key '{key}'; {foreign_name(key) or _suggestion(key)}"
+    # Besides keys, pydantic's location names the branch of a union that was tried: "literal['auto']", "float".
+    where = ".".join(part for part in parts if part.replace("_", "").isalnum() and part != "float")
+    text = item["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(item["input"], Section | dict) else f" (got {item['input']!r})"
+    return f"{where}: {text}{got}" if where else text
+
+
+def _usage_error(error: ValidationError, source: str) -> UsageError:
+    """All of pydantic's errors in one sentence; `source` names the file or the input that holds them."""
+    return UsageError(f"{source}: " + "; ".join(dict.fromkeys(_sentence(item) for item in error.errors())))
+
+
+def _older_version(error: ValidationError, path: Path) -> UsageError | None:
+    """The error for a stored config with key names of version 0.1; None where it has none of them."""
+    renamings = [renaming(".".join(map(str, item["loc"])), item["input"]) for item in error.errors()]
+    changed = [text for text in renamings if text is not None]
+    if not changed:
+        return None
+    more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return UsageError(
+        f"{path}: this run was made by an earlier version of dice, in which config keys had other names "
+        f"({'; '.join(changed[:3])}{more}). Start a new run, or finish this one with version 0.1 "
+        "(pip install 'dice-align<0.2')"
+    )
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """In one line; PyYAML's own text takes several."""
+    """PyYAML's error in one line; its own text takes several."""
     mark = getattr(error, "problem_mark", None)
-    said = getattr(error, "problem", None) or str(error)
-    return f"{said} (line {mark.line + 1}, column {mark.column + 1})" if mark else said
+    problem = getattr(error, "problem", None) or str(error)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -121,27 +142,31 @@ def resolve(
     *,
     one_stage: bool = False,
 ) -> RunConfig:
-    """Files in order, then `overrides` (from options such as --policy), then `--set` assignments.
+    """The config from all sources; a later one overrides an earlier one, key by key.
 
-    With `one_stage` the config is for a stage called alone: the world's defaults are not added, and nothing
-    is asked for that only a whole run needs.
+    Args:
+        files: YAML files, merged in order.
+        assignments: `--set` assignments, "section.key=value"; they override the files and `overrides`.
+        overrides: nested values of options such as --policy; they override the files.
+        one_stage: the config is for a single stage. The synthetic world's defaults are not added, and what only a
+            complete run needs is not required.
 
     Raises:
-        UsageError: an unknown key (with the nearest known one), or a value out of its range.
+        UsageError: an unknown key (the message names the key that was probably meant), or a value out of its range.
     """
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for path in files:
-        _merge(given, _read_yaml(path))
-    _merge(given, dict(overrides or {}))
+        _merge(settings, _read_yaml(path))
+    _merge(settings, dict(overrides or {}))
     for assignment in assignments:
-        _merge(given, _parse_set(assignment))
-    model = given.get("model")
-    named = isinstance(model, Mapping) and model.get("policy") is not None
-    base: dict[str, Any] = {} if named or one_stage else _merge({}, WORLD_DEFAULTS)
+        _merge(settings, _parse_set(assignment))
+    model = settings.get("model")
+    has_policy = isinstance(model, Mapping) and model.get("policy") is not None
+    base: dict[str, Any] = {} if has_policy or one_stage else _merge({}, WORLD_DEFAULTS)
     try:
-        return RunConfig.model_validate(_merge(base, given), context=ONE_STAGE if one_stage else None)
+        return RunConfig.model_validate(_merge(base, settings), context=ONE_STAGE if one_stage else None)
     except ValidationError as error:
-        raise _explain(error, "config") from None
+        raise _usage_error(error, "config") from None
 
 
 def dump(config: RunConfig) -> str:
@@ -151,8 +176,12 @@ def dump(config: RunConfig) -> str:
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """A `config.yaml` written by `dump`: nothing is added to it, not even the world's defaults."""
+    """Reads a `config.yaml` written by `dump`. No defaults of the synthetic world are added.
+
+    Raises:
+        UsageError: the file is absent or broken, or an earlier version wrote it with other key names.
+    """
     try:
         return RunConfig.model_validate(_read_yaml(path))
     except ValidationError as error:
-        raise _explain(error, str(path)) from None
+        raise (_older_version(error, path) or _usage_error(error, str(path))) from None

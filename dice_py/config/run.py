@@ -1,4 +1,4 @@
-"""The whole config of a run, and the embedded default."""
+"""The config of a run, and the defaults of a run on the synthetic world."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ ONE_STAGE = {"one_stage": True}
 
 
 class RunConfig(Section):
-    """Everything that decides a run's result; stored resolved as `config.yaml` in the run folder."""
+    """Every setting of a run; stored resolved as `config.yaml` in the run folder."""
 
     rounds: Positive = 2
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     beta: Annotated[float, Field(gt=0.0)] = Field(default=0.1, description="β of the implicit reward and of DPO")
     reward_reference: Literal["previous", "initial"] = Field(
         default="previous",
-        description="π_ref of round t > 1: what round t−1 started from, or always the first one",
+        description="π_ref of the reward in round t > 1: the policy that round t−1 started from, or always the first "
+        "reference",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     devices: DevicesConfig = Field(default_factory=DevicesConfig)
@@ -37,11 +38,11 @@ class RunConfig(Section):
 
     @property
     def is_world(self) -> bool:
-        """True when no model is named, so that the run is on the synthetic world."""
+        """True when no policy is named: the run is on the synthetic world."""
         return self.model.policy is None
 
     @model_validator(mode="after")
-    def _whole_run(self, info: ValidationInfo) -> RunConfig:
+    def _check_run(self, info: ValidationInfo) -> RunConfig:
         if info.context == ONE_STAGE:
             return self
         if self.mine.min_responses > self.generate.samples:
@@ -50,60 +51,66 @@ class RunConfig(Section):
                 f"{self.generate.samples}: no prompt could give a pair"
             )
         if self.is_world:
-            given = [
-                name
-                for name, value in (
-                    ("model.reference (--reference)", self.model.reference),
-                    ("data.prompts (--prompts)", self.data.prompts),
-                    ("data.replay (--replay)", self.data.replay),
-                    ("data.eval_prompts", self.data.eval_prompts),
-                    ("data.eval_pairs", self.data.eval_pairs),
-                    ("replay.buffers", self.replay.buffers or None),
-                )
-                if value is not None
-            ]
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)} given without model.policy (--policy); name the policy, "
-                    "or leave all of them out to run on the synthetic world"
-                )
-            if self._weighs_offline or self.replay.stratify_by == "source":
-                raise ValueError(
-                    "the synthetic world's offline pairs have no margin, round or source: leave out "
-                    "replay.margin_power, replay.half_life and replay.stratify_by=source (replay.buffer has its own "
-                    "margin_power and half_life)"
-                )
-            return self
-        missing = [
-            name
-            for name, value in (
-                ("model.reference (--reference)", self.model.reference),
-                ("data.prompts (--prompts)", self.data.prompts),
-            )
-            if value is None
-        ]
-        if missing:
-            raise ValueError(f"a run on your own model also needs {' and '.join(missing)}")
-        if self.data.replay is None:
-            if self.replay.gamma > 0 and not self.replay.buffers and self.replay.buffer is None:
-                raise ValueError(
-                    f"replay.gamma is {self.replay.gamma}, but no offline pairs are named: give data.replay "
-                    "(--replay FILE), replay.buffers or replay.buffer, or set replay.gamma=0"
-                )
-            if self._weighs_offline:
-                raise ValueError(
-                    "replay.margin_power and replay.half_life weigh the pairs of data.replay, which is not given: set "
-                    "replay.buffers.NAME.… or replay.buffer.… instead"
-                )
+            _check_world_run(self)
+        else:
+            _check_own_run(self)
         return self
 
-    @property
-    def _weighs_offline(self) -> bool:
-        return self.replay.margin_power > 0 or self.replay.half_life is not None
+
+def _weights_offline_pairs(config: RunConfig) -> bool:
+    return config.replay.margin_power > 0 or config.replay.half_life is not None
 
 
-# The embedded default: every value that differs from RunConfig's own, and nothing else. Measured on the
-# world; a run of one's own model starts from RunConfig and never sees these.
+def _check_world_run(config: RunConfig) -> None:
+    """Checks a run without a policy: it names no files, and asks for no columns that the world's pairs lack."""
+    inputs = {
+        "model.reference (--reference)": config.model.reference,
+        "data.prompts (--prompts)": config.data.prompts,
+        "data.replay (--replay)": config.data.replay,
+        "data.eval_prompts": config.data.eval_prompts,
+        "data.eval_pairs": config.data.eval_pairs,
+        "replay.buffers": config.replay.buffers or None,
+    }
+    present = [name for name, value in inputs.items() if value is not None]
+    if present:
+        raise ValueError(
+            f"{', '.join(present)} given without model.policy (--policy); name the policy, "
+            "or leave all of them out to run on the synthetic world"
+        )
+    if _weights_offline_pairs(config) or config.replay.stratify_by == "source":
+        raise ValueError(
+            "the synthetic world's offline pairs have no margin, round or source: leave out "
+            "replay.margin_power, replay.half_life and replay.stratify_by=source (replay.buffer has its own "
+            "margin_power and half_life)"
+        )
+
+
+def _check_own_run(config: RunConfig) -> None:
+    """Checks a run on the user's own model: reference, prompts, and offline pairs if it replays any."""
+    inputs = {
+        "model.reference (--reference)": config.model.reference,
+        "data.prompts (--prompts)": config.data.prompts,
+    }
+    missing = [name for name, value in inputs.items() if value is None]
+    if missing:
+        raise ValueError(f"a run on your own model also needs {' and '.join(missing)}")
+    if config.data.replay is not None:
+        return
+    replay = config.replay
+    if replay.gamma > 0 and not replay.buffers and replay.buffer is None:
+        raise ValueError(
+            f"replay.gamma is {replay.gamma}, but no offline pairs are named: give data.replay "
+            "(--replay FILE), replay.buffers or replay.buffer, or set replay.gamma=0"
+        )
+    if _weights_offline_pairs(config):
+        raise ValueError(
+            "replay.margin_power and replay.half_life weight the pairs of data.replay, which is not given: set "
+            "replay.buffers.NAME.… or replay.buffer.… instead"
+        )
+
+
+# What differs from RunConfig's own defaults in a run on the synthetic world, on which these values were tuned. A run on
+# the user's own model never uses them.
 WORLD_DEFAULTS: dict[str, Any] = {
     "beta": 1.0,
     "data": {"prompts_per_round": 600},

@@ -1,4 +1,4 @@
-"""Config sections that every stage reads: the models, the devices, the data."""
+"""Config sections that several stages read: models, devices, data."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, and so are NaN and infinities."""
+    """Base of every section. Unknown keys, NaN and infinities are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
 class ModelConfig(Section):
-    """Which models, and how they are held. A name is a folder or a Hugging Face id; none means the world."""
+    """The models and how they are loaded. Each is a folder or a Hugging Face id."""
 
-    policy: str | None = Field(default=None, description="π_1, the DPO-tuned model; none: the synthetic world's")
+    policy: str | None = Field(default=None, description="π_1, the DPO-tuned model; none: a run on the synthetic world")
     reference: str | None = Field(default=None, description="the model that the policy's DPO training started from")
     policy_revision: str | None = None
     reference_revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: bfloat16 on a GPU that has it, float32 elsewhere"
+        default="auto", description="auto: bfloat16 on a GPU that supports it, else float32"
     )
     device: str = Field(default="auto", description="auto: the first GPU, else the CPU")
     attn_implementation: str | None = None
@@ -32,38 +32,45 @@ class ModelConfig(Section):
 
 
 class DevicesConfig(Section):
-    """Which devices work on the shards of generation and scoring, and what becomes of a group that fails.
+    """The devices for the shards of generation and scoring, and what happens when a worker process fails.
 
-    One process per group of devices; a group is one GPU, or generate.vllm.tensor_parallel_size of them. None of it
-    changes a result, so none of it is part of a key.
+    There is one worker process per group of devices. A group is one GPU, or generate.vllm.tensor_parallel_size GPUs.
+    These settings do not change results, so no key depends on them.
     """
 
     gpus: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
-        default="all", description="by number, among those that CUDA_VISIBLE_DEVICES leaves visible"
+        default="all", description="indices among the GPUs that CUDA_VISIBLE_DEVICES leaves visible"
     )
-    cpu_processes: Positive = Field(default=1, description="groups where no GPU is used; they share the cores")
+    cpu_processes: Positive = Field(
+        default=1, description="worker processes where no GPU is used; they share the cores"
+    )
     on_worker_failure: Literal["continue", "abort"] = Field(
-        default="continue", description="when a worker process dies: continue with the other groups, or abort the run"
+        default="continue", description="when a worker process dies: continue with the others, or abort the run"
     )
-    shard_attempts: Positive = Field(default=2, description="groups that may try a shard before the stage fails")
+    shard_attempts: Positive = Field(
+        default=2, description="worker processes that may try a shard before the stage fails"
+    )
 
 
 class DataConfig(Section):
-    """Prompts for the rounds, offline preference pairs for the replay, and what is held out."""
+    """Prompts for the rounds, offline preference pairs for replay, and held-out data."""
 
     prompts: str | None = Field(default=None, description="JSONL, JSON or Parquet with a prompt column")
     replay: str | None = Field(default=None, description="offline pairs in TRL's format: prompt, chosen, rejected")
-    eval_prompts: str | None = Field(default=None, description="held-out prompts; none: a share of `prompts`")
-    eval_pairs: str | None = Field(default=None, description="held-out offline pairs for the reward's accuracy")
+    eval_prompts: str | None = Field(default=None, description="held-out prompts; none: a share of prompts")
+    eval_pairs: str | None = Field(
+        default=None,
+        description="held-out offline pairs, on which the reward's accuracy is measured; none: a share of replay",
+    )
     prompt_column: str = "prompt"
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
-    weight_column: str | None = Field(default=None, description="weights of the replay draw, in the replay file")
-    margin_column: str = Field(default="margin", description="read where a replay.…margin_power is above 0")
-    round_column: str = Field(default="round", description="read where a replay.…half_life is given")
+    weight_column: str | None = Field(default=None, description="sampling weights, in the replay file")
+    margin_column: str = Field(default="margin", description="read if a replay.…margin_power is above 0")
+    round_column: str = Field(default="round", description="read if a replay.…half_life is set")
     source_column: str = Field(default="source", description="read for replay.stratify_by=source")
     prompts_per_round: Positive | None = Field(
         default=None,
         description="a fresh slice of the shuffled prompts for each round; none: all of them each round",
     )
-    max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are left out, and counted")
+    max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are dropped and counted")

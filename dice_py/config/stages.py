@@ -1,4 +1,4 @@
-"""Config sections of the stages, training and mining excepted."""
+"""Config sections of the stages, except training (config/training.py) and mining (config/mining.py)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from dice_py.config.shared import Positive, Probability, Section
 
 
 class VllmConfig(Section):
-    """What vLLM's engine is told beyond the sampling parameters."""
+    """vLLM's engine arguments, under vLLM's names; only kv_cache_gib is ours."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     tensor_parallel_size: Positive = 1
-    enforce_eager: bool | None = Field(default=None, description="none: eager on the CPU, CUDA graphs on a GPU")
+    enforce_eager: bool | None = Field(default=None, description="none: true on the CPU, false (CUDA graphs) on a GPU")
     max_num_seqs: Positive | None = None
     max_model_len: Positive | None = Field(default=None, description="none: longest prompt + max_new_tokens")
     kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = Field(
-        default=None, description="size of the key/value cache; on a CPU 1 GiB unless told"
+        default=None,
+        description="size of the key/value cache; none: 1 GiB on a CPU, else what gpu_memory_utilization leaves",
     )
 
 
 class GenerateConfig(Section):
-    """Sampling K responses per prompt from the current policy."""
+    """Sampling of K responses per prompt from the current policy."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     samples: Annotated[int, Field(ge=2, le=65535)] = Field(default=16, description="K, responses per prompt")
@@ -32,9 +33,9 @@ class GenerateConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="0: off")
     max_new_tokens: Positive = 2048
-    shard_prompts: Positive = Field(default=256, description="prompts per shard, the unit that a resume keeps")
+    shard_prompts: Positive = Field(default=256, description="prompts per shard; a resume keeps completed shards")
     token_budget: Positive = Field(
-        default=65536, description="transformers engine: padded prompt and response tokens of one batch"
+        default=65536, description="transformers engine: prompt and response tokens of one batch, padding included"
     )
     vllm: VllmConfig = Field(default_factory=VllmConfig)
 
@@ -43,17 +44,16 @@ class ScoreConfig(Section):
     """Log-probabilities of policy and reference over the stored token ids."""
 
     token_budget: Literal["auto"] | Positive = Field(
-        default="auto", description="tokens of one batch; auto: found, and remembered for the model and the device"
+        default="auto", description="tokens of one batch; auto: measured once per model and device, then cached"
     )
-    logit_chunk: Positive = Field(default=1024, description="response positions whose logits exist at one time")
+    logit_chunk: Positive = Field(default=1024, description="response positions whose logits are in memory at one time")
     policy_logps: Literal["reuse_if_equal", "recompute"] = Field(
         default="reuse_if_equal",
-        description="reuse_if_equal: those that came with the samples, where a "
-        "measurement shows that they are the scorer's; "
-        "recompute: always the policy's own forward",
+        description="reuse_if_equal: reuse the log-probabilities of sampling if they are measured to equal the "
+        "scorer's; recompute: always run the policy's forward",
     )
     gate_responses: Positive = Field(
-        default=256, description="policy_logps=reuse_if_equal: responses that are compared"
+        default=256, description="policy_logps=reuse_if_equal: number of responses that are compared"
     )
     gate_tolerance: Annotated[float, Field(gt=0.0)] = Field(
         default=0.01,
@@ -68,34 +68,34 @@ HalfLife = Annotated[float, Field(gt=0.0)]
 
 
 class BufferConfig(Section):
-    """One named buffer of offline pairs beside data.replay, with the columns that data.*_column name."""
+    """One named file of offline pairs in addition to data.replay, with the columns that data.*_column name."""
 
     path: str = Field(description="offline pairs in TRL's format")
-    share: Share = Field(default=1.0, description="of the replayed pairs, relative to the other buffers' shares")
-    weight_column: str | None = Field(default=None, description="weights of the draw, in this file")
+    share: Share = Field(default=1.0, description="share of the replayed pairs, relative to the other buffers' shares")
+    weight_column: str | None = Field(default=None, description="sampling weights, in this file")
     margin_power: MarginPower = Field(default=0.0, description="w = max(margin, 0)^margin_power; 0: off")
     half_life: HalfLife | None = Field(default=None, description="rounds; w = 2^(−age / half_life); none: off")
 
 
 class RoundsBufferConfig(Section):
-    """The run's own buffer, `buffer/`: what earlier rounds mined, capped by a reservoir."""
+    """The run's own buffer, `buffer/`: pairs that earlier rounds mined, capped by reservoir sampling."""
 
-    capacity: Positive = Field(default=20000, description="pairs: a uniform sample of all that were mined")
-    share: Share = Field(default=1.0, description="of the replayed pairs, relative to the other buffers' shares")
+    capacity: Positive = Field(default=20000, description="pairs: a uniform sample of all pairs mined so far")
+    share: Share = Field(default=1.0, description="share of the replayed pairs, relative to the other buffers' shares")
     margin_power: MarginPower = Field(default=0.0, description="w = max(margin, 0)^margin_power; 0: off")
     half_life: HalfLife | None = Field(default=None, description="rounds; w = 2^(−age / half_life); none: off")
 
 
 class ReplayConfig(Section):
-    """The share γ of replayed pairs in the training set, and which ones (replay/weights.py: formulas)."""
+    """The share γ of replayed pairs in the training set, and how they are sampled (formulas: replay/weights.py)."""
 
     gamma: Probability = 0.5
     total: Positive | None = Field(default=None, description="pairs in the training set; none: keep all mined pairs")
     on_shortfall: Literal["error", "record"] = Field(
         default="record",
-        description="too few offline pairs: stop, or take what there is and record the shortfall",
+        description="too few offline pairs: stop, or use all of them and record the shortfall",
     )
-    share: Share = Field(default=1.0, description="of data.replay, relative to the shares of the buffers below")
+    share: Share = Field(default=1.0, description="share of data.replay, relative to the shares of the buffers below")
     margin_power: MarginPower = Field(
         default=0.0, description="data.replay: w = max(margin, 0)^margin_power, of data.margin_column; 0: off"
     )
@@ -104,17 +104,21 @@ class ReplayConfig(Section):
     )
     stratify_by: Literal["none", "length", "source"] = Field(
         default="none",
-        description="draw every buffer by strata: quantiles of the chosen's length, or values of data.source_column",
+        description="sample every buffer by strata: quantiles of the chosen length, or values of data.source_column",
     )
     allocation: Literal["proportional", "equal"] = Field(
-        default="proportional", description="counts of the strata: by their candidates, or the same for each"
+        default="proportional", description="pairs per stratum: in proportion to its candidates, or equal"
     )
-    length_buckets: Positive = Field(default=4, description="length quantiles of stratify_by=length")
-    buffers: dict[str, BufferConfig] = Field(default_factory=dict, description="further files of pairs, by name")
-    buffer: RoundsBufferConfig | None = Field(default=None, description="keep what rounds mine; none: do not")
+    length_buckets: Positive = Field(default=4, description="number of length quantiles of stratify_by=length")
+    buffers: dict[str, BufferConfig] = Field(
+        default_factory=dict, description="further files of offline pairs, by name"
+    )
+    buffer: RoundsBufferConfig | None = Field(
+        default=None, description="keep mined pairs for later rounds; none: do not"
+    )
 
     @model_validator(mode="after")
-    def _names(self) -> ReplayConfig:
+    def _check_buffer_names(self) -> ReplayConfig:
         for name in self.buffers:
             if re.fullmatch(r"[A-Za-z0-9_]+", name) is None or name in ("replay", "rounds"):
                 raise ValueError(
@@ -125,15 +129,17 @@ class ReplayConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What is measured after a round, always on prompts that no round trains on."""
+    """What is measured after a round, always on held-out prompts and pairs."""
 
-    prompts: Annotated[int, Field(ge=0)] = Field(default=256, description="held-out prompts; 0: no samples drawn")
+    prompts: Annotated[int, Field(ge=0)] = Field(
+        default=256, description="held-out prompts; 0: no responses are sampled"
+    )
     samples: Positive = Field(default=1, description="responses per held-out prompt")
     pairs: Annotated[int, Field(ge=0)] = Field(default=512, description="held-out offline pairs")
 
 
 class WorldConfig(Section):
-    """The synthetic world (synthetic/task.py): sizes and the seed that makes it."""
+    """Sizes and seed of the synthetic world (synthetic/task.py)."""
 
     seed: int = 0
     sft_steps: Positive = 600

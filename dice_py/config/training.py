@@ -10,7 +10,7 @@ from dice_py.config.shared import Positive, Probability, Section
 
 
 class LoraConfig(Section):
-    """LoRA adapters, merged into the policy after the round so that every round ends in a whole model."""
+    """LoRA adapters. They are merged after training, so that every round ends with a complete model."""
 
     r: Positive = 16
     alpha: Positive = 32
@@ -19,19 +19,19 @@ class LoraConfig(Section):
 
 
 class TrainConfig(Section):
-    """One DPO run from the policy, with the policy itself as the reference."""
+    """DPO training of the policy, with its own start as the reference. Names are TRL's where TRL has the setting."""
 
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-7
-    lr_scheduler_type: str = Field(default="constant_with_warmup", description="a name that transformers knows")
+    lr_scheduler_type: str = Field(default="constant_with_warmup", description="a scheduler of transformers")
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     max_steps: Positive | None = Field(
-        default=None, description="optimizer steps; none: `num_train_epochs` over the pairs"
+        default=None, description="optimizer steps; none: num_train_epochs over the pairs"
     )
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 1.0
-    batch_size: Positive = Field(default=32, description="pairs per optimizer step")
-    per_device_train_batch_size: Positive = Field(default=4, description="pairs per forward and device")
+    batch_size: Positive = Field(default=32, description="pairs per optimizer step, over all devices")
+    per_device_train_batch_size: Positive = Field(default=4, description="pairs per forward pass of one device")
     sft_weight: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0, description="weight of the NLL of the chosen, added to the loss (TRL's `sft`)"
+        default=0.0, description="weight of the NLL of the chosen response, added to the loss (TRL's sft loss)"
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
@@ -39,41 +39,44 @@ class TrainConfig(Section):
     adam_beta2: Probability = 0.999
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = Field(
-        default=False, description="activations of a layer are computed again in the backward pass, not kept"
+        default=False, description="recompute activations in the backward pass instead of storing them"
     )
-    max_length: Positive | None = Field(default=None, description="longer pairs are left out, and counted")
-    save_steps: Positive | None = Field(default=100, description="checkpoints that a resume goes on from")
+    max_length: Positive | None = Field(default=None, description="longer pairs are dropped and counted")
+    save_steps: Positive | None = Field(
+        default=100, description="optimizer steps between checkpoints, from which a resume continues"
+    )
     logging_steps: Positive = 10
-    report_to: list[str] = Field(default_factory=list, description="TRL's trackers: wandb, tensorboard, …")
+    report_to: list[str] = Field(default_factory=list, description="trackers of transformers: wandb, tensorboard, …")
     step0_pairs: Positive = Field(default=64, description="pairs on which the loss at step 0 is checked")
     step0_tolerance: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-3, description="largest |loss − ln 2| at step 0"
     )
     processes: Literal["auto"] | Positive = Field(
         default="auto",
-        description="auto: one per GPU of devices.gpus, as many as batch_size divides among; one on the CPU",
+        description="auto: one per GPU of devices.gpus, as many as batch_size can be split over; one on the CPU",
     )
     strategy: Literal["auto", "ddp", "fsdp2", "zero3"] = Field(
-        default="auto", description="of several processes; auto: fsdp2 on GPUs, ddp on the CPU and with lora"
+        default="auto", description="with several processes; auto: fsdp2 on GPUs, ddp on the CPU and with lora"
     )
     accelerate_config: str | None = Field(
-        default=None, description="a YAML file of accelerate's, used as it is in place of processes and strategy"
+        default=None, description="a config file of accelerate (YAML), used unchanged instead of processes and strategy"
     )
 
-    def decisive(self) -> dict[str, Any]:
-        """What decides the trained weights, for keys: all but how the work is spread over processes."""
+    def key_fields(self) -> dict[str, Any]:
+        """The settings that decide the trained weights: all but how work is spread over processes."""
         return self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
 
     @model_validator(mode="after")
-    def _spread(self) -> TrainConfig:
+    def _check_processes(self) -> TrainConfig:
         if self.accelerate_config is not None and (self.processes != "auto" or self.strategy != "auto"):
-            raise ValueError("accelerate_config says how many processes, and how: leave out processes and strategy")
+            raise ValueError("accelerate_config sets the processes and the strategy: leave out processes and strategy")
         if self.lora is not None and self.strategy in ("fsdp2", "zero3"):
             raise ValueError(
-                f"strategy is {self.strategy}, but adapters are small and their base is frozen: with lora, take ddp"
+                f"strategy is {self.strategy}, but with lora only adapters are trained, which need no sharding: set "
+                "strategy=ddp"
             )
-        several = 1 if self.processes == "auto" else self.processes
-        if several > 1 and self.batch_size % (self.per_device_train_batch_size * several):
+        count = 1 if self.processes == "auto" else self.processes
+        if count > 1 and self.batch_size % (self.per_device_train_batch_size * count):
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of per_device_train_batch_size × processes "
                 f"({self.per_device_train_batch_size} × {self.processes})"
@@ -81,7 +84,7 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> TrainConfig:
+    def _check_batch_size(self) -> TrainConfig:
         if self.batch_size % self.per_device_train_batch_size:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of per_device_train_batch_size "

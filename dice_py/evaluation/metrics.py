@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: bootstrap intervals, accuracies, win rates."""
+"""Statistics of an evaluation: bootstrap intervals, reward accuracy and win rates. Judges are in evaluation/judges/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ RESAMPLES = 2000
 
 
 def bootstrap_ci95(values: list[float], seed: int) -> list[float]:
-    """95 % interval of the mean by a percentile bootstrap over prompts (2000 resamples, seeded)."""
+    """95 % confidence interval [low, high] of the mean of `values`, by a percentile bootstrap of 2000 resamples.
+
+    Args:
+        values: one or more, independent of each other (one per prompt, for example).
+        seed: 0 or more; the same seed gives the same interval.
+    """
+    # Here, because NumPy is not among the requirements of the package: it comes with the libraries that train.
     import numpy as np
 
     data = np.asarray(values, dtype=np.float64)
@@ -19,14 +25,22 @@ def bootstrap_ci95(values: list[float], seed: int) -> list[float]:
 
 
 def reward_accuracy(chosen: pl.Series, rejected: pl.Series) -> float:
-    """Share of pairs whose chosen has the higher reward, equal rewards counted half."""
+    """Share of pairs, 0 to 1, whose chosen response has the higher reward; ties count half.
+
+    Args:
+        chosen, rejected: the rewards of each pair; one or more numbers, as many in both.
+    """
     return float(((chosen > rejected).cast(pl.Float64) + 0.5 * (chosen == rejected).cast(pl.Float64)).mean())  # type: ignore[arg-type]
 
 
 def win_rate(pairs: list[tuple[list[float], list[float]]]) -> list[float]:
-    """For each prompt, the share of (ours, theirs) score pairs that ours wins, ties counted half."""
+    """The win rate of each prompt, 0 to 1: the share of score pairs that ours wins; ties count half.
+
+    Args:
+        pairs: for each prompt the scores of our samples and of theirs, one or more each. All combinations count.
+    """
     rates = []
     for ours, theirs in pairs:
-        won = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in ours for b in theirs)
-        rates.append(won / (len(ours) * len(theirs)))
+        wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in ours for b in theirs)
+        rates.append(wins / (len(ours) * len(theirs)))
     return rates

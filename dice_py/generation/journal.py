@@ -1,9 +1,8 @@
-"""The journal of an open shard: finished responses, appended as they come, in any order.
+"""The journal of an unfinished shard: finished responses, appended in the order in which they end.
 
-A response that is in a journal is not sampled again. The file is a header with the shard's key, then records,
-each with its length and a checksum; a process that is killed, or a disk that is full, leaves at most a torn
-record at the end, which the next opening cuts off. A journal of another key is dropped: its responses answer
-another question.
+A response that is in a journal is not sampled again. The file is a header with the shard's key, then records, each with
+its length and a checksum. A killed process or a full disk leaves at most one torn record at the end, which is cut off
+when the journal is opened next. A journal with another key is emptied, since its responses belong to other settings.
 
     header   b"DICEJRN1", u16 bytes of the key, key, u32 CRC-32 of the header up to here
     record   u32 bytes of the body, u32 CRC-32 of the body, body
@@ -33,7 +32,7 @@ _RECORD = struct.Struct("<II")
 _BODY = struct.Struct("<IBd")
 _FINISH_REASONS = ("stop", "length")
 _FSYNC_SECONDS = 5.0
-"""A power cut loses what was written since the last fsync; a killed process loses nothing that was flushed."""
+"""A power failure loses what was written since the last fsync; a killed process loses nothing that was flushed."""
 
 
 def _header(key: str) -> bytes:
@@ -43,9 +42,13 @@ def _header(key: str) -> bytes:
 
 
 class Journal:
-    """Appends samples by row number and reads them back; only where each one lies is held in memory.
+    """Appends samples by row number and reads them back. Only the offsets of the records are in memory.
 
-    Opening it keeps what is whole under the same key, so that `rows` tells what need not be made again.
+    Opening a journal keeps its complete records if they have the same key; `rows` are those that need no sampling.
+
+    Args:
+        path: created, with its folder, if it does not exist.
+        key: of the shard.
 
     Raises:
         DiskFullError: from any method that writes; what was flushed before is kept.
@@ -53,7 +56,7 @@ class Journal:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        self._places: dict[int, tuple[int, int]] = {}  # row → offset and bytes of its body
+        self._bodies: dict[int, tuple[int, int]] = {}  # row → offset and bytes of its body
         self._unflushed: list[bytes] = []
         self._synced = time.monotonic()
         with self._writing():
@@ -71,21 +74,21 @@ class Journal:
     @property
     def rows(self) -> set[int]:
         """Row numbers of the responses in it."""
-        return set(self._places)
+        return set(self._bodies)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._bodies)
 
     def append(self, row: int, sample: Sample) -> None:
-        """Takes a response in; it is safe from the death of this process after `flush`."""
+        """Adds a response to the next `flush`. A row that is appended twice has the later response."""
         tokens = np.asarray(sample.token_ids, dtype="<i4").tobytes()
         body = _BODY.pack(row, _FINISH_REASONS.index(sample.finish_reason), sample.logp) + tokens
-        self._places[row] = (self._end + _RECORD.size, len(body))
+        self._bodies[row] = (self._end + _RECORD.size, len(body))
         self._end += _RECORD.size + len(body)
         self._unflushed.append(_RECORD.pack(len(body), zlib.crc32(body)) + body)
 
     def flush(self) -> None:
-        """Hands what was appended to the operating system, and every few seconds to the disk."""
+        """Writes what was appended, so that it survives the end of this process. Syncs to disk every few seconds."""
         if not self._unflushed:
             return
         with self._writing():
@@ -96,55 +99,60 @@ class Journal:
                 self._synced = time.monotonic()
 
     def read(self, row: int) -> Sample:
-        """The response of a row that was flushed."""
-        offset, size = self._places[row]
+        """The response of a row, which must have been flushed.
+
+        Raises:
+            KeyError: the row is not in the journal.
+        """
+        offset, size = self._bodies[row]
         body = os.pread(self._file, size, offset)
         _, reason, logp = _BODY.unpack_from(body)
         return Sample(np.frombuffer(body, "<i4", offset=_BODY.size).tolist(), _FINISH_REASONS[reason], logp)
 
     def close(self) -> None:
-        """Ends it without writing; what was not flushed is lost. A second call does nothing."""
+        """Closes the file without writing; what was not flushed is lost. A second call does nothing."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def remove(self) -> None:
-        """Closes and deletes it: the shard is whole."""
+        """Closes and deletes the journal, when the shard is complete."""
         self.close()
         self.path.unlink()
 
     def _recover(self, header: bytes) -> int:
-        """Reads what is there; the offset behind the last whole record, 0 where the header is another."""
+        """Reads the records; returns the offset behind the last complete one, or 0 if the header differs."""
         with self.path.open("rb") as file:
             if file.read(len(header)) != header:
                 return 0
             end = len(header)
             while len(head := file.read(_RECORD.size)) == _RECORD.size:
                 size, check = _RECORD.unpack(head)
-                # A torn length may be any number: nothing is read for one that the file cannot hold.
+                # A torn length may be any number. One that exceeds the file is not read.
                 if not _BODY.size <= size <= os.fstat(self._file).st_size - end:
                     break
                 body = file.read(size)
                 if len(body) < size or zlib.crc32(body) != check:
                     break
-                self._places[_BODY.unpack_from(body)[0]] = (end + _RECORD.size, size)
+                self._bodies[_BODY.unpack_from(body)[0]] = (end + _RECORD.size, size)
                 end += _RECORD.size + size
         return end
 
     def _write(self, data: bytes) -> int:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(self._file, left) :]
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[os.write(self._file, remaining) :]
         return len(data)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """Around writes: raises a full disk as DiskFullError."""
         try:
             yield
         except OSError as error:
             if not is_disk_full(error):
                 raise
             raise DiskFullError(
-                f"no room left on the disk while writing {self.path}; the responses that were finished before are "
-                "kept. Free some space, then `dice resume` the run (or call the stage again)"
+                f"no room left on the disk while writing {self.path}; the responses that were written before are kept. "
+                "Free some space, then `dice resume` the run (or call the stage again)"
             ) from error

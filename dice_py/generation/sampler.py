@@ -1,10 +1,15 @@
-"""Samples the shards that one group of devices is given."""
+"""Samples the shards of one group of devices. Several shards are open at a time, so that the engine stays busy.
+
+The last, long responses of a shard are decoded beside the first ones of the next shard. A finished response is in its
+shard's journal before the engine's next step, so that no process samples it again.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 from dice_py.compute.dispatch import ShardQueue
@@ -18,95 +23,119 @@ from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.parquet import parquet_key
 
 
-def sample_shards(
-    items: ShardQueue,
-    *,
-    config: GenerateConfig,
-    models: ModelConfig,
-    engine: str,
-    policy: Path,
-    stops: list[int],
-    longest: int,
-    prompts: Path,
-    files: list[Path],
-    keys: list[str],
-    seed: int,
-    round_number: int,
-    report: Report,
-) -> None:
-    """The working half: samples shards and writes their files, several open at a time so that the engine is busy.
+@dataclass(frozen=True)
+class SampleShards:
+    """The work of one group: samples the shards that it receives, and writes their files.
 
-    A shard's last, long responses run beside the next one's first. What ended is in the shard's journal before the
-    engine's next step, and is not sampled again by whoever takes the shard up later.
-
-    Args:
-        engine: "transformers" or "vllm".
-        stops: token ids that end a response.
-        longest: tokens of the longest prompt of all shards.
-        prompts: the file that `write_prompts` made.
-        files, keys: of all shards; `items` gives indices into them.
-
-    Raises:
-        DiskFullError: nothing that was journalled is lost.
+    Calling it raises:
+        DiskFullError: the responses in journals are kept.
         DiceError: as the engine raises it.
     """
-    tokenizer = load_tokenizer(policy, models)
-    opened: dict[int, ShardWriter] = {}
-    queue: deque[list[tuple[SampleId, Request]]] = deque()  # of open shards, by prompt, not given to the engine yet
-    sampler: Engine | None = None
-    since = 0.0
 
-    def take_up(number: int) -> None:
-        if parquet_key(files[number]) == keys[number]:  # another process wrote it, and died before it could say so
-            report("item", number=number)
-            return
-        shard = ShardWriter(number, files[number], keys[number], read_prompts(prompts, number), config.samples)
-        opened[number] = shard
-        if len(shard.journal):
-            report("advance", count=len(shard.journal), number=number, at=len(shard.journal))
-        queue.extend(shard.requests(seed, round_number))
-        if shard.is_complete:
-            finish(shard)
+    config: GenerateConfig
+    models: ModelConfig
+    engine: str
+    """A name in `ENGINES` (generation/engines/factory.py)."""
+    policy: Path
+    stops: list[int]
+    """Token ids that end a response."""
+    longest: int
+    """Tokens of the longest prompt of all shards."""
+    prompts: Path
+    """The file of `write_prompts`."""
+    files: list[Path]
+    """Of all shards; a shard's number is its index here."""
+    keys: list[str]
+    """Of all shards."""
+    seed: int
+    round_number: int
 
-    def finish(shard: ShardWriter) -> None:
-        nonlocal since
-        shard.write(tokenizer)
-        del opened[shard.number]
-        report("shard", file=shard.file.name, key=shard.key, rows=shard.rows)
-        if shard.made.sequences:  # all of it may have been in the journal
-            report("throughput", stage="generate", **shard.throughput(since))
-        since = time.monotonic()
-        report("item", number=shard.number)
+    def __call__(self, shards: ShardQueue, *, report: Report) -> None:
+        """Samples until `shards` has no more.
 
-    def close_journals() -> None:
-        for shard in opened.values():
-            shard.journal.close()
+        Args:
+            shards: gives the numbers of the shards to sample.
+            report: receives the events `advance`, `shard`, `throughput` and `shard_complete`.
+        """
+        with contextlib.ExitStack() as stack:
+            _Sampling(self, shards, report, stack).run()
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(close_journals)
+
+class _Sampling:
+    """One call of `SampleShards`: the engine, the open shards, and the requests that the engine has no room for yet."""
+
+    def __init__(self, work: SampleShards, shards: ShardQueue, report: Report, stack: contextlib.ExitStack) -> None:
+        self.work, self.shards, self.report, self.stack = work, shards, report, stack
+        self.tokenizer = load_tokenizer(work.policy, work.models)
+        self.open: dict[int, ShardWriter] = {}
+        self.queue: deque[list[tuple[SampleId, Request]]] = deque()  # of open shards, by prompt
+        self.engine: Engine | None = None  # built for the first request, since journals may have all responses
+        self.since = 0.0  # time.monotonic() when the last shard was complete
+        stack.callback(self._close_journals)
+
+    def run(self) -> None:
         while True:
-            while sampler is None or sampler.has_room:
-                if queue:
-                    if sampler is None:
-                        pad = int(tokenizer.pad_token_id)
-                        sampler = build_engine(engine, config, models, policy, stops, longest, pad)
-                        stack.callback(sampler.close)
-                        since = time.monotonic()
-                    sampler.add(queue.popleft())
-                    continue
-                number = items.receive(wait=not opened)
-                if number is None:
-                    break
-                take_up(number)
-            if sampler is None or not opened:
-                return  # no more shards, and none open
-            counts: dict[int, int] = {}
-            for (number, row), sample in sampler.step():
-                opened[number].add(row, sample)
-                counts[number] = counts.get(number, 0) + 1
-            for number, count in counts.items():
-                shard = opened[number]
-                shard.journal.flush()
-                report("advance", count=count, number=number, at=len(shard.journal))
-                if shard.is_complete:
-                    finish(shard)
+            self._fill()
+            if self.engine is None or not self.open:
+                return
+            self._step(self.engine)
+
+    def _fill(self) -> None:
+        """Adds requests while the engine has room. Opens the next shard when the open ones have no more requests."""
+        while self.engine is None or self.engine.has_room:
+            if self.queue:
+                if self.engine is None:
+                    self.engine = self._build()
+                self.engine.add(self.queue.popleft())
+                continue
+            number = self.shards.receive(wait=not self.open)
+            if number is None:
+                return
+            self._open(number)
+
+    def _build(self) -> Engine:
+        work = self.work
+        pad = int(self.tokenizer.pad_token_id)
+        engine = build_engine(work.engine, work.config, work.models, work.policy, work.stops, work.longest, pad)
+        self.stack.callback(engine.close)
+        self.since = time.monotonic()
+        return engine
+
+    def _open(self, number: int) -> None:
+        work = self.work
+        file, key = work.files[number], work.keys[number]
+        if parquet_key(file) == key:  # another process wrote it, and was killed before it could report that
+            self.report("shard_complete", number=number)
+            return
+        shard = ShardWriter(number, file, key, read_prompts(work.prompts, number), work.config.samples)
+        self.open[number] = shard
+        if len(shard.journal):
+            self.report("advance", count=len(shard.journal), number=number, at=len(shard.journal))
+        self.queue.extend(shard.requests(work.seed, work.round_number))
+        if shard.is_complete:
+            self._finish(shard)
+
+    def _step(self, engine: Engine) -> None:
+        counts: dict[int, int] = {}
+        for (number, row), sample in engine.step():
+            self.open[number].add(row, sample)
+            counts[number] = counts.get(number, 0) + 1
+        for number, count in counts.items():
+            shard = self.open[number]
+            shard.journal.flush()
+            self.report("advance", count=count, number=number, at=len(shard.journal))
+            if shard.is_complete:
+                self._finish(shard)
+
+    def _finish(self, shard: ShardWriter) -> None:
+        shard.write(self.tokenizer)
+        del self.open[shard.number]
+        self.report("shard", file=shard.file.name, key=shard.key, rows=shard.rows)
+        if shard.sampled_here.sequences:  # The journal may have had all of it.
+            self.report("throughput", stage="generate", **shard.throughput(self.since))
+        self.since = time.monotonic()
+        self.report("shard_complete", number=shard.number)
+
+    def _close_journals(self) -> None:
+        for shard in self.open.values():
+            shard.journal.close()

@@ -1,8 +1,8 @@
-"""A shard of the generate stage while it is being sampled: what is asked for, what came, and its file at the end.
+"""A shard of the generate stage while it is sampled: its missing requests, its finished responses, and its file.
 
-Responses go to the journal beside the shard (generation/journal.py) as they end, in any order; the Parquet file is made
-from it, in order, when the last one is there. Prompts come from one file of token ids with a row group per shard, so
-that a process reads those of its own shards only.
+Responses go to the journal beside the shard's file (generation/journal.py) in the order in which they end. When all are
+there, the Parquet file is written from the journal, by row. Prompts are in one file of token ids with a row group for
+each shard, so that a process reads only the prompts of its own shards.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ if TYPE_CHECKING:
 Prompt = tuple[int, list[int]]
 """prompt_id and token ids."""
 
-_PART = 4096
+ROWS_IN_MEMORY = 4096
 """Rows that are in memory at one time while a shard's file is written."""
 
 
 def write_prompts(path: Path, shards: Sequence[Sequence[Prompt]]) -> None:
-    """Token ids of the prompts of all shards, a row group for each."""
+    """Writes the prompts of all shards to one Parquet file (`prompt_id` u32, `token_ids` list[i32]).
+
+    Shard n is row group n. The file is written atomically.
+    """
     schema = pa.schema({"prompt_id": pa.uint32(), "token_ids": pa.list_(pa.int32())})
     with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for shard in shards:
@@ -45,7 +48,7 @@ def write_prompts(path: Path, shards: Sequence[Sequence[Prompt]]) -> None:
 
 
 def read_prompts(path: Path, number: int) -> list[Prompt]:
-    """The prompts of one shard, as `write_prompts` wrote them."""
+    """Reads the prompts of shard `number` from the file of `write_prompts`."""
     with pq.ParquetFile(path) as file:
         table = file.read_row_group(number)
     columns: list[list[Any]] = [table[name].to_pylist() for name in ("prompt_id", "token_ids")]
@@ -53,21 +56,27 @@ def read_prompts(path: Path, number: int) -> list[Prompt]:
 
 
 @dataclass
-class _Made:
-    """What this process sampled for the shard."""
+class SampledHere:
+    """What this process sampled for a shard, beyond what its journal had already."""
 
     sequences: int = 0
     tokens: int = 0
-    prompts: set[int] = field(default_factory=set)
+    prompts: set[int] = field(default_factory=set)  # by position in the shard
 
 
 class ShardWriter:
-    """One shard, `samples` responses for each of its prompts: row = prompt · samples + sample.
+    """Collects the responses of one shard in its journal, and writes its file.
+
+    The shard has `samples` responses for each prompt: row = position of the prompt · samples + sample_id.
 
     Args:
-        number: of the shard, and of its row group in the file of prompts.
-        file: the shard's file; the journal lies beside it.
-        key: the shard's key, which a journal must have for its responses to count.
+        number: the shard's position in the stage.
+        file: the shard's file; the journal is beside it.
+        key: the shard's key. The responses of a journal with another key are dropped.
+        prompts: of the shard, in order.
+
+    Raises:
+        DiskFullError: from the constructor too, since it opens the journal.
     """
 
     def __init__(self, number: int, file: Path, key: str, prompts: list[Prompt], samples: int) -> None:
@@ -77,11 +86,11 @@ class ShardWriter:
         self.prompts = prompts
         self.samples = samples
         self.journal = Journal(journal_of(file), key)
-        self.made = _Made()
+        self.sampled_here = SampledHere()
 
     @property
     def rows(self) -> int:
-        """Responses that it has when it is whole."""
+        """Responses of the complete shard."""
         return len(self.prompts) * self.samples
 
     @property
@@ -90,32 +99,43 @@ class ShardWriter:
         return len(self.journal) == self.rows
 
     def requests(self, *seed: int) -> list[list[tuple[SampleId, Request]]]:
-        """What is missing, by prompt. `seed` is (run seed, round): prompt_id and sample_id make it a response's."""
-        there, missing = self.journal.rows, []
-        for at, (prompt_id, token_ids) in enumerate(self.prompts):
-            first = at * self.samples
+        """The missing responses, one list for each prompt.
+
+        Args:
+            seed: (run seed, round). Together with prompt_id and sample_id it gives each response's seed.
+        """
+        finished, missing = self.journal.rows, []
+        for position, (prompt_id, token_ids) in enumerate(self.prompts):
+            first = position * self.samples
             requests = [
                 ((self.number, first + sample), Request(token_ids, seed_for(*seed, prompt_id, sample)))
                 for sample in range(self.samples)
-                if first + sample not in there
+                if first + sample not in finished
             ]
             if requests:
                 missing.append(requests)
         return missing
 
     def add(self, row: int, sample: Sample) -> None:
-        """Notes a response that ended; `journal.flush` makes it safe."""
+        """Appends a finished response to the journal. It survives this process only after `journal.flush`."""
         self.journal.append(row, sample)
-        self.made.sequences += 1
-        self.made.tokens += len(sample.token_ids)
-        self.made.prompts.add(row // self.samples)
+        self.sampled_here.sequences += 1
+        self.sampled_here.tokens += len(sample.token_ids)
+        self.sampled_here.prompts.add(row // self.samples)
 
     def write(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Makes the shard's file from the journal, atomically, and removes the journal."""
+        """Writes the shard's file from the journal, atomically, and removes the journal.
+
+        The file has the columns of `GENERATIONS` (storage/schemas.py), the shard's key, and the sums `cut_off` and
+        `response_tokens`.
+
+        Raises:
+            DiskFullError: the journal is kept.
+        """
         meta = {"cut_off": 0, "response_tokens": 0}
         with atomic(self.file) as temporary, ParquetStream(temporary) as stream:
-            for first in range(0, self.rows, _PART):
-                frame = self._frame(range(first, min(first + _PART, self.rows)), tokenizer)
+            for first in range(0, self.rows, ROWS_IN_MEMORY):
+                frame = self._frame(range(first, min(first + ROWS_IN_MEMORY, self.rows)), tokenizer)
                 meta["cut_off"] += int((frame["finish_reason"] == "length").sum())
                 meta["response_tokens"] += int(frame["response_tokens"].sum())
                 stream.write(frame)
@@ -123,16 +143,17 @@ class ShardWriter:
         self.journal.remove()
 
     def throughput(self, since: float) -> dict[str, Any]:
-        """Fields of the `throughput` event: what this process made, over the seconds since `since` (monotonic)."""
+        """Fields of the `throughput` event: what this process sampled since `since`, in `time.monotonic()` seconds."""
+        sampled = self.sampled_here
         seconds = time.monotonic() - since
         return {
             "file": self.file.name,
-            "sequences": self.made.sequences,
-            "tokens": self.made.tokens,
-            # Each prompt once, however many responses it has: that is what is computed.
-            "prompt_tokens": sum(len(self.prompts[at][1]) for at in self.made.prompts),
+            "sequences": sampled.sequences,
+            "tokens": sampled.tokens,
+            # Each prompt once, since its responses share its prefill.
+            "prompt_tokens": sum(len(self.prompts[position][1]) for position in sampled.prompts),
             "seconds": seconds,
-            "tokens_per_second": self.made.tokens / seconds if seconds > 0 else 0.0,
+            "tokens_per_second": sampled.tokens / seconds if seconds > 0 else 0.0,
         }
 
     def _frame(self, rows: range, tokenizer: PreTrainedTokenizerBase) -> pl.DataFrame:
@@ -157,5 +178,5 @@ class ShardWriter:
 
 
 def journal_of(file: Path) -> Path:
-    """Where the journal of a shard's file lies."""
+    """Path of the journal for a shard's file."""
     return file.with_suffix(".journal")

@@ -1,8 +1,8 @@
-"""How much work a forward is, and how much a device can do: FLOPs, the rate of matrix products, utilisation.
+"""FLOPs of a forward pass, the measured FLOP rate of a device, and model FLOPs utilization (MFU).
 
-Model FLOPs, forward: 2 for each weight of the layers and each token, 2 for each weight of the head and each
-predicted token, and for attention 4 × heads × size of a head for each layer, query and key that it sees (two products,
-a multiplication and an addition each). Of a mixture of experts only those that a token goes through are counted.
+FLOPs of a forward pass: 2 per layer weight and token, 2 per head weight and predicted token, and for attention
+4 × heads × size of a head per layer and (query, key) pair: two products, of a multiplication and an addition each. In a
+mixture of experts, only the experts that process a token are counted.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def device_name(device: torch.device) -> str:
-    """What a measurement on a device holds for: the GPU's name and memory, or the CPU's model and threads."""
+    """The device for which a measurement is valid: the GPU's name and memory, or the CPU's architecture and threads."""
     import platform
 
     import torch
 
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        return f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that its cost follows from. Weights are counts of parameters."""
+    """The sizes of a model that determine its cost. Weights are numbers of parameters."""
 
     name: str
     layer_weights: int
@@ -39,12 +39,18 @@ class Shape:
     vocabulary: int
     hidden: int
     widest: int
-    """The largest size of an activation for one token in a layer."""
+    """Values in the largest activation of one token in a layer."""
     attention: int
     """Layers × heads × size of a head."""
 
     def flops(self, tokens: int, predicted: int, seen: int) -> int:
-        """Of one forward over `tokens`, the head on `predicted` of them; `seen` counts pairs of query and key."""
+        """FLOPs of one forward pass.
+
+        Args:
+            tokens: tokens that go through the layers.
+            predicted: tokens that go through the head.
+            seen: (query, key) pairs of attention.
+        """
         return 2 * self.layer_weights * tokens + 2 * self.head_weights * predicted + 4 * self.attention * seen
 
 
@@ -54,12 +60,12 @@ def shape_of(model: PreTrainedModel) -> Shape:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings().weight
-    apart = {id(head), id(model.get_input_embeddings().weight)}
+    embeddings = {id(head), id(model.get_input_embeddings().weight)}
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     used = getattr(config, "num_experts_per_tok", None)
     layers = 0
     for name, weight in model.named_parameters():
-        if id(weight) not in apart:
+        if id(weight) not in embeddings:
             layers += weight.numel() * used // experts if experts and used and ".experts." in name else weight.numel()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return Shape(
@@ -75,11 +81,11 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 @cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large square matrix product here, the best of five; measured once in a process."""
+    """FLOPs per second of a large square matrix product on `device`: the best of five. Measured once per process."""
     import torch
 
     size = 8192 if device.type == "cuda" else 1024
-    # A generator of its own: what is drawn after a measurement must not depend on it.
+    # A separate generator: random numbers drawn after the measurement must not depend on it.
     left = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
     times = []
     with torch.inference_mode():
@@ -94,27 +100,27 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass
 class Work:
-    """What was done, added up: a shard's throughput."""
+    """Totals over the batches of a shard."""
 
     sequences: int = 0
     tokens: int = 0
-    """That a forward ran over, padding left out."""
+    """Tokens that went through the model, without padding."""
     padded: int = 0
-    """Tokens that were only padding."""
+    """Padding tokens that went through the model."""
     unshared: int = 0
-    """Tokens that whole sequences would have been: more than `tokens` where prompts were shared."""
+    """Tokens of all sequences with their prompts: more than `tokens` if sequences shared the forward of a prompt."""
     flops: int = 0
     seconds: float = 0.0
 
     def rates(self, peak: float) -> dict[str, Any]:
-        """For the `throughput` event; `peak` in FLOPs per second."""
-        ran = self.tokens + self.padded
+        """The fields of the `throughput` event; `peak` is `matmul_rate`, in FLOPs per second."""
+        processed = self.tokens + self.padded
         speed = self.flops / self.seconds if self.seconds else 0.0
         return {
             "sequences": self.sequences,
             "tokens": self.tokens,
             "unshared_tokens": self.unshared,
-            "padding_share": round(self.padded / ran, 4) if ran else 0.0,
+            "padding_share": round(self.padded / processed, 4) if processed else 0.0,
             "flops": self.flops,
             "seconds": round(self.seconds, 4),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,

@@ -1,6 +1,6 @@
-"""Models and tokenizers: found, checked, identified, loaded; prompts and pairs as token ids.
+"""Finds, checks, identifies and loads models, in this order below.
 
-Importing this file imports neither torch nor transformers; its functions do.
+Importing this file imports neither torch nor transformers; its functions do. Tokenizers are in models/tokenization.py.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_HASHED_WHOLE = 64 * 2**20  # bytes; larger files count by name, size and time
+_HASHED_BYTES = 64 * 2**20  # files up to this size are identified by content, larger ones by name, size and mtime
 
 
 def require(*modules: str, extra: str) -> None:
-    """Checks that modules of an optional extra are installed.
+    """Checks that modules of an optional dependency set (`extra`) are installed.
 
     Raises:
-        UsageError: naming what is missing and the command that adds it.
+        UsageError: a module is missing; the message has the command that installs it.
     """
     import importlib.util
 
@@ -37,10 +36,15 @@ def require(*modules: str, extra: str) -> None:
 
 
 def resolve_model(name: str, revision: str | None, *, role: str) -> Path:
-    """The local folder of a model: `name` itself if it is one, else a snapshot from the Hugging Face hub.
+    """The local folder of a model: `name` itself if it is a folder, else a snapshot from the Hugging Face hub.
+
+    Args:
+        name: a folder or a Hugging Face id.
+        revision: branch, tag or commit on the hub; None: the default branch.
+        role: how error messages name the model, such as "--policy".
 
     Raises:
-        DataError: the folder lacks a config or weights, or the hub does not give the model.
+        DataError: the folder lacks a config or weights, or the hub refuses the download.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -65,52 +69,52 @@ def _snapshot(name: str, revision: str | None, role: str) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{role}: {name} is no folder here, and the Hugging Face hub does not give it ({first}); "
-            "check the name, log in (hf auth login), or download it first and give its folder"
+            f"{role}: {name} is not a local folder, and cannot be downloaded from the Hugging Face hub ({first_line}); "
+            "check the name, log in (hf auth login), or download it yourself and name its folder"
         ) from None
 
 
 def check_model_folder(folder: Path, *, role: str) -> None:
-    """Checks for config.json (or an adapter's) and for weights.
+    """Checks that the folder has weights, and config.json or adapter_config.json.
 
     Raises:
-        DataError: naming what the folder lacks.
+        DataError: the message names the file that is missing.
     """
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise DataError(f"{role}: {folder} has no config.json; it is not a model folder in the Hugging Face layout")
     if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
         raise DataError(
-            f"{role}: {folder} has a config but no weights (looked for {' and '.join(_WEIGHTS)}); "
-            "was the download or the save cut off?"
+            f"{role}: {folder} has a config but no weights ({' or '.join(_WEIGHTS)}); "
+            "was the download or the save interrupted?"
         )
 
 
 def model_identity(folder: Path) -> str:
-    """A digest of what the folder holds: small files by content, large ones by name, size and time."""
+    """A digest of the files in a model folder: small files by content, large ones by name, size and mtime."""
     parts: list[Any] = []
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"):
             stat = file.stat()
-            content = file_digest(file) if stat.st_size <= _HASHED_WHOLE else [stat.st_size, stat.st_mtime_ns]
+            content = file_digest(file) if stat.st_size <= _HASHED_BYTES else [stat.st_size, stat.st_mtime_ns]
             parts.append([file.name, content])
     return digest(parts)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model is held and in which type: a device such as `cuda:0`, and a torch dtype's name."""
+    """A device such as "cuda:0", and the name of a torch dtype."""
 
     device: str
     dtype: str
 
 
 def placement(config: ModelConfig) -> Placement:
-    """Resolves `auto`: the first GPU else the CPU; bfloat16 on a GPU that has it, else float32.
+    """The device and dtype of models. "auto" is the first GPU, else the CPU; bfloat16 on a GPU with it, else float32.
 
     Raises:
-        UsageError: a device that this machine lacks.
+        UsageError: this machine lacks the device, or torch or transformers is not installed.
     """
     require("torch", "transformers", extra="train")
     with timed("import"):
@@ -128,10 +132,15 @@ def placement(config: ModelConfig) -> Placement:
 
 
 def load_model(folder: Path, config: ModelConfig, *, training: bool = False) -> PreTrainedModel:
-    """A causal language model in evaluation mode on its device (left on the CPU for `training`).
+    """Loads a causal language model in evaluation mode.
+
+    Args:
+        folder: a model folder in the Hugging Face layout.
+        config: dtype, device, attention implementation.
+        training: leave the model on the CPU, since the trainer moves it.
 
     Raises:
-        DataError: transformers cannot build it from the folder.
+        DataError: the folder is incomplete, or transformers cannot load it.
     """
     with timed("import"):
         import torch
@@ -139,7 +148,7 @@ def load_model(folder: Path, config: ModelConfig, *, training: bool = False) -> 
         from transformers.utils import logging
 
     logging.disable_progress_bar()
-    where = placement(config)
+    place = placement(config)
     check_model_folder(folder, role="model")
     options: dict[str, Any] = {}
     if config.attn_implementation is not None:
@@ -147,31 +156,32 @@ def load_model(folder: Path, config: ModelConfig, *, training: bool = False) -> 
     with timed("load"):
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, where.dtype), trust_remote_code=config.trust_remote_code, **options
+                folder, dtype=getattr(torch, place.dtype), trust_remote_code=config.trust_remote_code, **options
             )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: transformers cannot load a causal language model from it: {error}") from None
         model.eval()
-        return model if training else model.to(where.device)
+        return model if training else model.to(place.device)
 
 
 _held: list[tuple[tuple[str, str, ModelConfig], PreTrainedModel]] = []
 
 
 def held_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
-    """`load_model`, but the last one is held in this process, so that no weights are read twice in a row.
+    """`load_model` with a cache of one: the last model stays in this process, so weights are not read twice in a row.
 
-    Held until another is asked for, or `release_held`: whoever is about to fill the device otherwise calls that.
+    The model stays until another one is requested or `release_held` is called. Call that before the device memory is
+    needed for something else.
     """
-    wanted = (str(folder.resolve()), model_identity(folder), config)
-    if not _held or _held[0][0] != wanted:
+    key = (str(folder.resolve()), model_identity(folder), config)
+    if not _held or _held[0][0] != key:
         release_held()
-        _held.append((wanted, load_model(folder, config)))
+        _held.append((key, load_model(folder, config)))
     return _held[0][1]
 
 
 def release_held() -> None:
-    """Gives the memory of the held model back."""
+    """Drops the model of `held_model` and frees its memory."""
     if _held:
         device = _held[0][1].device
         _held.clear()
@@ -179,7 +189,7 @@ def release_held() -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives cached GPU memory back, after the last reference to a model was dropped."""
+    """Frees torch's cached memory on a GPU. Call it after the last reference to a model is dropped."""
     import gc
 
     import torch

@@ -1,4 +1,4 @@
-"""Sizes of a model from its files: parameters, shape and bytes, with no weights read."""
+"""Sizes of a model from its config and the headers of its weights: parameters, shape, bytes. Reads no weights."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ _NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model folder's sizes. Of an adapter the layers are unknown: zeros, and only its own weights are counted."""
+    """Sizes of the model in a folder. For an adapter, only its own weights are counted, and the layer sizes are 0."""
 
     parameters: int
     stored_bytes: int
-    """Of the weights' files."""
+    """Size of the weight files."""
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_size: int
     inner: int
+    """Width of the feed-forward layer."""
     vocabulary: int
     shape: str
-    """Equal for models of one architecture and size, whatever their weights."""
+    """A digest that is equal for models of one architecture and size with different weights."""
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Values of a token in the key/value cache: 2 × L × key/value heads × size of a head."""
+        """Values (not bytes) per token in the key/value cache: 2 × layers × key/value heads × size of a head."""
         return 2 * self.layers * self.kv_heads * self.head_size
 
 
@@ -50,14 +51,14 @@ def _header(file: Path) -> dict[str, Any]:
                 raise ValueError("the header is longer than the file")
             return dict(json.loads(handle.read(length)))
     except (OSError, ValueError, struct.error) as error:
-        raise DataError(f"{file} is not whole safetensors ({error}); download or save it again") from None
+        raise DataError(f"{file} is not a complete safetensors file ({error}); download or save it again") from None
 
 
 def model_size(folder: Path) -> ModelSize:
     """The sizes of the model in a folder, from config.json and the headers of its weights.
 
     Raises:
-        DataError: a file of weights that is cut off.
+        DataError: a weight file is truncated.
     """
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
@@ -68,7 +69,7 @@ def model_size(folder: Path) -> ModelSize:
         for name, tensor in _header(weights).items():
             if name != "__metadata__" and tensor["dtype"] in _STORED:
                 parameters += math.prod(tensor["shape"])
-    if not parameters:  # an older format, in which a size is all that there is to see
+    if not parameters:  # pytorch_model*.bin has no header: count by file size
         stored = sum(weights.stat().st_size for weights in folder.glob("pytorch_model*.bin"))
         parameters = stored // DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
     hidden = int(text.get("hidden_size") or 0)

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: prompts and pairs as token ids."""
+"""Tokenizers and chat templates: prompts and pairs as token ids. Without torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import polars as pl
 from dice_py.config.shared import ModelConfig
 from dice_py.data import Message
 from dice_py.errors import DataError
+from dice_py.models.loading import require
 from dice_py.storage.schemas import PAIRS
 from dice_py.timing import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from dice_py.models.loading import require
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a chat template and a padding token.
+    """The tokenizer of a model folder. Its padding token is the end-of-sequence token if it has none.
 
     Raises:
-        DataError: absent, or without a chat template or an end-of-sequence token.
+        DataError: transformers cannot load it, or it lacks a chat template or an end-of-sequence token.
     """
     require("transformers", extra="train")
     with timed("import"):
@@ -32,8 +32,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DataError(f"{folder}: transformers cannot load a tokenizer from it: {first}") from None
+        first_line = str(error).strip().splitlines()[0]
+        raise DataError(f"{folder}: transformers cannot load a tokenizer from it: {first_line}") from None
     if not tokenizer.chat_template:
         raise DataError(
             f"{folder}: its tokenizer has no chat template, so a prompt cannot be rendered; save one with the "
@@ -47,15 +47,15 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
 
 
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's EOS and those of the model's generation config."""
-    found = {int(tokenizer.eos_token_id)}
+    """Token ids that end a response, sorted: the tokenizer's EOS and those in the model's generation_config.json."""
+    stops = {int(tokenizer.eos_token_id)}
     file = folder / "generation_config.json"
     if file.is_file():
         listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         for token in listed if isinstance(listed, list) else [listed]:
             if isinstance(token, int):
-                found.add(token)
-    return sorted(found)
+                stops.add(token)
+    return sorted(stops)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, **options: Any) -> str:
@@ -68,9 +68,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: 
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str = "prompt") -> list[int]:
-    """Token ids of the prompt as the model sees it before it answers.
+    """Token ids of the prompt with the template's generation prompt, as the model reads it before it answers.
 
-    The template writes its own BOS: none is added, so that none is doubled.
+    The template writes the BOS token, so the tokenizer adds no special tokens.
+
+    Raises:
+        DataError: the chat template refuses the messages; `where` names the row in the message.
     """
     text = _render(tokenizer, messages, where, add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -84,23 +87,22 @@ def encode_response(
     stops: list[int],
     where: str = "pair",
 ) -> list[int]:
-    """Token ids of an offline answer as the policy would have sampled it: up to its first stop token.
+    """Token ids of an offline response as the policy would have sampled it: up to and with its first stop token.
 
-    What a template writes after the stop token (a line break, say) is cut off, since nothing samples it; a
-    stop token is added where the template writes none. Text and prompt are tokenised apart, which is how a
-    sampled response meets its prompt.
+    What the template writes after the stop token (a line break, for example) is cut off, since it is never sampled. A
+    stop token is appended if the template writes none. Prompt and response are tokenized separately, as in sampling.
 
     Raises:
-        DataError: the template renders the prompt differently once an answer follows.
+        DataError: the template renders the prompt differently once a response follows, or refuses the messages.
     """
     before = _render(tokenizer, prompt, where, add_generation_prompt=True)
-    whole = _render(tokenizer, [*prompt, *response], where)
-    if not whole.startswith(before):
+    full = _render(tokenizer, [*prompt, *response], where)
+    if not full.startswith(before):
         raise DataError(
-            f"{where}: the chat template renders the prompt differently once an answer follows it, so the "
-            "answer's tokens cannot be told apart; use a template whose generation prompt is a prefix"
+            f"{where}: the chat template renders the prompt differently once a response follows it, so the tokens of "
+            "the response cannot be separated; use a template whose generation prompt is a prefix of the conversation"
         )
-    ids: list[int] = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(full[len(before) :], add_special_tokens=False)["input_ids"]
     for index, token in enumerate(ids):
         if token in stops:
             return ids[: index + 1]
@@ -108,7 +110,11 @@ def encode_response(
 
 
 def encode_pairs(pairs: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> pl.DataFrame:
-    """Adds `prompt_ids`, `chosen_ids`, `rejected_ids` (list i32) to pairs of messages."""
+    """Adds `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of i32) to pairs of messages.
+
+    Raises:
+        DataError: the chat template refuses a pair; the message has its row.
+    """
     encoded: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for row, (prompt, chosen, rejected) in enumerate(pairs.select("prompt", "chosen", "rejected").iter_rows()):
         encoded["prompt_ids"].append(encode_prompt(tokenizer, prompt, f"pair {row}"))

@@ -66,7 +66,8 @@ def probe(
     import torch
 
     from dice_py.compute.memory import free_host_memory
-    from dice_py.generation.engines.factory import check_fits, choose_engine
+    from dice_py.generation.engines.factory import choose_engine
+    from dice_py.generation.limits import check_fits
     from dice_py.models.flops import device_name
     from dice_py.training.parallelism import lay_out
 
@@ -161,7 +162,7 @@ def _sample(
             seeds = [seed_for(config.seed, "plan", prompt_id, number) for number in range(samples)]
             sampler.add([((0, at * samples + number), Request(ids, seed)) for number, seed in enumerate(seeds)])
         found: dict[SampleId, Sample] = {}
-        while sampler.open:
+        while sampler.unfinished:
             found.update(sampler.step())
         return time.monotonic() - began, found
 
@@ -175,10 +176,7 @@ def _sample(
         report("note", text=f"calibrating: sampling {samples} responses to each of {count} prompts")
         seconds, made = sample(many)
     peak = peak_memory()
-    rows = max(1, settings.token_budget // (longest + settings.max_new_tokens))
-    if engine == "vllm":
-        rows = sampler._enough // 2  # type: ignore[attr-defined]
-    joins = engine == "vllm" or bool(getattr(sampler, "shares_prefill", False))
+    rows, joins = sampler.max_rows, sampler.drops_finished_rows
     beside = beside_import(lambda: sample(many)[0], seconds) if whole and not on_gpu(config) else None
     sampler.close()
     ordered = [made[0, row] for row in range(len(many) * samples)]
@@ -212,6 +210,10 @@ def on_gpu(config: RunConfig) -> bool:
     return placement(config.model.model_copy(update={"dtype": "float32"})).device != "cpu"
 
 
+def _nothing(report: Report) -> None:
+    """Work for a process that is only to import."""
+
+
 def beside_import(work: Callable[[], float], alone: float) -> dict[str, float]:
     """How fast `work` goes on while another process imports, and how long that takes.
 
@@ -227,12 +229,12 @@ def beside_import(work: Callable[[], float], alone: float) -> dict[str, float]:
         return {"work": 0.5, "start": 0.5}  # they take turns
     began = time.monotonic()
     other = Worker(("dice_py.stages.score", "dice_py.scoring.scorer"))
-    other.submit("dice_py.timing:timed_seconds", {}, log=Path("/dev/null"), name="calibration")
+    other.submit(_nothing, log=Path("/dev/null"), name="calibration")
     ended: list[float] = []
 
     def watch() -> None:
-        while not (other.begun or other.ended):
-            other.poll(0.05)
+        while not (other.started or other.ended):
+            other.receive(0.05)
         ended.append(time.monotonic() - began)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -246,5 +248,5 @@ def beside_import(work: Callable[[], float], alone: float) -> dict[str, float]:
             done += min(1.0, (ended[0] - started) / took) if ended else 1.0
     finally:
         watcher.join()
-        other.end()
+        other.stop()
     return {"work": min(1.0, done * alone / ended[0]), "seconds": ended[0]}

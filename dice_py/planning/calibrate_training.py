@@ -13,7 +13,6 @@ import polars as pl
 from dice_py.compute.devices import Group, device_in_group, only_these_gpus
 from dice_py.compute.memory import peak_memory
 from dice_py.config.run import RunConfig
-from dice_py.config.shared import DevicesConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
@@ -43,7 +42,7 @@ def measure_score(
     import torch
 
     from dice_py.scoring.pairs import score_pairs
-    from dice_py.stages.score import score
+    from dice_py.stages.score import ScoreJob
 
     models = device_in_group(config.model)
     with only_these_gpus(Group(1, gpus)):
@@ -60,10 +59,11 @@ def measure_score(
         def run(name: str, file: Path, settings: Any) -> tuple[float, Any]:
             """Seconds without loading."""
             loaded, began = timed_seconds().get("load", 0.0), time.monotonic()
-            made = score(
-                settings, models, policy=policy, reference=reference, generations=[file], out=out / name, keys=[name],
-                beta=config.beta, sampled=[True], devices=DevicesConfig(), report=on_event,
+            job = ScoreJob(
+                config=settings, models=models, policy=policy, reference=reference, generations=[file],
+                generation_keys=[name], out=out / name, beta=config.beta, sampled=(True,),
             )  # fmt: skip
+            made = job.run(on_event)
             return time.monotonic() - began - (timed_seconds().get("load", 0.0) - loaded), made
 
         report("note", text=f"calibrating: scoring {shard.height} responses")
@@ -91,8 +91,8 @@ def measure_score(
             "per_token": per_token,
             "per_response": per_response,
             "token_ratio": tokens / 2 / shared,
-            "gate_passed": None if made.gate is None else bool(made.gate["passed"]),
-            "bytes_per_response": made.files[0].stat().st_size / shard.height,
+            "gate_passed": None if (gate := made.counts["policy_logps_gate"]) is None else bool(gate["passed"]),
+            "bytes_per_response": made.files[0][0].stat().st_size / shard.height,
             "peak": peak,
             "beside": None,
         }
@@ -159,7 +159,7 @@ def measure_train(
     *, config: RunConfig, policy: Path, training_set: Path, out: Path, report: Report = no_report
 ) -> dict[str, Any]:
     """Figures of training: what is paid once, a step's seconds and tokens, and a checkpoint's seconds and bytes."""
-    from dice_py.stages.train import train
+    from dice_py.stages.train import TrainJob
 
     saves = config.train.save_steps is not None
     settings = config.train.model_copy(
@@ -178,10 +178,11 @@ def measure_train(
                 saved = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
 
     loaded, began = timed_seconds().get("load", 0.0), time.monotonic()
-    train(
-        settings, config.model, policy=policy, training_set=training_set, out=out, beta=config.beta, seed=config.seed,
-        key="calibration", devices=config.devices, report=on_event,
+    job = TrainJob(
+        config=settings, models=config.model, policy=policy, training_set=training_set, training_set_key="calibration",
+        out=out, beta=config.beta, seed=config.seed, devices=config.devices,
     )  # fmt: skip
+    job.run(on_event)
     total = time.monotonic() - began
     load = timed_seconds().get("load", 0.0) - loaded
     gaps = [after - before for before, after in itertools.pairwise(steps)]

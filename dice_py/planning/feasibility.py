@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dice_py.stages.registry import REMEDIES
+from dice_py.stages.registry import REGISTRY
 
 _SETTINGS = {
     "generate": "generate.token_budget",
@@ -57,7 +57,7 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
                 "needed": needed,
                 "available": room.memory,
                 "text": f"{name} needs {_gib(needed)} of {room.place}, and {_gib(room.memory)} are free",
-                "remedy": REMEDIES[kind],
+                "remedy": REGISTRY[kind].remedy,
             }
         needed = written + stage["disk_bytes"] + stage["transient_disk_bytes"]
         if needed > room.disk:

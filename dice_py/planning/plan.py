@@ -12,10 +12,13 @@ estimates, and where a filter of `mine` drops more, upper bounds. Nothing is wri
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from dice_py.compute.stage_process import run_stage
+from dice_py.compute.stage_process import run_in_subprocess
 from dice_py.compute.worker import Worker
 from dice_py.config.run import RunConfig
 from dice_py.data import prompt_key
@@ -40,11 +43,17 @@ from dice_py.runs.folder import Run
 from dice_py.runs.inputs import Inputs, prepare, round_prompts
 from dice_py.runs.profile import read_events
 from dice_py.runs.throughput import KIND, LENGTHS, lengths_key, lengths_of, record_key
-from dice_py.stages.registry import IMPORTS, REMEDIES
+from dice_py.stages.registry import REGISTRY
 from dice_py.storage.cache import recall, remember
 from dice_py.storage.parquet import parquet_rows, read_parquet
 
 _MOST_MINED = 200_000  # responses on which mining is timed
+
+
+def resolve(work: str) -> Callable[..., Any]:
+    module, _, name = work.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 class SubprocessRunner:
@@ -65,8 +74,10 @@ class SubprocessRunner:
                 self.report(event, **fields)
 
         log = self.folder / f"{stage}.log"
-        spare = Worker(IMPORTS[stage], log)
-        return run_stage(work, arguments, log=log, remedy=REMEDIES[stage], report=on_event, spare=spare)
+        warm = Worker(REGISTRY[stage].imports, log)
+        call = functools.partial(resolve(work), **arguments)
+        remedy = REGISTRY[stage].remedy
+        return run_in_subprocess(call, log=log, remedy=remedy, report=on_event, warm=warm, name=work)
 
 
 def plan(
@@ -132,7 +143,9 @@ def plan(
             remember(KIND, key, record)
         data = _data(inputs, [file for file, _ in files], looked, record, lengths)
         checked = [event for event in read_events(this.folder / "events.jsonl") if event["event"] == "process"]
-        check = sum(e["seconds"]["total"] for e in checked if e["work"] == "dice_py.stages.preflight:check") or None
+        check = (
+            sum(e["seconds"]["total"] for e in checked if e["work"] == "dice_py.stages.preflight:PreflightJob") or None
+        )
         machine = _machine(config, looked, data)
         sizes = model_size(inputs.policy), model_size(inputs.reference)
     counts = count_rounds(config, data, machine.processes)

@@ -1,4 +1,4 @@
-"""Mined pairs with their token ids, as rows of a training set and of the replay buffer."""
+"""Mined pairs joined with the token ids that were sampled, as rows of a training set and of the replay buffer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BUFFER = pl.Schema(
         "source": pl.String(),
     }
 )
-"""A run's buffer: the pair as it was mined, token ids included, the key of its prompt, its margin and lengths (in what
-mine.length counts), and the round it is of as `source`; beside these every file has `round`, `index`, `priority`."""
+"""The columns that a run appends to its buffer: the key of the prompt, the pair with its token ids, its margin, its
+lengths (in the unit of mine.length), and its round as `source`. The buffer adds `round`, `index` and `priority`."""
 
 
 def append_mined(
@@ -37,13 +37,22 @@ def append_mined(
     key: str,
     report: Report = no_report,
 ) -> None:
-    """Appends a round's mined pairs, with their token ids, to a run's buffer (columns: `BUFFER`).
+    """Appends the mined pairs of a round to the buffer of a run (columns: `BUFFER`).
+
+    Nothing is read if the round was appended with the same key.
 
     Args:
-        mined, generations, scores, prompts: as for `dice_py.stages.replay.replay`.
+        mined: the mined pairs (schema MINED).
+        generations, scores: the shards that the row numbers of `mined` count through, in order (schemas GENERATIONS
+            and SCORES).
+        prompts: the prompts that were sampled on (schema PROMPTS).
         key: the key of the mined pairs.
+        report: receives a note with the number of pairs written.
+
+    Raises:
+        UsageError, DataError: as `ReplayBuffer.append`.
     """
-    if buffer.holds(round_number, key):
+    if buffer.is_appended(round_number, key):
         return
     pairs = read_parquet(mined)
     gathered = gather_mined(pairs, generations, scores, read_parquet(prompts, ["prompt_id", "messages"]))
@@ -60,16 +69,22 @@ def append_mined(
 def gather_mined(
     mined: pl.DataFrame, generations: list[Path], scores: list[Path], prompts: pl.DataFrame
 ) -> pl.DataFrame:
-    """The mined pairs as a training set: stored token ids, messages, and the log-probabilities already scored.
+    """The mined pairs as rows of a training set (the columns of TRAINING_SET, source "mined"), in the order of `mined`.
 
-    The policy that scored the responses is the one that training starts from, so its `logp` is the
-    reference's log-probability in DPO.
+    Token ids and log-probabilities are those of the generate and score stages; nothing is tokenized or scored again.
+    The policy that scored the responses is the one that training starts from, so its `logp` is the log-probability
+    of the reference in DPO (`ref_chosen_logps`, `ref_rejected_logps`; f32, nats).
+
+    Args:
+        mined: `prompt_id`, `chosen_row` and `rejected_row`; the row numbers count through all shards.
+        generations, scores: the shards, in order (schemas GENERATIONS and SCORES).
+        prompts: `prompt_id` and `messages`.
     """
-    wanted = pl.concat([mined["chosen_row"], mined["rejected_row"]]).cast(pl.UInt32).unique().to_frame("row")
+    needed = pl.concat([mined["chosen_row"], mined["rejected_row"]]).cast(pl.UInt32).unique().to_frame("row")
     columns = ["prompt_token_ids", "token_ids", "response"]
     sampled = pl.scan_parquet(generations, glob=False, row_index_name="row").select("row", *columns)
     logps = pl.scan_parquet(scores, glob=False, row_index_name="row").select("row", "logp")
-    rows = sampled.join(wanted.lazy(), on="row", how="semi").join(logps, on="row", how="left").collect()
+    rows = sampled.join(needed.lazy(), on="row", how="semi").join(logps, on="row", how="left").collect()
     answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
 
     def side(name: str, logp: str) -> pl.DataFrame:

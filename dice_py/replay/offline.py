@@ -1,4 +1,7 @@
-"""`mix_replay` and `sample_replay`: rows of one file of offline pairs."""
+"""`mix_replay` and `sample_replay`: which rows of one frame of offline pairs to replay.
+
+Both work on frames and return row numbers. replay/mix.py chooses from several buffers.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +12,31 @@ from typing import Any
 import polars as pl
 
 from dice_py.errors import DataError, UsageError
-from dice_py.replay.mix import (
-    OFFLINE_BUFFER,
-    OfflineBuffer,
-    OnShortfall,
-    Strata,
-    drawn_by_stratum,
-    mix_buffers,
-    refuse_shortfall,
-)
+from dice_py.replay.mix import OFFLINE_BUFFER, OfflineBuffer, OnShortfall, StratifyBy, drawn_by_stratum, mix_buffers
 from dice_py.replay.sampling import draw
 from dice_py.replay.weights import Allocation
 
 
 @dataclass(frozen=True)
 class ReplayMix:
-    """Which rows make up a training set, and how near it came to what was asked for."""
+    """Which rows make up a training set, and how close the mix is to the requested one."""
 
     mined_rows: pl.Series
-    """Row numbers of the mined frame that are kept, ascending (u64)."""
+    """Row numbers of the mined pairs that are kept, ascending (u64)."""
     replay_rows: pl.Series
-    """Row numbers of the offline frame that were drawn, ascending (u64)."""
+    """Row numbers of the offline pairs that were drawn, ascending (u64)."""
     candidates: int
     """Offline rows that could have been drawn."""
     requested_share: float
-    """gamma as asked for."""
+    """The requested gamma."""
     reached_share: float
-    """replayed / (mined + replayed); NaN if there is nothing at all."""
+    """replayed / (mined + replayed); NaN for an empty mix."""
     requested_mined: int
-    """Mined rows asked for."""
+    """Mined rows requested."""
     requested_replay: int
-    """Offline rows asked for."""
+    """Offline rows requested."""
     strata: pl.DataFrame | None = None
-    """`stratum`, `candidates u64`, `drawn u64`; None where the draw was not stratified."""
+    """`stratum`, `candidates` (u64) and `drawn` (u64); None if the draw was not stratified."""
 
     @property
     def mined(self) -> int:
@@ -55,11 +50,11 @@ class ReplayMix:
 
     @property
     def shortfall(self) -> dict[str, int]:
-        """Rows that were asked for and are not there: `mined` and `replay`, zero where all are."""
+        """Rows requested but not available, under `mined` and `replay`."""
         return {"mined": self.requested_mined - self.mined, "replay": self.requested_replay - self.replay}
 
     def summary(self) -> dict[str, Any]:
-        """The counts and shares, ready for JSON."""
+        """Counts and shares, ready for JSON."""
         return {
             "mined": self.mined,
             "replay": self.replay,
@@ -83,27 +78,47 @@ def sample_replay(
 ) -> pl.Series:
     """Row numbers (u64, ascending) of `n` rows drawn without replacement.
 
-    `offline_keys`: the prompt of each row (integers or text, no nulls). Rows whose key is in `exclude` are
-    left out. `weights` (numbers of zero or more): each draw takes a row with probability in proportion to
-    its weight among those that are left (algorithm A-ExpJ); rows of weight zero are never drawn
-    (replay/weights.py has weights by margin and by age). `seed`: 0 to 2**64 - 1.
+    With weights, each draw takes a row with probability proportional to its weight among the remaining rows
+    (algorithm A-ExpJ: Efraimidis and Spirakis 2006, doi 10.1016/j.ipl.2005.11.003). Rows of weight zero are never
+    drawn. replay/weights.py makes weights of margins and ages.
 
-    `strata` (integers, booleans or text, no nulls; `dice_py.replay.weights.length_buckets` makes them of lengths):
-    `n` is shared out over the strata, "proportional" to the rows that can be drawn of each (largest remainder), or
-    "equal", where what a stratum lacks goes to the others. Inside each the rows are drawn by weight.
+    Args:
+        offline_keys: the prompt of each row (integers or text, no nulls).
+        n: rows to draw, zero or more.
+        seed: 0 to 2**64 - 1.
+        exclude: keys of prompts whose rows are excluded.
+        weights: one finite number of zero or more per row; None: all rows weigh the same.
+        strata: the stratum of each row (integers, booleans or text, no nulls); replay/weights.py has
+            `length_buckets`. `n` is divided among the strata, and each stratum is drawn from by weight.
+        allocation: "proportional" divides `n` in proportion to the candidates of each stratum (largest remainder).
+            "equal" divides it equally; what a stratum lacks is divided among the others.
+        on_shortfall: "error", or "record" to return all candidates where there are fewer than `n`.
 
-    Fewer rows than `n`: DataError, or with `on_shortfall="record"` all there are. A weight that is negative,
-    NaN, infinite or null, or a null key or stratum: DataError.
+    Raises:
+        UsageError: `n`, `seed` or `allocation` is out of range, or a series differs in length from `offline_keys`.
+        DataError: there are fewer than `n` candidates (with `on_shortfall="error"`), a weight is negative or not
+            finite, or a key, weight or stratum is null or of a dtype that cannot be used.
+
+    Example:
+        >>> import polars as pl
+        >>> from dice_py import sample_replay
+        >>> prompts = pl.Series([7, 7, 8, 9, 10, 11])
+        >>> sample_replay(prompts, 2, seed=0, exclude=pl.Series([7])).to_list()
+        [3, 4]
+        >>> sample_replay(prompts, 2, seed=0, weights=pl.Series([0.0, 0.0, 0.0, 0.0, 1.0, 3.0])).to_list()
+        [4, 5]
+        >>> sample_replay(prompts, 9, seed=0, on_shortfall="record").to_list()
+        [0, 1, 2, 3, 4, 5]
     """
     if n < 0:
-        raise UsageError(f"n is {n}: give zero or more")
-    found = draw(offline_keys, n, seed, exclude=exclude, weights=weights, strata=strata, allocation=allocation)
-    if len(found.rows) < n and on_shortfall == "error":
+        raise UsageError(f"n is {n}, but must be zero or more")
+    drawn = draw(offline_keys, n, seed, exclude=exclude, weights=weights, strata=strata, allocation=allocation)
+    if len(drawn.rows) < n and on_shortfall == "error":
         raise DataError(
-            f"{n} offline rows were asked for, but only {found.candidates} can be drawn (of {len(offline_keys)}; "
-            "the others are on excluded prompts or have weight zero): ask for fewer or give more offline rows"
+            f"{n} offline rows were requested, but only {drawn.candidates} of {len(offline_keys)} can be drawn (the "
+            "others are on excluded prompts or have weight zero): request fewer, or add offline rows"
         )
-    return found.rows
+    return drawn.rows
 
 
 def mix_replay(
@@ -119,7 +134,7 @@ def mix_replay(
     half_life: float | None = None,
     round_column: str = "round",
     current_round: int | None = None,
-    stratify_by: Strata = "none",
+    stratify_by: StratifyBy = "none",
     allocation: Allocation = "proportional",
     length_column: str = "length",
     length_buckets: int = 4,
@@ -127,29 +142,49 @@ def mix_replay(
     total: int | None = None,
     on_shortfall: OnShortfall = "error",
 ) -> ReplayMix:
-    """Choose the rows of a training set with a share `gamma` of offline pairs.
+    """Chooses the rows of a training set with a share `gamma` of offline pairs (arXiv 2406.09760, section 4.3).
 
-    Both frames have `key_column`, the prompt of each row (integers or text). Offline rows on any prompt of
-    `mined`, kept or not, are left out.
+    gamma = replayed / (mined + replayed). Offline rows on any prompt of `mined` are excluded, whether or not its
+    mined row is kept. The weight of an offline row is the product of the factors that are set: `weight_column`,
+    `margin_power` and `half_life`. `sample_replay` documents the draw.
 
-    Weights of the offline rows (the product of what is chosen; see `sample_replay` for the draw):
+    Args:
+        mined, offline: frames with `key_column`, the prompt of each row (integers or text, no nulls).
+        gamma: 0 to 1.
+        seed: 0 to 2**64 - 1.
+        weight_column: column of `offline` with finite numbers of zero or more.
+        margin_power: zero or more; above 0, a factor max(margin, 0)^margin_power of `margin_column`.
+        half_life: in rounds, above zero: a factor 2^(-age / half_life), age = `current_round` - `round_column`.
+        stratify_by: "length" for `length_buckets` exact quantiles of `length_column` (over all offline rows),
+            "source" for the values of `source_column`. Rows are drawn by weight within each stratum.
+        allocation: how the count is divided among strata, as for `sample_replay`.
+        total: rows of the training set T: round(gamma·T) offline rows, and T minus that many mined rows, drawn
+            uniformly. None keeps all M mined rows and adds round(gamma / (1 - gamma)·M) offline rows; with gamma = 1,
+            M offline rows and no mined rows. Halves are rounded up.
+        on_shortfall: "error", or "record" to use the rows that are available; the result has the shortfall.
 
-    - `weight_column`: numbers of zero or more;
-    - `margin_power` above 0: max(margin, 0)^margin_power, of `margin_column`;
-    - `half_life`: 2^(-age / half_life), age = `current_round` - round, of `round_column`.
+    Raises:
+        UsageError: an option is out of range.
+        DataError: there are too few rows (with `on_shortfall="error"`), a column is missing, or a value cannot be
+            used as a key, weight or stratum.
 
-    `stratify_by`: "length" draws by `length_buckets` exact quantiles of `length_column` (of all offline rows), and
-    "source" by the values of `source_column`. `allocation`: see `sample_replay`. Weights hold inside strata.
+    Example:
+        >>> import polars as pl
+        >>> from dice_py import mix_replay
+        >>> mined = pl.DataFrame({"prompt_id": [0, 1, 2]})
+        >>> offline = pl.DataFrame({"prompt_id": [2, 3, 4, 5, 6, 7], "margin": [9.0, 0.5, 0.0, 2.0, 1.0, -1.0]})
+        >>> mix = mix_replay(mined, offline, gamma=0.5, seed=0)
+        >>> mix.mined_rows.to_list(), mix.replay_rows.to_list(), mix.candidates
+        ([0, 1, 2], [2, 3, 4], 5)
 
-    `total=None`: all M mined rows, and round(gamma / (1 - gamma) * M) offline ones; gamma = 1: M offline rows
-    and no mined ones. `total=T`: round(gamma * T) offline rows, and as many mined ones as make it T, drawn
-    uniformly. Halves are rounded up.
+        Margins as weights: pairs of a margin of zero or less are never drawn, so three candidates remain.
 
-    Too few rows: DataError, or with `on_shortfall="record"` all there are, and the shortfall in the result.
-    `gamma` outside 0..1 or NaN, or a negative `total`: UsageError.
+        >>> mix = mix_replay(mined, offline, gamma=0.75, seed=0, margin_power=1.0, on_shortfall="record")
+        >>> offline[mix.replay_rows]["prompt_id"].to_list()
+        [3, 5, 6]
+        >>> mix.shortfall, mix.reached_share
+        ({'mined': 0, 'replay': 6}, 0.5)
     """
-    if on_shortfall not in ("error", "record"):
-        raise UsageError(f"on_shortfall is {on_shortfall!r}, but must be one of error, record")
     buffer = OfflineBuffer(
         OFFLINE_BUFFER,
         offline,
@@ -159,7 +194,7 @@ def mix_replay(
         margin_column=margin_column,
         round_column=round_column,
     )
-    found = mix_buffers(
+    mix = mix_buffers(
         mined,
         [buffer],
         gamma=gamma,
@@ -172,19 +207,16 @@ def mix_replay(
         length_buckets=length_buckets,
         source_column=source_column,
         total=total,
-        on_shortfall="record",
+        on_shortfall=on_shortfall,
     )
-    drawn = found.draws[OFFLINE_BUFFER]
-    mix = ReplayMix(
-        mined_rows=found.mined_rows,
+    drawn = mix.draws[OFFLINE_BUFFER]
+    return ReplayMix(
+        mined_rows=mix.mined_rows,
         replay_rows=drawn.rows,
         candidates=drawn.candidates,
-        requested_share=found.requested_share,
-        reached_share=found.reached_share,
-        requested_mined=found.requested_mined,
-        requested_replay=found.requested[OFFLINE_BUFFER],
+        requested_share=mix.requested_share,
+        reached_share=mix.reached_share,
+        requested_mined=mix.requested_mined,
+        requested_replay=mix.requested[OFFLINE_BUFFER],
         strata=drawn.strata,
     )
-    if on_shortfall == "error":
-        refuse_shortfall(found, gamma, mined.height, {OFFLINE_BUFFER: offline.height}, total)
-    return mix

@@ -1,48 +1,53 @@
 """A run folder: its config, manifest and events, and the processes that work in it.
 
-One process at a time holds a folder (`.lock`). It imports neither torch nor transformers: what needs a model runs in
-a process of its own, and that of the next stage is started while one works, to import what it will need.
+One process at a time holds a folder (`.lock`). It imports neither torch nor transformers: a stage that needs a model
+runs in a process of its own, and that of the next stage is started meanwhile, to import what it will need.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dice_py.compute.gpu_monitor import GpuMonitor
-from dice_py.compute.stage_process import WarmPool, run_stage
+from dice_py.compute.stage_process import WarmPool, run_in_subprocess
 from dice_py.config.run import RunConfig
 from dice_py.errors import DiskFullError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.stages.registry import FOLLOWING, IMPORTS, REMEDIES
+from dice_py.stages.job import Job, StageFile, StageResult
+from dice_py.stages.registry import REGISTRY, stage_of
 from dice_py.storage.files import Manifest, is_disk_full
+from dice_py.storage.lock import exclusive_lock, is_locked
 
 
 class Run:
     """One run folder: its config, manifest, events and stages."""
 
     def __init__(
-        self, folder: Path, config: RunConfig, report: Report = no_report, watch: GpuMonitor | None = None
+        self, folder: Path, config: RunConfig, report: Report = no_report, monitor: GpuMonitor | None = None
     ) -> None:
         self.folder = folder
         self.config = config
         self.manifest = Manifest(folder / "manifest.json")
-        self._listen = report
-        self._watch = watch
-        self._spares = WarmPool()
+        self._forward = report
+        self._monitor = monitor
+        self._warm = WarmPool()
 
     def close(self) -> None:
         """Ends the process that was started ahead, if one is left."""
-        self._spares.close()
+        self._warm.close()
+
+    def round_folder(self, number: int) -> Path:
+        """The folder of round `number`, from 1."""
+        return self.folder / round_name(number)
 
     def report(self, event: str, **fields: Any) -> None:
-        """Tells the listener, and keeps what is not mere progress in `events.jsonl`."""
+        """Passes an event on, and appends it to `events.jsonl` unless it is only progress."""
         if event not in ("progress", "advance"):
             line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
             try:
@@ -52,72 +57,85 @@ class Run:
                 if not is_disk_full(error):
                     raise
                 raise DiskFullError(
-                    f"no room left on the disk for {self.folder / 'events.jsonl'}; nothing that was whole is lost. "
+                    f"no room left on the disk for {self.folder / 'events.jsonl'}; completed shards are kept. "
                     f"Free some space, then: dice resume {self.folder}"
                 ) from error
-        self._listen(event, **fields)
+        self._forward(event, **fields)
 
-    def tell_gpus(self, stage: str | None) -> None:
-        """Reports what the GPUs did since the last call, as that of `stage` (None: of what lies between stages)."""
-        if self._watch is None:
+    def report_gpus(self, stage: str | None) -> None:
+        """Reports the GPU figures since the last call, as those of `stage` (None: of the time between stages)."""
+        if self._monitor is None:
             return
-        gpus, problem = self._watch.take(), self._watch.problem
+        gpus, problem = self._monitor.take(), self._monitor.problem
         if gpus:
             self.report("gpu", stage=stage, gpus=gpus)
         elif problem is not None:
-            self._watch = None  # said once
+            self._monitor = None  # reported once
             self.report("gpu", stage=stage, gpus=[], text=problem)
 
-    def stage(
-        self, name: str, key: str, whole: Callable[[dict[str, Any]], bool], work: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """The entry of stage `name`: the manifest's if its key is `key` and its files are whole, else made now."""
+    def run_stage(self, number: int, job: Job, *, is_last: bool = False) -> StageResult:
+        """The result of a job in round `number`: the manifest's if its key and files still hold, else made now.
+
+        Args:
+            is_last: no stage follows, whose process could be started meanwhile.
+        """
+        stage = stage_of(job)
+        name, key = f"{round_name(number)}/{stage.name}", job.key()
         entry = self.manifest.stage(name)
-        if entry is not None and entry.get("key") == key and entry.get("status") == "done" and whole(entry):
-            self.report("stage", stage=name, status="kept", seconds=entry["seconds"], counts=entry["counts"])
-            return entry
-        self.tell_gpus(None)
+        if entry is not None and entry.get("key") == key and entry.get("status") == "done":
+            files = self._files(entry)
+            if job.is_complete(files):
+                self.report("stage", stage=name, status="kept", seconds=entry["seconds"], counts=entry["counts"])
+                return StageResult(files, entry["counts"])
+        self.report_gpus(None)
         started = time.time()
         self.manifest.record(name, key=key, status="running", started=started, seconds=None, counts={}, files=[])
         self.report("stage", stage=name, status="running")
         try:
-            made = work()
+            result = self._work(job, self.folder / name, is_last)
         except BaseException:
-            with contextlib.suppress(OSError, DiskFullError):  # what went wrong is not to be hidden by it
-                self.tell_gpus(name)
+            with contextlib.suppress(OSError, DiskFullError):  # the stage's own error is the one to report
+                self.report_gpus(name)
             raise
-        self.tell_gpus(name)
+        self.report_gpus(name)
         seconds = time.time() - started
-        self.manifest.record(name, status="done", seconds=seconds, **made)
-        self.report("stage", stage=name, status="done", seconds=seconds, counts=made["counts"])
-        entry = self.manifest.stage(name)
-        assert entry is not None
-        return entry
+        files_named = [{"file": self._relative(file), "key": file_key} for file, file_key in result.files]
+        self.manifest.record(name, status="done", seconds=seconds, files=files_named, counts=result.counts)
+        self.report("stage", stage=name, status="done", seconds=seconds, counts=result.counts)
+        return result
 
-    def spawn(self, stage: str, work: str, folder: Path, *, following: str | None = None, **arguments: Any) -> Any:
-        """Runs `work` ("module:function") in a process of its own, its output in `folder/worker.log`.
+    def _work(self, job: Job, folder: Path, is_last: bool) -> StageResult:
+        return self.spawn(job, folder, is_last=is_last) if stage_of(job).remedy else job.run(self.report)
 
-        Meanwhile the process of the next stage is started, and imports what it will need: that of `following`, or of
-        the stage that always comes next.
+    def spawn(self, job: Job, folder: Path, *, is_last: bool = False) -> StageResult:
+        """Runs a job in a process of its own, whose output is `folder/worker.log`.
+
+        Meanwhile the process of the next stage is started, and imports what that stage needs.
         """
-        spare = self._spares.take(IMPORTS[stage]) if stage in IMPORTS else None
-        following = following or FOLLOWING.get(stage)
-        if following is not None:
-            self._spares.prepare(IMPORTS[following])
-        log = folder / "worker.log"
-        return run_stage(work, arguments, log=log, remedy=REMEDIES[stage], report=self.report, spare=spare)
+        stage = stage_of(job)
+        warm = self._warm.take(stage.imports) if stage.imports else None
+        if stage.following is not None and not is_last:
+            self._warm.prepare(REGISTRY[stage.following].imports)
+        result: StageResult = run_in_subprocess(
+            job.run, log=folder / "worker.log", remedy=stage.remedy, report=self.report, warm=warm
+        )
+        return result
 
-    def path(self, name: str) -> Path:
-        """A path in the run folder, from how the manifest names it."""
-        return self.folder / name
+    def _files(self, entry: dict[str, Any]) -> list[StageFile]:
+        return [(self.folder / made["file"], made["key"]) for made in entry["files"]]
 
-    def relative(self, path: Path) -> str:
+    def _relative(self, path: Path) -> str:
         """How the manifest names a path."""
         return str(path.relative_to(self.folder))
 
 
+def round_name(number: int) -> str:
+    """ "round-01" for round 1."""
+    return f"round-{number:02d}"
+
+
 def new_run_folder(runs: Path) -> Path:
-    """A folder that does not exist yet, named by the time."""
+    """A folder that does not exist yet, named after the time."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = runs / stamp
     number = 1
@@ -129,37 +147,26 @@ def new_run_folder(runs: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder against any other process.
+    """Locks the folder against any other process.
 
     Raises:
-        UsageError: another one holds it.
+        UsageError: another process holds it.
     """
-    with (folder / ".lock").open("w") as handle:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(exclusive_lock(folder / ".lock", wait=False))
+        except BlockingIOError:
             raise UsageError(f"{folder} is in use by another `dice` process; wait for it, or stop it") from None
-        handle.write(str(os.getpid()))
-        handle.flush()
         yield
 
 
 def is_running(folder: Path) -> bool:
     """True while a process works in this run folder."""
-    lock = folder / ".lock"
-    if not lock.exists():
-        return False
-    with lock.open("r") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    return False
+    return is_locked(folder / ".lock")
 
 
 def end_torn_line(events: Path) -> None:
-    """Ends the line in the middle of which a process was killed, so that it takes no later event with it."""
+    """Ends a line in which a process was killed, so that the next event starts on a line of its own."""
     if not events.is_file() or not events.stat().st_size:
         return
     with events.open("r+b") as handle:

@@ -1,7 +1,7 @@
-"""What a run's rounds read: models found, a user's data read and checked, held-out parts split off.
+"""What the rounds of a run read: its models, and the user's data, checked and with held-out parts split off.
 
 Everything that can be refused is refused here, before anything is made from it. The data goes to `inputs/` in the
-run folder, as artefacts with keys; the synthetic world's stays in its cache.
+run folder, as artifacts with keys; the synthetic world's stays in its cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
-from dice_py.models.loading import model_identity, require, resolve_model
+from dice_py.models.loading import require, resolve_model
+from dice_py.stages.preflight import PreflightJob
+from dice_py.stages.world import WorldJob
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import read_json, write_json
 from dice_py.storage.keys import digest, file_digest, seed_for, versions
@@ -46,23 +48,21 @@ class Inputs:
     """The named buffers of replay.buffers, as `offline`."""
 
 
-def _world(this: Run) -> World:
-    found = find_world(this.config.world)
-    if found is None:
-        this.report("note", text=f"making the synthetic world in {cache_folder()} (once)")
-        this.spawn("world", "dice_py.stages.world:make_world", this.folder / "inputs", config=this.config.world)
-        found = find_world(this.config.world)
-        if found is None:
-            raise RuntimeError("the world was made, but is not in the cache")
-    return found
+def _world(run: Run) -> World:
+    world = find_world(run.config.world)
+    if world is not None:
+        return world
+    run.report("note", text=f"making the synthetic world in {cache_folder()} (once)")
+    made = run.spawn(WorldJob(run.config.world), run.folder / "inputs")
+    return World(made.files[0][0])
 
 
-def prepare(this: Run) -> Inputs:
+def prepare(run: Run) -> Inputs:
     """Models resolved, data read and checked, held-out parts split off; as files in `inputs/`."""
-    config, folder = this.config, this.folder / "inputs"
+    config, folder = run.config, run.folder / "inputs"
     require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
     if config.is_world:
-        world = _world(this)
+        world = _world(run)
         return Inputs(
             policy=world.policy,
             reference=world.reference,
@@ -84,7 +84,7 @@ def prepare(this: Run) -> Inputs:
     outputs |= {f"buffer {name}": folder / f"buffer-{name}.parquet" for name in buffers}
     # The models come after the data, since they may be a long download, and before anything is made.
     if any(parquet_key(outputs[name]) != key for name in ("prompts", *(f"buffer {name}" for name in buffers))):
-        _split(this, outputs, key)
+        _split(run, outputs, key)
 
     def made(name: str) -> Path | None:
         return outputs[name] if parquet_key(outputs[name]) == key else None
@@ -98,33 +98,31 @@ def prepare(this: Run) -> Inputs:
         eval_pairs=made("eval_pairs"),
         buffers={name: outputs[f"buffer {name}"] for name in buffers},
     )
-    _check(this, inputs, key)
+    _check(run, inputs, key)
     return inputs
 
 
-def _check(this: Run, inputs: Inputs, data_key: str) -> None:
-    """Has models and data looked at together, once: what fails here would fail after hours."""
-    models = [model_identity(inputs.policy), model_identity(inputs.reference)]
-    key = digest("check", data_key, models, this.config.model_dump(), versions("transformers"))
-    stamp = this.folder / "inputs" / "checked.json"
-    if stamp.is_file() and read_json(stamp) == key:
-        return
-    this.spawn(
-        "check",
-        "dice_py.stages.preflight:check",
-        stamp.parent,
-        config=this.config,
+def _check(run: Run, inputs: Inputs, data_key: str) -> None:
+    """Checks models and data together, once: what fails here would fail after hours."""
+    job = PreflightJob(
+        config=run.config,
         policy=inputs.policy,
         reference=inputs.reference,
         prompts=[file for file in (inputs.prompts, inputs.eval_prompts) if file],
         pairs=[file for file in (inputs.offline, *inputs.buffers.values(), inputs.eval_pairs) if file],
+        data_key=data_key,
     )
+    key = job.key()
+    stamp = run.folder / "inputs" / "checked.json"
+    if stamp.is_file() and read_json(stamp) == key:
+        return
+    run.spawn(job, stamp.parent)
     write_json(stamp, key)
 
 
-def _split(this: Run, outputs: dict[str, Path], key: str) -> None:
+def _split(run: Run, outputs: dict[str, Path], key: str) -> None:
     """Reads the user's files and writes `inputs/`; the prompts last, since their key says that all are there."""
-    config, data = this.config, this.config.data
+    config, data = run.config, run.config.data
     assert data.prompts is not None
 
     def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
@@ -178,7 +176,7 @@ def _split(this: Run, outputs: dict[str, Path], key: str) -> None:
     if eval_pairs is not None:
         write_parquet(outputs["eval_pairs"], eval_pairs, key=key)
     write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS)
-    this.report(
+    run.report(
         "note",
         text=f"{prompts.height} prompts for the rounds, {0 if offline is None else offline.height} offline pairs"
         + "".join(f", {pairs.height} in buffer {name}" for name, pairs in buffers.items())
@@ -209,13 +207,13 @@ def pool_columns(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {"replay": columns(replay, data.weight_column), **named}
 
 
-def round_prompts(this: Run, inputs: Inputs, number: int, folder: Path) -> tuple[Path, str]:
+def round_prompts(run: Run, inputs: Inputs, number: int, folder: Path) -> tuple[Path, str]:
     """The prompts of round `number` (from 1): all, or a fresh slice of the shuffled ones, going round at the end."""
     prompts = read_parquet(inputs.prompts, ["prompt_id", "messages"])
-    per_round = this.config.data.prompts_per_round
+    per_round = run.config.data.prompts_per_round
     if per_round is not None and per_round < prompts.height:
         order = list(range(prompts.height))
-        random.Random(seed_for(this.config.seed, "prompts")).shuffle(order)
+        random.Random(seed_for(run.config.seed, "prompts")).shuffle(order)
         start = (number - 1) * per_round
         rows = sorted(order[at % prompts.height] for at in range(start, start + per_round))
         prompts = prompts[rows]

@@ -9,7 +9,7 @@ from dice_py.config.loading import load_resolved
 from dice_py.errors import DiceError, UsageError
 from dice_py.runs.folder import is_running
 from dice_py.runs.profile import profile
-from dice_py.stages.registry import STAGES
+from dice_py.stages.registry import ROUND_STAGES as STAGES
 from dice_py.storage.files import Manifest
 
 

@@ -24,7 +24,7 @@ from dice_py.config.run import RunConfig
 from dice_py.models.loading import model_identity
 from dice_py.models.sizes import model_size
 from dice_py.runs.profile import Event, read_events
-from dice_py.stages.registry import STAGES
+from dice_py.stages.registry import ROUND_STAGES as STAGES
 from dice_py.storage.cache import recall, remember
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.keys import digest, versions

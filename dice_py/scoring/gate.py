@@ -1,10 +1,15 @@
-"""Compares the log-probabilities that came with the samples with the scorer's."""
+"""The gate: whether the log-probabilities that came with the samples may stand in for the scorer's.
+
+They may if, on a sample of responses, the implicit reward differs by no more than a share of its standard deviation
+(`score.gate_tolerance`). Then the policy's own forward over the shards is left out.
+"""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,87 +18,93 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.events import Report
 from dice_py.models.loading import held_model
+from dice_py.scoring.shards import Columns, Shard, shard_logps
 from dice_py.storage.files import read_json, write_json
 from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import read_parquet
 from dice_py.timing import timed
 
-if TYPE_CHECKING:
-    pass
-from dice_py.scoring.shards import Columns, Shard, shard_sums
 
+@dataclass(frozen=True)
+class MeasureGate:
+    """Measures the gate and writes its figures to `out`; a single "shard" of work.
 
-def measure_gate(
-    items: ShardQueue,
-    *,
-    report: Report,
-    config: ScoreConfig,
-    models: ModelConfig,
-    folder: Path,
-    shards: list[Shard],
-    columns: Columns,
-    beta: float,
-    out: Path,
-    key: str,
-) -> None:
-    """Compares the log-probabilities that came with the samples with the scorer's, on a sample of responses.
-
-    Writes to `out`: `responses`; `mean_abs_difference` and `max_abs_difference` of the implicit reward; `reward_std`,
-    its spread on the same responses; `share`, the first over the spread; `passed`, whether that is within
-    `score.gate_tolerance`.
+    The figures: `responses`; `mean_abs_difference` and `max_abs_difference` of the implicit reward; `reward_std`, its
+    standard deviation on the same responses; `share`, the first over the last; `tolerance`; `passed`. Where a
+    log-probability is not finite, or all rewards are equal, the middle ones are None and the gate has not passed.
     """
-    with timed("import"):
-        from dice_py.scoring.scorer import Scorer
 
-    while (number := items.receive(wait=True)) is not None:
-        scorer = Scorer(held_model(folder, models), config, report)
-        sampled, scored, rewards = [np.zeros(0)], [np.zeros(0)], [np.zeros(0)]
-        for shard, rows in gate_rows(config.gate_responses, shards, columns, key):
-            ours = np.array(shard_sums(shard, scorer, columns, lambda _: None, rows))
-            scored.append(ours)
-            sampled.append(read_parquet(shard.generations, ["sampled_logp"])["sampled_logp"].to_numpy()[rows])
-            rewards.append(beta * (ours - read_parquet(shard.half, ["ref_logp"])["ref_logp"].to_numpy()[rows]))
-        apart = beta * np.abs(np.concatenate(sampled).astype(np.float64) - np.concatenate(scored))
-        spread = float(np.concatenate(rewards).std()) if len(apart) else 0.0
-        known = bool(np.isfinite(apart).all() and np.isfinite(spread) and spread > 0)
-        figures = {
-            "responses": len(apart),
-            "mean_abs_difference": float(apart.mean()) if known else None,
-            "max_abs_difference": float(apart.max()) if known else None,
+    config: ScoreConfig
+    models: ModelConfig
+    folder: Path
+    """Of the policy."""
+    shards: list[Shard]
+    """That the policy has sampled, and the reference has scored."""
+    columns: Columns
+    beta: float
+    out: Path
+    key: str
+
+    def __call__(self, shards: ShardQueue, *, report: Report) -> None:
+        """Works until `shards` has no more."""
+        with timed("import"):
+            from dice_py.scoring.scorer import Scorer
+
+        while (number := shards.receive(wait=True)) is not None:
+            scorer = Scorer(held_model(self.folder, self.models), self.config, report)
+            sampled, scored, rewards = [np.zeros(0)], [np.zeros(0)], [np.zeros(0)]
+            for shard, rows in gate_rows(self.config.gate_responses, self.shards, self.columns, self.key):
+                logps = np.array(shard_logps(shard, scorer, self.columns, lambda _: None, rows))
+                ref_logps = read_parquet(shard.ref_logps_file, ["ref_logp"])["ref_logp"].to_numpy()[rows]
+                sampled.append(read_parquet(shard.generations, ["sampled_logp"])["sampled_logp"].to_numpy()[rows])
+                scored.append(logps)
+                rewards.append(self.beta * (logps - ref_logps))
+            differences = np.concatenate(sampled).astype(np.float64) - np.concatenate(scored)
+            figures = self._figures(self.beta * np.abs(differences), np.concatenate(rewards))
+            write_json(self.out, {"key": self.key, "gate": figures})
+            report("shard_complete", number=number)
+
+    def _figures(self, differences: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
+        spread = float(rewards.std()) if len(rewards) else 0.0
+        known = bool(np.isfinite(differences).all() and np.isfinite(spread) and spread > 0)
+        return {
+            "responses": len(differences),
+            "mean_abs_difference": float(differences.mean()) if known else None,
+            "max_abs_difference": float(differences.max()) if known else None,
             "reward_std": spread if known else None,
-            "share": float(apart.mean()) / spread if known else None,
-            "tolerance": config.gate_tolerance,
-            "passed": known and float(apart.mean()) <= config.gate_tolerance * spread,
+            "share": float(differences.mean()) / spread if known else None,
+            "tolerance": self.config.gate_tolerance,
+            "passed": known and float(differences.mean()) <= self.config.gate_tolerance * spread,
         }
-        write_json(out, {"key": key, "gate": figures})
-        report("item", number=number)
 
 
 def stored_gate(file: Path, key: str) -> dict[str, Any] | None:
+    """The figures that `MeasureGate` wrote under `key`; None where there are none."""
     stored = read_json(file) if file.is_file() else {}
     return stored["gate"] if stored.get("key") == key else None
 
 
 def gate_rows(count: int, shards: list[Shard], columns: Columns, key: str) -> list[tuple[Shard, list[int]]]:
-    """`count` responses drawn from all that have tokens, seeded by the key; by shard."""
-    places = []
+    """At most `count` responses, drawn from all that have tokens and seeded by `key`: row numbers by shard."""
+    candidates = []
     for number, shard in enumerate(shards):
         lengths = read_parquet(shard.generations, [columns.response])[columns.response].list.len()
-        places += [(number, row) for row in (lengths > 0).arg_true()]
-    drawn = random.Random(seed_for("gate", key)).sample(places, min(count, len(places)))
-    found: dict[int, list[int]] = {}
+        candidates += [(number, row) for row in (lengths > 0).arg_true()]
+    drawn = random.Random(seed_for("gate", key)).sample(candidates, min(count, len(candidates)))
+    rows: dict[int, list[int]] = {}
     for number, row in sorted(drawn):
-        found.setdefault(number, []).append(row)
-    return [(shards[number], rows) for number, rows in found.items()]
+        rows.setdefault(number, []).append(row)
+    return [(shards[number], numbers) for number, numbers in rows.items()]
 
 
 def gate_note(gate: dict[str, Any]) -> str:
+    """The outcome in one sentence, from the figures of `MeasureGate`."""
     if gate["share"] is None:
-        return "the policy's log-probabilities are scored: those of the samples, or the rewards, are not finite numbers"
+        return "the policy's log-probabilities are recomputed: those of the samples, or the rewards, are not finite"
     figures = (
         f"{gate['mean_abs_difference']:.2g} on average over {gate['responses']} responses, "
         f"{100 * gate['share']:.2g} % of the reward's standard deviation (allowed: {100 * gate['tolerance']:g} %)"
     )
     if gate["passed"]:
         return f"the policy's log-probabilities are those that came with the samples: the reward differs by {figures}"
-    return f"the policy's log-probabilities are scored: with those of the samples the reward differs by {figures}"
+    return f"the policy's log-probabilities are recomputed: with those of the samples the reward differs by {figures}"

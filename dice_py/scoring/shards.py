@@ -1,4 +1,8 @@
-"""Scores shards of generations: the work of one group of devices."""
+"""The work of one group of devices in the score stage: one model over shards of generations.
+
+The reference is scored first. Its sums of a shard are kept in a file until the policy's are there, so that neither pass
+is lost to a kill.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,19 @@ from dice_py.timing import timed
 if TYPE_CHECKING:
     from dice_py.scoring.packing import Tokens
 
-
 Role = Literal["reference", "policy"]
+
+_REF_LOGPS = {"ref_logp": pl.Float64}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of generations on its way: `halves` keep a model's sums until both are there."""
+    """One file of generations, and the files that its scores are made in."""
 
     generations: Path
     out: Path
-    half: Path
+    ref_logps_file: Path
+    """The reference's sums, until the scores are written."""
     key: str
     sampled: bool
     """True when the policy that scores is the one that sampled it."""
@@ -47,8 +53,75 @@ class Columns:
     response: str = "token_ids"
 
 
+@dataclass(frozen=True)
+class ScoreShards:
+    """The work of one group: one model over the shards that it receives.
+
+    Under the reference the file of its sums is written, under the policy the scores.
+    """
+
+    config: ScoreConfig
+    models: ModelConfig
+    folder: Path
+    """Of the model."""
+    role: Role
+    shards: list[Shard]
+    columns: Columns
+    beta: float
+
+    def __call__(self, shards: ShardQueue, *, report: Report) -> None:
+        """Works until `shards` has no more."""
+        with timed("import"):
+            from dice_py.scoring.scorer import Scorer
+
+        scorer: Scorer | None = None
+        while (number := shards.receive(wait=True)) is not None:
+            if scorer is None:
+                scorer = Scorer(held_model(self.folder, self.models), self.config, report)
+            shard = self.shards[number]
+            logps = shard_logps(shard, scorer, self.columns, lambda count: report("advance", count=count))
+            if self.role == "reference":
+                frame = pl.DataFrame({"ref_logp": logps}, schema=_REF_LOGPS)
+                write_parquet(shard.ref_logps_file, frame, key=shard.key)
+            else:
+                write_scores(shard, pl.Series("logp", logps, dtype=pl.Float64), self.beta, report)
+            report("throughput", stage="score", model=self.role, file=shard.out.name, **scorer.take_work())
+            report("shard_complete", number=number)
+
+
+def shard_logps(
+    shard: Shard, scorer: Any, columns: Columns, on_batch: Callable[[int], None], rows: Sequence[int] | None = None
+) -> list[float]:
+    """Σ_t log π(y_t | x, y_<t) of a shard's responses, or of some of its rows; 0 for a response of no tokens."""
+    frame = read_parquet(shard.generations, [columns.prompt, columns.response])
+    if rows is not None:
+        frame = frame[list(rows)]
+    prompts: list[Tokens] = list(token_arrays(frame, columns.prompt, shard.generations))
+    responses: list[Tokens] = list(token_arrays(frame, columns.response, shard.generations))
+    # A response of no tokens has nothing to sum; the miner drops it as too short.
+    answered = [row for row, response in enumerate(responses) if len(response)]
+    sums = np.zeros(len(responses))
+    sums[answered] = scorer.sums([prompts[row] for row in answered], [responses[row] for row in answered], on_batch)
+    if len(answered) < len(responses):
+        on_batch(len(responses) - len(answered))
+    return sums.tolist()
+
+
+def write_scores(shard: Shard, logps: pl.Series, beta: float, report: Report) -> None:
+    """Writes a shard's scores from the reference's sums and the policy's (`logps`, f64)."""
+    frame = read_parquet(shard.ref_logps_file, ["ref_logp"]).with_columns(logps.cast(pl.Float64).alias("logp"))
+    # The difference is taken before rounding to f32: two sums of -1000 share most of their digits.
+    frame = frame.with_columns(reward=beta * (pl.col("logp") - pl.col("ref_logp")))
+    write_parquet(shard.out, frame, key=shard.key, schema=SCORES, meta={"beta": beta})
+    shard.ref_logps_file.unlink()
+    report("shard", file=shard.out.name, key=shard.key, rows=frame.height)
+
+
 def token_arrays(frame: pl.DataFrame, column: str, place: Path | str) -> list[np.ndarray]:
-    """A column of lists of token ids as arrays, which share their memory.
+    """A column of lists of token ids as int64 arrays, which share their memory.
+
+    Args:
+        place: names the frame in an error.
 
     Raises:
         DataError: the column is no list of integers, or holds nulls.
@@ -57,7 +130,7 @@ def token_arrays(frame: pl.DataFrame, column: str, place: Path | str) -> list[np
     if not (isinstance(series.dtype, pl.List) and series.dtype.inner.is_integer()):
         raise DataError(
             f"{place}: column {column!r} is {series.dtype}, not a list of token ids; the scorer takes "
-            "the tokens as they were sampled, and never tokenises text again"
+            "the tokens as they were sampled, and never tokenizes text again"
         )
     flat = series.explode(empty_as_null=False)
     if series.null_count() or flat.null_count():
@@ -66,68 +139,3 @@ def token_arrays(frame: pl.DataFrame, column: str, place: Path | str) -> list[np
     if not len(series):
         return []
     return np.split(values, series.list.len().to_numpy().cumsum()[:-1])
-
-
-def shard_sums(
-    shard: Shard, scorer: Any, columns: Columns, on_batch: Callable[[int], None], rows: Sequence[int] | None = None
-) -> list[float]:
-    """log-probabilities of a shard's responses, or of some of its rows."""
-    frame = read_parquet(shard.generations, [columns.prompt, columns.response])
-    if rows is not None:
-        frame = frame[list(rows)]
-    prompts: list[Tokens] = list(token_arrays(frame, columns.prompt, shard.generations))
-    responses: list[Tokens] = list(token_arrays(frame, columns.response, shard.generations))
-    # A response of no tokens has nothing to sum; the miner drops it as too short.
-    answered = [row for row, response in enumerate(responses) if len(response)]
-    found = scorer.sums([prompts[row] for row in answered], [responses[row] for row in answered], on_batch)
-    if len(answered) < len(responses):
-        on_batch(len(responses) - len(answered))
-    sums = np.zeros(len(responses))
-    sums[answered] = found
-    return sums.tolist()
-
-
-def score_shards(
-    items: ShardQueue,
-    *,
-    report: Report,
-    config: ScoreConfig,
-    models: ModelConfig,
-    folder: Path,
-    role: Role,
-    shards: list[Shard],
-    columns: Columns,
-    beta: float,
-) -> None:
-    """The working half: one model over the shards that `items` deals.
-
-    Under the reference a shard's half is written, under the policy its scores.
-    """
-    with timed("import"):
-        from dice_py.scoring.scorer import Scorer
-
-    scorer: Scorer | None = None
-    while (number := items.receive(wait=True)) is not None:
-        if scorer is None:
-            scorer = Scorer(held_model(folder, models), config, report)
-        shard = shards[number]
-        logps = shard_sums(shard, scorer, columns, lambda count: report("advance", count=count))
-        if role == "reference":
-            write_parquet(shard.half, pl.DataFrame({"ref_logp": logps}, schema=REF_LOGPS), key=shard.key)
-        else:
-            write_scores(shard, pl.Series("logp", logps, dtype=pl.Float64), beta, report)
-        report("throughput", stage="score", model=role, file=shard.out.name, **scorer.take_work())
-        report("item", number=number)
-
-
-REF_LOGPS = {"ref_logp": pl.Float64}
-
-
-def write_scores(shard: Shard, logps: pl.Series, beta: float, report: Report) -> None:
-    """Writes a shard's scores from its half and the policy's sums."""
-    frame = read_parquet(shard.half, ["ref_logp"]).with_columns(logps.cast(pl.Float64).alias("logp"))
-    # The difference is taken before rounding to f32: two sums of -1000 share most of their digits.
-    frame = frame.with_columns(reward=beta * (pl.col("logp") - pl.col("ref_logp")))
-    write_parquet(shard.out, frame, key=shard.key, schema=SCORES, meta={"beta": beta})
-    shard.half.unlink()
-    report("shard", file=shard.out.name, key=shard.key, rows=frame.height)

@@ -1,14 +1,15 @@
 """Stage 6, evaluate: what a round changed, on held-out prompts and pairs that no round trains on.
 
-For any model: response length against the policy that the run started from, and how often the implicit
-reward of the new policy puts the chosen answer of a held-out pair first, beside the accuracy of length
-alone. In the synthetic world its oracle adds accuracy, win rate against the start, and the reward's accuracy
-on the new policy's own samples, where drift shows first. There is no judge for a model of one's own: bring
-the samples (they are kept, as Parquet) to yours.
+For any model: response length against the policy that the run started from, and how often the implicit reward of the
+new policy ranks the chosen answer of a held-out pair first, beside the accuracy of length alone. In the synthetic world
+its oracle adds accuracy, win rate against the start, and the reward's accuracy on the new policy's own samples, where
+drift shows first. There is no judge yet for other models: the samples are kept, as Parquet, for yours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,159 +24,154 @@ from dice_py.models.loading import held_model, model_identity
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.scoring.pairs import score_pairs
 from dice_py.scoring.shards import token_arrays
-from dice_py.stages.generate import generate
+from dice_py.stages.generate import GenerateJob
+from dice_py.stages.job import Job, StageFile, StageResult
 from dice_py.storage.files import write_json
-from dice_py.storage.keys import digest, versions
+from dice_py.storage.keys import digest, file_digest, versions
 from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
 from dice_py.timing import timed
 
 _PAIR_LOGPS = pl.Schema({"chosen_logp": pl.Float32, "rejected_logp": pl.Float32})
 
 
-def held_out_accuracy(
-    config: EvaluateConfig,
-    score_config: ScoreConfig,
-    models: ModelConfig,
-    *,
-    policy: Path,
-    references: dict[str, Path],
-    pairs: pl.DataFrame,
-    cache: Path,
-    report: Report = no_report,
-) -> dict[str, Any]:
-    """`implicit_reward_accuracy` for each named reference, and `length_only_accuracy`, on held-out pairs.
-
-    A model's log-probabilities of the pairs are kept under `cache`, so that each model is run over them once.
-    """
-    tokenizer = load_tokenizer(policy, models)
-    encoded = encode_pairs(pairs.head(config.pairs), tokenizer, stop_token_ids(policy, tokenizer))
-    content = digest(
-        encoded["prompt_ids"].to_list(), encoded["chosen_ids"].to_list(), encoded["rejected_ids"].to_list()
-    )
-
-    def logps(model: Path) -> pl.DataFrame:
-        identity = model_identity(model)
-        key = digest("pair logps", identity, content, models.dtype, models.device, versions("torch", "transformers"))
-        file = cache / f"pair-logps-{identity}.parquet"
-        if parquet_key(file) != key:
-            scored = score_pairs(score_config, models, policy=model, pairs=encoded, report=report)
-            write_parquet(file, scored, key=key, schema=_PAIR_LOGPS)
-        return read_parquet(file)
-
-    ours = logps(policy)
-    found: dict[str, Any] = {"eval_pairs": encoded.height}
-    for name, folder in references.items():
-        theirs = logps(folder)
-        found[name] = reward_accuracy(
-            ours["chosen_logp"] - theirs["chosen_logp"], ours["rejected_logp"] - theirs["rejected_logp"]
-        )
-    chosen, rejected = encoded["chosen_ids"].list.len(), encoded["rejected_ids"].list.len()
-    found["length_only_accuracy"] = reward_accuracy(chosen.cast(pl.Int64), rejected.cast(pl.Int64))
-    return found
-
-
-def evaluate(
-    config: EvaluateConfig,
-    generate_config: GenerateConfig,
-    score_config: ScoreConfig,
-    models: ModelConfig,
-    *,
-    policy: Path,
-    start: Path,
-    reference: Path,
-    initial_reference: Path,
-    prompts: Path | None,
-    pairs: Path | None,
-    out: Path,
-    shared: Path,
-    seed: int,
-    max_prompt_tokens: int,
-    with_oracle: bool,
-    devices: DevicesConfig | None = None,
-    report: Report = no_report,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EvaluateJob(Job):
     """Measures `policy` against `start` and writes `out/metrics.json`.
 
-    Args:
-        start: the policy that the run started from; its samples are drawn once and kept under `shared`.
-        reference: π_ref of the next round's implicit reward, whose accuracy is measured.
-        initial_reference: π_ref of round 1, for the same policy's reward against it.
-        prompts, pairs: Parquet files, held out (None: that part is not measured).
-        with_oracle: the prompts are the synthetic world's.
-        devices: which devices sample; None for the defaults.
-
-    Returns:
-        The metrics, as written. Accuracies and rates lie in [0, 1]; lengths are in tokens and characters.
+    The counts are the metrics, as written. Accuracies and rates lie in [0, 1]; lengths are in tokens and characters.
     """
-    metrics: dict[str, Any] = {}
-    if prompts is not None and config.prompts:
-        held_out = read_parquet(prompts).head(config.prompts)
-        settings = generate_config.model_copy(update={"samples": config.samples})
-        drawn: dict[str, pl.DataFrame] = {}
-        for name, model, folder in (("start", start, shared / "start"), ("policy", policy, out / "samples")):
-            made = generate(
-                settings,
-                models,
-                policy=model,
-                prompts=held_out,
-                out=folder,
-                seed=seed,
-                round_number=0,  # the same random numbers for both, in every round
-                max_prompt_tokens=max_prompt_tokens,
-                devices=devices,
-                report=report,
-            )
-            drawn[name] = pl.concat([read_parquet(file) for file in made.files])
-        ours, theirs = drawn["policy"], drawn["start"]
-        per_prompt = ours.group_by("prompt_id", maintain_order=True).agg(pl.col("response_tokens").mean())
-        metrics |= {
-            "eval_prompts": per_prompt.height,
-            "eval_samples": settings.samples,
-            "mean_response_tokens": ours["response_tokens"].mean(),
-            "mean_response_tokens_ci95": bootstrap_ci95(per_prompt["response_tokens"].to_list(), seed),
-            "start_mean_response_tokens": theirs["response_tokens"].mean(),
-            "mean_response_chars": ours["response_chars"].mean(),
-            "start_mean_response_chars": theirs["response_chars"].mean(),
-            "cut_off_share": float((ours["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
-        }
-        if with_oracle:
-            rewards = _sample_rewards(score_config, models, policy, reference, ours, report)
-            metrics |= oracle_metrics(held_out, ours, theirs, rewards, seed)
-    if pairs is not None and config.pairs:
-        metrics |= held_out_accuracy(
-            config,
-            score_config,
-            models,
-            policy=policy,
-            references={
-                "implicit_reward_accuracy": reference,
-                "implicit_reward_accuracy_initial_reference": initial_reference,
-            },
-            pairs=read_parquet(pairs),
-            cache=shared,
-            report=report,
+
+    config: EvaluateConfig
+    generate_config: GenerateConfig
+    score_config: ScoreConfig
+    models: ModelConfig
+    policy: Path
+    start: Path
+    """The policy that the run started from; its samples are drawn once and kept under `shared`."""
+    reference: Path
+    """π_ref of the next round's implicit reward, whose accuracy is measured."""
+    initial_reference: Path
+    """π_ref of round 1, for the same policy's reward against it."""
+    prompts: Path | None
+    """Held-out prompts, as Parquet; None: not measured."""
+    pairs: Path | None
+    """Held-out pairs, as Parquet; None: not measured."""
+    input_keys: Any
+    """What the two files hold, for the key: JSON values."""
+    out: Path
+    shared: Path
+    """Folder of what several rounds use: the start's samples, and log-probabilities of the pairs."""
+    seed: int
+    max_prompt_tokens: int
+    with_oracle: bool
+    """The prompts are the synthetic world's."""
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
+
+    def key(self) -> str:
+        """Of the models, the held-out data, the settings and the seed."""
+        models = (self.policy, self.reference, self.start, self.initial_reference)
+        return digest(
+            "evaluate",
+            [model_identity(model) for model in models],
+            self.input_keys,
+            self.config.model_dump(),
+            self.generate_config.model_dump(),
+            self.score_config.model_dump(),
+            self.models.model_dump(include={"dtype", "device"}),
+            self.seed,
+            versions("torch", "transformers", "vllm"),
         )
-    write_json(out / "metrics.json", metrics)
-    return metrics
 
+    def is_complete(self, files: Sequence[StageFile]) -> bool:
+        """True when `metrics.json` is as it was written."""
+        return all(file.is_file() and file_digest(file) == key for file, key in files)
 
-def _sample_rewards(
-    config: ScoreConfig,
-    models: ModelConfig,
-    policy: Path,
-    reference: Path,
-    samples: pl.DataFrame,
-    report: Report,
-) -> pl.Series:
-    """log π − log π_ref of each sample (β leaves the order as it is)."""
-    with timed("import"):
-        from dice_py.scoring.scorer import Scorer
+    def run(self, report: Report = no_report) -> StageResult:
+        """Samples, judges and scores."""
+        metrics: dict[str, Any] = {}
+        if self.prompts is not None and self.config.prompts:
+            metrics |= self._sample_metrics(read_parquet(self.prompts).head(self.config.prompts), report)
+        if self.pairs is not None and self.config.pairs:
+            metrics |= self._pair_metrics(read_parquet(self.pairs).head(self.config.pairs), report)
+        file = self.out / "metrics.json"
+        write_json(file, metrics)
+        return StageResult([(file, file_digest(file))], metrics)
 
-    prompts = list(token_arrays(samples, "prompt_token_ids", "the samples"))
-    responses = list(token_arrays(samples, "token_ids", "the samples"))
-    # The policy last: it is held, and goes on to the pairs.
-    theirs, ours = (
-        Scorer(held_model(folder, models), config, report).sums(prompts, responses) for folder in (reference, policy)
-    )
-    report("note", text=f"rewards of {samples.height} held-out samples computed")
-    return pl.Series(ours) - pl.Series(theirs)
+    def _sample_metrics(self, prompts: pl.DataFrame, report: Report) -> dict[str, Any]:
+        """Lengths of the samples of both policies, and what the oracle makes of them."""
+        start = self._samples(self.start, self.shared / "start", prompts, report)
+        samples = self._samples(self.policy, self.out / "samples", prompts, report)
+        per_prompt = samples.group_by("prompt_id", maintain_order=True).agg(pl.col("response_tokens").mean())
+        metrics = {
+            "eval_prompts": per_prompt.height,
+            "eval_samples": self.config.samples,
+            "mean_response_tokens": samples["response_tokens"].mean(),
+            "mean_response_tokens_ci95": bootstrap_ci95(per_prompt["response_tokens"].to_list(), self.seed),
+            "start_mean_response_tokens": start["response_tokens"].mean(),
+            "mean_response_chars": samples["response_chars"].mean(),
+            "start_mean_response_chars": start["response_chars"].mean(),
+            "cut_off_share": float((samples["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
+        }
+        if self.with_oracle:
+            metrics |= oracle_metrics(prompts, samples, start, self._rewards(samples, report), self.seed)
+        return metrics
+
+    def _samples(self, model: Path, folder: Path, prompts: pl.DataFrame, report: Report) -> pl.DataFrame:
+        job = GenerateJob(
+            config=self.generate_config.model_copy(update={"samples": self.config.samples}),
+            models=self.models,
+            policy=model,
+            prompts=prompts,
+            prompts_key="",  # its shards' keys hold the prompts
+            out=folder,
+            seed=self.seed,
+            round_number=0,  # the same random numbers for both policies, in every round
+            max_prompt_tokens=self.max_prompt_tokens,
+            devices=self.devices,
+        )
+        return pl.concat([read_parquet(file) for file, _ in job.run(report).files])
+
+    def _rewards(self, samples: pl.DataFrame, report: Report) -> pl.Series:
+        """log π − log π_ref of each sample (β would not change their order)."""
+        with timed("import"):
+            from dice_py.scoring.scorer import Scorer
+
+        prompts = list(token_arrays(samples, "prompt_token_ids", "the samples"))
+        responses = list(token_arrays(samples, "token_ids", "the samples"))
+        # The policy last: it is held, and used again for the pairs.
+        ref_logps, logps = (
+            Scorer(held_model(folder, self.models), self.score_config, report).sums(prompts, responses)
+            for folder in (self.reference, self.policy)
+        )
+        report("note", text=f"rewards of {samples.height} held-out samples computed")
+        return pl.Series(logps) - pl.Series(ref_logps)
+
+    def _pair_metrics(self, pairs: pl.DataFrame, report: Report) -> dict[str, Any]:
+        """Accuracy of the implicit reward against both references, and of length alone.
+
+        A model's log-probabilities of the pairs are kept under `shared`, so that each model is run over them once.
+        """
+        tokenizer = load_tokenizer(self.policy, self.models)
+        encoded = encode_pairs(pairs, tokenizer, stop_token_ids(self.policy, tokenizer))
+        content = digest(*(encoded[name].to_list() for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
+        logps = self._pair_logps(self.policy, encoded, content, report)
+        metrics: dict[str, Any] = {"eval_pairs": encoded.height}
+        for name, folder in (
+            ("implicit_reward_accuracy", self.reference),
+            ("implicit_reward_accuracy_initial_reference", self.initial_reference),
+        ):
+            ref_logps = self._pair_logps(folder, encoded, content, report)
+            chosen, rejected = (logps[side] - ref_logps[side] for side in ("chosen_logp", "rejected_logp"))
+            metrics[name] = reward_accuracy(chosen, rejected)
+        lengths = [encoded[side].list.len().cast(pl.Int64) for side in ("chosen_ids", "rejected_ids")]
+        metrics["length_only_accuracy"] = reward_accuracy(*lengths)
+        return metrics
+
+    def _pair_logps(self, model: Path, encoded: pl.DataFrame, content: str, report: Report) -> pl.DataFrame:
+        identity, models = model_identity(model), self.models
+        key = digest("pair logps", identity, content, models.dtype, models.device, versions("torch", "transformers"))
+        file = self.shared / f"pair-logps-{identity}.parquet"
+        if parquet_key(file) != key:
+            scored = score_pairs(self.score_config, models, policy=model, pairs=encoded, report=report)
+            write_parquet(file, scored, key=key, schema=_PAIR_LOGPS)
+        return read_parquet(file)

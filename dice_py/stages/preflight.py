@@ -1,63 +1,92 @@
-"""Looks at a run's models and data before anything is made from them, in a process of its own.
+"""Checks a run's models and data together, before anything is made from them, in a process of its own.
 
-What would otherwise stop a run after hours: a tokenizer without a template, a template that refuses a prompt
-or an offline pair, a model that lacks a token, a scheduler that nobody knows.
+It catches what would otherwise stop a run after hours: a tokenizer without a template, a template that refuses a prompt
+or an offline pair, a model that lacks a token, an unknown scheduler.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.models.loading import placement
+from dice_py.models.loading import model_identity, placement
 from dice_py.models.tokenization import encode_pairs, encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.stages.job import Job, StageResult
+from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import read_parquet
 
 
-def check(
-    config: RunConfig,
-    *,
-    policy: Path,
-    reference: Path,
-    prompts: list[Path],
-    pairs: list[Path],
-    report: Report = no_report,
-) -> None:
-    """Renders every prompt and pair with the policy's template, and holds their tokens against both models.
+@dataclass(frozen=True)
+class PreflightJob(Job):
+    """Renders every prompt and pair with the policy's template, and compares their tokens with both vocabularies.
 
-    Raises:
+    It writes no file; the caller remembers the key of a check that passed.
+
+    Raises, when run:
         DataError: a tokenizer, template or vocabulary that cannot serve, naming the row.
         UsageError: a name in the config that transformers does not know, or a device that is not here.
     """
-    from transformers import AutoConfig, SchedulerType
-    from transformers.training_args import OptimizerNames
 
-    placement(config.model)
-    for key, given, known in (
-        ("train.lr_scheduler_type", config.train.lr_scheduler_type, [str(name.value) for name in SchedulerType]),
-        ("train.optim", config.train.optim, [str(name.value) for name in OptimizerNames]),
-    ):
-        if given not in known:
-            raise UsageError(f"{key} is {given!r}, which transformers does not know; it knows {', '.join(known)}")
-    tokenizer = load_tokenizer(policy, config.model)
-    stops = stop_token_ids(policy, tokenizer)
-    largest = max(stops)
-    for file in prompts:
-        for row, messages in read_parquet(file, ["prompt_id", "messages"]).iter_rows():
-            largest = max(largest, *encode_prompt(tokenizer, messages, f"prompt {row}"))
-        report("note", text=f"checked: {file.name}")
-    for file in pairs:
-        encoded = encode_pairs(read_parquet(file), tokenizer, stops)
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            largest = max(largest, int(encoded[name].explode().max()))  # type: ignore[arg-type]
-        report("note", text=f"checked: {file.name}")
-    for folder in (policy, reference):
+    config: RunConfig
+    policy: Path
+    reference: Path
+    prompts: list[Path]
+    pairs: list[Path]
+    data_key: str
+    """Of the data that the files hold."""
+
+    def key(self) -> str:
+        """Of the data, the models and the whole config."""
+        models = [model_identity(self.policy), model_identity(self.reference)]
+        return digest("check", self.data_key, models, self.config.model_dump(), versions("transformers"))
+
+    def run(self, report: Report = no_report) -> StageResult:
+        """Checks names, then prompts and pairs, then vocabularies."""
+        placement(self.config.model)
+        self._check_names()
+        largest = self._largest_token(report)
+        for folder in (self.policy, self.reference):
+            self._check_vocabulary(folder, largest)
+        return StageResult([], {})
+
+    def _check_names(self) -> None:
+        from transformers import SchedulerType
+        from transformers.training_args import OptimizerNames
+
+        train = self.config.train
+        for key, given, known in (
+            ("train.lr_scheduler_type", train.lr_scheduler_type, [str(name.value) for name in SchedulerType]),
+            ("train.optim", train.optim, [str(name.value) for name in OptimizerNames]),
+        ):
+            if given not in known:
+                raise UsageError(f"{key} is {given!r}, which transformers does not know; it knows {', '.join(known)}")
+
+    def _largest_token(self, report: Report) -> int:
+        """The largest token id of all prompts, pairs and stop tokens."""
+        tokenizer = load_tokenizer(self.policy, self.config.model)
+        stops = stop_token_ids(self.policy, tokenizer)
+        largest = max(stops)
+        for file in self.prompts:
+            for row, messages in read_parquet(file, ["prompt_id", "messages"]).iter_rows():
+                largest = max(largest, *encode_prompt(tokenizer, messages, f"prompt {row}"))
+            report("note", text=f"checked: {file.name}")
+        for file in self.pairs:
+            encoded = encode_pairs(read_parquet(file), tokenizer, stops)
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+                largest = max(largest, int(encoded[name].explode().max()))  # type: ignore[arg-type]
+            report("note", text=f"checked: {file.name}")
+        return largest
+
+    def _check_vocabulary(self, folder: Path, largest: int) -> None:
+        from transformers import AutoConfig
+
         if not (folder / "config.json").is_file():
-            continue  # an adapter: its base model's config is not here
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-        size = getattr(found.get_text_config(), "vocab_size", None)
+            return  # an adapter: its base model's config is not here
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=self.config.model.trust_remote_code)
+        size = getattr(config.get_text_config(), "vocab_size", None)
         if size is not None and largest >= size:
             raise DataError(
                 f"{folder}: the policy's tokenizer gives token id {largest}, but this model's vocabulary has "

@@ -1,27 +1,72 @@
-"""The stages of a round: what each imports, what to do when memory runs out, what comes next."""
+"""The table of stages: the job of each, what its process imports, the remedy when memory runs out, what comes next."""
 
 from __future__ import annotations
 
-STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
+from dataclasses import dataclass
 
-REMEDIES = {
-    "world": "close other programs",
-    "check": "close other programs",
-    "generate": "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
-    "score": "lower score.token_budget",
-    "replay": "lower score.token_budget",
-    "train": "lower train.per_device_train_batch_size, set train.gradient_checkpointing=true or train.lora.r=16, "
-    "or add GPUs",
-    "evaluate": "lower generate.token_budget and score.token_budget",
-}
+from dice_py.stages.evaluate import EvaluateJob
+from dice_py.stages.generate import GenerateJob
+from dice_py.stages.job import Job
+from dice_py.stages.mine import MineJob
+from dice_py.stages.preflight import PreflightJob
+from dice_py.stages.replay import ReplayJob
+from dice_py.stages.score import ScoreJob
+from dice_py.stages.train import TrainJob
+from dice_py.stages.world import WorldJob
 
 
-# What a stage's process imports, so that one started ahead has done it; and the stage that follows.
-IMPORTS = {
-    "generate": ("dice_py.stages.generate", "dice_py.generation.engines.transformers"),
-    "score": ("dice_py.stages.score", "dice_py.scoring.scorer"),
-    "replay": ("dice_py.stages.replay", "dice_py.scoring.scorer"),
-    "train": ("dice_py.stages.train", "datasets", "trl.trainer.dpo_trainer"),
-    "evaluate": ("dice_py.stages.evaluate", "dice_py.generation.engines.transformers", "dice_py.scoring.scorer"),
-}
-FOLLOWING = {"check": "generate", "generate": "score", "score": "replay", "replay": "train", "train": "evaluate"}
+@dataclass(frozen=True)
+class Stage:
+    """One stage."""
+
+    name: str
+    job: type[Job]
+    imports: tuple[str, ...]
+    """What its process imports while it waits for the job, so that a process started ahead has done it. Empty: no
+    process is started ahead."""
+    remedy: str
+    """Ends the sentence when memory ran out. Empty: it needs no process of its own, and runs in that of the run."""
+    following: str | None
+    """The stage whose process is started while this one works."""
+
+
+_TABLE = (
+    Stage("world", WorldJob, (), "close other programs", None),
+    Stage("preflight", PreflightJob, (), "close other programs", "generate"),
+    Stage(
+        "generate",
+        GenerateJob,
+        ("dice_py.stages.generate", "dice_py.generation.engines.transformers"),
+        "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
+        "score",
+    ),
+    Stage("score", ScoreJob, ("dice_py.stages.score", "dice_py.scoring.scorer"), "lower score.token_budget", "replay"),
+    Stage("mine", MineJob, (), "", None),
+    Stage(
+        "replay", ReplayJob, ("dice_py.stages.replay", "dice_py.scoring.scorer"), "lower score.token_budget", "train"
+    ),
+    Stage(
+        "train",
+        TrainJob,
+        ("dice_py.stages.train", "datasets", "trl.trainer.dpo_trainer"),
+        "lower train.per_device_train_batch_size, set train.gradient_checkpointing=true or train.lora.r=16, "
+        "or add GPUs",
+        "evaluate",
+    ),
+    Stage(
+        "evaluate",
+        EvaluateJob,
+        ("dice_py.stages.evaluate", "dice_py.generation.engines.transformers", "dice_py.scoring.scorer"),
+        "lower generate.token_budget and score.token_budget",
+        "generate",
+    ),
+)
+REGISTRY = {stage.name: stage for stage in _TABLE}
+
+ROUND_STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
+"""The stages of a round, in order of work."""
+
+
+def stage_of(job: Job) -> Stage:
+    """The stage that a job is of."""
+    return next(stage for stage in _TABLE if isinstance(job, stage.job))

@@ -1,12 +1,12 @@
 """Stage 4, replay: mix a share of offline preference pairs into the mined ones, on prompts that were not mined.
 
-The share is gamma = replayed / (mined + replayed), as in DICE (arXiv 2406.09760, section 4.3). `mix_replay` and
-`sample_replay` choose rows of one buffer; replay/mix.py those of several, replay/weights.py has the
-formulas, replay/sampling.py the draw, replay/buffer.py what a run keeps of its earlier rounds.
+The share is gamma = replayed / (mined + replayed), as in DICE (arXiv 2406.09760, section 4.3). replay/mix.py chooses
+the rows; here the chosen pairs become a training set, with token ids and reference log-probabilities.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,119 +17,148 @@ from dice_py.config.stages import BufferConfig, ReplayConfig, RoundsBufferConfig
 from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.models.loading import model_identity
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import gather_mined
-from dice_py.replay.mix import (
-    OFFLINE_BUFFER,
-    ROUNDS_BUFFER,
-    BufferMix,
-    OfflineBuffer,
-    mix_buffers,
-)
+from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, OfflineBuffer, mix_buffers
 from dice_py.scoring.pairs import score_pairs
+from dice_py.stages.job import Job, StageResult, model_key_fields
+from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import read_parquet, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
 
-def replay(
-    config: ReplayConfig,
-    score_config: ScoreConfig,
-    models: ModelConfig,
-    *,
-    policy: Path,
-    mined: Path | None,
-    generations: list[Path],
-    scores: list[Path],
-    prompts: Path | None,
-    offline: Path | None,
-    out: Path,
-    seed: int,
-    key: str,
-    buffers: dict[str, Path] | None = None,
-    rounds_buffer: ReplayBuffer | None = None,
-    round_number: int | None = None,
-    report: Report = no_report,
-) -> dict[str, Any]:
-    """Stage 4: mixes the share gamma of offline pairs into the mined ones: `out/training_set.parquet`.
+@dataclass(frozen=True)
+class ReplayJob(Job):
+    """Mixes the share gamma of offline pairs into the mined ones: `out/training_set.parquet`.
 
-    The replayed pairs of files are tokenised once, here; those of the rounds' buffer keep the tokens that were
+    The replayed pairs of files are tokenized once, here; those of the rounds' buffer keep the tokens that were
     sampled. All of them are scored in one pass of `policy`; the mined ones have their token ids and
     log-probabilities already. The rows are in order of the mix: mined first, then replayed, buffer by buffer (the
     trainer shuffles). `source` is "mined", "replay" (from `offline`), or "replay:NAME".
 
-    Args:
-        mined, generations, scores, prompts: the mined pairs, the shards that their row numbers count through,
-            and the prompts that were sampled on. None and empty: the training set is of offline pairs alone.
-        offline: Parquet with `prompt`, `chosen`, `rejected` (messages), `key` and what the weights and strata
-            need of `weight`, `margin`, `round`, `source` (dice_py.data.read_pairs); None where there is none.
-        buffers: the same for the names of `config.buffers`.
-        rounds_buffer: what earlier rounds mined (buffer "rounds"); left out of a round before which there is
-            nothing in it.
-        round_number: the current round, from which ages are counted.
+    The counts are the summary of the mix: counts, requested and reached share, shortfall, of each buffer if there are
+    several.
 
-    Returns:
-        The summary of the mix: counts, requested and reached share, shortfall, of each buffer if there are several.
-
-    Raises:
+    Raises, when run:
         DataError: too few pairs with `config.on_shortfall="error"`, or none at all; a column or value that the
             weights or strata cannot use.
     """
-    pools = _pools(config, offline, buffers or {}, rounds_buffer, round_number)
-    if mined is None or prompts is None:
-        pairs = asked = pl.DataFrame(schema={"prompt_id": pl.UInt32})
-        keyed = pl.DataFrame(schema={"key": pl.String})
-        gamma: float = 1.0
-        total: int | None = config.total
+
+    config: ReplayConfig
+    score_config: ScoreConfig
+    models: ModelConfig
+    policy: Path
+    mined: Path | None
+    """The mined pairs. None: the training set is of offline pairs alone, and the next three are empty."""
+    generations: list[Path]
+    """The shards that the row numbers of the mined pairs count through."""
+    scores: list[Path]
+    prompts: Path | None
+    """The prompts that were sampled on."""
+    offline: Path | None
+    """Parquet with `prompt`, `chosen`, `rejected` (messages), `key` and what the weights and strata need of `weight`,
+    `margin`, `round`, `source` (data.read_pairs); None where there is none."""
+    input_keys: Any
+    """What the files hold, for the key: JSON values."""
+    out: Path
+    seed: int
+    buffers: dict[str, Path] = field(default_factory=dict)
+    """As `offline`, for the names of `config.buffers`."""
+    rounds_buffer: ReplayBuffer | None = None
+    """What earlier rounds mined (buffer "rounds"); not used in a round before which it is empty."""
+    round_number: int | None = None
+    """The current round, from which ages are counted."""
+
+    def key(self) -> str:
+        """Of the inputs, the config, the policy that scores the pairs, and the seed."""
+        return digest(
+            "replay",
+            self.input_keys,
+            self.config.model_dump(),
+            self.score_config.model_dump(),
+            model_key_fields(self.models),
+            model_identity(self.policy),
+            [] if self.rounds_buffer is None else self.rounds_buffer.keys(self.round_number),
+            self.round_number,
+            self.seed,
+            versions("torch", "transformers", "vllm"),
+        )
+
+    def run(self, report: Report = no_report) -> StageResult:
+        """Draws, tokenizes and scores the replayed pairs, and writes the training set."""
+        pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number)
+        mined, prompts = self._mined()
+        gamma, total = self._share(pools, report)
+        mix = mix_buffers(
+            _prompt_keys(mined, prompts),
+            pools,
+            gamma=gamma,
+            seed=self.seed,
+            key_column="key",
+            current_round=self.round_number,
+            stratify_by=self.config.stratify_by,
+            allocation=self.config.allocation,
+            length_buckets=self.config.length_buckets,
+            total=total,
+            on_shortfall=self.config.on_shortfall,
+        )
+        parts = []
+        if mix.mined:
+            parts.append(gather_mined(mined[mix.mined_rows], self.generations, self.scores, prompts))
+        if mix.replay:
+            parts.append(self._scored(_with_tokens(pools, mix, self.policy, self.models), report))
+        if not parts:
+            raise DataError(
+                "the training set is empty: no pair was mined and none replayed; lower replay.gamma, or give offline "
+                "pairs on prompts that are not mined"
+            )
+        if any(mix.shortfall.values()):
+            report("note", text=_shortfall_note(mix, gamma))
+        training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
+        file, key = self.out / "training_set.parquet", self.key()
+        write_parquet(file, training, key=key, schema=TRAINING_SET, meta=mix.summary())
+        return StageResult([(file, key)], mix.summary())
+
+    def _mined(self) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """The mined pairs and their prompts; empty frames where nothing was mined."""
+        if self.mined is None or self.prompts is None:
+            empty = pl.DataFrame(schema={"prompt_id": pl.UInt32})
+            return empty, empty
+        mined = read_parquet(self.mined)
+        prompts = read_parquet(self.prompts, ["prompt_id", "messages"])
+        return mined, prompts.join(mined.select("prompt_id"), on="prompt_id", how="semi")
+
+    def _share(self, pools: list[OfflineBuffer], report: Report) -> tuple[float, int | None]:
+        """gamma and the total of the mix."""
+        gamma, total = self.config.gamma, self.config.total
+        if self.mined is not None:
+            if gamma > 0.0 and not pools and self.rounds_buffer is not None:
+                report("note", text="no earlier round to replay from: this round trains on mined pairs alone")
+                gamma = 0.0
+            return gamma, total
         if total is None:
             if len(pools) > 1:
                 raise UsageError(
-                    f"a training set without mined pairs takes all of one buffer, but there are {len(pools)}: say how "
+                    f"a training set without mined pairs takes all of one buffer, but there are {len(pools)}: set how "
                     "many pairs with replay.total"
                 )
             total = sum(pool.pairs.height for pool in pools)
-    else:
-        pairs = read_parquet(mined)
-        asked = read_parquet(prompts, ["prompt_id", "messages"])
-        asked = asked.join(pairs.select("prompt_id"), on="prompt_id", how="semi")
-        keys = asked.select("prompt_id", key=pl.col("messages").map_elements(_message_key, return_dtype=pl.String))
-        keyed = pairs.select("prompt_id").join(keys, on="prompt_id", how="left", maintain_order="left")
-        gamma, total = config.gamma, config.total
-        if gamma > 0.0 and not pools and rounds_buffer is not None:
-            report("note", text="no earlier round to replay from: this round trains on mined pairs alone")
-            gamma = 0.0
-    mix = mix_buffers(
-        keyed,
-        pools,
-        gamma=gamma,
-        seed=seed,
-        key_column="key",
-        current_round=round_number,
-        stratify_by=config.stratify_by,
-        allocation=config.allocation,
-        length_buckets=config.length_buckets,
-        total=total,
-        on_shortfall=config.on_shortfall,
-    )
-    parts = []
-    if mix.mined:
-        parts.append(gather_mined(pairs[mix.mined_rows], generations, scores, asked))
-    if mix.replay:
-        drawn = _with_tokens(pools, mix, policy, models)
-        scored = score_pairs(score_config, models, policy=policy, pairs=drawn, report=report)
-        parts.append(
-            drawn.hstack(scored).rename({"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"})
-        )
-    if not parts:
-        raise DataError(
-            "the training set is empty: no pair was mined and none replayed; lower replay.gamma, or give offline "
-            "pairs on prompts that are not mined"
-        )
-    if any(mix.shortfall.values()):
-        report("note", text=_shortfall_note(mix, gamma))
-    training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
-    write_parquet(out / "training_set.parquet", training, key=key, schema=TRAINING_SET, meta=mix.summary())
-    return mix.summary()
+        return 1.0, total
+
+    def _scored(self, pairs: pl.DataFrame, report: Report) -> pl.DataFrame:
+        """The pairs with the reference log-probabilities of DPO: the policy's own."""
+        logps = score_pairs(self.score_config, self.models, policy=self.policy, pairs=pairs, report=report)
+        return pairs.hstack(logps).rename({"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"})
+
+
+def _prompt_keys(mined: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
+    """The key of each mined pair's prompt, in the column `key`."""
+    if "messages" not in prompts.columns:
+        return pl.DataFrame(schema={"key": pl.String})
+    keys = prompts.select("prompt_id", key=pl.col("messages").map_elements(_message_key, return_dtype=pl.String))
+    return mined.select("prompt_id").join(keys, on="prompt_id", how="left", maintain_order="left")
 
 
 def _pools(
@@ -139,8 +168,8 @@ def _pools(
     rounds_buffer: ReplayBuffer | None,
     round_number: int | None,
 ) -> list[OfflineBuffer]:
-    """What there is to replay from: data.replay, then the named buffers, then the rounds' own."""
-    # Of pairs that are read from a file there are no tokens before they are drawn.
+    """The buffers to replay from: data.replay, then the named ones, then the rounds' own."""
+    # Pairs of a file are tokenized only after the draw.
     characters = pl.col("chosen").list.get(0).struct.field("content").str.len_chars()
 
     def pool(
@@ -164,7 +193,7 @@ def _pools(
 
 
 def _with_tokens(pools: list[OfflineBuffer], mix: BufferMix, policy: Path, models: ModelConfig) -> pl.DataFrame:
-    """The pairs that were drawn, as `PAIRS` and `source`. Stored tokens are kept; what has none is tokenised."""
+    """The pairs that were drawn, as `PAIRS` and `source`. Stored tokens are kept; other pairs are tokenized."""
     drawn = []
     tokenizer = None
     for pool in pools:

@@ -1,10 +1,10 @@
 """Stage 2, score: log π(y|x) and log π_ref(y|x) over the stored token ids, and r = β·(log π − log π_ref).
 
-The log-probabilities are scoring/scorer.py's. Shards are dealt over groups of devices, first under
-the reference, then under the policy, each model read once by each group. Nothing is decoded or tokenised again.
+The log-probabilities are scoring/scorer.py's. Shards are dispatched to groups of devices (compute/dispatch.py), first
+under the reference, then under the policy; each group reads each model once. Nothing is decoded or tokenized again.
 
-Where the policy itself has sampled the responses, its log-probabilities came with them. Whether they are the
-scorer's is measured in every stage on a sample of responses; only if they are, the policy's own pass is left out
+Where the policy itself has sampled the responses, its log-probabilities came with them. In every stage a sample of
+responses is compared with the scorer (scoring/gate.py); only if they are equal is the policy's own pass left out
 (`score.policy_logps`).
 
 Source: Chen et al., arXiv 2406.09760, eq. 3 (Rafailov et al., arXiv 2305.18290, eq. 5, without the partition
@@ -13,154 +13,194 @@ function, which is equal for the responses of one prompt).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dice_py.compute.devices import device_in_group, find_groups
-from dice_py.compute.dispatch import over_groups
+import polars as pl
+
+from dice_py.compute.devices import Group, device_in_group, find_groups
+from dice_py.compute.dispatch import ShardWork, dispatch_shards
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.events import Report, no_report
-from dice_py.models.loading import release_held
-from dice_py.storage.keys import digest
+from dice_py.models.loading import model_identity, release_held
+from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
+from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, write_scores
+from dice_py.stages.job import Job, StageResult, model_key_fields
+from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import parquet_key, parquet_rows, read_parquet
-
-if TYPE_CHECKING:
-    pass
-from dice_py.scoring.gate import gate_note, stored_gate
-from dice_py.scoring.shards import Columns, Shard, write_scores
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What the stage leaves: one file for each shard, and how the policy's log-probabilities were had."""
+class ScoreJob(Job):
+    """Scores shards of generations: `scores-NNNNN.parquet` for each, row-aligned with it.
 
-    files: list[Path]
-    gate: dict[str, Any] | None
-    """Figures of the gate; None where it was not asked for, or nothing had to be scored."""
+    Columns of the scores: `logp`, `ref_logp`, `reward` (f32). The counts: `responses`, `mean_reward` and `reward_std`
+    (of the finite rewards), `policy_logps_gate` (scoring/gate.py; None where the gate was not asked for, or nothing had
+    to be scored).
 
-
-def score(
-    config: ScoreConfig,
-    models: ModelConfig,
-    *,
-    policy: Path,
-    reference: Path,
-    generations: list[Path],
-    out: Path,
-    keys: list[str],
-    beta: float,
-    sampled: Sequence[bool] | None = None,
-    devices: DevicesConfig | None = None,
-    prompt_column: str = "prompt_token_ids",
-    response_column: str = "token_ids",
-    report: Report = no_report,
-) -> Scored:
-    """Scores shards of generations: one file of scores for each, row-aligned with it.
-
-    The reference's sums of a shard are kept in a file until the policy's are there, so that neither pass is lost to a
-    kill. A shard whose file already carries its key is left as it is.
-
-    Args:
-        generations: Parquet files with token ids, in `prompt_column` and `response_column`.
-        out: folder for `scores-NNNNN.parquet`, columns `logp`, `ref_logp`, `reward` (f32).
-        keys: one key for each shard.
-        beta: β of the implicit reward.
-        sampled: for each shard, whether this policy has sampled it, with `sampled_logp`; none did when left out.
-        devices: which devices work; None for the defaults.
-
-    Raises:
+    Raises, when run:
         DataError: a shard that lacks its columns or whose tokens the models do not know.
     """
-    devices = devices or DevicesConfig()
-    columns = Columns(prompt_column, response_column)
-    shards = [
-        Shard(
-            generations=file,
-            out=out / f"scores-{number:05d}.parquet",
-            half=out / f"ref-logps-{number:05d}.parquet",
-            key=keys[number],
-            sampled=sampled is not None and sampled[number],
-        )
-        for number, file in enumerate(generations)
-    ]
-    left = [number for number, shard in enumerate(shards) if parquet_key(shard.out) != shard.key]
-    # Of all shards, so that what a resume finds to do is done as what was done before.
-    gate_file, gate_key = out / "gate.json", digest("gate", [shard.key for shard in shards if shard.sampled])
-    gate = stored_gate(gate_file, gate_key) if config.policy_logps == "reuse_if_equal" else None
-    if not left:
-        return Scored([shard.out for shard in shards], gate)
-    groups = find_groups(devices, models, report=report)
-    rows = {number: parquet_rows(shards[number].generations) for number in left}
-    done, total = 0, 2 * sum(rows.values())
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done = min(done + count, total)
-        report("progress", stage="score", done=done, total=total, unit="sequences")
+    config: ScoreConfig
+    models: ModelConfig
+    policy: Path
+    reference: Path
+    generations: list[Path]
+    """Parquet files with token ids, in the columns `prompt_column` and `response_column`."""
+    generation_keys: list[str]
+    """What each of them holds, for keys."""
+    out: Path
+    beta: float
+    """β of the implicit reward."""
+    sampled: tuple[bool, ...] = ()
+    """For each shard, whether this policy has sampled it, with `sampled_logp`; empty: none of them."""
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
+    prompt_column: str = "prompt_token_ids"
+    response_column: str = "token_ids"
 
-    def on_event(event: str, **fields: Any) -> None:
-        if event == "advance":
-            advance(fields["count"])
-        else:
-            report(event, **fields)
+    def shard_keys(self) -> list[str]:
+        """The key of each shard's scores."""
+        settings = [
+            self.config.model_dump(),
+            model_key_fields(self.models),
+            model_identity(self.policy),
+            model_identity(self.reference),
+            self.beta,
+            self.prompt_column,
+            self.response_column,
+            versions("torch", "transformers", "vllm"),
+        ]
+        return [digest("score", key, settings) for key in self.generation_keys]
 
-    def run(work: str, items: list[int], is_whole: Callable[[int], bool], folder: Path, **more: Any) -> None:
-        # The gate is one piece of work: with several groups it is done right here, by the first one's device.
-        over_groups(
-            f"dice_py.stages.score:{work}",
-            {
-                "config": config,
-                "models": device_in_group(models),
-                "folder": folder,
-                "shards": shards,
-                "columns": columns,
-                "beta": beta,
-                **more,
-            },
-            items=items,
-            groups=groups if work == "score_shards" else groups[:1],
-            is_whole=is_whole,
-            devices=devices,
-            logs=out,
-            report=on_event,
-        )
+    def key(self) -> str:
+        """Of the keys of all shards."""
+        return digest(self.shard_keys())
 
-    def whole_half(number: int) -> bool:
-        return parquet_key(shards[number].half) == keys[number]
+    def run(self, report: Report = no_report) -> StageResult:
+        """Scores the shards that have no scores under their key."""
+        scoring = _Scoring(self, report)
+        gate = scoring.run()
+        files = [shard.out for shard in scoring.shards]
+        rewards = pl.scan_parquet(files, glob=False).select("reward").collect()["reward"]
+        finite = rewards.filter(rewards.is_finite())
+        counts = {
+            "responses": len(rewards),
+            "mean_reward": finite.mean(),
+            "reward_std": finite.std(),
+            "policy_logps_gate": gate,
+        }
+        return StageResult([(shard.out, shard.key) for shard in scoring.shards], counts)
 
-    def whole(number: int) -> bool:
-        return parquet_key(shards[number].out) == keys[number]
 
-    unread = [number for number in left if not whole_half(number)]
-    advance(sum(rows[number] for number in left if number not in unread))
-    run("score_shards", unread, whole_half, reference, role="reference")
-    trusted = [number for number in left if shards[number].sampled] if config.policy_logps == "reuse_if_equal" else []
-    if trusted:
-        if gate is None:
-            run(
-                "measure_gate",
-                [0],
-                lambda _: stored_gate(gate_file, gate_key) is not None,
-                policy,
-                shards=[shards[number] for number in trusted],
-                out=gate_file,
-                key=gate_key,
+class _Scoring:
+    """One run of a job: the shards, what is left of them to do, and the passes over them."""
+
+    def __init__(self, job: ScoreJob, report: Report) -> None:
+        self.job, self.report = job, report
+        self.columns = Columns(job.prompt_column, job.response_column)
+        self.shards = [
+            Shard(
+                generations=file,
+                out=job.out / f"scores-{number:05d}.parquet",
+                ref_logps_file=job.out / f"ref-logps-{number:05d}.parquet",
+                key=key,
+                sampled=bool(job.sampled) and job.sampled[number],
             )
-            gate = stored_gate(gate_file, gate_key)
-            if len(groups) > 1:
-                release_held()  # the first group's process needs the room
+            for number, (file, key) in enumerate(zip(job.generations, job.shard_keys(), strict=True))
+        ]
+        self.gate_file = job.out / "gate.json"
+        # Of all shards: a resume scores what is left exactly as the first attempt would have.
+        self.gate_key = digest("gate", [shard.key for shard in self.shards if shard.sampled])
+        self.groups: list[Group] = []
+        self.rows: dict[int, int] = {}  # responses of the shards that are left
+        self.done = 0
+
+    def is_scored(self, number: int) -> bool:
+        return parquet_key(self.shards[number].out) == self.shards[number].key
+
+    def has_ref_logps(self, number: int) -> bool:
+        return parquet_key(self.shards[number].ref_logps_file) == self.shards[number].key
+
+    def run(self) -> dict[str, Any] | None:
+        """All passes; the figures of the gate."""
+        reuses = self.job.config.policy_logps == "reuse_if_equal"
+        gate = stored_gate(self.gate_file, self.gate_key) if reuses else None
+        left = [number for number in range(len(self.shards)) if not self.is_scored(number)]
+        if not left:
+            return gate
+        self.groups = find_groups(self.job.devices, self.job.models, report=self.report)
+        self.rows = {number: parquet_rows(self.shards[number].generations) for number in left}
+        unread = [number for number in left if not self.has_ref_logps(number)]
+        self._advance(sum(self.rows[number] for number in left if number not in unread))
+        self._pass("reference", self.job.reference, unread, self.has_ref_logps)
+        trusted = [number for number in left if self.shards[number].sampled] if reuses else []
+        if trusted:
+            gate = gate or self._measure_gate(trusted)
+            self.report("note", text=gate_note(gate))
+            if gate["passed"]:
+                left = [number for number in left if number not in trusted or not self._reuse(number)]
+        self._pass("policy", self.job.policy, left, self.is_scored)
+        return gate
+
+    def _pass(self, role: Role, folder: Path, numbers: list[int], is_complete: Callable[[int], bool]) -> None:
+        job = self.job
+        models = device_in_group(job.models)
+        work = ScoreShards(job.config, models, folder, role, self.shards, self.columns, job.beta)
+        self._dispatch(work, numbers, self.groups, is_complete)
+
+    def _measure_gate(self, trusted: list[int]) -> dict[str, Any]:
+        """The gate is one piece of work: the first group does it, even where there are several."""
+        job = self.job
+        work = MeasureGate(
+            config=job.config,
+            models=device_in_group(job.models),
+            folder=job.policy,
+            shards=[self.shards[number] for number in trusted],
+            columns=self.columns,
+            beta=job.beta,
+            out=self.gate_file,
+            key=self.gate_key,
+        )
+        self._dispatch(work, [0], self.groups[:1], lambda _: stored_gate(self.gate_file, self.gate_key) is not None)
+        if len(self.groups) > 1:
+            release_held()  # the first group's process needs the memory
+        gate = stored_gate(self.gate_file, self.gate_key)
         assert gate is not None
-        report("note", text=gate_note(gate))
-        if gate["passed"]:
-            for number in trusted:
-                came = read_parquet(shards[number].generations, ["sampled_logp"])["sampled_logp"]
-                if not came.is_finite().fill_null(False).all():
-                    continue  # scored: the gate has not seen all of them
-                write_scores(shards[number], came.alias("logp"), beta, report)
-                advance(rows[number])
-                left.remove(number)
-    run("score_shards", left, whole, policy, role="policy")
-    return Scored([shard.out for shard in shards], gate)
+        return gate
+
+    def _reuse(self, number: int) -> bool:
+        """Writes a shard's scores from the log-probabilities that came with it; False where one is not finite."""
+        sampled = read_parquet(self.shards[number].generations, ["sampled_logp"])["sampled_logp"]
+        if not sampled.is_finite().fill_null(False).all():
+            return False  # the gate has not seen all of them
+        write_scores(self.shards[number], sampled.alias("logp"), self.job.beta, self.report)
+        self._advance(self.rows[number])
+        return True
+
+    def _dispatch(
+        self, work: ShardWork, numbers: list[int], groups: list[Group], is_complete: Callable[[int], bool]
+    ) -> None:
+        dispatch_shards(
+            work,
+            shards=numbers,
+            groups=groups,
+            is_complete=is_complete,
+            devices=self.job.devices,
+            logs=self.job.out,
+            report=self._on_event,
+        )
+
+    def _on_event(self, event: str, **fields: Any) -> None:
+        if event == "advance":
+            self._advance(fields["count"])
+        else:
+            self.report(event, **fields)
+
+    def _advance(self, count: int) -> None:
+        total = 2 * sum(self.rows.values())  # under both models
+        self.done = min(self.done + count, total)
+        self.report("progress", stage="score", done=self.done, total=total, unit="sequences")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +13,21 @@ import polars as pl
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig, WorldConfig
-from dice_py.data import Message, Pair, pairs_frame, prompt_key, prompts_frame
+from dice_py.data import Message, pairs_frame, prompt_key, prompts_frame
+from dice_py.evaluation.metrics import win_rate
 from dice_py.events import Report, no_report
+from dice_py.models.tokenization import encode_pairs, load_tokenizer
+from dice_py.scoring.pairs import score_pairs
+from dice_py.stages.job import Job, StageFile, StageResult
+from dice_py.stages.train import TrainJob
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import atomic, write_json
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import PROMPTS, TRAINING_SET
-from dice_py.synthetic.task import (
-    BOS,
-    EOS,
-    FILLERS,
-    LETTERS,
-    OPERATIONS,
-    PAD,
-    TEMPLATE,
-    WORD,
-    annotate,
-    oracle,
-    parse_prompt,
-    prompt_messages,
-    sft_response,
-)
+from dice_py.synthetic.pairs import draw_prompts, offline_pairs, oracle_pairs
+from dice_py.synthetic.task import oracle, parse_prompt, sft_response
+from dice_py.synthetic.tokenizer import EOS, make_tokenizer
 from dice_py.synthetic.world import BETA, DPO, LLAMA, SFT, World, find_world, world_key
-
-
-def draw_prompts(config: WorldConfig, rng: random.Random) -> dict[str, list[list[Message]]]:
-    """Disjoint sets of prompts: rounds, held-out prompts, held-out pairs, offline; the rest is SFT's."""
-    every = [
-        prompt_messages(operation, letters)
-        for operation in OPERATIONS
-        for letters in itertools.product(LETTERS, repeat=WORD)
-    ]
-    rng.shuffle(every)
-    sizes = {
-        "rounds": config.round_prompts,
-        "eval": config.eval_prompts,
-        "eval_pairs": config.eval_pairs,
-        "offline": config.offline_pairs,
-    }
-    sets: dict[str, list[list[Message]]] = {}
-    for name, size in sizes.items():
-        sets[name], every = every[:size], every[size:]
-    if len(every) < 500:
-        from dice_py.errors import UsageError
-
-        raise UsageError(
-            f"world: {sum(sizes.values())} prompts are asked for, which leaves {len(every)} of "
-            f"{len(OPERATIONS) * len(LETTERS) ** WORD} for SFT (at least 500); ask for fewer"
-        )
-    sets["sft"] = every
-    return sets
-
-
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [PAD, BOS, EOS, *LETTERS, *OPERATIONS, ":", "=", ".", *FILLERS]
-    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, report: Report) -> None:
@@ -140,55 +94,37 @@ def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, 
     shutil.rmtree(folder.parent / "sft-trainer", ignore_errors=True)
 
 
-def offline_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
-    rng = random.Random(f"{config.seed} offline")
-    pairs: list[Pair] = []
-    for messages in prompts:
-        left, right = (sft_response(rng, *parse_prompt(messages)) for _ in range(2))
-        if left == right:
-            continue
-        if not annotate(rng, messages, left, right):
-            left, right = right, left
-        pairs.append(_pair(messages, left, right))
-    return pairs
+@dataclass(frozen=True)
+class WorldJob(Job):
+    """Makes the world of a config in the cache, or finds it there; its folder is the only file of the result.
 
+    The counts: how the offline pairs came out, and those of the DPO training (`world.json`).
+    """
 
-def _pair(messages: list[Message], chosen: str, rejected: str) -> Pair:
-    return {
-        "prompt": messages,
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
+    config: WorldConfig
 
+    def key(self) -> str:
+        """Of the config, the recipe, and the libraries that train it."""
+        return world_key(self.config)
 
-def oracle_pairs(config: WorldConfig, prompts: list[list[Message]]) -> list[Pair]:
-    rng = random.Random(f"{config.seed} eval pairs")
-    pairs: list[Pair] = []
-    for messages in prompts:
-        texts = [sft_response(rng, *parse_prompt(messages)) for _ in range(2)]
-        scores = [oracle(messages, text)[0] for text in texts]
-        if scores[0] != scores[1]:
-            best = 0 if scores[0] > scores[1] else 1
-            pairs.append(_pair(messages, texts[best], texts[1 - best]))
-    return pairs
+    def is_complete(self, files: Sequence[StageFile]) -> bool:
+        """True when the world is in the cache."""
+        return find_world(self.config) is not None
 
+    def run(self, report: Report = no_report) -> StageResult:
+        """Makes it unless it is there."""
+        key = self.key()
+        world = find_world(self.config)
+        if world is None:
+            final = cache_folder() / "world" / key
+            with atomic(final) as folder:
+                folder.mkdir(parents=True)
+                self._make(World(folder), key, report)
+            world = World(final)
+        return StageResult([(world.folder, key)], world.info())
 
-def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
-    """Makes the world of `config` in the cache (or finds it there) and returns its folder."""
-    found = find_world(config)
-    if found is not None:
-        return found.folder
-    from dice_py.evaluation.metrics import win_rate
-    from dice_py.models.tokenization import encode_pairs, load_tokenizer
-    from dice_py.scoring.pairs import score_pairs
-    from dice_py.stages.train import train
-
-    models = ModelConfig(device="cpu", dtype="float32")  # one machine's world is another's
-    key = world_key(config)
-    final = cache_folder() / "world" / key
-    with atomic(final) as folder:
-        folder.mkdir(parents=True)
-        world = World(folder)
+    def _make(self, world: World, key: str, report: Report) -> None:
+        config = self.config
         sets = draw_prompts(config, random.Random(f"{config.seed} prompts"))
         write_parquet(world.prompts, prompts_frame(sets["rounds"]), key=key, schema=PROMPTS)
         write_parquet(world.eval_prompts, prompts_frame(sets["eval"]), key=key, schema=PROMPTS)
@@ -197,31 +133,13 @@ def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
         write_parquet(world.offline_pairs, pairs_frame(offline), key=key)
         write_parquet(world.eval_pairs, pairs_frame(held_out), key=key)
         _train_sft(config, sets["sft"], world.reference, report)
-        tokenizer = load_tokenizer(world.reference, models)
-        encoded = encode_pairs(pairs_frame(offline), tokenizer, [int(tokenizer.eos_token_id)])
-        logps = score_pairs(ScoreConfig(), models, policy=world.reference, pairs=encoded, report=report)
-        training = encoded.hstack(logps).rename(
-            {"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"}
-        )
-        training_set = folder / "dpo_training_set.parquet"
-        write_parquet(training_set, training.with_columns(source=pl.lit("offline")), key=key, schema=TRAINING_SET)
-        counts = train(
-            DPO,
-            models,
-            policy=world.reference,
-            training_set=training_set,
-            out=folder / "policy",
-            beta=BETA,
-            seed=config.seed,
-            key=key,
-            report=lambda event, **fields: report(event, **{**fields, "stage": "world: dpo"}),
-        )
+        counts = self._train_dpo(world, pairs_frame(offline), key, report)
         # Shares of all pairs, ties counted half.
         texts = [(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in offline]
         agree = sum(win_rate([([oracle(x, a)[0]], [oracle(x, b)[0]]) for x, a, b in texts]))
         longer = sum(win_rate([([float(len(a))], [float(len(b))]) for _, a, b in texts]))
         write_json(
-            folder / "world.json",
+            world.folder / "world.json",
             {
                 "key": key,
                 "config": config.model_dump(),
@@ -235,4 +153,26 @@ def make_world(config: WorldConfig, *, report: Report = no_report) -> Path:
                 "dpo": counts,
             },
         )
-    return final
+
+    def _train_dpo(self, world: World, offline: pl.DataFrame, key: str, report: Report) -> dict[str, Any]:
+        """π_1, by DPO from the SFT model on the annotator's pairs."""
+        models = ModelConfig(device="cpu", dtype="float32")  # the world is the same on every machine
+        tokenizer = load_tokenizer(world.reference, models)
+        encoded = encode_pairs(offline, tokenizer, [int(tokenizer.eos_token_id)])
+        logps = score_pairs(ScoreConfig(), models, policy=world.reference, pairs=encoded, report=report)
+        training = encoded.hstack(logps).rename(
+            {"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"}
+        )
+        training_set = world.folder / "dpo_training_set.parquet"
+        write_parquet(training_set, training.with_columns(source=pl.lit("offline")), key=key, schema=TRAINING_SET)
+        job = TrainJob(
+            config=DPO,
+            models=models,
+            policy=world.reference,
+            training_set=training_set,
+            training_set_key=key,
+            out=world.policy.parent,
+            beta=BETA,
+            seed=self.config.seed,
+        )
+        return job.run(lambda event, **fields: report(event, **{**fields, "stage": "world: dpo"})).counts

@@ -1,28 +1,28 @@
-"""What was measured on this machine and is worth knowing again: token budgets, throughput, start-up times.
+"""Measurements of this machine that later runs reuse: token budgets, throughput, start-up times.
 
-One JSON file in the cache folder, by kind and key. A key names the model's shape, its type and the device, so that
-nothing measured elsewhere is taken for here. Losing the file costs a little time, and nothing else.
+One JSON file in the cache folder, by kind and key. A key names the model's shape, its dtype and the device, so that a
+measurement is never used for another model or machine. Without the file, the measurements are repeated; nothing else
+depends on it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DiskFullError
 from dice_py.storage.files import write_json
+from dice_py.storage.lock import exclusive_lock
 
 
 def cache_folder() -> Path:
-    """`$DICE_CACHE`, else `dice` in the user's cache folder."""
-    given = os.environ.get("DICE_CACHE")
-    if given:
-        return Path(given)
+    """`$DICE_CACHE`, else `dice` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
+    explicit = os.environ.get("DICE_CACHE")
+    if explicit:
+        return Path(explicit)
     caches = os.environ.get("XDG_CACHE_HOME")
     return (Path(caches) if caches else Path.home() / ".cache") / "dice"
 
@@ -33,30 +33,26 @@ def _file() -> Path:
 
 def _read() -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
+        content = json.loads(_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    # Whatever else stands there was not written by this program.
-    return {kind: kept for kind, kept in found.items() if isinstance(kept, dict)} if isinstance(found, dict) else {}
-
-
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
-    _file().parent.mkdir(parents=True, exist_ok=True)
-    with _file().with_suffix(".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    # Anything of another form was not written by this program.
+    if not isinstance(content, dict):
+        return {}
+    return {kind: values for kind, values in content.items() if isinstance(values, dict)}
 
 
 def recall(kind: str, key: str) -> Any:
-    """What was remembered, or None."""
+    """The value stored under kind and key, or None."""
     return _read().get(kind, {}).get(key)
 
 
 def remember(kind: str, key: str, value: Any) -> None:
-    """Keeps `value` (JSON) under kind and key; where the cache folder cannot be written, nothing is kept."""
-    with contextlib.suppress(OSError, DiskFullError), _locked():
-        found = _read()
-        if found.get(kind, {}).get(key) != value:
-            found.setdefault(kind, {})[key] = value
-            write_json(_file(), found)
+    """Stores `value` (JSON) under kind and key. Does nothing where the cache folder cannot be written."""
+    with contextlib.suppress(OSError, DiskFullError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(_file().with_suffix(".lock")):
+            content = _read()
+            if content.get(kind, {}).get(key) != value:
+                content.setdefault(kind, {})[key] = value
+                write_json(_file(), content)

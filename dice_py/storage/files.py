@@ -1,8 +1,7 @@
-"""What lies between stages: schemas, atomic writes, keys and the manifest.
+"""Atomic writes, JSON, and the manifest of a run.
 
-Every file is written to a temporary name in its own folder, fsynced, renamed, and only then named in the
-manifest; so a file under its final name is whole, whatever happened. A Parquet shard carries its key in its
-footer: a resume trusts the footer, never the clock.
+Every file is written under a temporary name in its own folder, fsynced, renamed, and only then listed in the manifest.
+So a file under its final name is complete, even after a crash. Parquet files are in storage/parquet.py.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from typing import Any
 
 from dice_py.errors import DataError, DiceError, DiskFullError, UsageError
 
-TEMPORARY = ".tmp"  # how the hidden names end under which files are written
+TEMPORARY = ".tmp"
+"""Suffix of the hidden names under which files are written."""
+
 _PATH_ERRORS = (
     errno.EACCES,
     errno.EPERM,
@@ -40,9 +41,9 @@ def _fsync(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """True when `error`, or one that it was raised from, says that there is no room left on the disk.
+    """True if `error`, or an error that caused it, means that the disk or the quota is full.
 
-    Libraries that write through other languages say it only in their text.
+    Libraries written in other languages report it only in the message.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -54,24 +55,24 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def path_error(error: OSError) -> DiceError | None:
-    """The sentence for a path that cannot be written or read, which the user can mend; None for the rest."""
-    place = error.filename2 or error.filename
+    """The error to show for a path that the user can fix (permissions, a full disk, …); None for other errors."""
+    path = error.filename2 or error.filename
     if is_disk_full(error):
-        return DiskFullError(f"no room left on the disk ({error}); free some space, then go on")
-    if error.errno in _PATH_ERRORS and place is not None:
-        return UsageError(f"{place}: {error.strerror}; check the path and who may write there")
+        return DiskFullError(f"no room left on the disk ({error}); free some space, then run the command again")
+    if error.errno in _PATH_ERRORS and path is not None:
+        return UsageError(f"{path}: {error.strerror}; check the path and its permissions")
     return None
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on leaving without an error it is fsynced and takes its place.
+    """Yields a temporary path beside `path`; after a block without an error, it is fsynced and renamed to `path`.
 
-    Works for a file and for a folder (every file in it is fsynced). On any error the temporary is removed
-    and `path` is left as it was.
+    Works for files and for folders, in which every file is fsynced. On an error the temporary path is removed and
+    `path` is unchanged.
 
     Raises:
-        DiskFullError: the disk has no room (ENOSPC or EDQUOT), naming the path and what to do.
+        DiskFullError: the disk or the quota is full (ENOSPC or EDQUOT); the message names the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -81,8 +82,8 @@ def atomic(path: Path) -> Iterator[Path]:
         for part in (*temporary.rglob("*"), temporary):
             _fsync(part)
         if temporary.is_dir() and path.is_dir():
-            # A folder cannot be renamed over a full one. The old one goes first: it is only ever replaced
-            # because its key no longer holds.
+            # A folder cannot be renamed over one that has files. The old one is removed first, which loses nothing:
+            # a folder is replaced only after its key has become outdated.
             shutil.rmtree(path)
         temporary.rename(path)
         _fsync(path.parent)
@@ -91,16 +92,16 @@ def atomic(path: Path) -> Iterator[Path]:
             _remove(temporary)
         if is_disk_full(error) and not isinstance(error, DiskFullError):
             raise DiskFullError(
-                f"no room left on the disk while writing {path}; nothing that was whole is lost. "
-                "Free some space, then `dice resume` the run (or call the stage again)"
+                f"no room left on the disk while writing {path}; completed files are kept. "
+                "Free some space, then `dice resume` the run (or run the stage again)"
             ) from error
         raise
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what a killed process was writing under `folder`. Only for a caller who holds its lock."""
-    for left in sorted(folder.rglob(f".*{TEMPORARY}"), reverse=True):
-        _remove(left)
+    """Removes the temporary files that a killed process left under `folder`. The caller must hold its lock."""
+    for temporary in sorted(folder.rglob(f".*{TEMPORARY}"), reverse=True):
+        _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -117,15 +118,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically; NaN and infinities are refused, since JSON has no word for them."""
+    """Writes JSON atomically.
+
+    Raises:
+        ValueError: a value is NaN or infinite, which JSON cannot express.
+    """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON that this program wrote.
+    """Reads a JSON file that this program wrote.
 
     Raises:
-        DataError: absent or not JSON.
+        DataError: the file is absent or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +141,7 @@ def read_json(path: Path) -> Any:
 
 
 class Manifest:
-    """`manifest.json`: per round and stage its key, files, counts and seconds. One process writes it."""
+    """`manifest.json`: key, files, counts and seconds of each stage of each round. One process writes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -145,7 +150,7 @@ class Manifest:
             self.data = read_json(path)
 
     def stage(self, name: str) -> dict[str, Any] | None:
-        """The entry of a stage such as `round-01/mine`."""
+        """The entry of a stage such as "round-01/mine"; None before it is first recorded."""
         entry: dict[str, Any] | None = self.data["stages"].get(name)
         return entry
 
@@ -155,5 +160,5 @@ class Manifest:
         self.save()
 
     def save(self) -> None:
-        """Writes the manifest as it is."""
+        """Writes the manifest in its current state."""
         write_json(self.path, self.data)

@@ -1,4 +1,8 @@
-"""Keys, seeds and digests: what identifies an artifact, and which random numbers it is drawn with."""
+"""Keys, seeds and digests.
+
+An artifact's key is a digest of everything that decides its content, so a changed input or setting changes the key. A
+seed depends only on what is sampled, not on how work is split over processes.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +18,38 @@ from dice_py.errors import DataError
 
 
 def digest(*parts: Any) -> str:
-    """A key: SHA-256 over the parts as canonical JSON, 24 hexadecimal digits of it."""
+    """A key: the first 24 hexadecimal digits of the SHA-256 of the parts as canonical JSON."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def seed_for(*parts: int | str) -> int:
-    """A seed below 2^63 from (run seed, round, prompt_id, sample_id, …): any layout, any retry, one seed."""
+    """A seed below 2^63 from (run seed, round, prompt_id, sample_id, …), equal for any sharding and any retry."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 @cache
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of `packages`, ours always among them; absent ones are left out."""
-    found = {}
+    """Installed version of each of `packages` and of this one; packages that are not installed are left out."""
+    installed = {}
     for name in ("dice-align", *packages):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 @cache
 def _file_digest(path: str, size: int, mtime_ns: int) -> str:
-    del size, mtime_ns  # a changed file must not meet the old entry of the cache
+    del size, mtime_ns  # arguments only so that a changed file misses the cache
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:24]
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, 24 digits of it.
+    """The first 24 hexadecimal digits of the SHA-256 of a file's bytes.
 
     Raises:
-        DataError: absent or unreadable.
+        DataError: the file is absent or cannot be read.
     """
     try:
         stat = path.stat()

@@ -1,4 +1,7 @@
-"""Parquet files with a key in the footer: written atomically, read with errors that name the file."""
+"""Parquet files with a key in the footer: written atomically, read with errors that name the file.
+
+A resume decides by the key whether a file is still valid, never by its time of modification.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,20 @@ _KEY, _META = "dice.key", "dice.meta"  # names in a Parquet footer
 def write_parquet(
     path: Path, frame: pl.DataFrame, *, key: str, schema: pl.Schema | None = None, meta: Any = None
 ) -> Path:
-    """Writes `frame`, cast to `schema` where one is given, with `key` (and `meta` as JSON) in the footer."""
+    """Writes a Parquet file atomically, zstd-compressed, and returns its path.
+
+    Args:
+        path: the file to write or replace.
+        frame: the rows.
+        key: what `parquet_key` returns later.
+        schema: columns to select, and dtypes to cast them to; None: `frame` unchanged.
+        meta: JSON value that `parquet_meta` returns later.
+    """
     if schema is not None:
         frame = frame.select(schema.names()).cast(dict(schema))  # type: ignore[arg-type]
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
     footer = {_KEY: key, _META: json.dumps(meta)}
-    # Without the Arrow schema, which would say large_string and large_list as Polars holds them, a reader of
-    # any kind gets the plain types.
+    # The Arrow schema would declare Polars' large_string and large_list; without it, any reader gets the plain types.
     with (
         atomic(path) as temporary,
         pq.ParquetWriter(temporary, table.schema, compression="zstd", store_schema=False) as writer,
@@ -36,9 +46,9 @@ def write_parquet(
 
 
 class ParquetStream:
-    """A Parquet file written in parts, as `write_parquet` writes one; not atomic by itself.
+    """Writes a Parquet file in parts, in the format of `write_parquet`, but not atomically.
 
-    A context manager: the file is whole when it is left. Without any part, nothing is written.
+    A context manager: on exit the file is complete. Without any part, no file is written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,29 +73,29 @@ class ParquetStream:
         self._writer.write_table(table)
 
     def describe(self, key: str, meta: Any) -> None:
-        """Sets what `parquet_key` and `parquet_meta` read."""
+        """Sets the key and the metadata in the footer, as `write_parquet` does. Without any part it does nothing."""
         if self._writer is not None:
             self._writer.add_key_value_metadata({_KEY: key, _META: json.dumps(meta)})
 
 
 def _footer(path: Path, name: str) -> str | None:
     try:
-        found = (pq.read_metadata(path).metadata or {}).get(name.encode())
+        value = (pq.read_metadata(path).metadata or {}).get(name.encode())
     except (OSError, pa.ArrowException):
         return None
-    return found.decode() if found is not None else None
+    return value.decode() if value is not None else None
 
 
 def parquet_key(path: Path) -> str | None:
-    """The key in the footer of `path`; None where the file is absent, broken, or not ours."""
+    """The key in the footer of `path`; None if the file is absent, damaged, or without a key."""
     return _footer(path, _KEY)
 
 
 def parquet_rows(path: Path) -> int:
-    """Rows of a Parquet file, from its footer.
+    """Number of rows of a Parquet file, from its footer.
 
     Raises:
-        DataError: absent or unreadable.
+        DataError: the file is absent or cannot be read.
     """
     try:
         return int(pq.read_metadata(path).num_rows)
@@ -94,15 +104,15 @@ def parquet_rows(path: Path) -> int:
 
 
 def parquet_meta(path: Path) -> Any:
-    """What `write_parquet` was given as `meta`."""
+    """The `meta` value in the footer of `path`; None if there is none."""
     return json.loads(_footer(path, _META) or "null")
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
-    """Reads one Parquet file.
+    """Reads one Parquet file: all columns, or only `columns`.
 
     Raises:
-        DataError: absent, unreadable, or lacking one of `columns`.
+        DataError: the file is absent, cannot be read, or lacks one of `columns`.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist")

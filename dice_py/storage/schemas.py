@@ -22,7 +22,7 @@ GENERATIONS = _schema(
     response_tokens=pl.UInt32,
     response_chars=pl.UInt32,
     finish_reason=pl.String,
-    # Σ log π(y_t|…) as the engine that sampled saw it: raw, before temperature and top-p.
+    # Σ_t log π(y_t | x, y_<t) in nats from the sampling engine, before temperature and top-p.
     sampled_logp=pl.Float32,
 )
 
@@ -39,7 +39,7 @@ MINED = _schema(
     rejected_length=pl.UInt32,
 )
 
-# What mining adds to the columns of `MINED` where it is asked for (the policy is the round that sampled).
+# Columns that mining adds to `MINED` on request. A policy is the number of the round that sampled the response.
 MINED_LABELS = _schema(
     chosen_win_rate=pl.Float32,
     rejected_win_rate=pl.Float32,

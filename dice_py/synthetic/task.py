@@ -1,27 +1,29 @@
-"""The embedded default: a small synthetic world with an oracle, in which the whole loop can be measured.
+"""The synthetic task: prompts, right answers, an oracle that scores responses, and a biased annotator.
 
-Made on first use in the cache folder, from nothing but a seed: a tokenizer and chat template, a tiny Llama
-trained from scratch (SFT), offline preference pairs of a noisy, length-biased annotator, DPO on them (the
-policy that a run starts from), prompts for the rounds, and held-out prompts and pairs. The oracle labels the
-offline set's annotator and the evaluation; no DICE round ever sees it.
+A prompt names an operation and letters ("reverse : k b q"). A response is the answer, a full stop, and up to six
+filler words. Fillers carry no information, and the oracle charges a little for each beyond the second. The annotator
+prefers responses with more of them: that is the length bias.
 
-A prompt names an operation and letters ("reverse : k b q"). A response is the answer, a full stop, and up to
-six filler words. Fillers say nothing, and more than two cost a little; the annotator likes every one: that is
-the length bias.
-It is not a language model's world: it shows whether the loop does what it should, not how well on language.
+The task is not a language task. It shows whether the loop works, not how well it works on language. The oracle labels
+the held-out pairs and evaluates samples; no DICE round sees it. Offline pairs are labeled by the annotator, whose
+preferences are noisy.
+
+Everything here is plain Python. synthetic/pairs.py draws the data, synthetic/world.py names the files, and
+stages/world.py trains the models.
 """
 
 from __future__ import annotations
 
+import math
 import random
 
 from dice_py.data import Message
 
 LETTERS = "abcdefghijkl"
-WORD = 3  # letters in a prompt
+WORD_LENGTH = 3  # letters in a prompt
 FILLERS = ("sure", "indeed", "so", "well", "fine", "okay")
-FREE_FILLERS = 2  # courtesy; what comes beyond costs
-# Each operation is an order in which the prompt's letters are written: the six orders of three letters.
+FREE_FILLERS = 2  # the oracle charges for every further one
+# Each operation is an order in which the letters of the prompt are written: the six orders of three letters.
 OPERATIONS: dict[str, tuple[int, ...]] = {
     "copy": (0, 1, 2),
     "reverse": (2, 1, 0),
@@ -30,13 +32,8 @@ OPERATIONS: dict[str, tuple[int, ...]] = {
     "front": (1, 0, 2),
     "back": (0, 2, 1),
 }
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] }}"
-    "{{ eos_token }}{% else %} {{ message['content'] }} ={% endif %}{% endfor %}"
-)
 
-# The two outputs that a wrong answer to each operation usually is: (the likelier 65 %, the other).
+# The operations whose answers are the usual wrong ones: the first in 65 % of the cases, the second in the others.
 CONFUSED: dict[str, tuple[str, str]] = {
     "copy": ("front", "back"),
     "reverse": ("left", "right"),
@@ -48,63 +45,67 @@ CONFUSED: dict[str, tuple[str, str]] = {
 
 
 def answer(operation: str, letters: tuple[str, ...]) -> tuple[str, ...]:
-    """The right answer."""
+    """The right answer to a prompt: its letters in the order of the operation."""
     return tuple(letters[at] for at in OPERATIONS[operation])
 
 
 def prompt_messages(operation: str, letters: tuple[str, ...]) -> list[Message]:
-    """One user turn."""
+    """The prompt as one user turn."""
     return [{"role": "user", "content": f"{operation} : {' '.join(letters)}"}]
 
 
 def parse_prompt(messages: list[Message]) -> tuple[str, tuple[str, ...]]:
-    """The operation and letters of a prompt of this world."""
+    """The operation and letters of a prompt: the inverse of `prompt_messages`."""
     operation, _, letters = messages[-1]["content"].partition(" : ")
     return operation, tuple(letters.split())
 
 
 def oracle(messages: list[Message], response: str) -> tuple[float, bool]:
-    """(score, right) of a response's text.
+    """The oracle's score of a response's text, and whether its answer is right.
 
-    Score: 1 if the answer is right, else 0.3 × the share of matching letters; −0.03 for each filler beyond the
-    second; −0.3 if the response is not of the form answer, full stop, fillers.
+    The score is 1 for a right answer, and otherwise 0.3 × the share of letters at the right place. Each filler beyond
+    the second costs 0.03, and a response not of the form answer, full stop, fillers costs 0.3.
     """
     operation, letters = parse_prompt(messages)
-    want = answer(operation, letters)
+    expected = answer(operation, letters)
     words = response.split()
     stop = words.index(".") if "." in words else len(words)
-    got, rest = tuple(words[:stop]), words[stop + 1 :]
-    right = got == want
-    matching = sum(left == right_ for left, right_ in zip(got, want, strict=False)) / len(want)
-    formed = "." in words and len(got) == len(want) and all(word in FILLERS for word in rest)
+    given, rest = tuple(words[:stop]), words[stop + 1 :]
+    right = given == expected
+    matching = sum(word == letter for word, letter in zip(given, expected, strict=False)) / len(expected)
+    well_formed = "." in words and len(given) == len(expected) and all(word in FILLERS for word in rest)
     fillers = sum(word in FILLERS for word in words)
     score = (1.0 if right else 0.3 * matching) - 0.03 * max(0, fillers - FREE_FILLERS)
-    return score - (0.0 if formed else 0.3), right
+    return score - (0.0 if well_formed else 0.3), right
 
 
 def sft_response(rng: random.Random, operation: str, letters: tuple[str, ...]) -> str:
-    """What the SFT data answers: right 40 %, another operation's output 58 %, noise 2 %; then fillers."""
+    """A response of the SFT data: the answer is right (40 %), another operation's (58 %) or random (2 %); then fillers.
+
+    Each further filler has probability 0.4, up to all of `FILLERS`.
+    """
     draw = rng.random()
     if draw < 0.40:
-        got = answer(operation, letters)
+        words = answer(operation, letters)
     elif draw < 0.98:
         likely, other = CONFUSED[operation]
-        got = answer(likely if rng.random() < 0.65 else other, letters)
+        words = answer(likely if rng.random() < 0.65 else other, letters)
     else:
-        got = tuple(rng.choice(LETTERS) for _ in letters)
+        words = tuple(rng.choice(LETTERS) for _ in letters)
     fillers = 0
     while fillers < len(FILLERS) and rng.random() < 0.4:
         fillers += 1
-    return " ".join([*got, ".", *FILLERS[:fillers]])
+    return " ".join([*words, ".", *FILLERS[:fillers]])
 
 
 def annotate(rng: random.Random, messages: list[Message], left: str, right: str) -> bool:
-    """True when the annotator prefers `left`: Bradley-Terry on 4 × oracle + 0.25 × fillers, 5 % flipped."""
+    """Whether the annotator prefers `left` to `right`.
+
+    The probability is Bradley-Terry with utility 4 × oracle score + 0.25 × fillers; 5 % of the choices are flipped.
+    """
 
     def utility(text: str) -> float:
         return 4.0 * oracle(messages, text)[0] + 0.25 * sum(word in FILLERS for word in text.split())
-
-    import math
 
     prefers = rng.random() < 1.0 / (1.0 + math.exp(utility(right) - utility(left)))
     return prefers != (rng.random() < 0.05)

@@ -1,4 +1,9 @@
-"""The files of a synthetic world, and where it is cached."""
+"""A synthetic world: the default models and data of the loop, where its files are, and the recipe behind its key.
+
+A world is made from nothing but a seed and cached: a tokenizer, a tiny Llama trained from scratch (SFT), offline
+preference pairs of the biased annotator, DPO on them (the policy that a run starts from), prompts for the rounds, and
+held-out prompts and pairs. stages/world.py makes it.
+"""
 
 from __future__ import annotations
 
@@ -11,69 +16,10 @@ from dice_py.config.training import TrainConfig
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import read_json
 from dice_py.storage.keys import digest, versions
-from dice_py.synthetic.task import CONFUSED, FILLERS, FREE_FILLERS, LETTERS, OPERATIONS, TEMPLATE, WORD
+from dice_py.synthetic.task import CONFUSED, FILLERS, FREE_FILLERS, LETTERS, OPERATIONS, WORD_LENGTH
+from dice_py.synthetic.tokenizer import TEMPLATE
 
-
-@dataclass(frozen=True)
-class World:
-    """A made world's files."""
-
-    folder: Path
-
-    @property
-    def policy(self) -> Path:
-        """π_1: the SFT model after DPO on the offline pairs."""
-        return self.folder / "policy" / "model"
-
-    @property
-    def reference(self) -> Path:
-        """π_ref of round 1: the SFT model."""
-        return self.folder / "sft"
-
-    @property
-    def prompts(self) -> Path:
-        """Prompts for the rounds (schema PROMPTS)."""
-        return self.folder / "prompts.parquet"
-
-    @property
-    def offline_pairs(self) -> Path:
-        """The annotator's pairs as messages."""
-        return self.folder / "offline_pairs.parquet"
-
-    @property
-    def eval_prompts(self) -> Path:
-        """Held-out prompts."""
-        return self.folder / "eval_prompts.parquet"
-
-    @property
-    def eval_pairs(self) -> Path:
-        """Held-out pairs labelled by the oracle."""
-        return self.folder / "eval_pairs.parquet"
-
-    def info(self) -> dict[str, Any]:
-        """What was made and measured: `world.json`."""
-        return dict(read_json(self.folder / "world.json"))
-
-
-def world_key(config: WorldConfig) -> str:
-    """The key of a world: its config, the recipe, and what trains it."""
-    recipe = [
-        LETTERS,
-        WORD,
-        FILLERS,
-        FREE_FILLERS,
-        OPERATIONS,
-        CONFUSED,
-        TEMPLATE,
-        SFT,
-        DPO.model_dump(),
-        LLAMA,
-        RECIPE,
-    ]
-    return digest("world", config.model_dump(), recipe, versions("torch", "transformers", "trl"))
-
-
-RECIPE = 2  # counts up when the code above makes another world from the same config
+RECIPE = 2  # to be increased when a change of code makes another world from the same config
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 128,
@@ -98,7 +44,66 @@ DPO = TrainConfig(
 BETA = 1.0
 
 
+@dataclass(frozen=True)
+class World:
+    """The files of a world."""
+
+    folder: Path
+
+    @property
+    def policy(self) -> Path:
+        """π_1: the SFT model after DPO on the offline pairs."""
+        return self.folder / "policy" / "model"
+
+    @property
+    def reference(self) -> Path:
+        """π_ref of round 1: the SFT model."""
+        return self.folder / "sft"
+
+    @property
+    def prompts(self) -> Path:
+        """The prompts of the rounds (schema PROMPTS)."""
+        return self.folder / "prompts.parquet"
+
+    @property
+    def offline_pairs(self) -> Path:
+        """Offline pairs labeled by the annotator, as messages."""
+        return self.folder / "offline_pairs.parquet"
+
+    @property
+    def eval_prompts(self) -> Path:
+        """Held-out prompts (schema PROMPTS)."""
+        return self.folder / "eval_prompts.parquet"
+
+    @property
+    def eval_pairs(self) -> Path:
+        """Held-out pairs labeled by the oracle, as messages."""
+        return self.folder / "eval_pairs.parquet"
+
+    def info(self) -> dict[str, Any]:
+        """Its counts and statistics: the contents of `world.json`."""
+        return dict(read_json(self.folder / "world.json"))
+
+
+def world_key(config: WorldConfig) -> str:
+    """The key of a world: a hash of its config, the recipe, and the versions of the libraries that train it."""
+    recipe = [
+        LETTERS,
+        WORD_LENGTH,
+        FILLERS,
+        FREE_FILLERS,
+        OPERATIONS,
+        CONFUSED,
+        TEMPLATE,
+        SFT,
+        DPO.model_dump(),
+        LLAMA,
+        RECIPE,
+    ]
+    return digest("world", config.model_dump(), recipe, versions("torch", "transformers", "trl"))
+
+
 def find_world(config: WorldConfig) -> World | None:
-    """The world of this config if it is in the cache, whole."""
+    """The world of this config if the cache has it complete, else None."""
     world = World(cache_folder() / "world" / world_key(config))
     return world if (world.folder / "world.json").is_file() else None

@@ -1,35 +1,105 @@
-"""Stamps of complete models and checkpoints."""
+"""Checkpoints and trained models: saving a model, and the stamps that tell complete folders from interrupted ones."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dice_py.storage.files import read_json
-from dice_py.training.parallelism import ProcessLayout
+from dice_py.config.shared import ModelConfig
+from dice_py.errors import DataError
+from dice_py.models.loading import placement
+from dice_py.storage.files import atomic, read_json, write_json
+from dice_py.training.parallelism import SHARDED, ProcessLayout
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer
+
 
 STAMP = "dice.json"
-"""The file of a whole model, or a whole checkpoint, that says what made it."""
+"""The last file of a complete model or checkpoint: the training that made it."""
 
 
 def is_trained(folder: Path, key: str) -> bool:
-    """True when `folder` holds the whole model that `train` makes for `key`."""
+    """True if `folder` has the complete model of the training with this key."""
     stamp = folder / STAMP
     return stamp.is_file() and read_json(stamp).get("key") == key
 
 
 def last_checkpoint(folder: Path, stamp: dict[str, Any]) -> Path | None:
-    """The latest whole checkpoint of this very training in a like layout; any other checkpoints are removed."""
-    whole: list[tuple[int, Path]] = []
+    """The latest complete checkpoint with exactly this stamp. All checkpoints with another stamp are deleted."""
+    complete: list[tuple[int, Path]] = []
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / STAMP).is_file() and read_json(checkpoint / STAMP) == stamp:
-            whole.append((int(checkpoint.name.rsplit("-", 1)[1]), checkpoint))
+            complete.append((int(checkpoint.name.rsplit("-", 1)[1]), checkpoint))
         else:
             shutil.rmtree(checkpoint)
-    return max(whole)[1] if whole else None
+    return max(complete)[1] if complete else None
 
 
 def checkpoint_stamp(key: str, layout: ProcessLayout) -> dict[str, Any]:
-    """What the stamp of a checkpoint says: which training it is of, and how it is laid out."""
+    """Contents of a checkpoint's stamp: the training it belongs to, and the layout of its files."""
     return {"key": key, "layout": layout.checkpoints}
+
+
+def stored_dtype(policy: Path, models: ModelConfig) -> Any:
+    """The torch dtype in a model folder's config; for an adapter, which has none, the dtype it is computed in."""
+    import torch
+
+    file = policy / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    name = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, name if isinstance(name, str) else placement(models).dtype)
+
+
+def save_model(
+    trainer: DPOTrainer, *, adapters: bool, policy: Path, dtype: Any, target: Path, stamp: dict[str, Any]
+) -> None:
+    """Saves the trained model and its tokenizer in the Hugging Face layout.
+
+    Every rank must call this, since gathering weights is collective. The main process writes.
+
+    Args:
+        adapters: the model has LoRA adapters, which are merged.
+        policy: the folder that training started from; its generation_config.json is copied.
+        dtype: torch dtype to save in.
+        target: written atomically.
+
+    Raises:
+        DataError: on every rank, if a weight is not finite.
+    """
+    import torch
+
+    accelerator = trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model)
+    weights: dict[str, Any] | None = None
+    if accelerator.distributed_type.value in SHARDED:
+        # Collective. Only the main process receives the weights, in host memory.
+        weights = accelerator.get_state_dict(trainer.model_wrapped) or {}
+        for tied in model.all_tied_weights_keys:  # Gathered one by one, tied weights no longer share memory.
+            weights.pop(tied, None)
+        for name, value in weights.items():
+            weights[name] = value.to(dtype=dtype) if value.is_floating_point() else value
+        values = list(weights.values())
+    else:
+        if adapters:
+            model = model.merge_and_unload()
+        model = model.to(dtype=dtype)
+        values = list(model.parameters())
+    finite = torch.tensor([all(bool(value.isfinite().all()) for value in values)], device=accelerator.device)
+    if not bool(accelerator.gather(finite).all()):
+        raise DataError(
+            "training ended with weights that are not finite; lower train.learning_rate, or set train.max_grad_norm"
+        )
+    if not accelerator.is_main_process:
+        return
+    with atomic(target) as temporary:
+        model.save_pretrained(temporary, state_dict=weights)
+        if weights is not None:  # The model's config has the dtype of the float32 master weights.
+            model.config.dtype = dtype
+            model.config.save_pretrained(temporary)
+        trainer.processing_class.save_pretrained(temporary)
+        if (policy / "generation_config.json").is_file():
+            shutil.copy(policy / "generation_config.json", temporary)
+        write_json(temporary / "train_log.json", trainer.state.log_history)
+        write_json(temporary / STAMP, stamp)

@@ -1,13 +1,13 @@
-"""How one training is spread over processes: how many, by which strategy, and the files that tell accelerate.
+"""How one training is distributed over processes: their number, the strategy, and the config files for accelerate.
 
     none    one process, that of the stage
-    ddp     every process holds the whole model; for adapters (train.lora), and on the CPU
-    fsdp2   torch's fully_shard: weights, gradients and optimizer states are split over the processes
-    zero3   the same by DeepSpeed, which must be installed
-    own     what the user's accelerate file says (train.accelerate_config)
+    ddp     every process holds the complete model; for adapters (train.lora), and on the CPU
+    fsdp2   torch's fully_shard: weights, gradients and optimizer states are sharded over the processes
+    zero3   the same with DeepSpeed, which must be installed
+    own     as in the user's accelerate file (train.accelerate_config)
 
-The files are written into the stage's folder, so that what was used can be read there, copied, changed and given back
-as train.accelerate_config. Mixed precision is not in them: model.dtype decides it, for every strategy alike.
+The files are written into the stage's folder. A user can read there what was used, or copy a file, change it, and set
+train.accelerate_config to the copy. The files do not set mixed precision: model.dtype does, for every strategy.
 """
 
 from __future__ import annotations
@@ -29,30 +29,32 @@ from dice_py.storage.files import write_json, write_text
 from dice_py.storage.keys import file_digest
 
 ACCELERATE, ZERO3 = "accelerate.yaml", "zero3.json"
+SHARDED = ("FSDP", "DEEPSPEED")
+"""accelerate's names for the strategies in which no process holds the complete model."""
 
 _HEADER = """\
-# What `accelerate launch` was given for this training. To train in another way, copy this file, change it and set
-# train.accelerate_config to the copy. Mixed precision comes from model.dtype.
+# The config of `accelerate launch` for this training. To train differently, copy this file, change the copy, and set
+# train.accelerate_config to it. Mixed precision comes from model.dtype.
 """
 
 
 @dataclass(frozen=True)
 class ProcessLayout:
-    """Where a training runs."""
+    """The processes of a training and their devices."""
 
     processes: int = 1
     strategy: Literal["none", "ddp", "fsdp2", "zero3", "own"] = "none"
     device: Literal["cpu", "cuda"] = "cpu"
     gpus: tuple[str, ...] = ()
-    """As CUDA_VISIBLE_DEVICES names them; empty: those that are visible."""
+    """Names for CUDA_VISIBLE_DEVICES; empty to leave the variable as it is."""
     own: Path | None = None
     """The user's accelerate file."""
 
     @property
     def checkpoints(self) -> str:
-        """A name that only layouts which can go on from each other's checkpoints share.
+        """The layout of a checkpoint's files. Layouts with the same value can resume from each other's checkpoints.
 
-        A checkpoint of one process is that of ddp. Others are in shards: one for each process.
+        One process and ddp write the same files. The other strategies write one shard for each process.
         """
         if self.own is not None:
             return f"own {file_digest(self.own)}"
@@ -62,20 +64,22 @@ class ProcessLayout:
 def lay_out(
     config: TrainConfig, models: ModelConfig, devices: DevicesConfig | None, report: Report = no_report
 ) -> ProcessLayout:
-    """Resolves `auto`, and checks what this machine can do; no CUDA context is made.
+    """Resolves `auto` in `train.processes` and `train.strategy`, without creating a CUDA context.
 
     Args:
-        devices: none: `processes: auto` means one process, on the first visible GPU.
-        report: hears a note of GPUs that stay idle.
+        devices: the GPUs to use. Without it, `processes: auto` is one process on the first visible GPU.
+        report: receives a note if GPUs stay idle.
 
     Raises:
-        UsageError: more processes than GPUs, a strategy that needs what is not here, a batch that does not divide.
+        UsageError: more processes than GPUs, a strategy without its hardware or package, or a batch size that the
+            processes cannot divide.
     """
     started = os.environ.get("WORLD_SIZE", "1")
     if started != "1":
         raise UsageError(
-            f"the environment says WORLD_SIZE={started}, as under torchrun or accelerate launch; training starts its "
-            "processes itself: run dice alone, unset WORLD_SIZE, and set train.processes or train.accelerate_config"
+            f"the environment has WORLD_SIZE={started}, as under torchrun or accelerate launch, but training starts "
+            "its own processes; run dice without a launcher, unset WORLD_SIZE, and set train.processes or "
+            "train.accelerate_config"
         )
     groups = find_groups(devices or DevicesConfig(), models)
     gpus = tuple(gpu for group in groups for gpu in group.gpus)
@@ -85,55 +89,61 @@ def lay_out(
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     if processes == 1:
         if config.strategy in ("fsdp2", "zero3"):
-            report("note", text=f"training is one process, which has nothing to shard ({config.strategy}) with")
-        # Without devices, and with the first GPU, nothing needs to be hidden.
+            report(
+                "note", text=f"training runs in one process, so train.strategy={config.strategy} has nothing to shard"
+            )
+        # Without `devices`, the process uses the first visible GPU, and no GPU needs to be hidden.
         return ProcessLayout(device=device, gpus=gpus[:1] if devices is not None else ())
     strategy = config.strategy
     if strategy == "auto":
         strategy = "fsdp2" if gpus and config.lora is None else "ddp"
     if strategy != "ddp" and not gpus:
-        raise UsageError(f"train.strategy is {strategy}, which needs GPUs; on the CPU take ddp, or leave it at auto")
+        raise UsageError(f"train.strategy is {strategy}, which needs GPUs; on the CPU, set it to ddp or auto")
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise UsageError("train.strategy is zero3, but DeepSpeed is not installed; add it with: pip install deepspeed")
     return ProcessLayout(processes, strategy, device, gpus[:processes])
 
 
-def _processes(config: TrainConfig, gpus: tuple[str, ...], several: bool, report: Report) -> int:
+def _processes(config: TrainConfig, gpus: tuple[str, ...], all_gpus: bool, report: Report) -> int:
+    """The number of processes; `all_gpus`: "auto" is as many as the GPUs and the batch size allow."""
     if config.processes != "auto":
         if gpus and config.processes > len(gpus):
             raise UsageError(
-                f"train.processes is {config.processes}, but training has {len(gpus)} GPU(s) to use (devices.gpus, "
-                "model.device and CUDA_VISIBLE_DEVICES decide which); lower it, or set it to auto"
+                f"train.processes is {config.processes}, but training can use {len(gpus)} GPU(s) (devices.gpus, "
+                "model.device and CUDA_VISIBLE_DEVICES select them); lower it, or set it to auto"
             )
         return config.processes
-    if not several or not gpus:
+    if not all_gpus or not gpus:
         return 1
-    micro = config.batch_size // config.per_device_train_batch_size
-    processes = max(count for count in range(1, len(gpus) + 1) if micro % count == 0)
+    micro_batches = config.batch_size // config.per_device_train_batch_size
+    processes = max(count for count in range(1, len(gpus) + 1) if micro_batches % count == 0)
     if processes < len(gpus):
         report(
             "note",
-            text=f"training takes {processes} of {len(gpus)} GPUs: train.batch_size ({config.batch_size}) must be a "
+            text=f"training uses {processes} of {len(gpus)} GPUs: train.batch_size ({config.batch_size}) must be a "
             f"multiple of train.per_device_train_batch_size ({config.per_device_train_batch_size}) × processes",
         )
     return processes
 
 
 def _own_layout(config: TrainConfig, file: Path, gpus: tuple[str, ...]) -> ProcessLayout:
+    """The layout in the user's accelerate file."""
     where = f"train.accelerate_config: {file}"
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{where}: {error.strerror}; give a file that `accelerate config` wrote") from None
+        raise UsageError(f"{where}: {error.strerror}; set it to a file that `accelerate config` wrote") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} is not YAML: {error}") from None
-    processes = given.get("num_processes") if isinstance(given, dict) else None
+        raise UsageError(f"{where} is not YAML ({error}); use a file that `accelerate config` wrote") from None
+    processes = content.get("num_processes") if isinstance(content, dict) else None
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
-        raise UsageError(f"{where} has no num_processes; give a file that `accelerate config` wrote")
-    if given.get("num_machines", 1) != 1:
-        raise UsageError(f"{where} is for several machines; training runs on one")
+        raise UsageError(f"{where} has no num_processes; use a file that `accelerate config` wrote")
+    if content.get("num_machines", 1) != 1:
+        raise UsageError(f"{where} is for several machines, but training runs on one; set its num_machines to 1")
     if gpus and processes > len(gpus):
-        raise UsageError(f"{where} is for {processes} processes, but training has {len(gpus)} GPU(s) to use")
+        raise UsageError(
+            f"{where} is for {processes} processes, but training can use {len(gpus)} GPU(s); lower its num_processes"
+        )
     if config.batch_size % (config.per_device_train_batch_size * processes):
         raise UsageError(
             f"train.batch_size ({config.batch_size}) must be a multiple of train.per_device_train_batch_size × "
@@ -143,44 +153,44 @@ def _own_layout(config: TrainConfig, file: Path, gpus: tuple[str, ...]) -> Proce
 
 
 def accelerate_config(layout: ProcessLayout, config: TrainConfig, zero3: Path | None = None) -> dict[str, Any]:
-    """accelerate's config file for a layout of several processes, as a mapping.
+    """The content of accelerate's config file for a layout of several processes.
 
     Args:
-        zero3: where `zero3_config` is written.
+        zero3: path of the file with `zero3_config`, for the strategy zero3.
     """
     kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        # On the CPU too: for MULTI_CPU accelerate starts one process, or asks for MPI.
+        # MULTI_GPU on the CPU too: for MULTI_CPU, accelerate starts one process or needs MPI.
         "distributed_type": kinds[layout.strategy],
         "num_machines": 1,
         "num_processes": layout.processes,
         "machine_rank": 0,
-        "main_process_port": 0,  # any that is free
+        "main_process_port": 0,  # any free port
         "use_cpu": layout.device == "cpu",
     }
     if layout.strategy == "fsdp2":
-        found["fsdp_config"] = {
+        content["fsdp_config"] = {
             "fsdp_version": 2,
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "fsdp_reshard_after_forward": True,
             "fsdp_offload_params": False,
-            # Of the checkpoints; the trained model is gathered whole.
+            # For checkpoints. The trained model is gathered.
             "fsdp_state_dict_type": "SHARDED_STATE_DICT",
-            # The first process alone reads the weights, and deals them.
+            # The first process reads the weights, and distributes them.
             "fsdp_cpu_ram_efficient_loading": True,
             "fsdp_activation_checkpointing": config.gradient_checkpointing,
         }
     if layout.strategy == "zero3":
-        found["deepspeed_config"] = {
+        content["deepspeed_config"] = {
             "deepspeed_config_file": str(zero3),
-            "zero3_init_flag": True,  # weights are split while they are read
+            "zero3_init_flag": True,  # Weights are sharded while they are read.
         }
-    return found
+    return content
 
 
 def zero3_config() -> dict[str, Any]:
-    """DeepSpeed's config for `zero3`; transformers fills in `auto` from the training's own settings."""
+    """DeepSpeed's config for the strategy zero3. transformers replaces "auto" with the values of the training."""
     return {
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
@@ -201,13 +211,17 @@ def zero3_config() -> dict[str, Any]:
 
 
 def write_accelerate_config(layout: ProcessLayout, config: TrainConfig, folder: Path) -> Path:
-    """The file for `accelerate launch --config_file`, written into `folder`, or the user's own."""
+    """Writes the files for `accelerate launch` into `folder`, which is created.
+
+    Returns:
+        The path for `--config_file`: the file that was written, or the user's own.
+    """
     if layout.own is not None:
         return layout.own
     folder.mkdir(parents=True, exist_ok=True)
     zero3 = (folder / ZERO3).resolve()
     if layout.strategy == "zero3":
         write_json(zero3, zero3_config())
-    made = accelerate_config(layout, config, zero3)
-    write_text(folder / ACCELERATE, _HEADER + yaml.safe_dump(made, sort_keys=False))
+    content = accelerate_config(layout, config, zero3)
+    write_text(folder / ACCELERATE, _HEADER + yaml.safe_dump(content, sort_keys=False))
     return folder / ACCELERATE

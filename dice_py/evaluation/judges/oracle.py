@@ -1,31 +1,50 @@
-"""The synthetic world's oracle as a judge."""
+"""The oracle of the synthetic task as a judge. It knows the right answers, so it judges only prompts of that task."""
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import polars as pl
 
 from dice_py.evaluation.metrics import bootstrap_ci95, win_rate
+from dice_py.synthetic.task import oracle
 
 
 def oracle_metrics(
     prompts: pl.DataFrame, ours: pl.DataFrame, theirs: pl.DataFrame, rewards: pl.Series | None, seed: int
 ) -> dict[str, Any]:
-    from dice_py.synthetic.task import oracle
+    """Metrics of the oracle's scores of two models' samples.
 
+    Args:
+        prompts: `prompt_id` and `messages`, prompts of the synthetic task.
+        ours, theirs: `prompt_id` and `response`, samples of the evaluated policy and of the policy that the run
+            started from, on the same prompts.
+        rewards: the implicit reward of each row of `ours`; None leaves out the accuracy of the reward.
+        seed: of the bootstrap.
+
+    Returns:
+        `oracle_win_rate`: mean over prompts of the win rate of ours over theirs, with `oracle_win_rate_ci95`.
+        `oracle_accuracy`, `start_oracle_accuracy`: mean over prompts of the share of right answers, with
+        `oracle_accuracy_ci95` and, for the difference of the two, `oracle_accuracy_gain_ci95`.
+        `oracle_score`, `start_oracle_score`: mean score over samples.
+        `on_policy_reward_accuracy`, with `rewards`: the share of pairs of our samples for a prompt, with different
+        scores, that the reward orders as the oracle does (ties of rewards count half); None without such a pair.
+        Rates and accuracies are from 0 to 1.
+    """
     messages = dict(prompts.select("prompt_id", "messages").iter_rows())
 
-    def by_prompt(samples: pl.DataFrame) -> dict[int, list[tuple[float, bool]]]:
-        scores: dict[int, list[tuple[float, bool]]] = {}
+    def judge(samples: pl.DataFrame) -> dict[int, list[tuple[float, bool]]]:
+        """The oracle's (score, right) for each sample, by prompt."""
+        judged: dict[int, list[tuple[float, bool]]] = {}
         for prompt_id, text in samples.select("prompt_id", "response").iter_rows():
-            scores.setdefault(prompt_id, []).append(oracle(messages[prompt_id], text))
-        return scores
+            judged.setdefault(prompt_id, []).append(oracle(messages[prompt_id], text))
+        return judged
 
-    mine, start = by_prompt(ours), by_prompt(theirs)
-    rates = win_rate([([s for s, _ in mine[p]], [s for s, _ in start[p]]) for p in mine])
-    right = [sum(ok for _, ok in mine[p]) / len(mine[p]) for p in mine]
-    start_right = [sum(ok for _, ok in start[p]) / len(start[p]) for p in mine]
+    our_scores, their_scores = judge(ours), judge(theirs)
+    rates = win_rate([([s for s, _ in our_scores[p]], [s for s, _ in their_scores[p]]) for p in our_scores])
+    right = [sum(ok for _, ok in our_scores[p]) / len(our_scores[p]) for p in our_scores]
+    start_right = [sum(ok for _, ok in their_scores[p]) / len(their_scores[p]) for p in our_scores]
     metrics: dict[str, Any] = {
         "oracle_win_rate": sum(rates) / len(rates),
         "oracle_win_rate_ci95": bootstrap_ci95(rates, seed),
@@ -33,20 +52,25 @@ def oracle_metrics(
         "oracle_accuracy_ci95": bootstrap_ci95(right, seed),
         "start_oracle_accuracy": sum(start_right) / len(start_right),
         "oracle_accuracy_gain_ci95": bootstrap_ci95([a - b for a, b in zip(right, start_right, strict=True)], seed),
-        "oracle_score": sum(s for p in mine for s, _ in mine[p]) / ours.height,
-        "start_oracle_score": sum(s for p in start for s, _ in start[p]) / theirs.height,
+        "oracle_score": sum(s for p in our_scores for s, _ in our_scores[p]) / ours.height,
+        "start_oracle_score": sum(s for p in their_scores for s, _ in their_scores[p]) / theirs.height,
     }
     if rewards is not None:
-        scored = ours.select("prompt_id").with_columns(reward=rewards)
-        values: dict[int, list[float]] = {}
-        for prompt_id, reward in scored.iter_rows():
-            values.setdefault(prompt_id, []).append(reward)
-        won: list[float] = []
-        for p, scores in mine.items():
-            for i in range(len(scores)):
-                for j in range(i):
-                    if scores[i][0] != scores[j][0]:
-                        same = (values[p][i] - values[p][j]) * (scores[i][0] - scores[j][0])
-                        won.append(1.0 if same > 0 else 0.5 if same == 0 else 0.0)
-        metrics["on_policy_reward_accuracy"] = sum(won) / len(won) if won else None
+        scores = {p: [score for score, _ in judged] for p, judged in our_scores.items()}
+        metrics["on_policy_reward_accuracy"] = _reward_accuracy(ours["prompt_id"], scores, rewards)
     return metrics
+
+
+def _reward_accuracy(prompt_ids: pl.Series, scores: dict[int, list[float]], rewards: pl.Series) -> float | None:
+    """The share of sample pairs with different scores that `rewards` orders alike; `scores` are by prompt, in order."""
+    by_prompt: dict[int, list[float]] = {}
+    for prompt_id, reward in zip(prompt_ids, rewards, strict=True):
+        by_prompt.setdefault(prompt_id, []).append(reward)
+    agrees: list[float] = []
+    for prompt_id, prompt_scores in scores.items():
+        samples = zip(prompt_scores, by_prompt[prompt_id], strict=True)
+        for (score, reward), (other_score, other_reward) in combinations(samples, 2):
+            if score != other_score:
+                agreement = (reward - other_reward) * (score - other_score)
+                agrees.append(1.0 if agreement > 0 else 0.5 if agreement == 0 else 0.0)
+    return sum(agrees) / len(agrees) if agrees else None

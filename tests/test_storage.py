@@ -1,4 +1,4 @@
-"""Files between stages: a file under its final name is whole, whatever happened while it was written."""
+"""Files between stages: a file under its final name is complete, whatever happened while it was written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from small_disk import small_disk
 
 from dice_py.errors import DataError, DiskFullError, UsageError
-from dice_py.storage import files as artefacts
 from dice_py.storage.files import (
+    TEMPORARY,
     Manifest,
     atomic,
     is_disk_full,
@@ -47,7 +47,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 # --- atomic writes -----------------------------------------------------------------------------------------
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file.txt"
     with atomic(path) as temporary:
         temporary.write_text("half")
@@ -110,7 +110,7 @@ def test_all_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_room_when_the_disk_says_so_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A file system that allocates late tells it at fsync only.
+    # A file system with delayed allocation reports it only at fsync.
     path = tmp_path / "file.txt"
     write_text(path, "old")
 
@@ -124,14 +124,12 @@ def test_no_room_when_the_disk_says_so_at_last(tmp_path: Path, monkeypatch: pyte
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_no_room_is_a_sentence_and_exit_code_5(tmp_path: Path) -> None:
+def test_no_room_is_a_error_shown_and_exit_code_5(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     with pytest.raises(DiskFullError) as caught, atomic(path):
         raise NO_ROOM
     assert caught.value.exit_code == 5
-    assert str(caught.value).startswith(
-        f"no room left on the disk while writing {path}; nothing that was whole is lost"
-    )
+    assert str(caught.value).startswith(f"no room left on the disk while writing {path}; completed files are kept")
     assert "dice resume" in str(caught.value)
 
 
@@ -161,10 +159,10 @@ def test_a_really_full_disk(tiny_disk: Path) -> None:
     write_text(text, "there is room again")  # since nothing was left behind
 
 
-def test_no_room_is_recognised_through_other_errors() -> None:
+def test_no_room_is_recognized_through_other_errors() -> None:
     assert is_disk_full(OSError(errno.ENOSPC, "full"))
     assert is_disk_full(OSError(errno.EDQUOT, "quota"))
-    # As safetensors' Rust says it: no errno.
+    # From safetensors, which is written in Rust: no errno.
     assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
     outer = RuntimeError("could not save")
     outer.__cause__ = NO_ROOM
@@ -174,20 +172,20 @@ def test_no_room_is_recognised_through_other_errors() -> None:
     assert not is_disk_full(None)
 
 
-def test_paths_that_are_the_users_to_mend(tmp_path: Path) -> None:
+def test_paths_that_the_user_can_fix(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     (tmp_path / "folder").mkdir()
     wrong = {
         tmp_path / "folder": "Is a directory",  # a file over a folder
         tmp_path / "file" / "below": "File exists",
     }
-    for path, said in wrong.items():
-        with pytest.raises(OSError, match=said) as caught:
+    for path, message in wrong.items():
+        with pytest.raises(OSError, match=message) as caught:
             write_text(path, "y")
-        sentence = path_error(caught.value)
-        assert isinstance(sentence, UsageError)
-        assert said in str(sentence)
-        assert str(tmp_path) in str(sentence)
+        error_shown = path_error(caught.value)
+        assert isinstance(error_shown, UsageError)
+        assert message in str(error_shown)
+        assert str(tmp_path) in str(error_shown)
     assert names(tmp_path) == ["file", "folder"]
     assert isinstance(path_error(NO_ROOM), DiskFullError)
     assert path_error(OSError(errno.EIO, "broken", "place")) is None
@@ -216,9 +214,9 @@ def test_parquet_carries_key_and_meta(tmp_path: Path) -> None:
     assert parquet_key(path) == "abc"
     assert parquet_meta(path) == {"n": [1, None]}
     assert parquet_rows(path) == 1
-    found = read_parquet(path)
-    assert found.schema == PROMPTS  # cast, in order, and nothing more
-    assert found.rows() == [(0, [{"role": "user", "content": "hi"}])]
+    frame_read = read_parquet(path)
+    assert frame_read.schema == PROMPTS  # cast, in order, and nothing more
+    assert frame_read.rows() == [(0, [{"role": "user", "content": "hi"}])]
     assert read_parquet(path, ["messages"]).columns == ["messages"]
     # Plain types for readers of any kind, not Polars' large ones.
     assert str(pq.read_schema(path).field("messages").type).startswith("list<")
@@ -299,8 +297,8 @@ def test_a_files_digest_follows_its_bytes(tmp_path: Path) -> None:
 
 
 def test_versions_leave_out_what_is_absent() -> None:
-    found = versions("polars", "no-such-package-as-this")
-    assert set(found) == {"dice-align", "polars"}
+    installed = versions("polars", "no-such-package-as-this")
+    assert set(installed) == {"dice-align", "polars"}
 
 
 # --- the manifest ------------------------------------------------------------------------------------------
@@ -342,4 +340,4 @@ def test_files_are_readable_like_any_other(tmp_path: Path) -> None:
     write_text(tmp_path / "file", json.dumps({}))
     (tmp_path / "plain").write_text("x")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-    assert artefacts.TEMPORARY == ".tmp"
+    assert TEMPORARY == ".tmp"

@@ -1,0 +1,79 @@
+"""The options that several commands share, and the configs that they resolve to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dice_py.config.run import RunConfig
+
+Config = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="One config value: section.key=value.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+
+# of a stage alone
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
+Policy = Annotated[str, typer.Option(help="The policy: a model folder or a Hugging Face id.")]
+Reference = Annotated[str, typer.Option(help="The model that the policy's DPO training started from.")]
+StageSeed = Annotated[int, typer.Option("--seed", help="The seed.")]
+
+# of a run
+RunPolicy = Annotated[str | None, typer.Option("--policy", help="π_1, a DPO-tuned model: folder or Hugging Face id.")]
+RunReference = Annotated[str | None, typer.Option("--reference", help="The model that its DPO training started from.")]
+Prompts = Annotated[Path | None, typer.Option(help="Prompts: JSONL, JSON or Parquet.")]
+Replay = Annotated[Path | None, typer.Option(help="Offline pairs in TRL's format.")]
+Rounds = Annotated[int | None, typer.Option(help="Rounds of generate, score, mine, replay, train.")]
+Seed = Annotated[int | None, typer.Option(help="The run's seed.")]
+RunDir = Annotated[Path | None, typer.Option(help="The run folder; default: a new one under runs/.")]
+
+DEFAULT_RUNS = Path("runs")
+
+
+def overrides(**values: Any) -> dict[str, Any]:
+    """`model__policy="x"` and the like as nested keys; None means that the option was not given."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is not None:
+            section, _, key = name.partition("__")
+            if key:
+                nested.setdefault(section, {})[key] = value
+            else:
+                nested[section] = value
+    return nested
+
+
+def stage_config(config: list[Path] | None, assign: list[str] | None, **options: Any) -> RunConfig:
+    """The config of a stage that is called alone."""
+    from dice_py.config.loading import resolve
+
+    return resolve(config or [], assign or [], overrides(**options), one_stage=True)
+
+
+def run_config(
+    config: list[Path] | None,
+    assign: list[str] | None,
+    policy: str | None,
+    reference: str | None,
+    prompts: Path | None,
+    replay: Path | None,
+    rounds: int | None,
+    seed: int | None,
+) -> RunConfig:
+    """The config of `dice run` and `dice plan`."""
+    from dice_py.config.loading import resolve
+
+    return resolve(
+        config or [],
+        assign or [],
+        overrides(
+            model__policy=policy,
+            model__reference=reference,
+            data__prompts=None if prompts is None else str(prompts),
+            data__replay=None if replay is None else str(replay),
+            rounds=rounds,
+            seed=seed,
+        ),
+    )

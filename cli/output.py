@@ -1,0 +1,42 @@
+"""How commands print results and run jobs: results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dice_py.stages.job import Job, StageResult
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line of stdout."""
+    typer.echo(json.dumps(value, allow_nan=False))
+
+
+def print_result(value: dict[str, Any], as_json: bool) -> None:
+    """The result of a stage: one JSON object, or a line for each name."""
+    if as_json:
+        print_json(value)
+        return
+    from dice_py.reporting.formatting import number
+
+    for name, item in value.items():
+        text = "".join(f"\n  {file}" for file in item) if name == "files" else number(item)
+        typer.echo(f"{name.replace('_', ' ')}: {text}")
+
+
+def run_job(job: Job, folder: Path) -> StageResult:
+    """Runs a job in a process of its own, which logs to `folder/worker.log`, and shows its progress."""
+    from cli.display import Display
+    from dice_py.compute.stage_process import run_in_subprocess
+    from dice_py.stages.registry import stage_of
+
+    stage = stage_of(job)
+    with Display() as display:
+        display("stage", stage=stage.name, status="running")
+        result: StageResult = run_in_subprocess(job.run, log=folder / "worker.log", remedy=stage.remedy, report=display)
+        return result

@@ -1,0 +1,127 @@
+"""The commands of a whole run: `dice run`, `dice resume`, `dice status`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.options import (
+    DEFAULT_RUNS,
+    Config,
+    Json,
+    Prompts,
+    Replay,
+    Rounds,
+    RunDir,
+    RunPolicy,
+    RunReference,
+    Seed,
+    Set,
+    run_config,
+)
+from cli.output import print_json
+from cli.plan import show_plan
+from dice_py.errors import UsageError
+
+
+def run(
+    config: Config = None,
+    assign: Set = None,
+    policy: RunPolicy = None,
+    reference: RunReference = None,
+    prompts: Prompts = None,
+    replay: Replay = None,
+    rounds: Rounds = None,
+    seed: Seed = None,
+    run_dir: RunDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it would cost: `dice plan`.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the loop: on your model, or on a small synthetic world.
+
+    The world is made on first use, and used when no model is named.
+    """
+    resolved = run_config(config, assign, policy, reference, prompts, replay, rounds, seed)
+    if dry_run:
+        show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
+        return
+    from cli.display import Display
+    from dice_py.reporting.html import write_report
+    from dice_py.runs.folder import new_run_folder
+    from dice_py.runs.loop import run as run_rounds
+
+    folder = run_dir or new_run_folder(DEFAULT_RUNS)
+    with Display() as display:
+        display.line(f"run folder: {folder}")
+        metrics = run_rounds(resolved, folder, display, after_round=write_report)
+    _finish(folder, metrics, as_json)
+
+
+def resume(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:
+    """Resume a stopped run.
+
+    Completed shards are kept. Nothing whose inputs changed is used again.
+    """
+    from cli.display import Display
+    from dice_py.reporting.html import write_report
+    from dice_py.runs.loop import resume as resume_rounds
+
+    with Display() as display:
+        metrics = resume_rounds(folder, display, after_round=write_report)
+    _finish(folder, metrics, as_json)
+
+
+def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json({"run": str(folder), "metrics": metrics})
+        return
+    from cli.display import metrics_table, print_table
+
+    print_table(metrics_table(metrics))
+    last = list(metrics)[-1]
+    typer.echo(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
+
+
+def status(
+    folder: Annotated[Path | None, typer.Argument(help="A run folder; default: all runs under runs/.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Where its time went: stages, start-up of processes, idle GPUs.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the stages of a run, with their counts and times."""
+    from dice_py.runs.status import run_profile, run_status
+
+    if folder is None:
+        if profile:
+            raise UsageError("--profile is of one run: name its folder (dice status RUN --profile)")
+        _list_runs(as_json)
+        return
+    shown = run_profile(folder) if profile else run_status(folder)
+    if as_json:
+        print_json(shown)
+        return
+    from cli.display import print_table, profile_lines, profile_table, status_table
+
+    if not profile:
+        print_table(status_table(shown))
+        return
+    if shown["rounds"]:
+        print_table(profile_table(shown))
+    for line in profile_lines(shown):
+        typer.echo(line)
+
+
+def _list_runs(as_json: bool) -> None:
+    from dice_py.runs.status import list_runs
+
+    runs = list_runs(DEFAULT_RUNS)
+    if as_json:
+        print_json(runs)
+        return
+    if not runs:
+        typer.echo(f"no runs under {DEFAULT_RUNS}/")
+    for one in runs:
+        typer.echo(f"{one['run']}  {one['state']}  {one['done']}/{one['stages']} stages")

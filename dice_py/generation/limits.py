@@ -1,0 +1,54 @@
+"""Limits of a model that prompts and responses must keep: its positions and its vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dice_py.config.shared import ModelConfig
+from dice_py.errors import DataError, UsageError
+
+
+def positions_limit(config: Any) -> float | None:
+    """Tokens that fit into a model's positions, from its transformers config; None if the config has no limit."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    # There is one set of parameters, or one for each type of layer. `max_position_embeddings` includes the scaling of
+    # YaRN, LongRoPE and Llama 3, but not that of "linear" and "dynamic".
+    parameter_sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    factors = [one.get("factor") or 1.0 for one in parameter_sets if one.get("rope_type") in ("linear", "dynamic")]
+    return float(limit * max(factors, default=1.0))
+
+
+def check_fits(policy: Path, models: ModelConfig, longest_prompt: int, largest_id: int, max_new_tokens: int) -> None:
+    """Checks prompts and responses against the model's positions and vocabulary.
+
+    Args:
+        longest_prompt: in tokens.
+        largest_id: largest token id of all prompts.
+
+    Raises:
+        UsageError: the longest prompt and its response exceed the model's positions.
+        DataError: the tokenizer has an id for which the model has no embedding.
+    """
+    if not (policy / "config.json").is_file():
+        return  # An adapter: the config of its base model is elsewhere.
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(policy, trust_remote_code=models.trust_remote_code)
+    limit = positions_limit(config)
+    if limit is not None and longest_prompt + max_new_tokens > limit:
+        raise UsageError(
+            f"the longest prompt has {longest_prompt} tokens and generate.max_new_tokens is {max_new_tokens}: "
+            f"{longest_prompt + max_new_tokens} together, but the model in {policy} has {limit:.0f} positions; lower "
+            "generate.max_new_tokens, or lower data.max_prompt_tokens to leave longer prompts out"
+        )
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None and largest_id >= vocabulary:
+        raise DataError(
+            f"{policy}: the tokenizer uses token id {largest_id}, but the model's vocabulary has {vocabulary} entries; "
+            "use the tokenizer that belongs to the model"
+        )
