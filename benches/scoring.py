@@ -1,10 +1,10 @@
 """Scoring against TRL's precompute and the DICE authors' way: `make bench-scoring` (`benches/scoring.py --help`).
 
-A model of random weights in a named shape (shapes.py), prompts with K responses each, lengths with a long tail. Every
-way (scoring_ways.py) runs in processes of its own, in turn within each repeat, so that noise of the machine hits them
-alike and each has its own peak of memory. Every sum is compared with a float32 forward of one sequence at a time;
-one that is off ends the bench with status 1. Prints a table and writes results/scoring.json (tiny) or
-results/scoring-SHAPE.json.
+The model has random weights in a named shape (shapes.py). Each prompt has K responses, and lengths have a long tail.
+Every way of scoring (scoring_ways.py) runs in a new process. The ways alternate within each repeat, so that noise of
+the machine affects them alike, and each has its own peak memory. Every sum is compared with a float32 forward of one
+sequence at a time; a larger difference than rounding ends the bench with status 1. Prints a table and writes
+results/scoring.json (tiny) or results/scoring-SHAPE.json.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama3-8b": {"prompts": 64, "samples": 16, "prompt_median": 200, "response_median": 300, "longest": 2048},
     "zephyr-7b": {"prompts": 64, "samples": 16, "prompt_median": 200, "response_median": 300, "longest": 2048},
 }
-FLOAT32_APART = 2e-6
-"""Largest difference of two float32 sums, as a share of the sum's absolute value and its tokens."""
+FLOAT32_TOLERANCE = 2e-6
+"""Bounds the difference of two float32 sums, relative to the sum's absolute value plus its number of tokens."""
 
 
-def drawn(args: argparse.Namespace, vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
+def draw_sequences(args: argparse.Namespace, vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and responses of random tokens, each prompt `samples` times in a row."""
     from shapes import long_tailed_lengths
 
@@ -57,7 +57,7 @@ def drawn(args: argparse.Namespace, vocabulary: int) -> tuple[list[list[int]], l
 
 
 def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
-    """One way, once, in this process."""
+    """Runs one way once, in this process."""
     import torch
     from scoring_ways import WAYS
     from shapes import SHAPES, make_model
@@ -65,83 +65,85 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
     from dice_py.models.flops import matmul_rate
 
     device = torch.device(args.device)
-    prompts, responses = drawn(args, SHAPES[args.shape]["vocab_size"])
+    prompts, responses = draw_sequences(args, SHAPES[args.shape]["vocab_size"])
     model = make_model(args.shape, getattr(torch, args.dtype), args.device, args.seed)
     if way == "one_at_a_time":
-        model = model.float()  # the very weights that the others have
+        model = model.float()  # exactly the weights that the other ways have in `dtype`
     rate = matmul_rate(device, model.dtype)
-    # Once on a little, so that what is made at the first call (threads, kernels) is not counted.
+    # A warm-up, so that threads and kernels made at the first call are not counted.
     WAYS[way][1](model, prompts[:2], responses[:2])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _memory_status("VmRSS")
     outcome = WAYS[way][1](model, prompts, responses)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _memory_status("VmHWM")
     return {
         "seconds": outcome.seconds,
         "sums": outcome.sums,
         "peak_memory_bytes": peak,
         "peak_memory_beyond_model_bytes": max(peak - before, 0),
         "matmul_flops_per_second": rate,
-        **outcome.more,
+        **outcome.extra,
     }
 
 
-def _status(name: str) -> int:
+def _memory_status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def in_a_process(args: argparse.Namespace, way: str) -> dict[str, Any]:
-    """`measure` in a new process."""
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("way", "out")]
+def measure_in_subprocess(args: argparse.Namespace, way: str) -> dict[str, Any]:
+    """Runs `measure` in a new process."""
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("way", "out")
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, __file__, *given, f"--way={way}"],
+        process = subprocess.run(
+            [sys.executable, __file__, *options, f"--way={way}"],
             env=os.environ | {"HF_DATASETS_CACHE": folder, "HF_HUB_OFFLINE": "1", "DICE_CACHE": folder},
             capture_output=True,
             text=True,
             check=False,
         )
-    if done.returncode:
-        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    if process.returncode:
+        raise SystemExit(f"{way} failed:\n{process.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    return result
 
 
 def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Runs all ways and gives what is written."""
+    """Runs all ways and returns the content of the results file."""
     from scoring_ways import WAYS
     from shapes import SHAPES, machine
 
-    prompts, responses = drawn(args, SHAPES[args.shape]["vocab_size"])
+    prompts, responses = draw_sequences(args, SHAPES[args.shape]["vocab_size"])
     lengths = np.array([len(response) for response in responses])
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for repeat in range(args.repeats):
         for way in WAYS:
             console.print(f"[dim]{way}, {repeat + 1} of {args.repeats}[/dim]", highlight=False)
-            runs[way].append(in_a_process(args, way))
-    truth = np.array(runs["one_at_a_time"][0]["sums"])
+            runs[way].append(measure_in_subprocess(args, way))
+    expected = np.array(runs["one_at_a_time"][0]["sums"])
     ways: dict[str, dict[str, Any]] = {}
-    for way, found in runs.items():
-        apart = np.abs(np.array(found[0]["sums"]) - truth)
+    for way, repeats in runs.items():
+        abs_diff = np.abs(np.array(repeats[0]["sums"]) - expected)
         ways[way] = {
             "what": WAYS[way][0],
-            "seconds": statistics.median(run["seconds"] for run in found),
-            "all_seconds": [run["seconds"] for run in found],
-            "max_abs_difference": float(apart.max()),
-            "mean_abs_difference": float(apart.mean()),
-            "worst_relative_difference": float((apart / (np.abs(truth) + lengths)).max()),
-            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in found),
-            "peak_memory_beyond_model_bytes": max(run["peak_memory_beyond_model_bytes"] for run in found),
+            "seconds": statistics.median(run["seconds"] for run in repeats),
+            "all_seconds": [run["seconds"] for run in repeats],
+            "max_abs_difference": float(abs_diff.max()),
+            "mean_abs_difference": float(abs_diff.mean()),
+            "worst_relative_difference": float((abs_diff / (np.abs(expected) + lengths)).max()),
+            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in repeats),
+            "peak_memory_beyond_model_bytes": max(run["peak_memory_beyond_model_bytes"] for run in repeats),
         }
-    mine, seconds = runs["ours"], ways["ours"]["seconds"]
-    rate = statistics.median(run["matmul_flops_per_second"] for run in mine)
+    ours, seconds = runs["ours"], ways["ours"]["seconds"]
+    rate = statistics.median(run["matmul_flops_per_second"] for run in ours)
     return {
         "shape": args.shape,
         "dtype": args.dtype,
@@ -152,50 +154,51 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "prompt_tokens": {"median": float(np.median([len(p) for p in prompts])), "sum": sum(map(len, prompts))},
         "response_tokens": {"median": float(np.median(lengths)), "max": int(lengths.max()), "sum": int(lengths.sum())},
         "repeats": args.repeats,
-        # TRL at the better of its batch sizes.
+        # TRL at the faster of its batch sizes.
         "speedup_over_trl_precompute": min(ways[way]["seconds"] for way in ways if way.startswith("trl")) / seconds,
         "speedup_over_reference_way": ways["authors"]["seconds"] / seconds,
         "speedup_over_padded_rows": ways["ours_padded"]["seconds"] / seconds,
         "speedup_over_key_value_cache": ways["key_value_cache"]["seconds"] / seconds,
         "max_abs_difference": ways["ours"]["max_abs_difference"],
-        "tokens": mine[0]["tokens"],
-        "unshared_tokens": mine[0]["unshared_tokens"],
-        "flops": mine[0]["flops"],
-        "flops_per_second": mine[0]["flops"] / seconds,
+        "tokens": ours[0]["tokens"],
+        "unshared_tokens": ours[0]["unshared_tokens"],
+        "flops": ours[0]["flops"],
+        "flops_per_second": ours[0]["flops"] / seconds,
         "matmul_flops_per_second": rate,
-        "share_of_matmul_rate": mine[0]["flops"] / seconds / rate,
-        "token_budget": mine[0]["token_budget"],
+        "share_of_matmul_rate": ours[0]["flops"] / seconds / rate,
+        "token_budget": ours[0]["token_budget"],
         "ways": ways,
     }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """The table."""
+def show(results: dict[str, Any], console: Console) -> None:
+    """Prints the table."""
     table = Table(
-        title=f"{found['shape']}, {found['dtype']}: {found['prompts']} × {found['samples']} responses", box=None
+        title=f"{results['shape']}, {results['dtype']}: {results['prompts']} × {results['samples']} responses", box=None
     )
     for name in ("", "seconds", "ours is faster by", "peak memory", "beyond the model", "largest difference"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    for way in found["ways"].values():
+    for way in results["ways"].values():
         table.add_row(
             way["what"],
             f"{way['seconds']:.2f}",
-            f"{way['seconds'] / found['ways']['ours']['seconds']:.2f}",
+            f"{way['seconds'] / results['ways']['ours']['seconds']:.2f}",
             f"{way['peak_memory_bytes'] / 2**30:.2f} GiB",
             f"{way['peak_memory_beyond_model_bytes'] / 2**30:.2f} GiB",
             f"{way['max_abs_difference']:.2g}",
         )
     console.print(table)
     console.print(
-        f"ours: {found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {100 * found['share_of_matmul_rate']:.0f} % of a plain "
-        f"matrix product's {found['matmul_flops_per_second'] / 1e9:,.0f}; {found['tokens']:,} tokens instead of "
-        f"{found['unshared_tokens']:,}",
+        f"ours: {results['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+        f"{100 * results['share_of_matmul_rate']:.0f} % of a plain matrix product's "
+        f"{results['matmul_flops_per_second'] / 1e9:,.0f}; {results['tokens']:,} tokens instead of "
+        f"{results['unshared_tokens']:,}",
         highlight=False,
     )
 
 
-def main(given: list[str] | None = None) -> None:
-    """The command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(DEFAULTS), default="tiny")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -204,12 +207,12 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, help="responses of each prompt; even")
     parser.add_argument("--prompt-median", type=float, help="tokens")
     parser.add_argument("--response-median", type=float, help="tokens")
-    parser.add_argument("--longest", type=int, help="prompts and responses are cut to so many tokens")
+    parser.add_argument("--longest", type=int, help="largest number of tokens of a prompt or response")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--way", help=argparse.SUPPRESS)
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.shape].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -218,16 +221,18 @@ def main(given: list[str] | None = None) -> None:
         print(json.dumps(measure(args, args.way)))
         return
     console = Console(width=max(Console().width, 130))
-    found = compare(args, console)
-    show(found, console)
+    results = compare(args, console)
+    show(results, console)
     if args.dtype == "float32":
         off = {
-            name: way for name, way in found["ways"].items() if not way["worst_relative_difference"] <= FLOAT32_APART
+            name: way
+            for name, way in results["ways"].items()
+            if not way["worst_relative_difference"] <= FLOAT32_TOLERANCE
         }
         if off:
             raise SystemExit(f"sums differ from the float32 forward by more than rounding: {', '.join(off)}")
     name = "scoring" if args.shape == "tiny" else f"scoring-{args.shape}"
-    write_json(args.out / f"{name}.json", found)
+    write_json(args.out / f"{name}.json", results)
     console.print(f"written to {args.out / name}.json")
 
 

@@ -1,7 +1,7 @@
-"""Ways to sum log-probabilities of stored responses: ours, and what ours is compared with (benches/scoring.py).
+"""Ways to sum log-probabilities of stored responses: ours and those that it is compared with (benches/scoring.py).
 
-Each takes a model and token ids and gives the sums in the order of the responses, with the seconds that the scoring
-itself took: models are made, and trainers built, outside of them.
+Each takes a model and token ids, and returns the sums in the order of the responses with the seconds of the scoring.
+The seconds exclude making models and building trainers.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ DUMMY = [7, 8]
 
 @dataclass
 class Outcome:
-    """Sums of log-probabilities, and what they cost."""
+    """Sums of log-probabilities in nats, and their cost."""
 
     sums: list[float]
     seconds: float
-    more: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 Way = Callable[[PreTrainedModel, list[list[int]], list[list[int]]], Outcome]
 """(model, prompts, responses) → outcome."""
 
 
-def _finish(device: torch.device) -> float:
+def _synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def one_at_a_time(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
-    """One sequence, one plain forward, all logits, log-softmax in float32: what all others are compared with."""
+    """One sequence, one plain forward, all logits, log-softmax in float32: the reference for the sums."""
     sums = []
-    started = _finish(model.device)
+    started = _synchronized_time(model.device)
     with torch.inference_mode():
         for prompt, response in zip(prompts, responses, strict=True):
             ids = torch.tensor([[*prompt, *response]], device=model.device)
             logps = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
             sums.append(logps.gather(1, ids[0, len(prompt) :, None]).double().sum().item())
-    return Outcome(sums, _finish(model.device) - started)
+    return Outcome(sums, _synchronized_time(model.device) - started)
 
 
 def authors(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
-    """As the DICE authors' code has it: pairs of a response and a dummy response, one pair in a batch.
+    """As in the DICE authors' code: pairs of a response and a dummy response, one pair in a batch.
 
-    Both sequences are padded to one length, a multiple of 8, and all logits are made float32 (LLaMA-Factory's
+    Both sequences are padded to one length, a multiple of 8, and all logits are cast to float32 (LLaMA-Factory's
     `concatenated_forward`).
     """
     sums = []
-    started = _finish(model.device)
+    started = _synchronized_time(model.device)
     with torch.inference_mode():
         for prompt, response in zip(prompts, responses, strict=True):
             rows = [[*prompt, *response], [*prompt, *DUMMY]]
@@ -76,14 +76,11 @@ def authors(model: PreTrainedModel, prompts: list[list[int]], responses: list[li
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
             logps = logits[:, :-1].log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
             sums.append(logps[0, len(prompt) - 1 : len(rows[0]) - 1].sum().item())
-    return Outcome(sums, _finish(model.device) - started)
+    return Outcome(sums, _synchronized_time(model.device) - started)
 
 
 def trl_precompute(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], batch: int) -> Outcome:
-    """TRL's `precompute_ref_log_probs`: the pass alone, over pairs of responses, on the same tokens.
-
-    `batch` counts pairs.
-    """
+    """TRL's `precompute_ref_log_probs` on the same tokens, in batches of `batch` pairs; only the pass is timed."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -93,14 +90,14 @@ def trl_precompute(model: PreTrainedModel, prompts: list[list[int]], responses: 
 
     class Timed(DPOTrainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # tokens as they are: nothing but the pass is measured
+            return dataset  # already tokens
 
-        def _precompute_ref_logps(self, *given: Any) -> Any:
+        def _precompute_ref_logps(self, *args: Any) -> Any:
             nonlocal seconds
-            started = _finish(self.model.device)
-            found = super()._precompute_ref_logps(*given)
-            seconds += _finish(self.model.device) - started
-            return found
+            started = _synchronized_time(self.model.device)
+            dataset = super()._precompute_ref_logps(*args)
+            seconds += _synchronized_time(self.model.device) - started
+            return dataset
 
     half = len(responses) // 2
     if len(responses) % 2 or any(prompts[2 * i] != prompts[2 * i + 1] for i in range(half)):
@@ -112,10 +109,10 @@ def trl_precompute(model: PreTrainedModel, prompts: list[list[int]], responses: 
         eos_token="<eos>",
     )
     with tempfile.TemporaryDirectory() as folder:
-        # On disk, since the pass keeps its result in a file beside the data.
+        # On disk, since the pass caches its result in a file beside the data.
         Dataset.from_dict(rows).save_to_disk(f"{folder}/pairs")
         trainer = Timed(
-            # The trainer changes the model's forward; the other ways of a process must not see that.
+            # The trainer changes the model's forward, so it gets a copy (the weights are shared).
             model=copy.copy(model),
             args=DPOConfig(
                 output_dir=folder,
@@ -133,42 +130,42 @@ def trl_precompute(model: PreTrainedModel, prompts: list[list[int]], responses: 
             train_dataset=Dataset.load_from_disk(f"{folder}/pairs"),
             processing_class=tokenizer,
         )
-        found = trainer.train_dataset
+        dataset = trainer.train_dataset
         sums = [0.0] * len(responses)
-        sums[::2], sums[1::2] = list(found["ref_chosen_logps"]), list(found["ref_rejected_logps"])
+        sums[::2], sums[1::2] = list(dataset["ref_chosen_logps"]), list(dataset["ref_rejected_logps"])
     return Outcome(sums, seconds)
 
 
-def _scored(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], packs: bool) -> Outcome:
+def _score(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], packs: bool) -> Outcome:
     scorer = Scorer(model, ScoreConfig())
-    # What is measured is the work: the trial of the packed forward is made before, on one prompt.
+    # The trial of the packed forward runs before the measurement, on one prompt.
     first = prompts[0]
-    few = [row for row in range(len(prompts)) if prompts[row] == first][:2]
-    scorer.sums([prompts[row] for row in few], [responses[row] for row in few])
+    pair = [row for row in range(len(prompts)) if prompts[row] == first][:2]
+    scorer.sums([prompts[row] for row in pair], [responses[row] for row in pair])
     if packs and not scorer.packs:
-        raise RuntimeError("the model does not take the packed attention")
+        raise RuntimeError("the model cannot be scored with packed attention")
     scorer.packs = packs
     scorer.take_work()
-    started = _finish(model.device)
+    started = _synchronized_time(model.device)
     sums = scorer.sums(prompts, responses)
-    seconds = _finish(model.device) - started
+    seconds = _synchronized_time(model.device) - started
     return Outcome(sums, seconds, scorer.take_work() | {"token_budget": scorer.budget.tokens})
 
 
 def ours(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
-    """Packed rows: no padding, each prompt once for its responses."""
-    return _scored(model, prompts, responses, packs=True)
+    """Packed rows: no padding, and each prompt once for its responses."""
+    return _score(model, prompts, responses, packs=True)
 
 
 def ours_padded(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
-    """Our way of models that take no other attention: sorted by length, padded, the same head."""
-    return _scored(model, prompts, responses, packs=False)
+    """Our way for models without packed attention: rows sorted by length and padded, the same head."""
+    return _score(model, prompts, responses, packs=False)
 
 
 def key_value_cache(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Outcome:
-    """The other way to compute a prompt once: its keys and values from a cache, repeated for its responses.
+    """Computes each prompt once into a key/value cache, which is repeated for its responses.
 
-    Prompts of like length in one batch, then their responses of like length, with the same head as ours.
+    Prompts of similar length share a batch, then their responses of similar length; the head is ours.
     """
     config = ScoreConfig()
     scorer = Scorer(model, config)
@@ -176,15 +173,15 @@ def key_value_cache(model: PreTrainedModel, prompts: list[list[int]], responses:
     budget = TokenBudget("auto", scorer.shape, model.dtype, model.device, lambda *_, **__: None).tokens
     device = model.device
     sums = [0.0] * len(responses)
-    started = _finish(device)
+    started = _synchronized_time(device)
     groups = group_rows(prompts, range(len(prompts)))
     with torch.inference_mode():
         for taken in batches_by_budget([len(group.prompt) for group in groups], budget // 4):
-            some = [groups[at] for at in taken]
-            longest = max(len(group.prompt) for group in some)
-            ids = torch.zeros((len(some), longest), dtype=torch.long)
-            mask = torch.zeros((len(some), longest), dtype=torch.long)
-            for at, group in enumerate(some):  # on the left, so that prompts end where responses begin
+            batch = [groups[at] for at in taken]
+            longest = max(len(group.prompt) for group in batch)
+            ids = torch.zeros((len(batch), longest), dtype=torch.long)
+            mask = torch.zeros((len(batch), longest), dtype=torch.long)
+            for at, group in enumerate(batch):  # on the left, so that prompts end where responses begin
                 ids[at, longest - len(group.prompt) :] = torch.from_numpy(np.asarray(group.prompt))
                 mask[at, longest - len(group.prompt) :] = 1
             ids, mask = ids.to(device), mask.to(device)
@@ -197,7 +194,7 @@ def key_value_cache(model: PreTrainedModel, prompts: list[list[int]], responses:
                 use_cache=True,
             ).last_hidden_state[:, -1]
             kept = [(layer.keys, layer.values) for layer in cache.layers]
-            rows = [(at, row) for at, group in enumerate(some) for row in group.rows]
+            rows = [(at, row) for at, group in enumerate(batch) for row in group.rows]
             for part in batches_by_budget([len(responses[row]) for _, row in rows], budget):
                 picked = [rows[number] for number in part]
                 at = torch.tensor([group for group, _ in picked], device=device)
@@ -225,7 +222,7 @@ def key_value_cache(model: PreTrainedModel, prompts: list[list[int]], responses:
                 totals = np.diff(logps.cpu().double().cumsum(0)[counts.cpu().cumsum(0) - 1].numpy(), prepend=0.0)
                 for (_, row), total in zip(picked, totals.tolist(), strict=True):
                     sums[row] = total
-    return Outcome(sums, _finish(device) - started)
+    return Outcome(sums, _synchronized_time(device) - started)
 
 
 WAYS: dict[str, tuple[str, Way]] = {

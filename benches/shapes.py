@@ -1,8 +1,8 @@
-"""Models of random weights in named shapes, lengths with a long tail, and what the machine is: for the benches.
+"""Inputs shared by the benches: models of random weights, long-tailed lengths, and a description of the machine.
 
-No weights are downloaded: a shape is a config with the real model's dimensions, filled from a seed. The head is
-drawn wider than the rest, so that the next-token distribution is about as peaked as a language model's and a
-difference in the last bit of a logit changes no sample.
+No weights are downloaded: a shape is a config with the real model's dimensions, and its weights are drawn from a seed.
+The head's weights have a larger deviation than the rest, so that the next-token distribution is about as peaked as a
+language model's and a difference in the last bit of a logit changes no sample.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 _7B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # A head size of 32 is the smallest that vLLM's attention on a CPU knows.
+    # vLLM's attention on a CPU supports no head size below 32.
     "tiny": {
         "family": "llama",
         "vocab_size": 32000,
@@ -58,9 +58,9 @@ LOGIT_DEVIATION = 3.0
 def make_model(
     shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
-    """A model of random weights, in evaluation mode, made on `device` (so an 8B one takes seconds on a GPU).
+    """A model of random weights in evaluation mode, made on `device` (on a GPU an 8B model takes seconds).
 
-    `changes` are keywords of the config class, over the shape's own. bos, eos and padding are tokens 1, 2 and 0.
+    `changes` are keywords of the config class that override the shape's. BOS, EOS and padding are tokens 1, 2 and 0.
     """
     values = {**SHAPES[shape], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes}
     family = values.pop("family")
@@ -77,23 +77,23 @@ def make_model(
         torch.set_default_dtype(before)
     head = model.get_output_embeddings().weight
     with torch.no_grad():
-        # The last norm leaves a mean square of 1 in each of the hidden coordinates.
+        # After the last norm each hidden coordinate has a mean square of 1.
         head.normal_(0.0, LOGIT_DEVIATION / head.shape[1] ** 0.5)
     return model.eval()
 
 
 def long_tailed_lengths(count: int, *, median: float, sigma: float, low: int, high: int, seed: int) -> np.ndarray:
-    """(count,) whole numbers, log-normal about `median` (σ of the logarithm: `sigma`), cut to [low, high]."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
-    return np.clip(np.rint(drawn), low, high).astype(np.int64)
+    """(count,) int64, log-normal with this median and the logarithm's deviation `sigma`, clipped to [low, high]."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
+    return np.clip(np.rint(lengths), low, high).astype(np.int64)
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on, and nothing that names the machine or its user; memory in GB (10^9 bytes)."""
+    """Hardware and versions that figures depend on, without host or user names; memory in GB (10^9 bytes)."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
+        cpu = None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     cuda = torch.cuda.is_available()
@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": found[1] if found else platform.processor() or platform.machine(),
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
         "cores": cores,
         "memory_gb": None if memory is None else round(memory / 1e9, 1),
         "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in gpus],

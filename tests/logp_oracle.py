@@ -1,4 +1,4 @@
-"""What the scorer must agree with: one sequence at a time, no padding, all logits, log-softmax. And what it scores."""
+"""Sequences to score, and the reference that the scorer must match: one sequence at a time, no padding, all logits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dice_py.config.stages import ScoreConfig
 from dice_py.scoring.scorer import Scorer
 
 SAME = 1e-4
-"""Largest difference of two float32 sums: of some hundred nats over some ten tokens, each rounded to about 1e-6."""
+"""Nats; bounds the difference of two float32 sums of some hundred nats over some ten tokens."""
 
 
 def mixed(count: int = 12, longest: int = 30) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and responses whose lengths go from one token up, in no order; no prompt twice."""
+    """Prompts and responses of one token and more, in random order; no prompt twice."""
     rng = random.Random(0)
     lengths = [(1, 1), (longest, 1), (1, longest)]
     lengths += [(rng.randint(1, longest), rng.randint(1, longest)) for _ in range(count - len(lengths))]
@@ -25,7 +25,7 @@ def mixed(count: int = 12, longest: int = 30) -> tuple[list[list[int]], list[lis
 
 
 def shared(longest: int = 40) -> tuple[list[list[int]], list[list[int]]]:
-    """Four prompts, from one token up, with three responses each, from one token up; their rows are not together."""
+    """Four prompts with three responses each, all of one token and more; the rows are shuffled."""
     rng = random.Random(1)
     prompts = [draw_ids(rng, length) for length in (1, 5, 12, longest // 2)]
     rows = [(prompt, draw_ids(rng, length)) for prompt in prompts for length in (1, longest // 4, longest)]
@@ -44,13 +44,13 @@ def plain(model: PreTrainedModel, prompts: list[list[int]], responses: list[list
     return sums
 
 
-def apart(left: list[float], right: list[float]) -> float:
-    """The largest difference."""
+def max_abs_diff(left: list[float], right: list[float]) -> float:
+    """Largest absolute difference."""
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
 def scorer(model: PreTrainedModel, notes: list[str] | None = None, **config: Any) -> Scorer:
-    """A scorer with the config's entries given; its notes go to the list."""
+    """A scorer with these config entries; its notes are appended to `notes`."""
 
     def on_event(event: str, **fields: Any) -> None:
         assert event == "note"

@@ -39,7 +39,7 @@ from dice_py.generation.engines.base import Request, Sample, sample_all
 from dice_py.generation.engines.decoding import Rows, SeededSampling
 from dice_py.generation.engines.transformers import TransformersEngine
 from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
-from dice_py.scoring.scorer import sequence_logps
+from dice_py.scoring.scorer import Scorer
 from dice_py.storage.keys import seed_for
 
 CPU = ModelConfig(device="cpu")
@@ -247,11 +247,8 @@ def test_sum_is_raw_and_equals_the_scorer(family: Path) -> None:
     rig = Rig(family, GenerateConfig(max_new_tokens=24, temperature=0.7, top_p=0.9, top_k=50))
     requests = rig.requests(48)
     samples = rig.sample(requests)
-    scored = sequence_logps(
-        rig.engine.model,
-        [request.prompt_token_ids for request in requests],
-        [sample.token_ids for sample in samples],
-        ScoreConfig(),
+    scored = Scorer(rig.engine.model, ScoreConfig()).sums(
+        [request.prompt_token_ids for request in requests], [sample.token_ids for sample in samples]
     )
     assert [sample.logp for sample in samples] == pytest.approx(scored, abs=1e-4)
 

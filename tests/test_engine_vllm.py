@@ -33,7 +33,7 @@ from dice_py.generation.engines.base import Request, Sample, sample_all
 from dice_py.generation.engines.vllm import VllmEngine, check_settings, explain_error, max_model_len
 from dice_py.models.loading import Placement, load_model
 from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
-from dice_py.scoring.scorer import sequence_logps
+from dice_py.scoring.scorer import Scorer
 from dice_py.stages.generate import GenerateJob
 from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import parquet_key
@@ -86,7 +86,7 @@ def _prompts(folder: Path) -> tuple[list[list[int]], list[int]]:
 
 def _score(folder: Path, requests: list[Request], samples: list[Sample]) -> list[float]:
     prompts = [request.prompt_token_ids for request in requests]
-    return sequence_logps(load_model(folder, FLOAT32), prompts, [s.token_ids for s in samples], ScoreConfig())
+    return Scorer(load_model(folder, FLOAT32), ScoreConfig()).sums(prompts, [s.token_ids for s in samples])
 
 
 def _child_pids() -> list[int]:

@@ -1,4 +1,4 @@
-"""Sums of log-probabilities against a plain forward, whatever the architecture, the batches and the tiles."""
+"""Sums of log-probabilities against a plain forward, for many architectures, batch sizes and tile sizes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logp_oracle import SAME, apart, mixed, plain, scorer, shared
+from logp_oracle import SAME, max_abs_diff, mixed, plain, scorer, shared
 from tiny_families import NOT_PACKED, PACKED, build
 from tiny_models import make_llama, make_mistral, make_qwen2
 from tiny_sets import CPU, LAST, draw_ids
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
 from dice_py.models.loading import load_model
 from dice_py.scoring.lm_head import LogitHead
-from dice_py.scoring.scorer import sequence_logps
 
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing is remembered here from elsewhere, or elsewhere from here."""
+    """An empty cache for each test."""
     monkeypatch.setenv("DICE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -61,7 +59,7 @@ def test_sums_are_those_of_a_plain_forward(name: str, token_budget: Any, logit_c
     prompts, responses, want = of_name(name)
     notes: list[str] = []
     ours = scorer(build(name), notes, token_budget=token_budget, logit_chunk=logit_chunk)
-    assert apart(ours.sums(prompts, responses), want) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), want) < SAME
     assert ours.packs
     assert notes == []
     assert min(want) < -100.0  # so that the tolerance means something
@@ -69,12 +67,12 @@ def test_sums_are_those_of_a_plain_forward(name: str, token_budget: Any, logit_c
 
 @pytest.mark.parametrize("token_budget", [1, 90, "auto"])
 @pytest.mark.parametrize("name", NOT_PACKED)
-def test_models_that_do_not_take_the_packed_attention(name: str, token_budget: Any) -> None:
+def test_models_without_packed_attention(name: str, token_budget: Any) -> None:
     prompts, responses, want = of_name(name)
     notes: list[str] = []
     ours = scorer(build(name), notes, token_budget=token_budget)
-    assert apart(ours.sums(prompts, responses), want) < SAME
-    assert apart(ours.sums(prompts[:3], responses[:3]), want[:3]) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), want) < SAME
+    assert max_abs_diff(ours.sums(prompts[:3], responses[:3]), want[:3]) < SAME
     (note,) = notes  # once
     assert f"{name}ForCausalLM" in note
     assert note.endswith("scored in padded rows, each with its own prompt (slower)")
@@ -86,8 +84,7 @@ def test_models_from_folders(tmp_path: Path, make: Callable[[Path], Path]) -> No
     model = load_model(make(tmp_path / "model"), CPU)
     prompts, responses = mixed()
     assert (
-        apart(sequence_logps(model, prompts, responses, ScoreConfig(token_budget=90)), plain(model, prompts, responses))
-        < SAME
+        max_abs_diff(scorer(model, token_budget=90).sums(prompts, responses), plain(model, prompts, responses)) < SAME
     )
 
 
@@ -110,7 +107,7 @@ def test_random_groups(
     rng.shuffle(rows)
     prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
     ours = scorer(build("Mistral"), token_budget=token_budget, logit_chunk=logit_chunk)
-    assert apart(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
     assert ours.packs
 
 
@@ -126,10 +123,10 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_stop_token_is_in_the_sum(model: PreTrainedModel) -> None:
     stop = model.config.eos_token_id
     prompt, response = [6, 7, 8], [9, 10, 11]
-    without, whole = sequence_logps(model, [prompt] * 2, [response, [*response, stop]], ScoreConfig())
-    (alone,) = sequence_logps(model, [[*prompt, *response]], [[stop]], ScoreConfig())
+    without, complete = scorer(model).sums([prompt] * 2, [response, [*response, stop]])
+    (alone,) = scorer(model).sums([[*prompt, *response]], [[stop]])
     assert alone < -0.01
-    assert whole == pytest.approx(without + alone, abs=SAME)
+    assert complete == pytest.approx(without + alone, abs=SAME)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Bloom"])
@@ -142,7 +139,7 @@ def test_on_batch_counts_every_sequence(name: str) -> None:
 
 
 def test_nothing_to_score(model: PreTrainedModel) -> None:
-    assert sequence_logps(model, [], [], ScoreConfig()) == []
+    assert scorer(model).sums([], []) == []
 
 
 @pytest.mark.parametrize(
@@ -155,12 +152,14 @@ def test_nothing_to_score(model: PreTrainedModel) -> None:
         ([7], [-1], "row 1: a token id lies outside"),
     ],
 )
-def test_what_cannot_be_scored(model: PreTrainedModel, prompt: list[int], response: list[int], sentence: str) -> None:
+def test_invalid_rows_are_refused(
+    model: PreTrainedModel, prompt: list[int], response: list[int], sentence: str
+) -> None:
     with pytest.raises(DataError, match=sentence):
-        sequence_logps(model, [[6], prompt], [[6], response], ScoreConfig())
+        scorer(model).sums([[6], prompt], [[6], response])
 
 
-# --- what is done is counted --------------------------------------------------------------------------------
+# --- counts of the work --------------------------------------------------------------------------------
 
 
 def test_work_of_packed_batches() -> None:
@@ -193,13 +192,13 @@ def test_logits_that_the_model_caps_or_scales(name: str) -> None:
     prompts, responses, _ = of_name(name)
     head = LogitHead(build(name), 8)
     assert head.scale != 1.0 or head.cap
-    head.scale, head.cap = 1.0, None  # without what it knows of the model it refuses it
-    with pytest.raises(DataError, match="changes its logits"):
+    head.scale, head.cap = 1.0, None  # without the transformation the check refuses the model
+    with pytest.raises(DataError, match="transforms its logits"):
         head.check([*prompts[2], *responses[2]])
 
 
 class ScaledLlama(LlamaForCausalLM):
-    """Does to its logits what no entry of its config says."""
+    """Scales its logits though its config does not say so."""
 
     def forward(self, *args: Any, **named: Any) -> Any:
         output = super().forward(*args, **named)
@@ -207,17 +206,17 @@ class ScaledLlama(LlamaForCausalLM):
         return output
 
 
-def test_model_that_changes_its_logits_is_refused(llama: Path) -> None:
+def test_undeclared_transformation_of_logits_is_refused(llama: Path) -> None:
     model = ScaledLlama.from_pretrained(llama).eval()
-    with pytest.raises(DataError, match="ScaledLlama changes its logits in a way that the scorer does not know"):
-        sequence_logps(model, [[6, 7, 8]], [[9, 10]], ScoreConfig())
+    with pytest.raises(DataError, match="ScaledLlama transforms its logits in a way that the scorer does not support"):
+        scorer(model).sums([[6, 7, 8]], [[9, 10]])
 
 
 def test_logits_that_are_not_numbers_are_refused(model: PreTrainedModel) -> None:
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(DataError, match="nan"):
-        sequence_logps(model, [[6, 7, 8]], [[9, 10]], ScoreConfig())
+        scorer(model).sums([[6, 7, 8]], [[9, 10]])
 
 
 @pytest.mark.parametrize("name", ["Phi", "Gemma2", "Cohere"])  # a bias, a cap, a factor
@@ -235,12 +234,12 @@ def test_tiles_of_the_vocabulary(name: str, tile: int) -> None:
 
 
 def test_logits_of_a_batch_never_exist() -> None:
-    """A tile and a chunk bound what exists at one time, whatever the batch."""
+    """A tile and a chunk bound the logits that exist at one time, for any batch."""
     head = LogitHead(build("Llama"), 4096)
-    assert head.tile < LAST + 1  # so the tests above have tiles that do not divide the vocabulary, too
+    assert head.tile < LAST + 1  # the tests above include tiles that do not divide the vocabulary
     shapes = []
-    own = head.logits
-    head.logits = lambda hidden, tokens: shapes.append(own(hidden, tokens).shape) or own(hidden, tokens)  # type: ignore[method-assign,func-returns-value]
+    original = head.logits
+    head.logits = lambda hidden, part: shapes.append(original(hidden, part).shape) or original(hidden, part)  # type: ignore[method-assign,func-returns-value]
     head.chunk, head.tile = 4, 100
     head.token_logps(torch.ones(10, 32), torch.arange(10))
     assert [tuple(shape) for shape in shapes] == [(n, v) for n in (4, 4, 2) for v in (100, 100, 62)]
@@ -262,14 +261,14 @@ def test_bfloat16_is_near_its_own_plain_forward(token_budget: Any) -> None:
     ours = scorer(model, token_budget=token_budget)
     got = ours.sums(prompts, responses)
     assert ours.packs
-    assert apart(got, want) < 0.2  # nats; rounding moves the plain forward by about as much from float32's
+    assert max_abs_diff(got, want) < 0.2  # nats; rounding moves the plain forward by about as much from float32's
     errors = [statistics.fmean((a - b) ** 2 for a, b in zip(sums, float32, strict=True)) for sums in (got, want)]
     assert errors[0] < 2 * errors[1]
 
 
 @torch.no_grad()
 def test_bfloat16_of_likely_tokens() -> None:
-    """The head rounds logits to bfloat16 (steps of 1/16 from 8 on): a likely token must not feel it."""
+    """A likely token's log-probability must not show that logits are bfloat16 (steps of 1/16 from 8 on)."""
     generator = torch.Generator().manual_seed(0)
     head = LogitHead(bfloat16_llama(), 64)
     weight = head.head.weight

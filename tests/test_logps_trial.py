@@ -1,4 +1,4 @@
-"""What the scorer does when the packed attention is wrong for a model, and when memory runs out."""
+"""The scorer on models that packed attention would score wrongly, and when memory runs out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from logp_oracle import SAME, apart, mixed, plain, scorer, shared
+from logp_oracle import SAME, max_abs_diff, mixed, plain, scorer, shared
 from tiny_families import SHAPE, WINDOW, build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dice_py.scoring import packed_attention
-from dice_py.scoring.scorer import Scorer
+from dice_py.scoring import forwards, packed_attention
+from dice_py.scoring.lm_head import LogitHead
 from dice_py.storage.cache import recall
 
 
@@ -42,20 +42,20 @@ def leaky_llama() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("rows", [shared, mixed])  # prompts with several responses, and with one
-def test_model_that_mixes_the_sequences_of_a_row_is_found_out(rows: Callable[[], Any]) -> None:
+def test_model_that_mixes_the_sequences_of_a_row_is_detected(rows: Callable[[], Any]) -> None:
     model = leaky_llama()
     prompts, responses = rows()
     notes: list[str] = []
     ours = scorer(model, notes)
-    assert apart(ours.sums(prompts, responses), plain(model, prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(model, prompts, responses)) < SAME
     assert not ours.packs
     (note,) = notes
-    assert "with the packed attention LlamaForCausalLM gives a response of" in note
+    assert "with the packed attention LlamaForCausalLM scores a response of" in note
     assert "scored in padded rows" in note
 
 
 def test_a_single_sequence_is_tried_too() -> None:
-    """What comes next may be a batch of many."""
+    """The next call may have a batch of many."""
     notes: list[str] = []
     scorer(leaky_llama(), notes).sums([[6, 7, 8]], [[9, 10, 11]])
     assert len(notes) == 1
@@ -63,52 +63,52 @@ def test_a_single_sequence_is_tried_too() -> None:
 
 @pytest.fixture
 def no_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packed attention is not told of the window."""
-    real = packed_attention._padded
-    monkeypatch.setattr(packed_attention, "_padded", lambda *arguments: real(*arguments[:-1], None))
+    """The packed attention ignores the sliding window."""
+    real = packed_attention.padded_attention
+    monkeypatch.setattr(packed_attention, "padded_attention", lambda *args: real(*args[:-1], None))
 
 
 def of_length(length: int, count: int = 3) -> tuple[list[list[int]], list[list[int]]]:
-    """Sequences of that many tokens, with one prompt."""
+    """`count` sequences of `length` tokens, with one prompt."""
     prompt = [6 + at for at in range(length // 2)]
     return [prompt] * count, [[50 + 7 * row + at for at in range(length - len(prompt))] for row in range(count)]
 
 
 @pytest.mark.usefixtures("no_window")
 @pytest.mark.parametrize("rows", [shared, mixed])
-def test_window_that_is_not_passed_on_is_found_out(rows: Callable[[], Any]) -> None:
+def test_window_that_is_not_passed_on_is_detected(rows: Callable[[], Any]) -> None:
     prompts, responses = rows()
     notes: list[str] = []
     ours = scorer(build("Mistral"), notes)
-    assert apart(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
     assert not ours.packs
     assert len(notes) == 1
 
 
 @pytest.mark.usefixtures("no_window")
 def test_window_shows_where_sequences_are_longer() -> None:
-    """Sequences that the window holds are right without it; longer ones are tried again."""
+    """Sequences within the window are right without it; longer ones are tried again."""
     notes: list[str] = []
     ours = scorer(build("Mistral"), notes)
     prompts, responses = of_length(WINDOW)
-    assert apart(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
     assert ours.packs
     assert notes == []
     prompts, responses = of_length(2 * WINDOW)
-    assert apart(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Mistral"), prompts, responses)) < SAME
     assert not ours.packs
     assert len(notes) == 1
 
 
 def test_the_trial_is_repeated_for_sequences_longer_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    real = Scorer._padded  # what the packed forward is compared with
+    real = forwards.padded_sums  # the packed forward is compared with it
 
-    def padded(self: Scorer, rows: list[int], prompts: Any, responses: Any) -> list[float]:
+    def padded(head: LogitHead, rows: list[int], prompts: Any, responses: Any) -> list[float]:
         tried.append(len(prompts[rows[0]]) + len(responses[rows[0]]))
-        return real(self, rows, prompts, responses)
+        return real(head, rows, prompts, responses)
 
-    monkeypatch.setattr(Scorer, "_padded", padded)
+    monkeypatch.setattr(forwards, "padded_sums", padded)
     ours = scorer(build("Llama"))
     for length, again in ((20, True), (20, False), (30, False), (10, False), (31, True), (46, False), (47, True)):
         tried.clear()
@@ -122,18 +122,18 @@ def test_the_trial_is_repeated_for_sequences_longer_by_half(monkeypatch: pytest.
     [
         (TypeError("forward() got an unexpected keyword\nargument"), "does not run with the packed attention (TypeErr"),
         (RuntimeError("head size 33 is not supported"), "(RuntimeError: head size 33 is not supported)"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory where the packed attention"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory while the packed attention"),
     ],
 )
 def test_packed_forward_that_fails_at_once(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
     def packed(*_: Any) -> list[float]:
         raise error
 
-    monkeypatch.setattr(Scorer, "_packed", packed)
+    monkeypatch.setattr(forwards, "packed_sums", packed)
     prompts, responses = shared()
     notes: list[str] = []
     ours = scorer(build("Llama"), notes)
-    assert apart(ours.sums(prompts, responses), plain(build("Llama"), prompts, responses)) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses), plain(build("Llama"), prompts, responses)) < SAME
     (note,) = notes
     assert words in note
     assert "\n" not in note
@@ -153,22 +153,22 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, holds: int, error: Exception) -> None:
         self.holds, self.error, self.batches = holds, error, []  # type: ignore[var-annotated]
-        packed, padded = Scorer._packed, Scorer._padded
+        packed, padded = forwards.packed_sums, forwards.padded_sums
 
-        def lay_out(scorer: Scorer, batch: Any) -> list[float]:
+        def run_packed(head: LogitHead, batch: Any) -> list[float]:
             self.run(len(batch.tokens))
-            return packed(scorer, batch)
+            return packed(head, batch)
 
-        def pad(scorer: Scorer, rows: list[int], prompts: Any, responses: Any) -> list[float]:
+        def run_padded(head: LogitHead, rows: list[int], prompts: Any, responses: Any) -> list[float]:
             self.run(len(rows) * max(len(prompts[row]) + len(responses[row]) for row in rows))
-            return padded(scorer, rows, prompts, responses)
+            return padded(head, rows, prompts, responses)
 
-        monkeypatch.setattr(Scorer, "_packed", lay_out)
-        monkeypatch.setattr(Scorer, "_padded", pad)
+        monkeypatch.setattr(forwards, "packed_sums", run_packed)
+        monkeypatch.setattr(forwards, "padded_sums", run_padded)
 
     def run(self, tokens: int) -> None:
         self.batches.append(tokens)
-        assert len(self.batches) < 200, "it goes on for ever"
+        assert len(self.batches) < 200, "endless loop"
         if tokens > self.holds:
             raise self.error
 
@@ -196,24 +196,24 @@ def test_out_of_memory_halves_the_budget(
     notes: list[str] = []
     ours = scorer(build(name), notes, token_budget=token_budget)
     seen: list[int] = []
-    assert apart(ours.sums(prompts, responses, seen.append), want) < SAME
+    assert max_abs_diff(ours.sums(prompts, responses, seen.append), want) < SAME
     assert sum(seen) == len(prompts)
-    # Eight prompts with their responses, or 32 sequences of 30 tokens, fill the half to the last token.
+    # Eight prompts with their responses, or 32 sequences of 30 tokens, fill half the budget to the last token.
     failed = [tokens for tokens in device.batches if tokens > 500]
     assert failed == [size, size // 2]
     halved = [tokens // 2 for tokens in failed]
     assert [note for note in notes if "out of memory" in note] == [
-        f"out of memory with {tokens} tokens in a batch; going on with {half}"
+        f"out of memory with {tokens} tokens in a batch; continuing with {half}"
         for tokens, half in zip(failed, halved, strict=True)
     ]
     assert ours.budget.tokens == halved[-1]
     if token_budget == "auto":
-        (remembered,) = json.loads((cache_folder / "remembered.json").read_text())["token budgets"].items()
-        assert remembered == (ours.budget._key, halved[-1])
-        assert recall("token budgets", ours.budget._key) == scorer(build(name)).budget.tokens == halved[-1]
+        (cached,) = json.loads((cache_folder / "remembered.json").read_text())["token budgets"].items()
+        assert cached == (ours.budget.cache_key, halved[-1])
+        assert recall("token budgets", ours.budget.cache_key) == scorer(build(name)).budget.tokens == halved[-1]
     else:
-        assert not cache_folder.exists()  # what was given is not a finding
-    # And it is kept to.
+        assert not cache_folder.exists()  # a fixed number is not cached
+    # Later batches stay within it.
     device.batches.clear()
     ours.sums(prompts, responses)
     assert max(device.batches) <= halved[-1]
@@ -221,27 +221,25 @@ def test_out_of_memory_halves_the_budget(
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("name", ["Llama", "Bloom"])
-def test_out_of_memory_at_the_least_size_is_raised(
-    monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
-) -> None:
+def test_out_of_memory_at_the_minimum_is_raised(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
     device = Device(monkeypatch, 100, error)
     ours = scorer(build(name))
     with pytest.raises(type(error)) as caught:
         ours.sums(*many())
     assert caught.value is error
-    assert device.batches[-1] <= ours.budget.tokens == ours.budget.least
+    assert device.batches[-1] <= ours.budget.tokens == ours.budget.minimum
 
 
 @pytest.mark.parametrize("name", ["Llama", "Bloom"])
 def test_a_single_sequence_that_does_not_fit_is_raised(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """No budget makes it smaller."""
+    """No budget can make it smaller."""
     prompts, responses = [[6] * 10, [7] * 100], [[7] * 20, [8] * 500]
     ours = scorer(build(name))
-    ours.sums(prompts, responses)  # the trial, and all is well
+    ours.sums(prompts, responses)  # the trial passes
     Device(monkeypatch, 550, OUT_OF_MEMORY[0])
     with pytest.raises(torch.OutOfMemoryError):
         ours.sums(prompts, responses)
-    assert ours.budget.tokens >= ours.budget.least
+    assert ours.budget.tokens >= ours.budget.minimum
 
 
 @pytest.mark.parametrize("name", ["Llama", "Bloom"])

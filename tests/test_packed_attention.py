@@ -1,6 +1,8 @@
-"""What the flash kernel of a GPU is given, tried with a plain stand-in for it: no GPU is needed for that."""
+"""The inputs of the GPU's flash kernel, checked with a plain substitute for it that runs on a CPU."""
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 from dice_py.config.stages import ScoreConfig
 from dice_py.models.loading import load_model
 from dice_py.scoring import packed_attention
-from dice_py.scoring.packed_attention import Packed
+from dice_py.scoring.packed_attention import DeviceLayout
 from dice_py.scoring.packing import Packer
 from dice_py.scoring.scorer import Scorer
 
@@ -30,7 +32,7 @@ def plain_varlen(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """As torch documents `varlen_attn`, with causality from the bottom right, one sequence at a time."""
+    """`varlen_attn` as torch documents it, one sequence at a time, with the causal mask aligned to the bottom right."""
     assert q_ends.dtype == k_ends.dtype == torch.int32
     assert longest_query == int(q_ends.diff().max())
     assert longest_key == int(k_ends.diff().max())
@@ -64,8 +66,6 @@ def mistral() -> PreTrainedModel:
 def test_flash_path_gives_the_sums_of_the_padded_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, window: bool
 ) -> None:
-    import random
-
     rng = random.Random(0)
     model = mistral() if window else load_model(make_llama(tmp_path_factory.mktemp("models") / "llama"), CPU)
     prompts, responses = [], []
@@ -77,12 +77,12 @@ def test_flash_path_gives_the_sums_of_the_padded_one(
     want = Scorer(model, ScoreConfig()).sums(prompts, responses)
     calls = []
 
-    def varlen(*given: torch.Tensor, **named: object) -> torch.Tensor:
-        calls.append(named["window_size"])
-        return plain_varlen(*given, **named)  # type: ignore[arg-type]
+    def varlen(*args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        calls.append(kwargs["window_size"])
+        return plain_varlen(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    monkeypatch.setattr(packed_attention, "_padded", packed_attention._flash)
+    monkeypatch.setattr(packed_attention, "padded_attention", packed_attention.flash_attention)
     scorer = Scorer(model, ScoreConfig(token_budget=60))
     got = scorer.sums(prompts, responses)
     assert scorer.packs
@@ -93,10 +93,10 @@ def test_flash_path_gives_the_sums_of_the_padded_one(
 def test_keys_of_a_response_are_its_prompt_s_and_its_own() -> None:
     prompts, responses = [[1, 2, 3]] * 2 + [[4]], [[5, 6], [7], [8, 9, 10]]
     packer = Packer(prompts, responses)
-    batch = packer.take(100)
+    batch = packer.next_batch(100)
     assert not packer
     assert batch.tokens.tolist() == [4, 8, 9, 10, 1, 2, 3, 5, 6, 7]
-    keys, q_ends, k_ends, longest_query, longest_key = Packed(batch.layout, torch.device("cpu")).varlen()
+    keys, q_ends, k_ends, longest_query, longest_key = DeviceLayout(batch.layout, torch.device("cpu")).varlen()
     assert q_ends.tolist() == np.cumsum([0, 1, 3, 3, 2, 1]).tolist()
     assert k_ends.tolist() == np.cumsum([0, 1, 4, 3, 5, 4]).tolist()
     assert batch.tokens[keys].tolist() == [4, *[4, 8, 9, 10], 1, 2, 3, *[1, 2, 3, 5, 6], *[1, 2, 3, 7]]

@@ -1,4 +1,4 @@
-"""Packed batches against what each row alone would be: nothing lost, nothing twice, within the budget."""
+"""Packed batches against each row on its own: no row lost or repeated, and within the budget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dice_py.scoring.packing import Batch, Group, Packer, batches_by_budget, gro
 
 @dataclass(frozen=True)
 class Rows:
-    """What is to be packed; every prompt is one of a few, so that some are shared."""
+    """Rows to pack; every prompt is one of a few, so that some are shared."""
 
     prompts: list[list[int]]
     responses: list[list[int]]
@@ -32,24 +32,24 @@ _TOKENS = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 
 
 @st.composite
-def some_rows(draw: st.DrawFn, least: int = 0) -> Rows:
+def some_rows(draw: st.DrawFn, minimum: int = 0) -> Rows:
     few = draw(st.lists(_TOKENS, min_size=1, max_size=6))
-    rows = draw(st.lists(st.tuples(st.sampled_from(few), _TOKENS), min_size=least, max_size=30))
+    rows = draw(st.lists(st.tuples(st.sampled_from(few), _TOKENS), min_size=minimum, max_size=30))
     return Rows([list(prompt) for prompt, _ in rows], [response for _, response in rows])
 
 
 def drain(packer: Packer, budget: int) -> list[Batch]:
     batches = []
     while packer:
-        batches.append(packer.take(budget))
+        batches.append(packer.next_batch(budget))
     return batches
 
 
-def dealt(batch: Batch) -> list[tuple[list[int], list[int]]]:
+def contents(batch: Batch) -> list[tuple[list[int], list[int]]]:
     return [(list(group.prompt), group.rows) for group in batch.groups]
 
 
-def whole_groups(rows: Rows) -> dict[tuple[int, ...], int]:
+def group_sizes(rows: Rows) -> dict[tuple[int, ...], int]:
     """Size of each prompt with all of its responses."""
     sizes: dict[tuple[int, ...], int] = {}
     for prompt, response in zip(rows.prompts, rows.responses, strict=True):
@@ -76,28 +76,28 @@ def test_every_row_once_and_within_the_budget(rows: Rows, budget: int) -> None:
 @settings(max_examples=200, deadline=None)
 @given(some_rows(), BUDGETS)
 def test_only_groups_larger_than_a_batch_are_cut(rows: Rows, budget: int) -> None:
-    sizes = whole_groups(rows)
+    sizes = group_sizes(rows)
     batches = drain(rows.packer(), budget)
     parts = Counter(tuple(group.prompt) for batch in batches for group in batch.groups)
     for prompt, count in parts.items():
         assert count == 1 or sizes[prompt] > budget
     for batch, following in itertools.pairwise(batches):
-        # What came next did not fit into what was left, unless that was of a group that was cut.
+        # The next group did not fit in the remaining room, unless the last one was cut.
         cut = parts[tuple(batch.groups[-1].prompt)] > 1
         assert cut or len(batch.tokens) + sizes[tuple(following.groups[0].prompt)] > budget
 
 
 @settings(max_examples=100, deadline=None)
-@given(some_rows(least=1))
-def test_with_room_for_all_a_prompt_is_there_once(rows: Rows) -> None:
+@given(some_rows(minimum=1))
+def test_with_room_for_all_each_prompt_appears_once(rows: Rows) -> None:
     (batch,) = drain(rows.packer(), 10_000)
-    assert len(batch.tokens) == sum(whole_groups(rows).values())
+    assert len(batch.tokens) == sum(group_sizes(rows).values())
     assert batch.unshared_tokens == sum(rows.size(row) for row in range(len(rows.prompts)))
 
 
 @settings(max_examples=300, deadline=None)
-@given(some_rows(least=1), BUDGETS)
-def test_a_batch_is_what_each_row_alone_says(rows: Rows, budget: int) -> None:
+@given(some_rows(minimum=1), BUDGETS)
+def test_a_batch_holds_each_row_as_it_is_alone(rows: Rows, budget: int) -> None:
     for batch in drain(rows.packer(), budget):
         tokens, positions = batch.tokens.tolist(), batch.positions.tolist()
         covered: list[int] = []
@@ -107,7 +107,7 @@ def test_a_batch_is_what_each_row_alone_says(rows: Rows, budget: int) -> None:
         targets: list[int] = []
         for row, (start, length, prompt, before) in zip(batch.rows, batch.layout.responses.tolist(), strict=True):
             covered += range(start, start + length)
-            # The sequence by itself, and where its tokens lie in the batch.
+            # The sequence on its own, and where its tokens lie in the batch.
             sequence = [*rows.prompts[row], *rows.responses[row]]
             places = [*range(prompt, prompt + before), *range(start, start + length)]
             assert [prompt, before] in batch.layout.prompts.tolist()
@@ -126,27 +126,27 @@ def test_a_batch_is_what_each_row_alone_says(rows: Rows, budget: int) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(some_rows(), st.lists(st.tuples(BUDGETS, st.booleans()), max_size=20))
-def test_a_batch_given_back_was_never_taken(rows: Rows, steps: list[tuple[int, bool]]) -> None:
-    """The budget changes between takes, too."""
+def test_put_back_undoes_next_batch(rows: Rows, steps: list[tuple[int, bool]]) -> None:
+    """Also when the budget changes between batches."""
     packer, other = rows.packer(), rows.packer()
     for budget, fits in steps:
         assert bool(packer) == bool(other)
         if not packer:
             break
-        batch = packer.take(budget)
+        batch = packer.next_batch(budget)
         if fits:
-            assert dealt(batch) == dealt(other.take(budget))
+            assert contents(batch) == contents(other.next_batch(budget))
         else:
-            packer.give_back(batch)
-    assert [dealt(batch) for batch in drain(packer, 40)] == [dealt(batch) for batch in drain(other, 40)]
+            packer.put_back(batch)
+    assert [contents(batch) for batch in drain(packer, 40)] == [contents(batch) for batch in drain(other, 40)]
 
 
 @settings(max_examples=100, deadline=None)
-@given(some_rows(least=1), BUDGETS)
+@given(some_rows(minimum=1), BUDGETS)
 def test_the_group_of_the_longest_response_comes_first(rows: Rows, budget: int) -> None:
     first = drain(rows.packer(), budget)[0].groups[0]
-    of_it = [len(r) for p, r in zip(rows.prompts, rows.responses, strict=True) if p == list(first.prompt)]
-    assert max(of_it) == max(map(len, rows.responses))
+    lengths = [len(r) for p, r in zip(rows.prompts, rows.responses, strict=True) if p == list(first.prompt)]
+    assert max(lengths) == max(map(len, rows.responses))
 
 
 def test_a_group_is_cut_over_several_batches() -> None:
@@ -169,7 +169,7 @@ def test_a_batch_by_hand() -> None:
     assert batch.unshared_tokens == 5 + 3 + 3
 
 
-def test_prompts_are_one_by_what_they_hold() -> None:
+def test_equal_prompts_of_any_type_are_one_group() -> None:
     prompts = [[1, 2], np.array([1, 2], dtype=np.int32), [2, 1], np.array([1, 2]), [1]]
     groups = group_rows(prompts, range(5))
     assert [(list(group.prompt), group.rows) for group in groups] == [([1, 2], [0, 1, 3]), ([2, 1], [2]), ([1], [4])]

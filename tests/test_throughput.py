@@ -100,7 +100,7 @@ def test_seen_keys_are_counted(few: list[list[int]], data: st.DataObject, budget
     rows = data.draw(st.lists(st.tuples(st.sampled_from(few), _TOKENS), min_size=1, max_size=12))
     packer = Packer([prompt for prompt, _ in rows], [response for _, response in rows])
     while packer:
-        batch = packer.take(budget)
+        batch = packer.next_batch(budget)
         assert seen_keys(batch.layout) == count_pairs(batch)
 
 

@@ -1,15 +1,16 @@
-"""The token budget: how it starts, grows and shrinks, by examples worked out by hand."""
+"""The token budget: how it starts, grows and shrinks, on examples computed by hand."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
 
+from dice_py.compute import memory as device_memory
 from dice_py.compute.memory import free_host_memory
 from dice_py.models.flops import Shape
 from dice_py.scoring import token_budget
@@ -30,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Memory:
-    """A device's memory, in bytes, as torch.cuda tells it."""
+    """A simulated device's memory in bytes, as torch.cuda and the host report it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free, self.allocated, self.peak, self.reserved = free, 0, 0, 0
@@ -45,7 +46,7 @@ class Memory:
         }
         for name, call in calls.items():
             monkeypatch.setattr(torch.cuda, name, call)
-        monkeypatch.setattr(token_budget, "free_host_memory", lambda: self.free)
+        monkeypatch.setattr(device_memory, "free_host_memory", lambda: self.free)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 
 def make(
-    given: int | Literal["auto"] = "auto",
+    setting: int | Literal["auto"] = "auto",
     *,
     device: torch.device = CUDA,
     dtype: torch.dtype = torch.float32,
@@ -67,7 +68,7 @@ def make(
         if notes is not None:
             notes.append(fields["text"])
 
-    return TokenBudget(given, shape, dtype, device, on_event)
+    return TokenBudget(setting, shape, dtype, device, on_event)
 
 
 # --- the start ----------------------------------------------------------------------------------------------
@@ -75,17 +76,17 @@ def make(
 
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_starts_at_what_the_shape_lets_expect(device: torch.device) -> None:
+def test_starts_at_the_estimate_from_the_shape(device: torch.device) -> None:
     assert make(device=device).tokens == 1000
     assert make(device=device, dtype=torch.bfloat16).tokens == 2000
 
 
 @pytest.mark.parametrize(("device", "cap"), [(CPU, 8192), (CUDA, 131072)])
-def test_starts_between_the_least_and_the_cap(monkeypatch: pytest.MonkeyPatch, device: torch.device, cap: int) -> None:
+def test_starts_between_minimum_and_cap(monkeypatch: pytest.MonkeyPatch, device: torch.device, cap: int) -> None:
     Memory(monkeypatch, 10**14)
     assert make(device=device).tokens == cap
     Memory(monkeypatch, 1000)
-    assert make(device=device).tokens == TokenBudget.least == 256
+    assert make(device=device).tokens == TokenBudget.minimum == 256
 
 
 def test_cached_memory_is_free(memory: Memory) -> None:
@@ -93,14 +94,14 @@ def test_cached_memory_is_free(memory: Memory) -> None:
     assert make().tokens == 1000
 
 
-def test_starts_at_what_is_remembered(memory: Memory) -> None:
+def test_starts_at_the_cached_budget(memory: Memory) -> None:
     remember(KIND, "tiny, torch.float32, a cuda", 700)
     assert make().tokens == 700
     remember(KIND, "tiny, torch.float32, a cuda", 50_000)
-    assert make().tokens == 1000  # but not above what fits now
+    assert make().tokens == 1000  # but not above the current estimate
     remember(KIND, "tiny, torch.float32, a cuda", 3)
     assert make().tokens == 256
-    # Other keys: what was measured elsewhere is not taken for here.
+    # A budget cached for another dtype, device or model is not used.
     remember(KIND, "tiny, torch.float32, a cuda", 700)
     other = Shape("other", **{name: value for name, value in vars(SHAPE).items() if name != "name"})
     assert make(dtype=torch.bfloat16).tokens == 2000
@@ -120,7 +121,7 @@ def test_starts_at_what_is_remembered(memory: Memory) -> None:
         ),
     ],
 )
-def test_what_is_remembered_may_be_nonsense(folder: Path, content: str) -> None:
+def test_invalid_cache_content_is_ignored(folder: Path, content: str) -> None:
     (folder / "remembered.json").write_text(content)
     budget = make()
     assert budget.tokens == 1000
@@ -133,22 +134,22 @@ def test_what_is_remembered_may_be_nonsense(folder: Path, content: str) -> None:
 
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize(
-    ("tokens", "taken", "room", "want"),
+    ("tokens", "used", "free", "want"),
     [
-        (1000, 100, 100_000, 2000),  # there would be room for 900 times as much: twice is the most
+        (1000, 100, 100_000, 2000),  # there is room for 900 times as much, but it only doubles
         (1000, 1000, 2000, 1800),  # 0.9 × 2000 bytes / 1 byte a token
         (1000, 1000, 1200, 1080),
         (1000, 1000, 1112, 1000),  # 0.9 × 1112 = 1000.8: full
-        (1000, 1000, 1000, 1000),  # it does not shrink for what went well
+        (1000, 1000, 1000, 1000),  # it does not shrink after a success
         (500, 500, 10_000, 2000),  # twice the budget, not twice the batch
-        (499, 1, 10_000, 1000),  # too small a batch to tell
+        (499, 1, 10_000, 1000),  # too small a batch
         (600, 1200, 3000, 1350),  # 0.9 × 3000 × 600 / 1200
-        (1000, 0, 5000, 2000),  # no division by nothing
+        (1000, 0, 5000, 2000),  # no division by zero
     ],
 )
-def test_grows(tokens: int, taken: int, room: int, want: int) -> None:
+def test_grows(tokens: int, used: int, free: int, want: int) -> None:
     budget = make()
-    budget.grow(tokens, taken, room)
+    budget.grow(tokens, used, free)
     assert budget.tokens == want
     assert recall(KIND, "tiny, torch.float32, a cuda") == (want if want > 1000 else None)
 
@@ -162,24 +163,24 @@ def test_grows_to_the_cap() -> None:
     assert seen == [2000, 4000, 8000, 16000, 32000, 64000, 128000, 131072, 131072]
 
 
-def test_grows_by_what_the_device_tells(memory: Memory) -> None:
+def test_grows_by_the_memory_that_the_device_reports(memory: Memory) -> None:
     budget = make()
     memory.allocated = memory.peak = 5_000_000  # the model
-    memory.peak = 60_000_000  # of something before
+    memory.peak = 60_000_000  # of earlier work
     budget.start()
     memory.peak = max(memory.peak, 6_000_000)  # the batch: a million bytes above the model
-    memory.free, memory.reserved = 1_000_000, 5_700_000  # 1.7 million bytes can be had: 0.9 of it is 1530 tokens
-    budget.fitted(1000)
+    memory.free, memory.reserved = 1_000_000, 5_700_000  # 1.7 million bytes are available: 0.9 of it is 1530 tokens
+    budget.record_success(1000)
     assert budget.tokens == 1530
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
-@pytest.mark.parametrize("given", [100, 1000])
-def test_a_number_that_was_given_does_not_grow(memory: Memory, folder: Path, device: torch.device, given: int) -> None:
-    budget = make(given, device=device)
+@pytest.mark.parametrize("setting", [100, 1000])
+def test_a_fixed_number_does_not_grow(memory: Memory, folder: Path, device: torch.device, setting: int) -> None:
+    budget = make(setting, device=device)
     budget.start()
-    budget.fitted(given)
-    assert budget.tokens == given
+    budget.record_success(setting)
+    assert budget.tokens == setting
     assert not list(folder.iterdir())
 
 
@@ -187,44 +188,42 @@ def test_a_number_that_was_given_does_not_grow(memory: Memory, folder: Path, dev
 def test_on_a_cpu_it_does_not_grow() -> None:
     budget = make(device=CPU)
     budget.start()
-    budget.fitted(1000)
+    budget.record_success(1000)
     assert budget.tokens == 1000
 
 
 # --- shrinking ----------------------------------------------------------------------------------------------
 
 
-def test_halves_what_did_not_fit(memory: Memory) -> None:
+def test_halves_after_running_out_of_memory(memory: Memory) -> None:
     notes: list[str] = []
     budget = make(notes=notes)
     budget.halve(1000)
     assert budget.tokens == 500
     budget.halve(431)
-    assert budget.tokens == 256  # not below the least
+    assert budget.tokens == 256  # not below the minimum
     assert notes == [
-        "out of memory with 1000 tokens in a batch; going on with 500",
-        "out of memory with 431 tokens in a batch; going on with 256",
+        "out of memory with 1000 tokens in a batch; continuing with 500",
+        "out of memory with 431 tokens in a batch; continuing with 256",
     ]
     assert recall(KIND, "tiny, torch.float32, a cuda") == 256
     assert memory.emptied == 2
 
 
 @pytest.mark.usefixtures("memory")
-def test_does_not_grow_back_to_what_did_not_fit() -> None:
+def test_does_not_grow_back_to_a_size_that_failed() -> None:
     budget = make()
     budget.halve(900)
     budget.grow(450, 1, 10**9)
     assert budget.tokens == 450
     assert make().tokens == 450
-    again = make()  # a later stage, with more memory perhaps, may
+    again = make()  # a later stage may, since it may have more memory
     again.grow(450, 1, 10**9)
     assert again.tokens == 900
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_a_number_that_was_given_is_halved_and_not_remembered(
-    memory: Memory, folder: Path, device: torch.device
-) -> None:
+def test_a_fixed_number_is_halved_and_not_cached(memory: Memory, folder: Path, device: torch.device) -> None:
     budget = make(5000, device=device)
     budget.halve(4800)
     assert budget.tokens == 2400
@@ -247,9 +246,13 @@ def test_a_number_that_was_given_is_halved_and_not_remembered(
     ],
 )
 def test_memory_of_the_host(monkeypatch: pytest.MonkeyPatch, files: dict[str, list[str]], want: int) -> None:
-    monkeypatch.setattr(token_budget, "_lines", lambda file: files.get(file.name, []))
-    sizes = {"SC_AVPHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(token_budget, "os", SimpleNamespace(sysconf=sizes.__getitem__))
+    def read_text(file: Path) -> str:
+        if file.name not in files:
+            raise FileNotFoundError(file)
+        return "\n".join(files[file.name])
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}.__getitem__)
     assert free_host_memory() == want
 
 

@@ -1,4 +1,4 @@
-"""Tiny models of many families, by name: those whose layers take the packed attention, and those that do not."""
+"""Tiny models of many families: those that can be scored with packed attention, and those that cannot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPE: dict[str, Any] = {
 }
 WINDOW = 8  # far smaller than the sequences
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-LATENT = {  # values of another size than queries and keys
+LATENT = {  # the head size of values differs from that of queries and keys
     "q_lora_rank": None,
     "kv_lora_rank": 8,
     "qk_nope_head_dim": 16,
@@ -52,7 +52,7 @@ PACKED: dict[str, dict[str, Any]] = {
 }
 NOT_PACKED: dict[str, dict[str, Any]] = {
     "Bloom": {"n_head": 2, "n_layer": 2},
-    "Lfm2": {"full_attn_idxs": [1], "block_ff_dim": 48},  # its convolutions run over a row as it is
+    "Lfm2": {"full_attn_idxs": [1], "block_ff_dim": 48},  # its convolutions ignore where a sequence ends
     "Llama4": {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": WINDOW},
 }
 

@@ -1,12 +1,12 @@
-"""Attention over a packed row of tokens: a response sees its prompt and itself, a prompt sees itself.
+"""Attention over a packed row of tokens: a prompt attends to itself, a response to its prompt and itself.
 
-Registered with transformers as an attention implementation of its own, which any model takes whose layers call
-the attention interface. Queries, keys and values come as (1, heads, tokens, size) of the whole batch; where they
-belong is in the `Layout` (scoring/packing.py) that `packed` sets for the time of a forward.
+Registered with transformers as an attention implementation, for any model whose layers use the attention interface.
+Queries, keys and values of the complete batch come as (1, heads, tokens, head size). `use_packed_attention` sets the
+layout (`PackedLayout` in scoring/packing.py) that says which tokens belong together.
 
-On a GPU in a short type it is one call of the flash kernel for sequences of many lengths, causal from the bottom
-right, which is what a response after its prompt needs. Elsewhere sequences of like lengths are padded together,
-within attention alone, and go through `scaled_dot_product_attention`.
+On a GPU in float16 or bfloat16 the batch is one call of the flash kernel for sequences of different lengths. Its
+causal mask is aligned to the end of queries and keys, as a response after its prompt needs. Elsewhere sequences of
+similar length are padded together, within attention only, and use `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ if TYPE_CHECKING:
 
 NAME = "dice_packed"
 
-_ALIKE = 1.4  # lengths within this factor are padded to one
-_SCORES = 2**25  # entries of a mask at most, so that a block of long sequences stays small
+_LENGTH_RATIO = 1.4  # lengths within this factor are padded to one
+_MASK_ENTRIES = 2**25  # bounds the memory of a block of long sequences
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Sequences of like lengths: (rows, queries) and (rows, keys) token numbers, and who sees whom."""
+    """Sequences of similar length: the tokens that are their queries and keys, and who attends to whom."""
 
     queries: torch.Tensor
+    """(rows, queries) int64 indices of tokens."""
     keys: torch.Tensor
+    """(rows, keys) int64 indices of tokens."""
     real: torch.Tensor
-    """(rows, queries) bool: not padding."""
+    """(rows, queries) bool: false for padding."""
     mask: torch.Tensor | None
-    """(rows or 1, 1, queries, keys) bool; None is plainly causal."""
+    """(rows or 1, 1, queries, keys) bool; None for a plain causal mask."""
 
 
 @dataclass
-class Packed:
-    """A layout on a device, with what each kind of kernel needs of it (made once, used by every layer)."""
+class DeviceLayout:
+    """A layout on a device, with the tensors that each kernel needs (made once, used by every layer)."""
 
     layout: PackedLayout
     device: torch.device
@@ -55,24 +57,29 @@ class Packed:
     _varlen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int] | None = None
 
     def sequences(self) -> np.ndarray:
-        """(sequences, 4): start and length of the queries, start and length of what is seen before them."""
+        """(sequences, 4) int64: start and length of the queries, then of the prefix of keys that they also see."""
         prompts = np.pad(self.layout.prompts, ((0, 0), (0, 2)))
         return np.concatenate([prompts, self.layout.responses])
 
     def blocks(self, window: int | None) -> list[_Block]:
-        """Padded blocks for a sliding window of that many tokens, or for none."""
+        """Padded blocks under a sliding window of `window` tokens, or without one."""
         if window not in self._blocks:
             self._blocks[window] = list(_blocks(self.sequences(), window, self.device))
         return self._blocks[window]
 
     def varlen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """(keys, ends of queries, ends of keys, longest query, longest key) of the flash kernel."""
+        """Inputs of the flash kernel.
+
+        Returns:
+            (keys,) int64 indices of tokens; cumulative lengths of queries and of keys, (sequences + 1,) int32 each;
+            the longest query and the longest key, in tokens.
+        """
         if self._varlen is None:
             sequences = self.sequences()
             sequences = sequences[np.argsort(sequences[:, 0])]  # queries stand in the order of the tokens
             parts = []
-            for start, length, before, seen in sequences:
-                parts += [np.arange(before, before + seen), np.arange(start, start + length)]
+            for start, length, prefix_start, prefix in sequences:
+                parts += [np.arange(prefix_start, prefix_start + prefix), np.arange(start, start + length)]
             lengths = np.stack([sequences[:, 1], sequences[:, 1] + sequences[:, 3]])
             ends = np.pad(lengths.cumsum(axis=1), ((0, 0), (1, 0))).astype(np.int32)
             keys = torch.from_numpy(np.concatenate(parts)).to(self.device)
@@ -83,35 +90,36 @@ class Packed:
 
 def _blocks(sequences: np.ndarray, window: int | None, device: torch.device) -> Iterator[_Block]:
     bins: dict[tuple[int, int], list[int]] = {}
-    for number, (_, length, _, seen) in enumerate(sequences.tolist()):
-        place = (math.ceil(math.log(length, _ALIKE)), math.ceil(math.log(seen, _ALIKE)) if seen else -1)
-        bins.setdefault(place, []).append(number)
+    for number, (_, length, _, prefix) in enumerate(sequences.tolist()):
+        prefix_bin = math.ceil(math.log(prefix, _LENGTH_RATIO)) if prefix else -1
+        bins.setdefault((math.ceil(math.log(length, _LENGTH_RATIO)), prefix_bin), []).append(number)
     for numbers in bins.values():
-        found = sequences[numbers]
-        size = int(found[:, 1].max()) * int((found[:, 1] + found[:, 3]).max())
-        step = max(1, _SCORES // size)
-        for at in range(0, len(found), step):
-            yield _block(found[at : at + step], window, device)
+        similar = sequences[numbers]
+        size = int(similar[:, 1].max()) * int((similar[:, 1] + similar[:, 3]).max())
+        step = max(1, _MASK_ENTRIES // size)
+        for first in range(0, len(similar), step):
+            yield _block(similar[first : first + step], window, device)
 
 
 def _block(sequences: np.ndarray, window: int | None, device: torch.device) -> _Block:
-    starts, lengths, before, seen = sequences.T
-    queries, prefix = int(lengths.max()), int(seen.max())
+    starts, lengths, prefix_starts, prefixes = sequences.T
+    queries, prefix = int(lengths.max()), int(prefixes.max())
     own = np.arange(queries)
     real = own < lengths[:, None]
     query_at = np.where(real, starts[:, None] + own, starts[:, None])
-    # What comes before stands at the right end of its part: padding on the left, away from the queries' own.
-    offset = np.arange(prefix) - (prefix - seen[:, None])
-    key_at = np.concatenate([np.where(offset >= 0, before[:, None] + offset, starts[:, None]), query_at], axis=1)
-    plain = prefix == 0 and (window is None or queries <= window)
+    # A prefix is padded on the left, so that it ends where the queries' own keys begin.
+    offset = np.arange(prefix) - (prefix - prefixes[:, None])
+    prefix_at = np.where(offset >= 0, prefix_starts[:, None] + offset, starts[:, None])
+    key_at = np.concatenate([prefix_at, query_at], axis=1)
+    plain_causal = prefix == 0 and (window is None or queries <= window)
     mask = None
-    if not plain:
+    if not plain_causal:
         distance = (prefix + own)[:, None] - np.arange(prefix + queries)
         causal = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         rows = causal[None]
-        if (seen != prefix).any():
-            there = np.concatenate([offset >= 0, np.ones((len(sequences), queries), dtype=bool)], axis=1)
-            rows = causal[None] & there[:, None]
+        if (prefixes != prefix).any():
+            real_keys = np.concatenate([offset >= 0, np.ones((len(sequences), queries), dtype=bool)], axis=1)
+            rows = causal[None] & real_keys[:, None]
         mask = torch.from_numpy(rows[:, None].copy()).to(device)
     return _Block(
         torch.from_numpy(query_at).to(device),
@@ -121,7 +129,7 @@ def _block(sequences: np.ndarray, window: int | None, device: torch.device) -> _
     )
 
 
-_current: list[Packed] = []
+_current: list[DeviceLayout] = []
 
 
 def attend(
@@ -134,26 +142,27 @@ def attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: (1, heads, tokens, size) in, (1, tokens, heads, size) out."""
+    """transformers' attention interface: (1, heads, tokens, head size) in, (1, tokens, heads, head size) out."""
     del module, attention_mask
-    packed = _current[-1]
+    layout = _current[-1]
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
-        return _flash(packed, query, key, value, scaling, sliding_window), None
-    return _padded(packed, query, key, value, scaling, sliding_window), None
+        return flash_attention(layout, query, key, value, scaling, sliding_window), None
+    return padded_attention(layout, query, key, value, scaling, sliding_window), None
 
 
-def _flash(
-    packed: Packed,
+def flash_attention(
+    layout: DeviceLayout,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
+    """`attend` by one call of the flash kernel for sequences of different lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
-    keys, q_ends, k_ends, longest_query, longest_key = packed.varlen()
-    # The kernel knows one size of a head; where values have a smaller one, what is padded comes out as zeros.
+    keys, q_ends, k_ends, longest_query, longest_key = layout.varlen()
+    # The kernel takes one head size. Where values have a smaller one, their padding comes out as zeros.
     size = value.shape[-1]
     value = torch.nn.functional.pad(value, (0, query.shape[-1] - size))
     out = varlen_attn(
@@ -172,20 +181,20 @@ def _flash(
     return out[None, ..., :size]
 
 
-def _padded(
-    packed: Packed,
+def padded_attention(
+    layout: DeviceLayout,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    # Tokens first: a token's heads are gathered in one piece.
+    """`attend` in blocks of sequences of similar length, padded to the longest."""
+    # Tokens first: all heads of a token are gathered as one contiguous piece.
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    out = torch.empty(
-        (*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device
-    )  # values may have a size of their own
-    for block in packed.blocks(window):
+    # The head size of values may differ from that of queries.
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    for block in layout.blocks(window):
         attended = torch.nn.functional.scaled_dot_product_attention(
             q[block.queries].transpose(1, 2),
             k[block.keys].transpose(1, 2),
@@ -203,10 +212,10 @@ AttentionInterface.register(NAME, attend)
 
 
 @contextlib.contextmanager
-def packed(model: PreTrainedModel, layout: PackedLayout) -> Iterator[None]:
-    """Forwards of `model` in this block are of one packed row of tokens, laid out so."""
+def use_packed_attention(model: PreTrainedModel, layout: PackedLayout) -> Iterator[None]:
+    """Within the block, forwards of `model` are of one packed row of tokens with this layout."""
     before = model.config._attn_implementation
-    _current.append(Packed(layout, model.device))
+    _current.append(DeviceLayout(layout, model.device))
     model.set_attn_implementation(NAME)
     try:
         yield

@@ -1,39 +1,25 @@
-"""Sequences packed for scoring: no padding in a batch, and each prompt once for all of its responses.
+"""Sequences packed for scoring: a batch has no padding, and each prompt once for all of its responses.
 
-A batch is one row of tokens: a prompt, then its responses one after the other, then the next prompt. Everything
-but attention works on tokens one by one and needs to know no more; attention (scoring/packed_attention.py) is told
-which tokens belong together by a `Layout`.
+A batch is one row of tokens: a prompt, then its responses one after the other, then the next prompt. Everything but
+attention treats tokens independently. Attention (scoring/packed_attention.py) reads from a `PackedLayout` which
+tokens belong together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
-
-
-def seen_keys(layout: PackedLayout) -> int:
-    """Pairs of a query and a key that it sees, over all sequences of a packed batch."""
-    lengths, before = layout.responses[:, 1], layout.responses[:, 3]
-    prompts = layout.prompts[:, 1]
-    own = (lengths * (lengths + 1)).sum() + (prompts * (prompts + 1)).sum()
-    return int(own // 2 + (lengths * before).sum())
-
 
 Tokens: TypeAlias = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt of a batch, and the rows (numbers of the caller's) whose responses follow it."""
+    """One prompt of a batch, and the row numbers (of the caller's lists) of the responses that follow it."""
 
     prompt: Tokens
     rows: list[int]
@@ -43,8 +29,8 @@ class Group:
 class PackedLayout:
     """Where prompts and responses lie in a batch's row of tokens.
 
-    `prompts` is (groups, 2) and `responses` (responses, 4), int64: start and length of each prompt; start, length,
-    and the start and length of the prompt before it of each response.
+    `prompts` is (groups, 2) int64: start and length of each prompt. `responses` is (responses, 4) int64: start and
+    length of each response, then start and length of its prompt.
     """
 
     prompts: np.ndarray
@@ -53,7 +39,7 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Groups that are run together."""
+    """Groups that are run in one forward."""
 
     groups: list[Group]
     responses: Sequence[Tokens]
@@ -65,16 +51,16 @@ class Batch:
 
     @cached_property
     def layout(self) -> PackedLayout:
-        """Where everything lies."""
-        prompts, found, at = [], [], 0
+        """Starts and lengths of all prompts and responses."""
+        prompts, responses, end = [], [], 0
         for group in self.groups:
-            start, length = at, len(group.prompt)
+            start, length = end, len(group.prompt)
             prompts.append((start, length))
-            at += length
+            end += length
             for row in group.rows:
-                found.append((at, len(self.responses[row]), start, length))
-                at += len(self.responses[row])
-        return PackedLayout(np.array(prompts, dtype=np.int64), np.array(found, dtype=np.int64))
+                responses.append((end, len(self.responses[row]), start, length))
+                end += len(self.responses[row])
+        return PackedLayout(np.array(prompts, dtype=np.int64), np.array(responses, dtype=np.int64))
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -86,21 +72,21 @@ class Batch:
 
     @cached_property
     def positions(self) -> np.ndarray:
-        """(tokens,) int64: a response goes on counting where its prompt ends."""
+        """(tokens,) int64 position ids: every response continues from the end of its prompt."""
         parts = []
         for group in self.groups:
-            before = len(group.prompt)
-            parts.append(np.arange(before))
-            parts += [np.arange(before, before + len(self.responses[row])) for row in group.rows]
+            prompt_length = len(group.prompt)
+            parts.append(np.arange(prompt_length))
+            parts += [np.arange(prompt_length, prompt_length + len(self.responses[row])) for row in group.rows]
         return np.concatenate(parts)
 
     @cached_property
     def predicting(self) -> np.ndarray:
-        """(response tokens,) int64: for each token of a response, where the one before it lies."""
+        """(response tokens,) int64: for each token of a response, the index in the batch of the token before it."""
         parts = []
-        for start, length, prompt, before in self.layout.responses:
+        for start, length, prompt_start, prompt_length in self.layout.responses:
             part = np.arange(start - 1, start - 1 + length)
-            part[0] = prompt + before - 1  # the prompt's last token
+            part[0] = prompt_start + prompt_length - 1  # the prompt's last token predicts the first
             parts.append(part)
         return np.concatenate(parts)
 
@@ -111,25 +97,33 @@ class Batch:
 
     @property
     def unshared_tokens(self) -> int:
-        """Tokens that one sequence for each response would have."""
+        """Tokens that the batch would have with the prompt repeated for each response."""
         return int(self.layout.responses[:, [1, 3]].sum())
 
 
+def seen_keys(layout: PackedLayout) -> int:
+    """Number of (query, key) pairs that attention evaluates, over all sequences of a packed batch."""
+    lengths, prompt_lengths = layout.responses[:, 1], layout.responses[:, 3]
+    prompts = layout.prompts[:, 1]
+    causal = (lengths * (lengths + 1)).sum() + (prompts * (prompts + 1)).sum()
+    return int(causal // 2 + (lengths * prompt_lengths).sum())
+
+
 def group_rows(prompts: Sequence[Tokens], rows: Sequence[int]) -> list[Group]:
-    """Rows of equal prompts together, in order of appearance."""
-    found: dict[bytes, Group] = {}
+    """Groups the rows of equal prompts, in order of appearance."""
+    groups: dict[bytes, Group] = {}
     for row in rows:
         prompt = np.asarray(prompts[row], dtype=np.int64)
-        found.setdefault(prompt.tobytes(), Group(prompt, [])).rows.append(row)
-    return list(found.values())
+        groups.setdefault(prompt.tobytes(), Group(prompt, [])).rows.append(row)
+    return list(groups.values())
 
 
 class Packer:
-    """Deals rows into batches of at most a number of tokens, which may change while it deals.
+    """Splits rows into batches within a token budget, which may change from batch to batch.
 
-    Groups of long responses come first, so that what does not fit fails at once, and those of like length are
-    together. A group that is larger than a batch is cut, and its prompt computed for each part; a sequence longer
-    than the budget gets a batch of its own.
+    Groups with the longest responses come first, so that an out-of-memory error comes early and groups of similar
+    length share a batch. A group larger than a batch is cut, and its prompt computed for each part. A sequence longer
+    than the budget gets a batch of its own. A packer is true while rows remain.
     """
 
     def __init__(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> None:
@@ -142,8 +136,8 @@ class Packer:
     def __bool__(self) -> bool:
         return bool(self._open)
 
-    def take(self, budget: int) -> Batch:
-        """The next batch: whole groups as far as they fit, and a part of one that alone does not."""
+    def next_batch(self, budget: int) -> Batch:
+        """Removes and returns as many complete groups as fit, or the part that fits of one that is too large."""
         groups: list[Group] = []
         room = budget
         while self._open:
@@ -160,8 +154,8 @@ class Packer:
                 break
         return Batch(groups, self._responses)
 
-    def give_back(self, batch: Batch) -> None:
-        """Undoes the last `take`: the batch did not fit in memory."""
+    def put_back(self, batch: Batch) -> None:
+        """Undoes the last `next_batch`, for a batch that did not fit in memory."""
         for group in reversed(batch.groups):
             if self._open and self._open[-1].prompt is group.prompt:  # the rest of a group that was cut
                 group = Group(group.prompt, group.rows + self._open.pop().rows)
@@ -183,10 +177,10 @@ class Packer:
 
 
 def batches_by_budget(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Row numbers in batches whose padded size (rows × longest) is within `token_budget`.
+    """Yields row numbers in batches whose padded size (rows × longest) is within `token_budget`.
 
-    Sorted by length, longest first, so that padding is small and the largest batch comes first: what does
-    not fit in memory fails at once. A sequence longer than the budget gets a batch of its own.
+    Rows are sorted by length, longest first, so that padding is small and an out-of-memory error comes early. A
+    sequence longer than the budget gets a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batch: list[int] = []

@@ -1,4 +1,4 @@
-"""Log-probabilities of preference pairs under one model."""
+"""Log-probabilities of preference pairs under one model, in this process."""
 
 from __future__ import annotations
 
@@ -26,12 +26,24 @@ def score_pairs(
     pairs: pl.DataFrame,
     report: Report = no_report,
 ) -> pl.DataFrame:
-    """`chosen_logp` and `rejected_logp` f32 of pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+    """Σ_t log π(y_t | x, y_<t) in nats of both responses of each pair.
+
+    Args:
+        policy: folder of the model.
+        pairs: `prompt_ids`, `chosen_ids` and `rejected_ids`, lists of token ids.
+        report: receives a `progress` event after each batch.
+
+    Returns:
+        `chosen_logp` and `rejected_logp` f32, one row per pair.
+
+    Raises:
+        DataError: a column is not a list of integers or holds nulls, or a sequence cannot be scored (`Scorer.sums`).
+    """
     with timed("import"):
         from dice_py.scoring.scorer import Scorer
 
     prompts: list[Tokens] = list(token_arrays(pairs, "prompt_ids", "the pairs"))
-    sides: list[Tokens] = [
+    responses: list[Tokens] = [
         tokens for side in ("chosen_ids", "rejected_ids") for tokens in token_arrays(pairs, side, "the pairs")
     ]
     done = 0
@@ -39,12 +51,12 @@ def score_pairs(
     def on_batch(count: int) -> None:
         nonlocal done
         done += count
-        report("progress", stage="score pairs", done=done, total=len(sides), unit="sequences")
+        report("progress", stage="score pairs", done=done, total=len(responses), unit="sequences")
 
     scorer = Scorer(held_model(policy, models), config, report)
-    sums = scorer.sums(prompts * 2, sides, on_batch)
-    half = len(prompts)
+    sums = scorer.sums(prompts * 2, responses, on_batch)
+    count = len(prompts)
     return pl.DataFrame(
-        {"chosen_logp": sums[:half], "rejected_logp": sums[half:]},
+        {"chosen_logp": sums[:count], "rejected_logp": sums[count:]},
         schema={"chosen_logp": pl.Float32, "rejected_logp": pl.Float32},
     )

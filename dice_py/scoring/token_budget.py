@@ -1,8 +1,8 @@
-"""How many tokens one batch may have: found while the work goes on, and remembered per model and device.
+"""The largest number of tokens in one batch, adapted to the device while batches run and cached per model and device.
 
-On a GPU it starts at what the model's shape lets expect, and grows until memory is near full; what a batch takes
-grows with its tokens, so the last batch says how far. Out of memory halves it. On a CPU more tokens stop paying
-early (benches/scoring.py measures it), so it only has to fit.
+On a GPU the budget starts at an estimate from the model's shape and grows until memory is nearly full. The memory of a
+batch is proportional to its tokens, so the last batch tells how far. An out-of-memory error halves it. On a CPU
+larger batches soon stop being faster (benches/scoring.py measures it), so the budget only has to fit in memory.
 """
 
 from __future__ import annotations
@@ -18,66 +18,67 @@ from dice_py.storage.cache import recall, remember
 
 _CPU_TOKENS = 8192
 _GPU_TOKENS = 131072  # a batch of seconds already; larger ones only make an out-of-memory error cost more
-_NEAR_FULL = 0.9
-_KIND = "token budgets"
+_USABLE = 0.9  # share of the free memory that a batch may use
+_CACHE_KIND = "token budgets"
 
 
 class TokenBudget:
-    """Tokens of one batch, now: `tokens`.
+    """Tokens allowed in one batch: `tokens`.
 
     Args:
-        given: a number that is kept to (and only halved where memory runs out), or "auto".
-        shape, dtype, device: of the model that is held there already.
+        setting: a fixed number, lowered only when memory runs out; or "auto".
+        shape, dtype, device: of the model, already loaded on `device`.
+        report: receives a note when the budget is halved.
     """
 
-    least = 256
-    """A batch of no more tokens is not halved: the error is then the caller's."""
+    minimum = 256
+    """Tokens; a batch of no more is not halved, and its error reaches the caller."""
 
     def __init__(
-        self, given: int | Literal["auto"], shape: Shape, dtype: torch.dtype, device: torch.device, report: Report
+        self, setting: int | Literal["auto"], shape: Shape, dtype: torch.dtype, device: torch.device, report: Report
     ) -> None:
-        self._auto = given == "auto"
+        self._auto = setting == "auto"
         self._device = device
         self._report = report
-        self._key = f"{shape.name}, {dtype}, {device_name(device)}"
+        self.cache_key = f"{shape.name}, {dtype}, {device_name(device)}"
         self._cap = _GPU_TOKENS if device.type == "cuda" else _CPU_TOKENS
-        if given == "auto":
-            # In a layer: the residual, its norm, queries, keys, values and what attention gives, and the two sides of
-            # the feed-forward with their product. A guess that only has to be near; the largest batch corrects it.
-            each = dtype.itemsize * (8 * shape.hidden + 4 * shape.widest)
-            fitting = int(_NEAR_FULL / 2 * free_memory(device) / each)
-            known = recall(_KIND, self._key)
-            self.tokens = max(self.least, min(known if isinstance(known, int) else fitting, fitting, self._cap))
+        if setting == "auto":
+            # Per token in a layer: the residual, its norm, queries, keys, values and attention's output, and both
+            # sides of the feed-forward with their product. A rough estimate; `grow` corrects it.
+            token_bytes = dtype.itemsize * (8 * shape.hidden + 4 * shape.widest)
+            fitting = int(_USABLE / 2 * free_memory(device) / token_bytes)
+            cached = recall(_CACHE_KIND, self.cache_key)
+            self.tokens = max(self.minimum, min(cached if isinstance(cached, int) else fitting, fitting, self._cap))
         else:
-            self.tokens = given
+            self.tokens = setting
 
     def start(self) -> None:
-        """Before a batch: from here on its memory is counted."""
+        """Call before a batch: its peak memory is measured from here."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
 
-    def fitted(self, tokens: int) -> None:
-        """After a batch of so many tokens that went well: grows where there is room."""
+    def record_success(self, tokens: int) -> None:
+        """Call after a batch of `tokens` that fit in memory: the budget grows where there is room."""
         if not self._auto or self._device.type != "cuda":
             return
-        taken = torch.cuda.max_memory_allocated(self._device) - self._before
-        self.grow(tokens, taken, free_memory(self._device))
+        used = torch.cuda.max_memory_allocated(self._device) - self._before
+        self.grow(tokens, used, free_memory(self._device))
 
-    def grow(self, tokens: int, taken: int, room: int) -> None:
-        """A batch of `tokens` took `taken` bytes of the `room` that there was; at most twice as many come next."""
+    def grow(self, tokens: int, used: int, free: int) -> None:
+        """Raises the budget, to at most twice itself, after a batch of `tokens` used `used` of `free` bytes."""
         if tokens < self.tokens // 2:
-            return  # too small a batch to tell
-        grown = min(2 * self.tokens, int(_NEAR_FULL * room * tokens / max(taken, 1)), self._cap)
+            return  # fixed costs dominate a small batch
+        grown = min(2 * self.tokens, int(_USABLE * free * tokens / max(used, 1)), self._cap)
         if grown > self.tokens:
             self.tokens = grown
-            remember(_KIND, self._key, grown)
+            remember(_CACHE_KIND, self.cache_key, grown)
 
     def halve(self, tokens: int) -> None:
-        """A batch of so many tokens did not fit."""
-        self.tokens = self._cap = max(self.least, tokens // 2)
+        """Lowers the budget to half of a batch of `tokens` that ran out of memory, for the rest of this process."""
+        self.tokens = self._cap = max(self.minimum, tokens // 2)
         if self._auto:
-            remember(_KIND, self._key, self.tokens)
-        self._report("note", text=f"out of memory with {tokens} tokens in a batch; going on with {self.tokens}")
+            remember(_CACHE_KIND, self.cache_key, self.tokens)
+        self._report("note", text=f"out of memory with {tokens} tokens in a batch; continuing with {self.tokens}")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

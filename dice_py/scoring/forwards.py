@@ -1,0 +1,56 @@
+"""Summed log-probabilities of one batch of tokens: the packed forward and the padded one.
+
+Neither chooses its batch nor handles a lack of memory; scoring/scorer.py does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dice_py.scoring.lm_head import LogitHead
+from dice_py.scoring.packed_attention import use_packed_attention
+from dice_py.scoring.packing import Batch, Tokens
+
+
+def packed_sums(head: LogitHead, batch: Batch) -> list[float]:
+    """Σ_t log π(y_t | x, y_<t) in nats for each response, in the order of `batch.rows`, by one packed forward."""
+    device = head.model.device
+    ids, positions, predicting, targets = (
+        torch.from_numpy(part).to(device) for part in (batch.tokens, batch.positions, batch.predicting, batch.targets)
+    )
+    with use_packed_attention(head.model, batch.layout):
+        output = head.backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    hidden = output.last_hidden_state[0]
+    return _response_sums(head.token_logps(hidden[predicting], targets), batch.layout.responses[:, 1])
+
+
+def padded_sums(
+    head: LogitHead, rows: list[int], prompts: Sequence[Tokens], responses: Sequence[Tokens]
+) -> list[float]:
+    """Σ_t log π(y_t | x, y_<t) in nats for each of `rows`, by one forward of sequences padded on the right."""
+    device = head.model.device
+    lengths = [len(prompts[row]) + len(responses[row]) for row in rows]
+    # Under causal attention no real token attends to padding on its right. So the padding token's id does not
+    # matter, and positions count from 0 in every row.
+    ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+    mask = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+    predicts = torch.zeros((len(rows), max(lengths)), dtype=torch.bool)
+    for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[at, :length] = torch.from_numpy(np.concatenate([prompts[row], responses[row]]))
+        mask[at, :length] = 1
+        predicts[at, len(prompts[row]) - 1 : length - 1] = True
+    output = head.backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    targets = ids.roll(-1, dims=1)[predicts].to(device)
+    logps = head.token_logps(output.last_hidden_state[predicts.to(device)], targets)
+    return _response_sums(logps, np.array([len(responses[row]) for row in rows]))
+
+
+def _response_sums(logps: torch.Tensor, lengths: np.ndarray) -> list[float]:
+    """Sums, in float64, of consecutive runs of `lengths` log-probabilities."""
+    running = logps.cpu().double().cumsum(dim=0)
+    at_ends = running[torch.from_numpy(lengths.cumsum() - 1)].numpy()
+    sums: list[float] = np.diff(at_ends, prepend=0.0).tolist()
+    return sums
