@@ -285,7 +285,7 @@ proptest! {
     }
 
     #[test]
-    fn buckets_are_centred(rows in rows(false), size in 1usize..40, limits in limits(), buckets in 1usize..12) {
+    fn buckets_are_centered(rows in rows(false), size in 1usize..40, limits in limits(), buckets in 1usize..12) {
         let mined = run(&rows, size, Debias::Bucket { buckets, scale: false }, limits);
         let one = Limits { min_responses: 1, ..limits };
         let mut all: Vec<Response> = usable(&rows, one).into_values().flatten().collect();
