@@ -1,7 +1,7 @@
-//! Mining speed, in rows a second: grouped and shuffled rows; 2, 16, 64 and 1 to 40 responses a prompt; the ways of
-//! debiasing and of pairing.
+//! Mining speed in rows per second: grouped and shuffled rows; 2, 16, 64 and 1 to 40 responses per prompt; all ways of
+//! debiasing and pairing.
 
-#![allow(missing_docs, reason = "criterion_group! makes undocumented functions")]
+#![allow(missing_docs, reason = "criterion_group! generates undocumented functions")]
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -9,8 +9,8 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use dice_benches::{Order, Responses, columns};
-use dice_core::pairing::{Pairing, Tolerance};
-use dice_core::records::Records;
+use dice_core::input::records::Records;
+use dice_core::pairs::pairing::{Pairing, Tolerance};
 use dice_core::{Columns, Debias, Options, mine};
 
 const ROWS: usize = 1 << 20;
@@ -36,24 +36,24 @@ fn exact_penalty(criterion: &mut Criterion) {
     }
 }
 
-fn options(criterion: &mut Criterion) {
-    let of = |debias, pairing| Options { debias, pairing, ..Options::default() };
+fn debiasing_and_pairing(criterion: &mut Criterion) {
+    let options = |debias, pairing| Options { debias, pairing, ..Options::default() };
     let linear = Debias::LinearAuto;
-    let ways = [
-        ("none", of(Debias::None, Pairing::MaxMin)),
-        ("fixed penalty", of(Debias::Linear(1e-3), Pairing::MaxMin)),
-        ("per token", of(Debias::PerToken, Pairing::MaxMin)),
-        ("bucket", of(Debias::Bucket { buckets: 10, scale: false }, Pairing::MaxMin)),
-        ("matched", of(Debias::None, Pairing::Matched(Tolerance::Absolute(100)))),
-        ("max_random", of(linear, Pairing::MaxRandom { seed: 0 })),
-        ("top_bottom", of(linear, Pairing::TopBottom { top: 2, bottom: 2, most: 4 })),
-        ("max_sweet_spot", of(linear, Pairing::SweetSpot { deviations: 2.0 })),
-        ("all_pairs", of(linear, Pairing::All { most: 8 })),
+    let variants = [
+        ("none", options(Debias::None, Pairing::MaxMin)),
+        ("fixed penalty", options(Debias::Linear(1e-3), Pairing::MaxMin)),
+        ("per token", options(Debias::PerToken, Pairing::MaxMin)),
+        ("bucket", options(Debias::Bucket { buckets: 10, scale: false }, Pairing::MaxMin)),
+        ("matched", options(Debias::None, Pairing::Matched(Tolerance::Absolute(100)))),
+        ("max_random", options(linear, Pairing::MaxRandom { seed: 0 })),
+        ("top_bottom", options(linear, Pairing::TopBottom { top: 2, bottom: 2, max_pairs: 4 })),
+        ("max_sweet_spot", options(linear, Pairing::SweetSpot { deviations: 2.0 })),
+        ("all_pairs", options(linear, Pairing::All { max_pairs: 8 })),
         ("win rates", Options { win_rates: Some(1.0), ..Options::default() }),
     ];
     let input = columns(ROWS, Responses::Each(16), Order::Grouped, 0);
     let mut group = group(criterion, "options, Grouped, Each(16)", &input);
-    for (name, options) in ways {
+    for (name, options) in variants {
         group.bench_function(name, |bencher| bencher.iter(|| mine(black_box(&input), &options)));
     }
     group.finish();
@@ -66,5 +66,5 @@ fn sorting(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, exact_penalty, options, sorting);
+criterion_group!(benches, exact_penalty, debiasing_and_pairing, sorting);
 criterion_main!(benches);

@@ -8,21 +8,21 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Whether the rows of a prompt lie together.
+/// Whether the rows of a prompt are contiguous.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// Rows by prompt.
+    /// Rows sorted by prompt.
     Grouped,
     /// Rows in random order.
     Shuffled,
 }
 
-/// Responses of a prompt.
+/// Number of responses per prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Responses {
-    /// As many for each.
+    /// The same number for every prompt.
     Each(usize),
-    /// 1 to 40 of them.
+    /// 1 to 40 responses.
     Ragged,
 }
 

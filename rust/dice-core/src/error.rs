@@ -1,27 +1,27 @@
-//! What can go wrong, each with the row and the remedy.
+//! Errors, each with the row and the remedy.
 
 use arrow_schema::DataType;
 
-/// An error that the caller's user can act on.
+/// An error that the user of the caller can correct.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// An option out of range.
+    /// An option is out of range.
     #[error("{0}")]
     Usage(String),
-    /// A column that the input lacks.
+    /// The input lacks a column: the column, and the columns that it has.
     #[error("column '{0}' is missing from the input; columns are {1}")]
     MissingColumn(String, String),
-    /// A column of a type that the miner cannot read.
-    #[error("column '{column}' has type {found}, but must be {wanted}; cast it first")]
+    /// A column has a type that the miner cannot read.
+    #[error("column '{column}' has type {actual}, but must be {expected}; cast it first")]
     ColumnType {
         /// The column's role: `prompt`, `reward`, `length`, `truncated`, `key`, `weight`.
         column: &'static str,
-        /// The type that was found.
-        found: DataType,
-        /// The types that are read.
-        wanted: &'static str,
+        /// The type of the column.
+        actual: DataType,
+        /// The types that can be read.
+        expected: &'static str,
     },
-    /// A null where every row needs a value.
+    /// A null in a column that needs a value in every row.
     #[error("row {row}: the {column} is null; fill or drop such rows first")]
     Null {
         /// The column's role.
@@ -49,10 +49,10 @@ pub enum Error {
         /// Its value.
         value: f64,
     },
-    /// No rows at all.
-    #[error("the input has no rows; give a table with at least one response")]
+    /// The input has no rows.
+    #[error("the input has no rows; pass a table with at least one response")]
     Empty,
-    /// Batches that could not be read.
+    /// A batch could not be read.
     #[error("the input could not be read: {0}")]
     Read(String),
 }

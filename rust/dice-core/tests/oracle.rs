@@ -1,6 +1,6 @@
-//! The miner against a naive oracle, which shares no code with it: rewards are whole numbers of a
-//! small unit, penalties are fractions, everything is compared in 128-bit integers, and the gap is
-//! tried at the break point of every two responses of every prompt.
+//! The miner against a naive oracle, which shares no code with it: rewards are multiples of a small unit, penalties are
+//! fractions, all comparisons are in 128-bit integers, and the oracle computes the gap at the break point of every two
+//! responses of every prompt.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use std::sync::Arc;
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Float32Type, Int64Type, UInt32Type, UInt64Type};
 use arrow_array::{ArrayRef, BooleanArray, Float32Array, Float64Array, Int64Array, RecordBatch, UInt32Array};
-use dice_core::filter::Filter;
-use dice_core::mine::CurvePoint;
+use dice_core::input::filter::Filter;
+use dice_core::penalty::steps::CurvePoint;
 use dice_core::{Columns, Debias, Mined, Options, mine};
 use proptest::prelude::*;
 
@@ -19,7 +19,7 @@ const UNIT: f64 = 1.0 / (1 << 20) as f64;
 #[derive(Debug, Clone, PartialEq)]
 struct Row {
     prompt: i64,
-    /// In units; `None` is null, and `i64::MAX` stands for NaN.
+    /// In units; `None` is null, and `i64::MAX` means NaN.
     reward: Option<i64>,
     length: Option<u32>,
     truncated: bool,
@@ -48,9 +48,9 @@ fn batch(rows: &[Row]) -> RecordBatch {
 
 fn run(rows: &[Row], size: usize, debias: Debias, limits: Limits) -> Mined {
     // Slices of one batch, so that buffers start at an offset.
-    let whole = batch(rows);
+    let all = batch(rows);
     let starts = (0..rows.len()).step_by(size);
-    let batches = starts.map(|from| Ok(whole.slice(from, size.min(rows.len() - from))));
+    let batches = starts.map(|from| Ok(all.slice(from, size.min(rows.len() - from))));
     let filter = Filter { min_length: limits.min_length, max_length: limits.max_length };
     let options = Options { debias, min_responses: limits.min_responses, filter, ..Options::default() };
     mine(&Columns::new(batches).unwrap(), &options).unwrap()
@@ -66,9 +66,10 @@ fn pairs(mined: &Mined) -> Vec<(i64, u64, u64)> {
 
 // ---- the oracle
 
-type Response = (i128, i128, u64); // reward in units, length, row
+/// Reward in units, length, row.
+type Response = (i128, i128, u64);
 
-/// Usable responses of the prompts that have enough of them.
+/// UsableRows responses of the prompts that have enough of them.
 fn usable(rows: &[Row], limits: Limits) -> BTreeMap<i64, Vec<Response>> {
     let mut prompts = BTreeMap::<i64, Vec<Response>>::new();
     for (row, number) in rows.iter().zip(0..) {
@@ -85,9 +86,9 @@ fn usable(rows: &[Row], limits: Limits) -> BTreeMap<i64, Vec<Response>> {
 
 /// Chosen and rejected at the penalty `over / under` (in units), by sorting.
 fn naive_pair(responses: &[Response], over: i128, under: i128) -> Option<(Response, Response)> {
-    let penalised = |r: &Response| r.0 * under - over * r.1;
-    let chosen = responses.iter().min_by_key(|r| (-penalised(r), r.1, r.2))?;
-    let rejected = responses.iter().min_by_key(|r| (penalised(r), -r.1, r.2))?;
+    let penalized = |r: &Response| r.0 * under - over * r.1;
+    let chosen = responses.iter().min_by_key(|r| (-penalized(r), r.1, r.2))?;
+    let rejected = responses.iter().min_by_key(|r| (penalized(r), -r.1, r.2))?;
     (chosen.2 != rejected.2).then_some((*chosen, *rejected))
 }
 
@@ -113,23 +114,23 @@ impl PartialOrd for Fraction {
 
 /// Every penalty at which anything could change, and zero.
 fn candidates(prompts: &BTreeMap<i64, Vec<Response>>) -> Vec<Fraction> {
-    let mut found = BTreeSet::from([Fraction(0, 1)]);
+    let mut fractions = BTreeSet::from([Fraction(0, 1)]);
     for responses in prompts.values() {
         for a in responses {
             for b in responses {
                 if a.1 > b.1 && a.0 > b.0 {
-                    found.insert(Fraction(a.0 - b.0, a.1 - b.1));
+                    fractions.insert(Fraction(a.0 - b.0, a.1 - b.1));
                 }
             }
         }
     }
-    found.into_iter().collect()
+    fractions.into_iter().collect()
 }
 
 // ---- inputs
 
 fn rows(dense: bool) -> impl Strategy<Value = Vec<Row>> {
-    // Few values and many ties, or many values and few.
+    // Few values with many ties, or many values with few ties.
     let (rewards, lengths) = if dense { (-3i64..4, 0u32..6) } else { (-8i64 << 20..8 << 20, 0u32..2000) };
     let reward = prop_oneof![30 => rewards.prop_map(Some), 1 => Just(None), 1 => Just(Some(i64::MAX))];
     let length = prop_oneof![30 => lengths.prop_map(Some), 1 => Just(None)];
@@ -164,7 +165,7 @@ fn check_auto(rows: &[Row], size: usize, limits: Limits) -> Result<(), TestCaseE
     let prompts = usable(rows, limits);
     let candidates = candidates(&prompts);
     let gaps: Vec<_> = candidates.iter().map(|f| naive_gap(&prompts, f.0, f.1)).collect();
-    // The first of the least.
+    // Of equal gaps, the lowest penalty.
     let best = (0..gaps.len()).min_by_key(|&i| (gaps[i].abs(), i)).unwrap();
     let (low, high) = mined.alpha_interval.unwrap();
     prop_assert!(near(low, candidates[best]), "{low} is not {:?}", candidates[best]);
@@ -224,7 +225,7 @@ proptest! {
         prop_assert_eq!(pairs(&mined), expected);
         let (low, high) = mined.alpha_interval.unwrap();
         prop_assert!(low <= alpha && alpha < high);
-        // The same pairs at the low end, and others at the high end and below the low one.
+        // The pairs are the same at the low end, and differ at the high end and below the low end.
         let at = |alpha: f64| {
             let mined = run(&rows, size, Debias::Linear(alpha), limits);
             (mined.gap_after * mined.pairs[0].num_rows() as f64).round() as i64
@@ -273,9 +274,9 @@ proptest! {
         let moved: Vec<Row> = shuffled.iter().map(|&(_, i)| rows[i].clone()).collect();
         let (before, after) = (run(&rows, size, debias, limits), run(&moved, rows.len(), debias, limits));
         prop_assert_eq!(before.alpha, after.alpha);
-        // Duplicates may change places, so pairs are compared by what is in the rows.
-        let content = |mined: &Mined, of: &[Row]| -> Vec<_> {
-            pairs(mined).iter().map(|pair| (of[pair.1 as usize].clone(), of[pair.2 as usize].clone())).collect()
+        // Duplicates may be swapped, so pairs are compared by the contents of their rows.
+        let content = |mined: &Mined, rows: &[Row]| -> Vec<_> {
+            pairs(mined).iter().map(|pair| (rows[pair.1 as usize].clone(), rows[pair.2 as usize].clone())).collect()
         };
         prop_assert_eq!(content(&before, &rows), content(&after, &moved));
         for column in 3..8 {
@@ -284,7 +285,7 @@ proptest! {
     }
 
     #[test]
-    fn buckets_are_centred(rows in rows(false), size in 1usize..40, limits in limits(), buckets in 1usize..12) {
+    fn buckets_are_centered(rows in rows(false), size in 1usize..40, limits in limits(), buckets in 1usize..12) {
         let mined = run(&rows, size, Debias::Bucket { buckets, scale: false }, limits);
         let one = Limits { min_responses: 1, ..limits };
         let mut all: Vec<Response> = usable(&rows, one).into_values().flatten().collect();
@@ -311,23 +312,22 @@ proptest! {
         prop_assert_eq!(pairs(&mined), expected);
     }
 
-    /// Any bits at all: no panic, no pair of one row, and (checked inside in a debug build) the gap that the
-    /// break points promise.
+    /// For arbitrary bits: no panic, no pair of a row with itself, no NaN margin, and the lengths of the rows.
     #[test]
     fn any_floats(
-        of in prop::collection::vec((0u32..6, any::<f32>(), any::<u32>()), 1..60),
+        rows in prop::collection::vec((0u32..6, any::<f32>(), any::<u32>()), 1..60),
         doubles in prop::option::of(any::<f64>()),
         alpha in prop::option::of(0.0..f64::MAX),
         bucket in any::<bool>(),
     ) {
         let rewards: ArrayRef = match doubles {
-            None => Arc::new(Float32Array::from_iter_values(of.iter().map(|row| row.1))),
-            Some(factor) => Arc::new(Float64Array::from_iter_values(of.iter().map(|row| f64::from(row.1) * factor))),
+            None => Arc::new(Float32Array::from_iter_values(rows.iter().map(|row| row.1))),
+            Some(factor) => Arc::new(Float64Array::from_iter_values(rows.iter().map(|row| f64::from(row.1) * factor))),
         };
         let batch = RecordBatch::try_from_iter([
-            ("prompt", Arc::new(UInt32Array::from_iter_values(of.iter().map(|row| row.0))) as ArrayRef),
+            ("prompt", Arc::new(UInt32Array::from_iter_values(rows.iter().map(|row| row.0))) as ArrayRef),
             ("reward", rewards),
-            ("length", Arc::new(UInt32Array::from_iter_values(of.iter().map(|row| row.2)))),
+            ("length", Arc::new(UInt32Array::from_iter_values(rows.iter().map(|row| row.2)))),
         ]).unwrap();
         let debias = match alpha {
             _ if bucket => Debias::Bucket { buckets: 4, scale: true },
@@ -343,7 +343,7 @@ proptest! {
             prop_assert!(!mined.pairs[0].column(5).as_primitive::<Float32Type>().value(i).is_nan());
             prop_assert_eq!(
                 mined.pairs[0].column(6).as_primitive::<UInt32Type>().value(i),
-                of[chosen.value(i) as usize].2
+                rows[chosen.value(i) as usize].2
             );
         }
     }

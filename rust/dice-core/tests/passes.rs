@@ -1,4 +1,4 @@
-//! The passes by themselves: what a bracket, a segment or a sorted copy changes, which is nothing.
+//! The passes one by one: brackets, segments, samples and sorted copies do not change the result.
 
 use std::sync::Arc;
 
@@ -8,15 +8,15 @@ use arrow_array::{
     ArrayRef, Float32Array, Float64Array, Int64Array, RecordBatch, UInt8Array, UInt32Array, UInt64Array,
 };
 use arrow_select::concat::concat_batches;
-use dice_core::block::Source;
-use dice_core::hull::Bracket;
-use dice_core::layout::Layout;
-use dice_core::pairing::Pairing;
-use dice_core::pool::{PickFrom, Pool};
-use dice_core::records::Records;
-use dice_core::scan::{Wanted, scan};
+use dice_core::input::block::Source;
+use dice_core::input::layout::Layout;
+use dice_core::input::records::Records;
+use dice_core::pairs::pairing::Pairing;
+use dice_core::pairs::pool::{PickFrom, Pool};
+use dice_core::pairs::table::batches;
+use dice_core::penalty::hull::Bracket;
+use dice_core::penalty::scan::{ScanRequest, scan};
 use dice_core::stream::Miner;
-use dice_core::table::batches;
 use dice_core::{Columns, Debias, Options, mine};
 use proptest::prelude::*;
 
@@ -32,7 +32,7 @@ enum Keys {
     U8,
     U32,
     I64,
-    /// Far apart.
+    /// Far from each other.
     U64,
 }
 
@@ -50,13 +50,13 @@ fn columns(rows: &[Row], keys: Keys, wide: bool, size: usize) -> Columns {
         Arc::new(Float32Array::from_iter_values(rows.iter().map(|row| row.reward as f32)))
     };
     let length: ArrayRef = Arc::new(UInt32Array::from_iter_values(rows.iter().map(|row| row.length)));
-    let whole =
+    let all =
         RecordBatch::try_from_iter([("prompt", prompt), ("reward", reward), ("length", length)]).unwrap();
     let starts = (0..rows.len()).step_by(size);
-    Columns::new(starts.map(|from| Ok(whole.slice(from, size.min(rows.len() - from))))).unwrap()
+    Columns::new(starts.map(|from| Ok(all.slice(from, size.min(rows.len() - from))))).unwrap()
 }
 
-/// Rewards and lengths with many ties, with nearly none, or with differences that float32 cannot see.
+/// Rewards and lengths with many ties, with nearly none, or with differences below the precision of float32.
 fn rows() -> impl Strategy<Value = Vec<Row>> {
     let values = prop_oneof![
         (-6i32..6, 0u32..8).prop_map(|(reward, length)| (f64::from(reward) / 4.0, length)),
@@ -64,13 +64,13 @@ fn rows() -> impl Strategy<Value = Vec<Row>> {
         (-3i32..3, 0u32..4)
             .prop_map(|(reward, length)| (7.0 + f64::from(reward) * 1e-9, 16_777_214 + length)),
         (-3i32..3, 0u32..200).prop_map(|(reward, length)| (f64::from(reward) * 1e-42, length)),
-        // Equal scores at a penalty of 0.3, but for what float32 rounds away.
+        // Scores that are equal at a penalty of 0.3, except for differences that float32 rounds away.
         (-3i32..3, 0u32..3000)
             .prop_map(|(noise, length)| (0.3 * f64::from(length) + f64::from(noise) * 1e-5, length)),
         (0u32..3000).prop_map(|length| (0.3 * f64::from(length + 16_777_216), length + 16_777_216)),
         (prop_oneof![Just(f64::NAN), Just(f64::INFINITY), Just(3e38), Just(1e39)], 0u32..9),
     ];
-    // Prompts of one row, of some, and of more than the lanes there are.
+    // Prompts with one row, with some, and with more rows than a vector has lanes.
     let prompt = prop_oneof![3 => 0u32..12, 2 => Just(3u32)];
     prop::collection::vec((prompt, values), 1..160).prop_map(|rows| {
         let mut rows: Vec<Row> =
@@ -80,14 +80,14 @@ fn rows() -> impl Strategy<Value = Vec<Row>> {
     })
 }
 
-fn whole(batches: &[RecordBatch]) -> RecordBatch {
+fn concat(batches: &[RecordBatch]) -> RecordBatch {
     concat_batches(&batches[0].schema(), batches).unwrap()
 }
 
-/// The pairs of a penalty, all prompts done exactly.
-fn exactly(columns: &Columns, alpha: f64) -> RecordBatch {
+/// The pairs at a given penalty.
+fn pairs_at(columns: &Columns, alpha: f64) -> RecordBatch {
     let options = Options { debias: Debias::Linear(alpha), ..Options::default() };
-    whole(&mine(columns, &options).unwrap().pairs)
+    concat(&mine(columns, &options).unwrap().pairs)
 }
 
 proptest! {
@@ -105,34 +105,34 @@ proptest! {
         let columns = columns(&rows, Keys::U32, wide, size);
         let bracket = Bracket { low, high: low + width };
         let pool = Pool { columns: &columns, chosen: PickFrom::Any, rejected: PickFrom::Any };
-        let wanted = Wanted { filter: Default::default(), min_responses: 2, bracket, pool, pairs: true };
-        let run = |bracket: Bracket| scan(&columns, &Layout::InOrder, &Wanted { bracket, ..wanted }).unwrap();
-        let mut found = run(bracket);
+        let request = ScanRequest { filter: Default::default(), min_responses: 2, bracket, pool, pairs: true };
+        let run = |bracket: Bracket| scan(&columns, &Layout::InOrder, &ScanRequest { bracket, ..request }).unwrap();
+        let mut results = run(bracket);
         let exact = run(Bracket::ALL);
-        prop_assert_eq!(found[0].gap_before, exact[0].gap_before);
-        prop_assert_eq!(found[0].contrast, exact[0].contrast);
-        prop_assert_eq!(found[0].dropped, exact[0].dropped);
-        prop_assert_eq!(found[0].dropped_prompts, exact[0].dropped_prompts);
-        // The break points of the bracket are those of all penalties that lie in it.
-        let sorted = |mut breaks: Vec<(f64, u32)>| {
-            breaks.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-            breaks
+        prop_assert_eq!(results[0].gap_before, exact[0].gap_before);
+        prop_assert_eq!(results[0].contrast, exact[0].contrast);
+        prop_assert_eq!(results[0].dropped, exact[0].dropped);
+        prop_assert_eq!(results[0].dropped_prompts, exact[0].dropped_prompts);
+        // The break points of the bracket are those of all penalties inside it.
+        let sorted = |mut breakpoints: Vec<(f64, u32)>| {
+            breakpoints.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+            breakpoints
         };
         let inside = |at: f64| low < at && at <= low + width;
-        let expected = exact[0].breaks().filter(|b| inside(b.at)).map(|b| (b.at, b.drop)).collect();
-        prop_assert_eq!(sorted(found[0].breaks().map(|b| (b.at, b.drop)).collect()), sorted(expected));
+        let expected = exact[0].breakpoints().filter(|b| inside(b.at)).map(|b| (b.at, b.drop)).collect();
+        prop_assert_eq!(sorted(results[0].breakpoints().map(|b| (b.at, b.drop)).collect()), sorted(expected));
         let alpha = (low + width * place).min(low + width);
-        found.iter_mut().for_each(|part| part.settle(alpha));
-        let tables = found.into_iter().map(|part| part.table).collect();
-        let pairs = whole(&batches(tables, &columns.batches[0].keys).unwrap());
-        prop_assert_eq!(pairs, exactly(&columns, alpha));
+        results.iter_mut().for_each(|result| result.apply_breaks(alpha));
+        let tables = results.into_iter().map(|result| result.table).collect();
+        let pairs = concat(&batches(tables, &columns.batches[0].keys).unwrap());
+        prop_assert_eq!(pairs, pairs_at(&columns, alpha));
     }
 
     #[test]
     fn segments_change_nothing(
         rows in rows(),
         cuts in prop::collection::vec(0u32..12, 0..5),
-        look in any::<bool>(),
+        sampled in any::<bool>(),
         shuffled in any::<bool>(),
         debias in prop_oneof![
             Just(Debias::LinearAuto),
@@ -141,7 +141,7 @@ proptest! {
             Just(Debias::PerToken),
             Just(Debias::Bucket { buckets: 3, scale: true }),
         ],
-        pairing in prop_oneof![Just(Pairing::MaxMin), Just(Pairing::All { most: 3 })],
+        pairing in prop_oneof![Just(Pairing::MaxMin), Just(Pairing::All { max_pairs: 3 })],
     ) {
         let options = Options { debias, pairing, ..Options::default() };
         let input = columns(&rows, Keys::I64, true, rows.len());
@@ -161,8 +161,8 @@ proptest! {
             }).collect()
         };
         let mut miner = Miner::new(options).unwrap();
-        if look {
-            miner.look(&segments[0].1).unwrap();
+        if sampled {
+            miner.estimate(&segments[0].1).unwrap();
         }
         let mut passes = 0;
         while miner.needs_pass() {
@@ -173,8 +173,8 @@ proptest! {
         }
         let pairs: Vec<RecordBatch> =
             segments.iter().flat_map(|(_, segment)| miner.pairs(segment).unwrap()).collect();
-        let (pairs, other) = (whole(&pairs), whole(&expected.pairs));
-        // Row numbers are those of segments: rewards and lengths say as much.
+        let (pairs, other) = (concat(&pairs), concat(&expected.pairs));
+        // Row numbers are those of the segments, so rewards and lengths are compared instead.
         for column in [0, 3, 4, 5, 6, 7] {
             prop_assert_eq!(pairs.column(column), other.column(column));
         }
@@ -202,13 +202,13 @@ proptest! {
         let shuffled: Vec<Row> = order.iter().map(|&i| rows[i]).collect();
         let columns = columns(&shuffled, keys, wide, size);
         let records = Records::new(&columns).unwrap();
-        let mut found = Vec::new();
-        records.keys(0..records.rows(), &mut found);
+        let mut sorted_keys = Vec::new();
+        records.keys(0..records.rows(), &mut sorted_keys);
         let mut expected: Vec<(u64, usize)> =
             (0..rows.len()).map(|i| (Source::key(&columns, i as u64), i)).collect();
         expected.sort_unstable();
-        prop_assert_eq!(&found, &expected.iter().map(|row| row.0).collect::<Vec<_>>());
-        let mut block = dice_core::block::Block::default();
+        prop_assert_eq!(&sorted_keys, &expected.iter().map(|row| row.0).collect::<Vec<_>>());
+        let mut block = dice_core::input::block::Block::default();
         let from = rows.len() as u64 / 3;
         records.values(from..records.rows(), &mut block, &mut Default::default()).unwrap();
         for (i, &(_, row)) in expected[from as usize..].iter().enumerate() {
@@ -220,7 +220,7 @@ proptest! {
     }
 }
 
-/// Larger inputs, where a sample is taken: the answer is that of the plain way, in any order of rows.
+/// On inputs large enough for a sample, the answer is that of all break points, in any order of rows.
 #[test]
 fn a_sample_changes_nothing() {
     let mut state = 1u64;
@@ -239,36 +239,36 @@ fn a_sample_changes_nothing() {
             }
         }
         let grouped = columns(&rows, Keys::U32, false, 50_000);
-        let found = mine(&grouped, &Options::default()).unwrap();
-        assert!(grouped.rows > 1 << 17 && found.curve.iter().any(|point| !point.exact));
-        let (alpha, (low, high)) = (found.alpha.unwrap(), found.alpha_interval.unwrap());
-        // The plain way: all break points.
+        let mined = mine(&grouped, &Options::default()).unwrap();
+        assert!(grouped.rows > 1 << 17 && mined.curve.iter().any(|point| !point.exact));
+        let (alpha, (low, high)) = (mined.alpha.unwrap(), mined.alpha_interval.unwrap());
+        // Without an estimate, all break points are computed.
         let mut miner = Miner::new(Options::default()).unwrap();
         miner.observe(&grouped).unwrap();
         miner.end_pass();
         assert!(!miner.needs_pass());
-        let plain = miner.summary();
-        assert_eq!((plain.alpha, plain.alpha_interval), (Some(alpha), Some((low, high))));
-        let pairs = whole(&found.pairs);
-        assert_eq!(pairs, whole(&miner.pairs(&grouped).unwrap()));
-        // The pairs change where the interval says that they do.
-        assert_eq!(pairs.column(1), exactly(&grouped, low).column(1));
+        let complete = miner.summary();
+        assert_eq!((complete.alpha, complete.alpha_interval), (Some(alpha), Some((low, high))));
+        let pairs = concat(&mined.pairs);
+        assert_eq!(pairs, concat(&miner.pairs(&grouped).unwrap()));
+        // The pairs change at both ends of the interval.
+        assert_eq!(pairs.column(1), pairs_at(&grouped, low).column(1));
         let at = |alpha: f64| {
-            let pairs = exactly(&grouped, alpha);
+            let pairs = pairs_at(&grouped, alpha);
             (pairs.column(1).clone(), pairs.column(2).clone())
         };
         let here = at(alpha);
         assert_eq!(at(high.next_down()), here);
         assert_ne!(at(high), here);
         assert_ne!(at(low.next_down()), here);
-        // In another order, the same responses.
+        // Another order of rows gives the same responses.
         let mut moved: Vec<(u32, usize)> = (0..rows.len()).map(|i| (random(), i)).collect();
         moved.sort_unstable();
         let shuffled =
             columns(&moved.iter().map(|&(_, i)| rows[i]).collect::<Vec<_>>(), Keys::U32, false, 70_001);
         let other = mine(&shuffled, &Options::default()).unwrap();
         assert_eq!(other.alpha, Some(alpha));
-        let other = whole(&other.pairs);
+        let other = concat(&other.pairs);
         for column in [0, 3, 4, 5, 6, 7] {
             assert_eq!(pairs.column(column), other.column(column));
         }

@@ -1,10 +1,10 @@
 //! The Python module `dice_py._native`: conversions and errors, nothing else.
 //!
-//! Arrow streams come in by the PyCapsule interface and are read with the interpreter released;
-//! `dice_py/mine.py` and `dice_py/replay.py` are what people call.
+//! Arrow streams are passed by the PyCapsule interface and read with the interpreter released. The public functions are
+//! in `dice_py/mining/` and `dice_py/replay/`.
 
 mod mining;
-mod replay;
+mod sampling;
 
 use dice_core::Error;
 use pyo3::prelude::*;
@@ -14,7 +14,7 @@ mod errors {
     pyo3::import_exception!(dice_py.errors, UsageError);
 }
 
-/// The Python exception of an error: its sentence, and the class that carries the exit code.
+/// The Python exception of an error, with the same message. Its class has the exit code.
 fn to_python(error: Error) -> PyErr {
     match error {
         Error::Usage(_) => errors::UsageError::new_err(error.to_string()),
@@ -27,5 +27,5 @@ mod _native {
     #[pymodule_export]
     use crate::mining::{MineSummary, SegmentMiner, addresses, mine};
     #[pymodule_export]
-    use crate::replay::sample;
+    use crate::sampling::sample;
 }

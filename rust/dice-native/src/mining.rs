@@ -3,10 +3,10 @@
 use arrow_array::ffi_stream::RecordBatchStreamReader;
 use arrow_array::{RecordBatch, RecordBatchIterator, RecordBatchReader};
 use arrow_pyarrow::PyArrowType;
-use dice_core::filter::{Dropped, Filter};
-use dice_core::mine::DroppedPrompts;
-use dice_core::pairing::{Pairing, Tolerance};
-use dice_core::pool::PickFrom;
+use dice_core::input::filter::{Dropped, Filter};
+use dice_core::pairs::pairing::{Pairing, Tolerance};
+use dice_core::pairs::pool::PickFrom;
+use dice_core::pairs::totals::DroppedPrompts;
 use dice_core::stream::Miner;
 use dice_core::{Columns, Debias, Error, Mined, Options, mine as core_mine};
 use pyo3::prelude::*;
@@ -14,17 +14,17 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::to_python;
 
-/// Batches on their way to Python.
+/// A stream of batches for Python.
 type Batches = PyArrowType<Box<dyn RecordBatchReader + Send>>;
 
-/// What was mined and what was dropped.
+/// Penalty, length gaps and counts of mined pairs.
 #[pyclass(frozen, get_all, module = "dice_py._native")]
 pub struct MineSummary {
-    /// The penalty; None without a linear one.
+    /// The penalty; None without a linear penalty.
     alpha: Option<f64>,
-    /// Least penalty with the same best and worst responses; None without a linear one.
+    /// Least penalty with the same best and worst responses; None without a linear penalty.
     alpha_low: Option<f64>,
-    /// Penalty from which on they differ; infinity if there is none, None without a linear one.
+    /// Least higher penalty with others; infinity if there is none, None without a linear penalty.
     alpha_high: Option<f64>,
     /// Mean of |best| − |worst| by reward alone; NaN without prompts with contrast.
     mean_length_gap_before: f64,
@@ -36,11 +36,11 @@ pub struct MineSummary {
     correlation_after: f64,
     /// Penalties of the curve.
     curve_alpha: Vec<f64>,
-    /// Mean length gap from each on.
+    /// Mean length gap from each of these penalties on.
     curve_gap: Vec<f64>,
-    /// Whether it is that of all prompts.
+    /// Whether each gap is that of all prompts, rather than of a sample.
     curve_exact: Vec<bool>,
-    /// (reason, rows), in the order in which reasons are looked at.
+    /// (reason, rows), in the order in which reasons are checked.
     dropped: Vec<(&'static str, u64)>,
     /// (reason, prompts).
     dropped_prompts: Vec<(&'static str, u64)>,
@@ -91,7 +91,7 @@ fn prompt_reasons(dropped: &DroppedPrompts) -> Vec<(&'static str, u64)> {
     ]
 }
 
-/// Keywords of `mine`, as Python has them; a dict or a typed dict.
+/// Keywords of `mine`: a dict or a typed dict in Python.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 pub struct Keywords {
@@ -117,64 +117,73 @@ pub struct Keywords {
 
 impl Keywords {
     /// # Errors
-    /// [`Error::Usage`] for a name that is none.
+    /// [`Error::Usage`] for an unknown name.
     fn options(&self) -> Result<Options, Error> {
-        let unknown = |keyword: &str, value: &str, known: &str| {
-            Error::Usage(format!("{keyword} is '{value}', but must be one of {known}"))
-        };
-        let debias = match (self.debias.as_str(), self.alpha) {
-            ("none" | "matched", _) => Debias::None,
-            ("linear", None) => Debias::LinearAuto,
-            ("linear", Some(alpha)) => Debias::Linear(alpha),
-            ("per_token", _) => Debias::PerToken,
-            ("bucket", _) => Debias::Bucket { buckets: self.buckets, scale: self.bucket_scale },
-            (other, _) => {
-                return Err(unknown("debias", other, "none, linear, per_token, bucket, matched"));
-            }
-        };
-        let most = self.pairs_per_prompt.unwrap_or(usize::MAX);
-        let pairing = match (self.debias.as_str(), self.pairing.as_str()) {
-            ("matched", "max_min") => Pairing::Matched(match (self.length_tolerance, self.length_ratio) {
-                (Some(most), None) => Tolerance::Absolute(most),
-                (None, Some(most)) => Tolerance::Relative(most),
-                _ => {
-                    let message = "debias 'matched' needs one of length_tolerance and length_ratio";
-                    return Err(Error::Usage(message.into()));
-                }
-            }),
-            ("matched", other) => {
-                return Err(unknown("pairing", other, "max_min where debias is 'matched'"));
-            }
-            (_, "max_min") => Pairing::MaxMin,
-            (_, "max_random") => Pairing::MaxRandom { seed: self.seed },
-            (_, "top_bottom") => Pairing::TopBottom { top: self.top_k, bottom: self.bottom_k, most },
-            (_, "max_sweet_spot") => Pairing::SweetSpot { deviations: self.sweet_spot_deviations },
-            (_, "all_pairs") => Pairing::All { most },
-            (_, other) => {
-                let known = "max_min, max_random, top_bottom, max_sweet_spot, all_pairs";
-                return Err(unknown("pairing", other, known));
-            }
-        };
-        let from = |keyword: &str, name: &str| match name {
-            "any" => Ok(PickFrom::Any),
-            "newest" => Ok(PickFrom::Newest),
-            "oldest" => Ok(PickFrom::Oldest),
-            other => Err(unknown(keyword, other, "any, newest, oldest")),
-        };
         Ok(Options {
-            debias,
+            debias: self.debias()?,
             min_responses: self.min_responses,
             filter: Filter { min_length: self.min_length, max_length: self.max_length },
-            pairing,
-            chosen_from: from("chosen_from", &self.chosen_from)?,
-            rejected_from: from("rejected_from", &self.rejected_from)?,
+            pairing: self.pairing()?,
+            chosen_from: pick_from("chosen_from", &self.chosen_from)?,
+            rejected_from: pick_from("rejected_from", &self.rejected_from)?,
             win_rates: self.win_rates,
         })
     }
+
+    fn debias(&self) -> Result<Debias, Error> {
+        match (self.debias.as_str(), self.alpha) {
+            ("none" | "matched", _) => Ok(Debias::None),
+            ("linear", None) => Ok(Debias::LinearAuto),
+            ("linear", Some(alpha)) => Ok(Debias::Linear(alpha)),
+            ("per_token", _) => Ok(Debias::PerToken),
+            ("bucket", _) => Ok(Debias::Bucket { buckets: self.buckets, scale: self.bucket_scale }),
+            (other, _) => Err(unknown("debias", other, "none, linear, per_token, bucket, matched")),
+        }
+    }
+
+    fn pairing(&self) -> Result<Pairing, Error> {
+        let max_pairs = self.pairs_per_prompt.unwrap_or(usize::MAX);
+        match (self.debias.as_str(), self.pairing.as_str()) {
+            ("matched", "max_min") => self.tolerance().map(Pairing::Matched),
+            ("matched", other) => Err(unknown("pairing", other, "max_min where debias is 'matched'")),
+            (_, "max_min") => Ok(Pairing::MaxMin),
+            (_, "max_random") => Ok(Pairing::MaxRandom { seed: self.seed }),
+            (_, "top_bottom") => Ok(Pairing::TopBottom { top: self.top_k, bottom: self.bottom_k, max_pairs }),
+            (_, "max_sweet_spot") => Ok(Pairing::SweetSpot { deviations: self.sweet_spot_deviations }),
+            (_, "all_pairs") => Ok(Pairing::All { max_pairs }),
+            (_, other) => {
+                Err(unknown("pairing", other, "max_min, max_random, top_bottom, max_sweet_spot, all_pairs"))
+            }
+        }
+    }
+
+    fn tolerance(&self) -> Result<Tolerance, Error> {
+        match (self.length_tolerance, self.length_ratio) {
+            (Some(max), None) => Ok(Tolerance::Absolute(max)),
+            (None, Some(max)) => Ok(Tolerance::Relative(max)),
+            _ => {
+                let message = "debias 'matched' needs one of length_tolerance and length_ratio";
+                Err(Error::Usage(message.into()))
+            }
+        }
+    }
 }
 
-/// Mine pairs from a stream of the columns prompt, reward, length and (optionally) truncated, duplicate, policy
-/// and second.
+fn pick_from(keyword: &str, name: &str) -> Result<PickFrom, Error> {
+    match name {
+        "any" => Ok(PickFrom::Any),
+        "newest" => Ok(PickFrom::Newest),
+        "oldest" => Ok(PickFrom::Oldest),
+        other => Err(unknown(keyword, other, "any, newest, oldest")),
+    }
+}
+
+fn unknown(keyword: &str, value: &str, known: &str) -> Error {
+    Error::Usage(format!("{keyword} is '{value}', but must be one of {known}"))
+}
+
+/// Mine pairs from a stream with the columns prompt, reward, length and (optionally) truncated, duplicate, policy and
+/// second.
 #[pyfunction]
 pub fn mine(
     py: Python<'_>,
@@ -186,8 +195,8 @@ pub fn mine(
     Ok((reader(mined.pairs).map_err(to_python)?, summary))
 }
 
-/// Mines an input that comes in segments of whole prompts: `look` at a sample, `observe` all segments and `end_pass`
-/// while `needs_pass`, then take the `pairs` of each.
+/// Mines an input in segments of complete prompts: `look` at a sample, `observe` all segments and `end_pass` while
+/// `needs_pass` is true, then call `pairs` for each segment.
 #[pyclass(frozen, module = "dice_py._native")]
 pub struct SegmentMiner(Mutex<Miner>);
 
@@ -199,9 +208,9 @@ impl SegmentMiner {
         Ok(Self(Mutex::new(miner)))
     }
 
-    /// Takes a first guess from a stream of some of the prompts.
+    /// Estimates the penalty from a stream of some of the prompts.
     fn look(&self, py: Python<'_>, stream: PyArrowType<RecordBatchStreamReader>) -> PyResult<()> {
-        py.detach(|| self.lock().look(&Columns::new(stream.0)?)).map_err(to_python)
+        py.detach(|| self.lock().estimate(&Columns::new(stream.0)?)).map_err(to_python)
     }
 
     /// Whether another pass over all segments is needed before the pairs.
@@ -224,14 +233,14 @@ impl SegmentMiner {
         py.detach(|| self.lock().pairs(&Columns::new(stream.0)?)).and_then(reader).map_err(to_python)
     }
 
-    /// What was found, without the pairs.
+    /// The summary of all segments so far.
     fn summary(&self, py: Python<'_>) -> MineSummary {
         py.detach(|| MineSummary::from(&self.lock().summary()))
     }
 }
 
 impl SegmentMiner {
-    /// Who goes on after a panic of another call gets what it left.
+    /// After a panic of another call, the state is used as it is.
     fn lock(&self) -> MutexGuard<'_, Miner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -242,9 +251,9 @@ fn reader(pairs: Vec<RecordBatch>) -> Result<Batches, Error> {
     Ok(PyArrowType(Box::new(RecordBatchIterator::new(pairs.into_iter().map(Ok), schema))))
 }
 
-/// Addresses of the values of (prompt, reward, length) in each batch, as `mine` sees them.
+/// Addresses of the values of (prompt, reward, length) in each batch, as `mine` reads them.
 ///
-/// For the test that nothing is copied on the way in.
+/// For the test that the input is not copied.
 #[pyfunction]
 pub fn addresses(
     py: Python<'_>,

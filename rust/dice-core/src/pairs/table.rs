@@ -1,40 +1,39 @@
-//! The pairs, as columns that are filled on the way.
+//! The pairs, as columns that the passes fill.
 
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, Float32Array, RecordBatch, UInt32Array, UInt64Array};
 use arrow_schema::{Field, Schema};
-
 use rayon::prelude::*;
 
-use crate::Error;
-use crate::numbers::Ints;
-use crate::select::{difference, stored};
+use crate::error::Error;
+use crate::input::numbers::Ints;
+use crate::pairs::order::{difference, saturate_to_f32};
 
 /// Pairs of some prompts, by ascending key.
 #[derive(Debug, Default)]
 pub struct Table {
-    /// [`Int::ordinal`](crate::numbers::Int::ordinal) of the prompt keys.
+    /// [`Int::ordinal`](crate::input::numbers::Int::ordinal) of the prompt keys.
     pub keys: Vec<u64>,
-    /// Row numbers.
+    /// Row numbers of the chosen responses.
     pub chosen_row: Vec<u64>,
-    /// Row numbers.
+    /// Row numbers of the rejected responses.
     pub rejected_row: Vec<u64>,
-    /// Rewards as they came in, rounded to float32.
+    /// Rewards of the chosen responses, rounded to float32.
     pub chosen_reward: Vec<f32>,
-    /// Rewards as they came in, rounded to float32.
+    /// Rewards of the rejected responses, rounded to float32.
     pub rejected_reward: Vec<f32>,
-    /// Differences of score, where it is not that of the rewards above less the penalty.
+    /// Differences of score.
     pub margin: Vec<f32>,
-    /// Rewards as they came in, where they are not float32: chosen, rejected.
-    pub wide: Vec<[f64; 2]>,
-    /// Lengths.
+    /// Unrounded rewards (chosen, rejected); empty if the input is float32 or the margins are already set.
+    pub rewards_f64: Vec<[f64; 2]>,
+    /// Lengths of the chosen responses.
     pub chosen_length: Vec<u32>,
-    /// Lengths.
+    /// Lengths of the rejected responses.
     pub rejected_length: Vec<u32>,
-    /// Win rates (chosen, rejected), where they were asked for.
+    /// Win rates (chosen, rejected), if they are requested.
     pub win_rates: Option<[Vec<f32>; 2]>,
-    /// Consistency of each pair's prompt (NaN: null), where it was asked for.
+    /// Consistency of each pair's prompt (NaN: null), if the input has rewards of a second model.
     pub consistency: Option<Vec<f32>>,
 }
 
@@ -44,33 +43,35 @@ impl Table {
         self.keys.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no pairs.
     pub fn is_empty(&self) -> bool {
         self.keys.is_empty()
     }
 
-    /// Σ (|chosen| − |rejected|)
+    /// Σ (|chosen| − |rejected|) over the pairs.
     pub fn gap(&self) -> i128 {
         let lengths = self.chosen_length.iter().zip(&self.rejected_length);
         lengths.map(|(&chosen, &rejected)| i128::from(chosen) - i128::from(rejected)).sum()
     }
 
     /// Sets the margins to the differences of `reward − alpha · length`.
-    pub fn penalise(&mut self, alpha: f64) {
-        let longer = |i: usize| i64::from(self.chosen_length[i]) - i64::from(self.rejected_length[i]);
+    pub fn set_margins(&mut self, alpha: f64) {
+        let length_diff = |i: usize| i64::from(self.chosen_length[i]) - i64::from(self.rejected_length[i]);
         let pairs = 0..self.len();
-        self.margin = if self.wide.is_empty() {
+        self.margin = if self.rewards_f64.is_empty() {
             let (chosen, rejected) = (&self.chosen_reward, &self.rejected_reward);
-            pairs
-                .map(|i| stored(difference(f64::from(chosen[i]), f64::from(rejected[i]), longer(i), alpha)))
-                .collect()
+            let margin =
+                |i: usize| difference(f64::from(chosen[i]), f64::from(rejected[i]), length_diff(i), alpha);
+            pairs.map(|i| saturate_to_f32(margin(i))).collect()
         } else {
-            pairs.map(|i| stored(difference(self.wide[i][0], self.wide[i][1], longer(i), alpha))).collect()
+            let rewards = &self.rewards_f64;
+            let margin = |i: usize| difference(rewards[i][0], rewards[i][1], length_diff(i), alpha);
+            pairs.map(|i| saturate_to_f32(margin(i))).collect()
         };
     }
 
     /// The columns, with keys of the type of `like`.
-    pub fn finish(self, like: &Ints) -> (Arc<Schema>, Vec<ArrayRef>) {
+    fn into_columns(self, like: &Ints) -> (Arc<Schema>, Vec<ArrayRef>) {
         let key = like.from_ordinals(&self.keys);
         let mut fields = vec![Field::new("prompt", key.data_type().clone(), false)];
         let mut columns = vec![key];
@@ -98,15 +99,15 @@ impl Table {
     }
 }
 
-/// One batch a table, with keys of the type of `like`.
+/// One batch per table, with keys of the type of `like`.
 ///
 /// # Errors
-/// [`Error::Read`] if the columns do not fit.
+/// [`Error::Read`] if Arrow rejects the columns.
 pub fn batches(tables: Vec<Table>, like: &Ints) -> Result<Vec<RecordBatch>, Error> {
     tables
         .into_par_iter()
         .map(|table| {
-            let (schema, columns) = table.finish(like);
+            let (schema, columns) = table.into_columns(like);
             RecordBatch::try_new(schema, columns).map_err(|error| Error::Read(error.to_string()))
         })
         .collect()

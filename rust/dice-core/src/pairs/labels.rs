@@ -1,6 +1,6 @@
-//! Labels of pairs that come from all of a prompt's responses.
+//! Labels of pairs that depend on all responses of the prompt.
 
-use crate::filter::Point;
+use crate::input::filter::Response;
 
 /// SPPO's estimate of the probability that a response beats the prompt's others (Wu et al., arXiv 2405.00675):
 ///
@@ -8,10 +8,10 @@ use crate::filter::Point;
 /// P_i = 1/n · Σ_j σ((s_i − s_j) / scale)
 /// ```
 ///
-/// over the prompt's usable responses j, i itself among them; `s = score − alpha · length`.
-pub fn win_rate(of: &Point, all: &[Point], alpha: f64, scale: f64) -> f32 {
-    let score = |point: &Point| point.score - alpha * f64::from(point.length);
-    let own = score(of);
+/// over the prompt's usable responses j, including i itself; `s = score − alpha · length`.
+pub fn win_rate(response: &Response, all: &[Response], alpha: f64, scale: f64) -> f32 {
+    let score = |response: &Response| response.score - alpha * f64::from(response.length);
+    let own = score(response);
     let sum: f64 = all.iter().map(|other| sigmoid((own - score(other)) / scale)).sum();
     (sum / all.len() as f64) as f32
 }
@@ -20,7 +20,7 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// How far two rewards agree on the ranking of one prompt's responses (CREAM, Wang et al., arXiv 2410.12735):
+/// How well two rewards agree on the ranking of one prompt's responses (CREAM, Wang et al., arXiv 2410.12735):
 /// `(τ + 1) / 2` with Kendall's `τ = (concordant − discordant) / (n·(n−1)/2)`; ties count for neither. NaN for fewer
 /// than two responses.
 pub fn consistency(rewards: &[(f64, f64)]) -> f32 {
@@ -50,9 +50,9 @@ mod tests {
     }
 
     #[test]
-    fn a_response_is_even_with_itself() {
-        let point = |score| Point { score, raw: score, row: 0, length: 1 };
-        let all = [point(0.0), point(1.0)];
+    fn a_response_ties_with_itself() {
+        let response = |score| Response { score, raw: score, row: 0, length: 1 };
+        let all = [response(0.0), response(1.0)];
         let half = 1.0 / (1.0 + (-0.5f64).exp());
         assert_eq!(win_rate(&all[1], &all, 0.0, 2.0), ((0.5 + half) / 2.0) as f32);
     }

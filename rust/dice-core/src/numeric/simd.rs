@@ -1,11 +1,10 @@
-//! Sixteen float32 lanes at a time, with AVX2 where the processor has it.
+//! Vectors of sixteen float32 lanes, with AVX2 if the processor has it.
 //!
-//! The test of each prompt ([`probe`](crate::probe)) is written once against [`Lanes`]. [`dispatch`] runs it with
-//! the widest implementation there is, chosen when the program runs; [`Portable`] is plain Rust, which the
-//! compiler turns into whatever the target has. Both give the same bits: every operation is one IEEE operation
-//! per lane.
+//! The test of each prompt (`penalty::probe`) is written once, against [`Lanes`]. [`dispatch`] runs it with the widest
+//! implementation, chosen at run time. [`Portable`] is plain Rust, which the compiler vectorizes for the target. Both
+//! return the same bits: every operation is one IEEE operation per lane.
 
-/// Lanes of a vector.
+/// Number of lanes in a vector.
 pub const LANES: usize = 16;
 
 /// Operations on [`LANES`] float32 lanes. A mask has bit `i` for lane `i`.
@@ -14,7 +13,7 @@ pub trait Lanes: Copy + Send + Sync {
     type V: Copy;
     /// The lanes of an array.
     fn load(self, from: &[f32; LANES]) -> Self::V;
-    /// The lanes of an array of whole numbers below 2³¹, rounded to float32.
+    /// The lanes of an array of integers below 2³¹, rounded to float32.
     fn load_ints(self, from: &[u32; LANES]) -> Self::V;
     /// One value in every lane.
     fn splat(self, value: f32) -> Self::V;
@@ -26,69 +25,69 @@ pub trait Lanes: Copy + Send + Sync {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// |a|
     fn abs(self, a: Self::V) -> Self::V;
-    /// The first `count` lanes, and NaN in the others.
+    /// The first `count` lanes; the others become NaN.
     fn head(self, a: Self::V, count: usize) -> Self::V;
-    /// The greater of each lane, and that of `b` if the one of `a` is NaN.
+    /// The greater value of each lane; that of `b` if that of `a` is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The lesser of each lane, and that of `b` if the one of `a` is NaN.
+    /// The lesser value of each lane; that of `b` if that of `a` is NaN.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The greatest lane; none is NaN.
+    /// The greatest lane. No lane may be NaN.
     fn greatest(self, a: Self::V) -> f32;
-    /// The least lane; none is NaN.
+    /// The least lane. No lane may be NaN.
     fn least(self, a: Self::V) -> f32;
-    /// Lanes in which a ≥ b (never where one is NaN).
+    /// Mask of the lanes with a ≥ b (false for NaN).
     fn at_least(self, a: Self::V, b: Self::V) -> u32;
-    /// Lanes in which a ≤ b (never where one is NaN).
+    /// Mask of the lanes with a ≤ b (false for NaN).
     fn at_most(self, a: Self::V, b: Self::V) -> u32;
-    /// Places `i` with `keys[i] != keys[i + 1]`, of 64.
+    /// A mask with bit `i` set if `keys[i] != keys[i + 1]`.
     fn changes_32(self, keys: &[u32; 65]) -> u64;
-    /// The same of wider keys.
+    /// The same for 64-bit keys.
     fn changes_64(self, keys: &[u64; 65]) -> u64;
 }
 
-/// Work that can be done with any [`Lanes`].
+/// A computation that runs on any implementation of [`Lanes`].
 pub trait Job {
-    /// What comes out.
+    /// The result.
     type Output;
-    /// Does it. Must be `#[inline(always)]`, or else it is compiled without the instructions it is for.
+    /// Runs it. Must be `#[inline(always)]`: otherwise it is compiled without the vector instructions.
     fn run<L: Lanes>(self, lanes: L) -> Self::Output;
 }
 
-/// Does a job with the best lanes of this processor.
+/// Runs a job with the widest vectors of this processor.
 pub fn dispatch<J: Job>(job: J) -> J::Output {
     #[cfg(target_arch = "x86_64")]
     if let Some(v3) = pulp::x86::V3::try_new() {
-        struct With<J>(pulp::x86::V3, J);
-        impl<J: Job> pulp::NullaryFnOnce for With<J> {
+        struct WithV3<J>(pulp::x86::V3, J);
+        impl<J: Job> pulp::NullaryFnOnce for WithV3<J> {
             type Output = J::Output;
             #[inline(always)]
             fn call(self) -> J::Output {
                 self.1.run(self.0)
             }
         }
-        return v3.vectorize(With(v3, job));
+        return v3.vectorize(WithV3(v3, job));
     }
     job.run(Portable)
 }
 
-/// Plain Rust.
+/// Lanes in plain Rust.
 #[derive(Debug, Clone, Copy)]
 pub struct Portable;
 
 #[inline(always)]
-fn each(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+fn zip_lanes(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
 #[inline(always)]
-fn bits(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> bool) -> u32 {
-    (0..LANES).fold(0, |mask, i| mask | u32::from(f(a[i], b[i])) << i)
+fn mask(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> bool) -> u32 {
+    (0..LANES).fold(0, |bits, i| bits | u32::from(f(a[i], b[i])) << i)
 }
 
-/// Places `i` with `keys[i] != keys[i + 1]`, of 64.
+/// A mask with bit `i` set if `keys[i] != keys[i + 1]`.
 #[inline(always)]
 pub fn changes<T: PartialEq>(keys: &[T; 65]) -> u64 {
-    (0..64).fold(0, |mask, i| mask | u64::from(keys[i] != keys[i + 1]) << i)
+    (0..64).fold(0, |bits, i| bits | u64::from(keys[i] != keys[i + 1]) << i)
 }
 
 impl Lanes for Portable {
@@ -107,15 +106,15 @@ impl Lanes for Portable {
     }
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
-        each(a, b, |a, b| a + b)
+        zip_lanes(a, b, |a, b| a + b)
     }
     #[inline(always)]
     fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-        each(a, b, |a, b| a - b)
+        zip_lanes(a, b, |a, b| a - b)
     }
     #[inline(always)]
     fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-        each(a, b, |a, b| a * b)
+        zip_lanes(a, b, |a, b| a * b)
     }
     #[inline(always)]
     fn abs(self, a: Self::V) -> Self::V {
@@ -127,11 +126,11 @@ impl Lanes for Portable {
     }
     #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
-        each(a, b, |a, b| if a > b { a } else { b })
+        zip_lanes(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
     fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        each(a, b, |a, b| if a < b { a } else { b })
+        zip_lanes(a, b, |a, b| if a < b { a } else { b })
     }
     #[inline(always)]
     fn greatest(self, a: Self::V) -> f32 {
@@ -143,11 +142,11 @@ impl Lanes for Portable {
     }
     #[inline(always)]
     fn at_least(self, a: Self::V, b: Self::V) -> u32 {
-        bits(a, b, |a, b| a >= b)
+        mask(a, b, |a, b| a >= b)
     }
     #[inline(always)]
     fn at_most(self, a: Self::V, b: Self::V) -> u32 {
-        bits(a, b, |a, b| a <= b)
+        mask(a, b, |a, b| a <= b)
     }
     #[inline(always)]
     fn changes_32(self, keys: &[u32; 65]) -> u64 {
@@ -279,7 +278,7 @@ mod avx2 {
 
     #[inline(always)]
     fn array<T: Copy, const N: usize>(from: &[T]) -> [T; N] {
-        from[..N].try_into().expect("as many")
+        from[..N].try_into().expect("N values")
     }
 }
 
@@ -290,35 +289,35 @@ mod tests {
 
     type Floats = [f32; LANES];
 
-    /// Everything that a pair of vectors gives, as bits.
-    struct All<'a>(&'a Floats, &'a Floats, &'a [u32; LANES], &'a [u32; 65], usize);
+    /// The bits of all operations on a pair of vectors.
+    struct AllOperations<'a>(&'a Floats, &'a Floats, &'a [u32; LANES], &'a [u32; 65], usize);
 
-    impl Job for All<'_> {
+    impl Job for AllOperations<'_> {
         type Output = (Vec<u32>, [u64; 2]);
         #[inline(always)]
         fn run<L: Lanes>(self, v: L) -> Self::Output {
             let (a, b, ints) = (v.load(self.0), v.load(self.1), v.load_ints(self.2));
             let low = v.splat(f32::MIN);
-            let mut found = Vec::new();
-            // Vectors are seen through comparisons with each of many floats.
+            let mut results = Vec::new();
+            // Vectors are opaque: comparisons with many floats read them out.
             let vectors = [v.add(a, ints), v.sub(a, b), v.mul(a, ints), v.abs(a), v.max(a, b), v.min(a, b)];
             for vector in vectors {
                 let vector = v.head(vector, self.4);
                 for bound in self.0.iter().chain(self.1) {
-                    found.push(v.at_least(vector, v.splat(*bound)));
-                    found.push(v.at_most(vector, v.splat(*bound)));
+                    results.push(v.at_least(vector, v.splat(*bound)));
+                    results.push(v.at_most(vector, v.splat(*bound)));
                 }
-                // Adding +0 makes one zero of two.
-                found.push((v.greatest(v.max(vector, low)) + 0.0).to_bits());
-                found.push((v.least(v.min(vector, low)) + 0.0).to_bits());
+                // Adding +0 turns −0 into +0.
+                results.push((v.greatest(v.max(vector, low)) + 0.0).to_bits());
+                results.push((v.least(v.min(vector, low)) + 0.0).to_bits());
             }
-            (found, [v.changes_32(self.3), v.changes_64(&self.3.map(|key| u64::from(key) << 33))])
+            (results, [v.changes_32(self.3), v.changes_64(&self.3.map(|key| u64::from(key) << 33))])
         }
     }
 
     proptest! {
         #[test]
-        fn all_lanes_give_the_same_bits(
+        fn all_implementations_return_the_same_bits(
             a in prop::array::uniform16(any::<f32>()),
             b in prop::array::uniform16(-9i8..9),
             ints in prop::array::uniform16(0u32..1 << 31),
@@ -326,7 +325,7 @@ mod tests {
             count in 0usize..20,
         ) {
             let (b, keys) = (b.map(f32::from), keys.try_into().unwrap());
-            let job = || All(&a, &b, &ints, &keys, count);
+            let job = || AllOperations(&a, &b, &ints, &keys, count);
             prop_assert_eq!(dispatch(job()), job().run(Portable));
         }
     }

@@ -1,6 +1,6 @@
-//! Columns of numbers, each sharing the Arrow buffer that it came in.
+//! Columns of numbers, each sharing its Arrow buffer.
 //!
-//! Types are looked at once a batch (an enum per column), never once a value.
+//! The type is checked once per batch (an enum per column), never once per value.
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{
@@ -12,8 +12,8 @@ use arrow_buffer::ScalarBuffer;
 use arrow_schema::DataType;
 use std::sync::Arc;
 
-use crate::Error;
-use crate::lanes::{Lanes, changes};
+use crate::error::Error;
+use crate::numeric::simd::{Lanes, changes};
 
 /// An integer column of any width.
 #[derive(Debug, Clone)]
@@ -36,18 +36,18 @@ pub enum Ints {
     U64(ScalarBuffer<u64>),
 }
 
-/// Runs `$body` with `$values` bound to the slice of the column, once per integer type.
+/// Runs `$body` with `$values` bound to the column's slice; `$body` is compiled once per integer type.
 macro_rules! with_ints {
     ($column:expr, $values:ident => $body:expr) => {
         match $column {
-            $crate::numbers::Ints::I8($values) => $body,
-            $crate::numbers::Ints::I16($values) => $body,
-            $crate::numbers::Ints::I32($values) => $body,
-            $crate::numbers::Ints::I64($values) => $body,
-            $crate::numbers::Ints::U8($values) => $body,
-            $crate::numbers::Ints::U16($values) => $body,
-            $crate::numbers::Ints::U32($values) => $body,
-            $crate::numbers::Ints::U64($values) => $body,
+            $crate::input::numbers::Ints::I8($values) => $body,
+            $crate::input::numbers::Ints::I16($values) => $body,
+            $crate::input::numbers::Ints::I32($values) => $body,
+            $crate::input::numbers::Ints::I64($values) => $body,
+            $crate::input::numbers::Ints::U8($values) => $body,
+            $crate::input::numbers::Ints::U16($values) => $body,
+            $crate::input::numbers::Ints::U32($values) => $body,
+            $crate::input::numbers::Ints::U64($values) => $body,
         }
     };
 }
@@ -55,21 +55,21 @@ pub(crate) use with_ints;
 
 /// An integer that can be a prompt key or a length.
 pub trait Int: Copy + Ord + Send + Sync {
-    /// The value's place in the order of its type, as an unsigned number.
+    /// The value as an unsigned number, in the same order as the values of the type.
     fn ordinal(self) -> u64;
     /// The inverse of [`Int::ordinal`].
     fn from_ordinal(ordinal: u64) -> Self;
-    /// The value.
-    fn wide(self) -> i128;
-    /// Places `i` with `keys[i] != keys[i + 1]`, of 64.
+    /// The value in 128 bits.
+    fn to_i128(self) -> i128;
+    /// A mask with bit `i` set if `keys[i] != keys[i + 1]`.
     #[inline(always)]
     fn changes<L: Lanes>(_: L, keys: &[Self; 65]) -> u64 {
         changes(keys)
     }
-    /// The value as a length, if it is a count of 32 bits.
+    /// The value as a length, if it fits 32 unsigned bits.
     #[inline]
     fn length(self) -> Option<u32> {
-        u32::try_from(self.wide()).ok()
+        u32::try_from(self.to_i128()).ok()
     }
 }
 
@@ -79,23 +79,23 @@ macro_rules! int {
             // Flipping the sign bit maps the signed order onto the unsigned one.
             fn ordinal(self) -> u64 { (i64::from(self) as u64) ^ (1 << 63) }
             fn from_ordinal(ordinal: u64) -> Self { (ordinal ^ (1 << 63)) as $signed }
-            fn wide(self) -> i128 { i128::from(self) }
+            fn to_i128(self) -> i128 { i128::from(self) }
             $($($signed_more)*)?
         })+
         $(impl Int for $unsigned {
             fn ordinal(self) -> u64 { u64::from(self) }
             fn from_ordinal(ordinal: u64) -> Self { ordinal as $unsigned }
-            fn wide(self) -> i128 { i128::from(self) }
+            fn to_i128(self) -> i128 { i128::from(self) }
             $($($unsigned_more)*)?
         })+
     };
 }
-/// With the lanes' own comparison.
+/// The comparison with vector instructions.
 macro_rules! changes {
     ($lanes:ident) => {
         #[inline(always)]
         fn changes<L: Lanes>(lanes: L, keys: &[Self; 65]) -> u64 {
-            lanes.$lanes(pulp::bytemuck::cast_slice(keys).try_into().expect("as many"))
+            lanes.$lanes(pulp::bytemuck::cast_slice(keys).try_into().expect("65 keys"))
         }
     };
 }
@@ -120,7 +120,7 @@ impl Ints {
             DataType::UInt32 => Self::U32(array.as_primitive::<UInt32Type>().values().clone()),
             DataType::UInt64 => Self::U64(array.as_primitive::<UInt64Type>().values().clone()),
             other => {
-                return Err(Error::ColumnType { column, found: other.clone(), wanted: "an integer type" });
+                return Err(Error::ColumnType { column, actual: other.clone(), expected: "an integer type" });
             }
         })
     }
@@ -130,7 +130,7 @@ impl Ints {
         with_ints!(self, values => values.len())
     }
 
-    /// Whether there are none.
+    /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -141,12 +141,12 @@ impl Ints {
         with_ints!(self, values => values[index].ordinal())
     }
 
-    /// Where the values lie in memory.
+    /// The memory address of the values.
     pub fn address(&self) -> usize {
         with_ints!(self, values => values.as_ptr() as usize)
     }
 
-    /// A new column of this one's type, of the values with the given ordinals.
+    /// A new column of this one's type, from ordinals.
     pub fn from_ordinals(&self, ordinals: &[u64]) -> ArrayRef {
         macro_rules! array {
             ($type:ty) => {
@@ -168,7 +168,7 @@ impl Ints {
     }
 }
 
-/// A floating-point column. Everything is compared in 64 bits, to which 32 convert exactly.
+/// A floating-point column. All values are compared as float64, to which float32 converts exactly.
 #[derive(Debug, Clone)]
 pub enum Floats {
     /// 32 bits.
@@ -187,7 +187,11 @@ impl Floats {
             DataType::Float32 => Self::F32(array.as_primitive::<Float32Type>().values().clone()),
             DataType::Float64 => Self::F64(array.as_primitive::<Float64Type>().values().clone()),
             other => {
-                return Err(Error::ColumnType { column, found: other.clone(), wanted: "float32 or float64" });
+                return Err(Error::ColumnType {
+                    column,
+                    actual: other.clone(),
+                    expected: "float32 or float64",
+                });
             }
         })
     }
@@ -201,7 +205,7 @@ impl Floats {
         }
     }
 
-    /// Where the values lie in memory.
+    /// The memory address of the values.
     pub fn address(&self) -> usize {
         match self {
             Self::F32(values) => values.as_ptr() as usize,
@@ -210,17 +214,17 @@ impl Floats {
     }
 }
 
-/// Appends the places (but the first) at which the key is another than before, counted from `before`.
+/// Appends the offsets at which the key differs from the one before, counted from `base`.
 #[inline(always)]
-pub(crate) fn places<L: Lanes, T: Int>(lanes: L, keys: &[T], before: u32, starts: &mut Vec<u32>) {
+pub(crate) fn key_changes<L: Lanes, T: Int>(lanes: L, keys: &[T], base: u32, starts: &mut Vec<u32>) {
     let mut at = 0;
     while let Some(window) = keys.get(at..at + 65) {
         let mut changes = T::changes(lanes, window.try_into().expect("65 keys"));
         while changes != 0 {
-            starts.push(before + at as u32 + 1 + changes.trailing_zeros());
+            starts.push(base + at as u32 + 1 + changes.trailing_zeros());
             changes &= changes - 1;
         }
         at += 64;
     }
-    starts.extend((at + 1..keys.len()).filter(|&i| keys[i - 1] != keys[i]).map(|i| before + i as u32));
+    starts.extend((at + 1..keys.len()).filter(|&i| keys[i - 1] != keys[i]).map(|i| base + i as u32));
 }

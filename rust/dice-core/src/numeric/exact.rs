@@ -1,17 +1,17 @@
 //! Comparisons and sums of floats without rounding error.
 //!
-//! Why: a break point is where two penalised rewards are equal, which is just where rounding would
-//! decide. With these, picking pairs at a penalty and counting break points below it always agree,
-//! and a sum does not depend on the order of its terms.
+//! Why: two penalized rewards are equal at a break point, so there a comparison would depend on rounding. With exact
+//! comparisons, the pairs at a penalty always agree with the number of break points below it. With exact sums, a
+//! result does not depend on the order of its terms.
 
 use std::cmp::Ordering;
 
 /// Compares `a − b` with `alpha · n`, exactly.
 ///
-/// Rounding is monotone, so if the rounded sides differ, the exact sides differ the same way. If they
-/// are equal, their rounding errors decide, and both are floats that can be had exactly: that of a
-/// sum by Dekker's Fast2Sum; that of the product by a fused multiply-add, since α is a whole multiple
-/// of 2⁻¹⁰⁷⁴ and `n` is whole, so that no part of the error is lost to underflow.
+/// Rounding is monotone, so if the rounded sides differ, the exact sides differ the same way. If the rounded sides are
+/// equal, the rounding errors decide. Both can be computed exactly: that of the difference by Dekker's Fast2Sum, that
+/// of the product by a fused multiply-add. The product's error does not underflow, since α is a multiple of 2⁻¹⁰⁷⁴ and
+/// `n` is an integer.
 ///
 /// `a`, `b` and `alpha` are finite, `|a − b|` does not overflow (rewards are within float32), and
 /// `|n| < 2⁵³`.
@@ -29,14 +29,14 @@ pub fn compare_difference(a: f64, b: f64, alpha: f64, n: f64) -> Ordering {
     difference_error.partial_cmp(&product_error).unwrap_or(Ordering::Equal)
 }
 
-/// The least float `alpha` with `a − b <= alpha · n`, for `a > b` and a whole `n >= 1`.
+/// The least float `alpha` with `a − b <= alpha · n`, for `a > b` and an integer `n >= 1`.
 ///
 /// This is (a − b) / n rounded up, so that for every float α: α reaches the exact quotient if and
 /// only if it reaches this value.
 #[inline]
 pub fn divide_up(a: f64, b: f64, n: f64) -> f64 {
     let mut quotient = (a - b) / n;
-    // The two roundings leave it at most two floats away.
+    // After two roundings it is at most two floats off.
     while compare_difference(a, b, quotient, n) == Ordering::Greater {
         quotient = quotient.next_up();
     }
@@ -52,13 +52,14 @@ pub fn divide_up(a: f64, b: f64, n: f64) -> f64 {
 const LIMBS: usize = 68;
 const LOWEST: i32 = -1074;
 
-/// A sum of floats that is exact until it is read, and so does not depend on the order of its terms
-/// (Kulisch's accumulator: a fixed-point number that covers the whole range of float64).
+/// A sum of floats that is exact until it is read, so it does not depend on the order of its terms.
+///
+/// This is Kulisch's accumulator: a fixed-point number that covers the full range of float64.
 #[derive(Debug, Clone)]
 pub struct ExactSum {
-    /// Digits of 32 bits, the lowest worth 2⁻¹⁰⁷⁴, with room for carries.
+    /// Digits of 32 bits with room for carries. The lowest bit is worth 2⁻¹⁰⁷⁴.
     limbs: [i64; LIMBS],
-    /// Terms since the carries were last settled.
+    /// Number of terms since the carries were last propagated.
     pending: u32,
 }
 
@@ -78,31 +79,31 @@ impl ExactSum {
         // A subnormal number has no implicit leading bit and the exponent of the least normal one.
         let (mantissa, exponent) =
             if exponent == 0 { (fraction, LOWEST) } else { (fraction | (1 << 52), exponent - 1075) };
-        let place = (exponent - LOWEST) as usize;
-        let shifted = u128::from(mantissa) << (place % 32);
+        let position = (exponent - LOWEST) as usize;
+        let shifted = u128::from(mantissa) << (position % 32);
         let sign = if value.is_sign_negative() { -1 } else { 1 };
         for digit in 0..3 {
-            self.limbs[place / 32 + digit] += sign * ((shifted >> (32 * digit)) as u32 as i64);
+            self.limbs[position / 32 + digit] += sign * ((shifted >> (32 * digit)) as u32 as i64);
         }
         self.pending += 1;
         if self.pending == 1 << 30 {
-            self.settle();
+            self.propagate_carries();
         }
     }
 
     /// Adds another sum.
     pub fn merge(&mut self, other: &Self) {
         let mut other = other.clone();
-        other.settle();
-        self.settle();
+        other.propagate_carries();
+        self.propagate_carries();
         for (limb, added) in self.limbs.iter_mut().zip(other.limbs) {
             *limb += added;
         }
-        self.settle();
+        self.propagate_carries();
     }
 
-    /// Brings all digits but the highest into 0..2³².
-    fn settle(&mut self) {
+    /// Brings all digits except the highest into 0..2³².
+    fn propagate_carries(&mut self) {
         let mut carry = 0;
         for limb in &mut self.limbs[..LIMBS - 1] {
             let total = *limb + carry;
@@ -116,16 +117,16 @@ impl ExactSum {
     /// The sum as a float, within a rounding or two; equal sums give equal floats.
     pub fn value(&self) -> f64 {
         let mut sum = self.clone();
-        sum.settle();
-        // The highest digit carries the sign: work on the magnitude, where digits do not cancel.
+        sum.propagate_carries();
+        // The highest digit has the sign. The digits of the magnitude do not cancel.
         let negative = sum.limbs[LIMBS - 1] < 0;
         if negative {
             sum.limbs.iter_mut().for_each(|limb| *limb = -*limb);
-            sum.settle();
+            sum.propagate_carries();
         }
-        // From the lowest digit up, so that the highest is rounded last.
-        let magnitude = sum.limbs.iter().enumerate().fold(0.0, |total, (place, &limb)| {
-            total + limb as f64 * power_of_two(32 * place as i32 + LOWEST)
+        // From the lowest digit up, so that the highest is added last.
+        let magnitude = sum.limbs.iter().enumerate().fold(0.0, |total, (position, &limb)| {
+            total + limb as f64 * power_of_two(32 * position as i32 + LOWEST)
         });
         if negative { -magnitude } else { magnitude }
     }
@@ -166,24 +167,24 @@ mod tests {
         assert_eq!(sum.value(), -3.5);
     }
 
-    /// Floats as whole multiples of 2⁻⁶⁰, so that 128-bit integers can say the truth.
+    /// Floats that are multiples of 2⁻⁶⁰, so that 128-bit integers represent them exactly.
     fn fixed() -> impl Strategy<Value = f64> {
         (-(1i64 << 52)..1i64 << 52, 0i32..40)
             .prop_map(|(mantissa, shift)| mantissa as f64 * power_of_two(shift - 60))
     }
 
-    fn whole(value: f64) -> i128 {
+    fn to_fixed(value: f64) -> i128 {
         (value * power_of_two(60)) as i128
     }
 
     proptest! {
         #[test]
         fn comparison_is_exact(a in fixed(), b in fixed(), n in 1u32..4096, near in any::<bool>(), alpha in fixed()) {
-            // Near the break point is where it matters.
+            // Rounding only matters near the break point.
             let alpha = if near { (a - b) / f64::from(n) } else { alpha };
-            prop_assume!(whole(alpha) as f64 * power_of_two(-60) == alpha);
-            let truth = (whole(a) - whole(b)).cmp(&(whole(alpha) * i128::from(n)));
-            prop_assert_eq!(compare_difference(a, b, alpha, f64::from(n)), truth);
+            prop_assume!(to_fixed(alpha) as f64 * power_of_two(-60) == alpha);
+            let expected = (to_fixed(a) - to_fixed(b)).cmp(&(to_fixed(alpha) * i128::from(n)));
+            prop_assert_eq!(compare_difference(a, b, alpha, f64::from(n)), expected);
         }
 
         #[test]
@@ -196,25 +197,25 @@ mod tests {
         }
 
         #[test]
-        fn sums_do_not_depend_on_order(whole in prop::collection::vec(any::<i32>(), 0..50), cut in 0usize..50) {
-            // A thousand times more than 53 bits apart.
+        fn sums_do_not_depend_on_order(integers in prop::collection::vec(any::<i32>(), 0..50), cut in 0usize..50) {
+            // Magnitudes that differ by more than 53 bits.
             let scale = |(i, &x): (usize, &i32)| f64::from(x) * power_of_two(if i % 2 == 0 { -40 } else { 40 });
-            let mut values: Vec<f64> = whole.iter().enumerate().map(scale).collect();
+            let mut values: Vec<f64> = integers.iter().enumerate().map(scale).collect();
             let sum = |values: &[f64]| {
                 let mut sum = ExactSum::default();
                 values.iter().for_each(|&value| sum.add(value));
                 sum
             };
-            let forwards = sum(&values);
+            let forward = sum(&values);
             let (left, right) = values.split_at(cut.min(values.len()));
             let mut merged = sum(right);
             merged.merge(&sum(left));
-            prop_assert_eq!(forwards.value(), merged.value());
-            let truth: i128 = values.iter().map(|value| (value * power_of_two(40)) as i128).sum();
-            let truth = truth as f64 * power_of_two(-40);
-            prop_assert!((forwards.value() - truth).abs() <= truth.abs() * 1e-15);
+            prop_assert_eq!(forward.value(), merged.value());
+            let expected: i128 = values.iter().map(|value| (value * power_of_two(40)) as i128).sum();
+            let expected = expected as f64 * power_of_two(-40);
+            prop_assert!((forward.value() - expected).abs() <= expected.abs() * 1e-15);
             values.reverse();
-            prop_assert_eq!(forwards.value(), sum(&values).value());
+            prop_assert_eq!(forward.value(), sum(&values).value());
         }
     }
 }

@@ -6,9 +6,9 @@ use arrow_array::ffi_stream::RecordBatchStreamReader;
 use arrow_array::{ArrayRef, RecordBatch, UInt64Array};
 use arrow_pyarrow::PyArrowType;
 use dice_core::Error;
-use dice_core::columns::no_nulls;
-use dice_core::numbers::{Floats, Ints};
-use dice_core::replay::{Candidates, sample as core_sample};
+use dice_core::input::columns::no_nulls;
+use dice_core::input::numbers::{Floats, Ints};
+use dice_core::sampling::{Candidates, sample as core_sample};
 use pyo3::prelude::*;
 use std::sync::Arc;
 
@@ -16,15 +16,15 @@ use crate::to_python;
 
 fn read<T>(
     stream: RecordBatchStreamReader,
-    mut each: impl FnMut(&RecordBatch, u64) -> Result<T, Error>,
+    mut convert: impl FnMut(&RecordBatch, u64) -> Result<T, Error>,
 ) -> Result<Vec<T>, Error> {
     let mut start = 0;
     stream
         .map(|batch| {
             let batch = batch.map_err(|error| Error::Read(error.to_string()))?;
-            let found = each(&batch, start)?;
+            let value = convert(&batch, start)?;
             start += batch.num_rows() as u64;
-            Ok(found)
+            Ok(value)
         })
         .collect()
 }
@@ -36,10 +36,10 @@ fn key_column(batch: &RecordBatch, start: u64) -> Result<Ints, Error> {
     Ints::new(array, "key")
 }
 
-/// Sample row numbers from a stream of the columns key and (optionally) weight.
+/// Sample row numbers from a stream with the columns key and (optionally) weight.
 ///
-/// `exclude` is a stream of the column key, of the same type. Returns the rows (column row, uint64,
-/// ascending), at most `count`, and how many there were to choose from.
+/// `exclude` is a stream with the column key, of the same type. Returns at most `count` rows (column row, uint64,
+/// ascending) and the number of rows to choose from.
 #[pyfunction]
 #[pyo3(signature = (offline, exclude, *, count, seed, stream))]
 pub fn sample(
@@ -65,11 +65,11 @@ pub fn sample(
                 excluded.extend((0..keys.len()).map(|i| keys.ordinal(i)));
                 Ok(())
             })?;
-            let found = core_sample(&batches, &excluded, count, seed, stream)?;
-            let rows = Arc::new(UInt64Array::from(found.rows)) as ArrayRef;
+            let sampled = core_sample(&batches, &excluded, count, seed, stream)?;
+            let rows = Arc::new(UInt64Array::from(sampled.rows)) as ArrayRef;
             let rows = RecordBatch::try_from_iter([("row", rows)])
                 .map_err(|error| Error::Read(error.to_string()))?;
-            Ok((rows, found.candidates))
+            Ok((rows, sampled.candidates))
         })
         .map_err(to_python)?;
     Ok((PyArrowType(rows), candidates))

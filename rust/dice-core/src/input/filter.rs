@@ -1,21 +1,21 @@
-//! Which rows are usable, and a count of the others by the first reason that applies.
+//! Which rows are usable, and counts of the dropped rows by the first reason that applies.
 //!
 //! | order | reason | a row is dropped when |
 //! | --- | --- | --- |
 //! | 1 | `null` | its reward or its length is null |
-//! | 2 | `not_finite` | its reward is NaN, infinite, or beyond float32, in which pairs are stored |
+//! | 2 | `not_finite` | its reward is NaN, infinite, or beyond the range of float32, the type of the stored pairs |
 //! | 3 | `truncated` | it was cut off by the token limit |
 //! | 4 | `too_short` | its length is under `min_length` |
 //! | 5 | `too_long` | its length is over `max_length` |
-//! | 6 | `duplicate` | it equals a response of its prompt that none of these dropped, on a lower row |
-//! | 7 | `too_few_responses` | its prompt has fewer than `min_responses` rows that none of these dropped |
+//! | 6 | `duplicate` | it equals a kept response of its prompt on a lower row |
+//! | 7 | `too_few_responses` | its prompt has fewer than `min_responses` rows left |
 
 /// One usable response.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Point {
-    /// What is compared: the reward, or the reward adjusted by its length bucket. Finite.
+pub struct Response {
+    /// The score that is compared: the reward, or the reward adjusted for length. Finite.
     pub score: f64,
-    /// The reward as it came in.
+    /// The reward of the input.
     pub raw: f64,
     /// Row number over all batches.
     pub row: u64,
@@ -23,7 +23,7 @@ pub struct Point {
     pub length: u32,
 }
 
-/// Bounds on the length; both ends are kept.
+/// Bounds on the length, both inclusive.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Filter {
     /// The shortest response that is kept.
@@ -32,12 +32,12 @@ pub struct Filter {
     pub max_length: Option<u32>,
 }
 
-/// Rows dropped, by reason.
+/// Numbers of dropped rows, by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Dropped {
     /// Reward or length null.
     pub null: u64,
-    /// Reward NaN, infinite or beyond float32.
+    /// Reward NaN, infinite or beyond the range of float32.
     pub not_finite: u64,
     /// Cut off by the token limit.
     pub truncated: u64,
@@ -47,12 +47,12 @@ pub struct Dropped {
     pub too_long: u64,
     /// Equal to a response of the prompt that is kept.
     pub duplicate: u64,
-    /// Usable, but on a prompt with too few usable responses.
+    /// UsableRows, but on a prompt with too few usable responses.
     pub too_few_responses: u64,
 }
 
 impl Dropped {
-    /// Adds another count.
+    /// Adds the counts of other rows.
     pub fn add(&mut self, other: &Self) {
         self.null += other.null;
         self.not_finite += other.not_finite;
@@ -64,7 +64,7 @@ impl Dropped {
     }
 }
 
-/// A length that is negative or needs more than 32 bits was met; see
-/// [`Columns::bad_length`](crate::Columns::bad_length).
+/// A length is negative or needs more than 32 bits;
+/// [`Columns::invalid_length`](crate::input::columns::Columns::invalid_length) finds the row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BadLength;
+pub struct InvalidLength;
