@@ -13,8 +13,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli.mine import MineCommand, Panels, mine
-from cli.options import Config, Json, Set
+from cli.mine import MineCommand, mine
+from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
 from cli.plan import plan
 from cli.runs import resume, run, status

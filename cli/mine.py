@@ -15,35 +15,11 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand, TyperOption
 from typer.main import get_command
 
-from cli.options import Json, Out
+from cli.options import Json, Out, Panels
 from cli.output import print_json
 from dice_py.errors import InterruptedRunError, UsageError
-
-
-class Panels(TyperCommand):
-    """A command whose help lists the options under the headings of `rich_help_panel`, without importing Rich."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes a section per heading, in the order of the parameters; options without a heading come last."""
-        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
-        general = []
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is None:
-                continue
-            if not isinstance(param, TyperOption):
-                sections["Arguments"].append(record)
-            elif param.rich_help_panel is None:
-                general.append(record)
-            else:
-                sections.setdefault(param.rich_help_panel, []).append(record)
-        for heading, records in {**sections, "Options": general}.items():
-            if records:
-                with formatter.section(heading):
-                    formatter.write_dl(records)
 
 
 class MineCommand(Panels):

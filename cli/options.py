@@ -1,4 +1,4 @@
-"""The options that several commands share, and the configs that they resolve to."""
+"""The options that several commands share, the configs that they resolve to, and how help lists them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 if TYPE_CHECKING:
     from dice_py.config.run import RunConfig
@@ -77,3 +78,26 @@ def run_config(
             seed=seed,
         ),
     )
+
+
+class Panels(TyperCommand):
+    """A command whose help lists the options under the headings of `rich_help_panel`, without importing Rich."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes a section per heading, in the order of the parameters; options without a heading come last."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        general = []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            if not isinstance(param, TyperOption):
+                sections["Arguments"].append(record)
+            elif param.rich_help_panel is None:
+                general.append(record)
+            else:
+                sections.setdefault(param.rich_help_panel, []).append(record)
+        for heading, records in {**sections, "Options": general}.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)

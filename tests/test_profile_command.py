@@ -63,7 +63,7 @@ def test_what_stands_below_the_table(dice, log: Log) -> None:
     resumed(log)
     log.event(3000, "started")
     log.event(3001, "round", number=1)
-    log.event(3001, "gpu", stage=None, gpus=[], text="no GPU seen: nvidia-smi is not installed")
+    log.event(3001, "gpu", stage=None, gpus=[], text="no GPU seen: there is no NVIDIA driver")
     log.running(3001, "mine")
     code, out, _ = dice("status", log.folder, "--profile")
     assert code == 0
@@ -71,7 +71,7 @@ def test_what_stands_below_the_table(dice, log: Log) -> None:
     assert out.splitlines()[-4:] == [
         "round-01/generate: 8.0 s more in earlier attempts (1)",
         "round-01/score: 4.0 s more in earlier attempts (1)",
-        "no GPU seen: nvidia-smi is not installed",
+        "no GPU seen: there is no NVIDIA driver",
         "start-up costs: 1 process, 6.0 s, 11.3 % of the run (spawn 1.0 s, import 2.0 s, load 3.0 s)",
     ]
 

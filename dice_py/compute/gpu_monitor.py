@@ -1,39 +1,27 @@
-"""What the GPUs do meanwhile: one sample a second of each, read from `nvidia-smi` by a thread of the run's process.
+"""Samples the utilization and memory of the GPUs once a second, by NVML, in a thread of the run's process.
 
-Nothing of CUDA is loaded here, so the watch holds no memory of a GPU. Without `nvidia-smi`, or where it fails, there
-are no figures and a sentence says why; that is never an error.
-
-`nvidia-smi` does not outlive the run: leaving the context ends it, and where the run's process is killed, the pipe that
-it writes to has no reader any more, so its next line, within a second, ends it (SIGPIPE).
+NVML makes no CUDA context, so the monitor holds no memory of a GPU. Where there is no NVIDIA driver, or NVML fails,
+there are no figures and a sentence names the reason; that is never an error.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import subprocess
 import threading
 from dataclasses import dataclass
 from typing import Any
 
 from dice_py.config.shared import DevicesConfig, ModelConfig
 
-_COMMAND = [
-    "nvidia-smi",
-    "--query-gpu=index,utilization.gpu,memory.used,memory.total",
-    "--format=csv,noheader,nounits",
-    "-lms",
-    "1000",
-]
-_MIB = 1 << 20
-_END_SECONDS = 5.0  # how long it may take to end when told to
+INTERVAL_SECONDS = 1.0
+_STOP_SECONDS = 5.0  # how long a driver that does not answer is waited for
 
 
 @dataclass
 class _Gpu:
     samples: int = 0
     idle: int = 0
-    percent: int = 0  # added up
+    percent: int = 0  # summed
     peak: int | None = None
     memory: int | None = None
 
@@ -49,84 +37,83 @@ class _Gpu:
 
 
 def usable_gpus(devices: DevicesConfig, models: ModelConfig) -> set[int] | None:
-    """The numbers, as `nvidia-smi` counts, of the GPUs that a run may use; None: all that there are.
+    """The numbers, as NVML counts, of the GPUs that a run may use; None: all of them.
 
     From `CUDA_VISIBLE_DEVICES` where it has numbers (names of GPUs are not looked up: all are watched then),
-    `devices.gpus` and `model.device`. CUDA counts as `nvidia-smi` does where all GPUs are alike, and with
+    `devices.gpus` and `model.device`. CUDA counts as NVML does where all GPUs are alike, and with
     `CUDA_DEVICE_ORDER=PCI_BUS_ID` anywhere.
     """
     kind, _, number = models.device.partition(":")
     if kind not in ("auto", "cuda"):
         return set()
-    asked = [int(number)] if number.isdigit() else None if devices.gpus == "all" else list(devices.gpus)
+    requested = [int(number)] if number.isdigit() else None if devices.gpus == "all" else list(devices.gpus)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        return None if asked is None else set(asked)
+        return None if requested is None else set(requested)
     visible = []
     for name in filter(None, (part.strip() for part in named.split(","))):
         if name.startswith("-"):
-            break  # CUDA takes what stands before the first one that is none
+            break  # CUDA ignores the first entry that is no GPU, and all after it
         if not name.isdigit():
             return None
         visible.append(int(name))
-    return set(visible if asked is None else [visible[at] for at in asked if at < len(visible)])
+    return set(visible if requested is None else [visible[at] for at in requested if at < len(visible)])
+
+
+def gpu_names(gpus: set[int] | None) -> list[str]:
+    """Names and memory of the GPUs `gpus` (None: all), by number; empty where NVML has none."""
+    if gpus is not None and not gpus:
+        return []
+    import pynvml
+
+    names = []
+    try:
+        pynvml.nvmlInit()
+        try:
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                if gpus is None or index in gpus:
+                    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                    mib = pynvml.nvmlDeviceGetMemoryInfo(handle).total >> 20
+                    names.append(f"{pynvml.nvmlDeviceGetName(handle)}, {mib} MiB")
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return []
+    return names
 
 
 class GpuMonitor:
-    """A context manager that watches the GPUs `gpus` (None: all; none of them: nothing is started)."""
+    """A context manager that samples the GPUs `gpus` (None: all; an empty set: no thread is started)."""
 
     def __init__(self, gpus: set[int] | None = None) -> None:
         self._gpus = gpus
         self._lock = threading.Lock()
         self._seen: dict[int, _Gpu] = {}
-        self._ever = False
-        self._unread: str | None = None  # the first line that was no sample
-        self._ended: str | None = None
-        self._process: subprocess.Popen[str] | None = None
-        self._reader: threading.Thread | None = None
+        self._sampled = False  # a GPU has given a sample
+        self._reason: str | None = None  # why there are no more
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> GpuMonitor:
         if self._gpus is not None and not self._gpus:
-            self._ended = "the run may use none (model.device, devices.gpus, CUDA_VISIBLE_DEVICES)"
-            return self
-        try:
-            self._process = subprocess.Popen(
-                _COMMAND,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                encoding="utf-8",
-                errors="replace",
-                process_group=0,  # Ctrl-C is for the run, which needs the last samples
-            )
-        except FileNotFoundError:
-            self._ended = "nvidia-smi is not installed"
-        except OSError as error:
-            self._ended = f"nvidia-smi cannot be started ({error.strerror})"
+            self._reason = "the run may use none (model.device, devices.gpus, CUDA_VISIBLE_DEVICES)"
         else:
-            self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
-            self._reader.start()
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is None or self._reader is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a driver that does not answer
-                self._process.wait(_END_SECONDS)
-        # A process that it left behind may hold the pipe open: the thread, a daemon, is not waited for then.
-        self._reader.join(_END_SECONDS)
+        self._stopping.set()
+        if self._thread is not None:
+            # A driver may not answer; the thread, a daemon, is not waited for then.
+            self._thread.join(_STOP_SECONDS)
 
     def take(self) -> list[dict[str, Any]]:
         """The figures of each GPU since the last call, by number; without those that gave no sample.
 
-        `index`, `samples` (one a second), `idle_samples` (no kernel ran: a utilisation of 0), `idle_share` and
-        `mean_utilisation` in [0, 1] (None where the GPU does not tell, as with MIG), `peak_memory_bytes` in use
-        (by anyone) and `memory_bytes` in all.
+        `index`, `samples` (one a second), `idle_samples` (no kernel ran: a utilization of 0), `idle_share` and
+        `mean_utilisation` in [0, 1] (None where the GPU does not report it, as with MIG), `peak_memory_bytes` in use
+        (by any process) and `memory_bytes` in all.
         """
         with self._lock:
             seen, self._seen = self._seen, {}
@@ -136,37 +123,51 @@ class GpuMonitor:
     def problem(self) -> str | None:
         """Why there are no (more) figures; None while there are, or may yet be."""
         with self._lock:
-            said = None if self._ever or self._unread is None else f"nvidia-smi says: {self._unread}"
-            reason = "; ".join(filter(None, (self._ended, said)))
-            return f"{'GPU figures end' if self._ever else 'no GPU seen'}: {reason}" if reason else None
+            if self._reason is None:
+                return None
+            return f"{'GPU figures end' if self._sampled else 'no GPU seen'}: {self._reason}"
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        with process.stdout as lines:
-            for line in lines:
-                self._sample(line)
-        code = process.wait()
-        with self._lock:
-            self._ended = f"nvidia-smi ended with exit code {code}"
+    def _run(self) -> None:
+        import pynvml
 
-    def _sample(self, line: str) -> None:
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) != 4 or not parts[0].isdigit():
-            with self._lock:
-                self._unread = self._unread or line.strip()[:200] or None
+        try:
+            pynvml.nvmlInit()
+            try:
+                self._sample_until_stopped(pynvml)
+            finally:
+                pynvml.nvmlShutdown()
+        except pynvml.NVMLError as error:
+            missing = isinstance(error, pynvml.NVMLError_LibraryNotFound)
+            self._end("there is no NVIDIA driver" if missing else f"NVML: {error}")
+
+    def _sample_until_stopped(self, nvml: Any) -> None:
+        count = nvml.nvmlDeviceGetCount()
+        indices = [index for index in range(count) if self._gpus is None or index in self._gpus]
+        if not indices:
+            self._end(f"NVML has {count} GPU(s), and none of those that the run may use")
             return
-        # What a GPU does not tell reads "[N/A]".
-        index, percent, used, total = (int(part) if part.isdigit() else None for part in parts)
-        assert index is not None
-        if self._gpus is not None and index not in self._gpus:
-            return
+        handles = {index: nvml.nvmlDeviceGetHandleByIndex(index) for index in indices}
+        while not self._stopping.is_set():
+            for index, handle in handles.items():
+                self._sample(nvml, index, handle)
+            self._stopping.wait(INTERVAL_SECONDS)
+
+    def _sample(self, nvml: Any, index: int, handle: Any) -> None:
+        try:
+            percent: int | None = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+        except nvml.NVMLError_NotSupported:  # with MIG
+            percent = None
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         with self._lock:
-            self._ever = True
+            self._sampled = True
             gpu = self._seen.setdefault(index, _Gpu())
             if percent is not None:
                 gpu.samples += 1
                 gpu.idle += percent == 0
                 gpu.percent += percent
-            if used is not None:
-                gpu.peak = max(gpu.peak or 0, used * _MIB)
-            gpu.memory = gpu.memory if total is None else total * _MIB
+            gpu.peak = max(gpu.peak or 0, memory.used)
+            gpu.memory = memory.total
+
+    def _end(self, reason: str) -> None:
+        with self._lock:
+            self._reason = reason

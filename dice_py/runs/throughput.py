@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import os
 import platform
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from dice_py.compute.gpu_monitor import usable_gpus
+from dice_py.compute.gpu_monitor import gpu_names, usable_gpus
 from dice_py.config.loading import load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.models.loading import model_identity
@@ -48,20 +47,9 @@ _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 def device_text(config: RunConfig) -> str:
     """The devices that a run would use, for keys: GPUs by name and memory, else the CPU with its cores."""
-    wanted = usable_gpus(config.devices, config.model)
-    found = []
-    if wanted != set():
-        command = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader"]
-        try:
-            told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-        except (OSError, subprocess.SubprocessError):
-            told = ""
-        for line in told.splitlines():
-            index, _, name = line.partition(", ")
-            if wanted is None or (index.isdigit() and int(index) in wanted):
-                found.append(name)
-    if found:
-        return " + ".join(found)
+    names = gpu_names(usable_gpus(config.devices, config.model))
+    if names:
+        return " + ".join(names)
     threads = os.environ.get("OMP_NUM_THREADS")
     cores = len(os.sched_getaffinity(0))
     return f"{platform.machine()} CPU, {cores} cores{'' if threads is None else f', {threads} threads'}"
