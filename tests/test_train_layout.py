@@ -163,11 +163,11 @@ def test_settings_that_are_rejected(settings: list[str], message: str) -> None:
         resolve([], settings)
 
 
-def test_how_the_work_is_spread_is_not_decisive() -> None:
+def test_layout_is_not_in_the_key() -> None:
     one, other = config(), config(processes=3, strategy="ddp")
-    assert one.decisive() == other.decisive() == config(accelerate_config="a.yaml").decisive()
-    assert one.decisive() != config(learning_rate=1.0).decisive()
-    assert set(one.model_dump()) - set(one.decisive()) == {"processes", "strategy", "accelerate_config"}
+    assert one.key_fields() == other.key_fields() == config(accelerate_config="a.yaml").key_fields()
+    assert one.key_fields() != config(learning_rate=1.0).key_fields()
+    assert set(one.model_dump()) - set(one.key_fields()) == {"processes", "strategy", "accelerate_config"}
 
 
 # --- the user's own file --------------------------------------------------------------------------------------
