@@ -163,7 +163,7 @@ def test_settings_that_are_rejected(settings: list[str], message: str) -> None:
         resolve([], settings)
 
 
-def test_layout_is_not_in_the_key() -> None:
+def test_how_the_work_is_spread_is_not_in_keys() -> None:
     one, other = config(), config(processes=3, strategy="ddp")
     assert one.key_fields() == other.key_fields() == config(accelerate_config="a.yaml").key_fields()
     assert one.key_fields() != config(learning_rate=1.0).key_fields()
