@@ -1,7 +1,7 @@
 """The gate: whether the log-probabilities that came with the samples may stand in for the scorer's.
 
 They may if, on a sample of responses, the implicit reward differs by no more than a share of its standard deviation
-(`score.gate_tolerance`). Then the policy's own forward over the shards is left out.
+(`score.gate_tolerance`). Then the policy's own forward over the shards is skipped.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class MeasureGate:
 
     The figures: `responses`; `mean_abs_difference` and `max_abs_difference` of the implicit reward; `reward_std`, its
     standard deviation on the same responses; `share`, the first over the last; `tolerance`; `passed`. Where a
-    log-probability is not finite, or all rewards are equal, the middle ones are None and the gate has not passed.
+    log-probability is not finite, or all rewards are equal, the four figures of the reward are None and the gate fails.
     """
 
     config: ScoreConfig
     models: ModelConfig
     folder: Path
-    """Of the policy."""
+    """The policy's folder."""
     shards: list[Shard]
-    """That the policy has sampled, and the reference has scored."""
+    """Sampled by the policy, and scored by the reference."""
     columns: Columns
     beta: float
     out: Path
     key: str
 
     def __call__(self, shards: ShardQueue, *, report: Report) -> None:
-        """Works until `shards` has no more."""
+        """Measures until `shards` has no more."""
         with timed("import"):
             from dice_py.scoring.scorer import Scorer
 

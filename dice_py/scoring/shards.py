@@ -1,7 +1,7 @@
 """The work of one group of devices in the score stage: one model over shards of generations.
 
-The reference is scored first. Its sums of a shard are kept in a file until the policy's are there, so that neither pass
-is lost to a kill.
+The reference is scored first. Its sums for a shard are kept in a file until the policy's are computed, so an
+interrupted stage repeats neither pass.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _REF_LOGPS = {"ref_logp": pl.Float64}
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of generations, and the files that its scores are made in."""
+    """One file of generations, and the files that its scores are written to."""
 
     generations: Path
     out: Path
     ref_logps_file: Path
-    """The reference's sums, until the scores are written."""
+    """The reference's sums; deleted when the scores are written."""
     key: str
     sampled: bool
-    """True when the policy that scores is the one that sampled it."""
+    """True when the policy sampled these generations."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class Columns:
 class ScoreShards:
     """The work of one group: one model over the shards that it receives.
 
-    Under the reference the file of its sums is written, under the policy the scores.
+    The reference writes the file of its sums, the policy the scores.
     """
 
     config: ScoreConfig
     models: ModelConfig
     folder: Path
-    """Of the model."""
+    """The model's folder."""
     role: Role
     shards: list[Shard]
     columns: Columns
     beta: float
 
     def __call__(self, shards: ShardQueue, *, report: Report) -> None:
-        """Works until `shards` has no more."""
+        """Scores shards until `shards` has no more."""
         with timed("import"):
             from dice_py.scoring.scorer import Scorer
 
@@ -92,13 +92,13 @@ class ScoreShards:
 def shard_logps(
     shard: Shard, scorer: Any, columns: Columns, on_batch: Callable[[int], None], rows: Sequence[int] | None = None
 ) -> list[float]:
-    """Σ_t log π(y_t | x, y_<t) of a shard's responses, or of some of its rows; 0 for a response of no tokens."""
+    """Σ_t log π(y_t | x, y_<t) in nats of a shard's responses, or of some of its rows; 0 for an empty response."""
     frame = read_parquet(shard.generations, [columns.prompt, columns.response])
     if rows is not None:
         frame = frame[list(rows)]
     prompts: list[Tokens] = list(token_arrays(frame, columns.prompt, shard.generations))
     responses: list[Tokens] = list(token_arrays(frame, columns.response, shard.generations))
-    # A response of no tokens has nothing to sum; the miner drops it as too short.
+    # An empty response has nothing to sum; mining drops it as too short.
     answered = [row for row, response in enumerate(responses) if len(response)]
     sums = np.zeros(len(responses))
     sums[answered] = scorer.sums([prompts[row] for row in answered], [responses[row] for row in answered], on_batch)
@@ -124,7 +124,7 @@ def token_arrays(frame: pl.DataFrame, column: str, place: Path | str) -> list[np
         place: names the frame in an error.
 
     Raises:
-        DataError: the column is no list of integers, or holds nulls.
+        DataError: the column is not a list of integers, or holds nulls.
     """
     series = frame[column]
     if not (isinstance(series.dtype, pl.List) and series.dtype.inner.is_integer()):
