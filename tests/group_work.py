@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.devices import Group
-from dice_py.compute.dispatch import ShardQueue, dispatch_shards
+from dice_py.compute.dispatch import dispatch_shards
+from dice_py.compute.shard_queue import ShardQueue
 from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.timing import timed
 

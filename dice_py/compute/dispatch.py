@@ -22,38 +22,17 @@ Events, beside those of compute/stage_process.py:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.devices import Group, only_these_gpus
 from dice_py.compute.process_pool import Dispatcher
+from dice_py.compute.shard_queue import LocalQueue, ShardWork
 
 if TYPE_CHECKING:
     from dice_py.config.shared import DevicesConfig
     from dice_py.events import Report
-
-
-class ShardQueue(Protocol):
-    """Where the work of a group gets its shards from."""
-
-    def receive(self, *, wait: bool) -> int | None:
-        """The next shard for this group, or None.
-
-        With wait=False, None means that there is none right now. With wait=True it blocks until there is one (another
-        group's may come back), and None means that there will be no more: the work is to return. A caller that waits
-        while it holds shards must finish them from another thread, since it waits until every shard is complete.
-        """
-        ...
-
-
-class ShardWork(Protocol):
-    """The work of one group, picklable: a frozen dataclass whose module imports nothing heavy, or a partial."""
-
-    def __call__(self, shards: ShardQueue, *, report: Report) -> None:
-        """Works until `shards` has no more."""
-        ...
 
 
 def dispatch_shards(
@@ -89,16 +68,6 @@ def dispatch_shards(
     for number in shards:
         if not is_complete(number):
             raise RuntimeError(f"the stage has ended, but shard {number} is not complete")
-
-
-class LocalQueue:
-    """The `ShardQueue` of a single group: a plain list."""
-
-    def __init__(self, shards: Sequence[int]) -> None:
-        self._left = deque(shards)
-
-    def receive(self, *, wait: bool) -> int | None:
-        return self._left.popleft() if self._left else None
 
 
 def run_inline(

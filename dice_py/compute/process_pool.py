@@ -15,25 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.devices import Group
 from dice_py.compute.failures import Failure
-from dice_py.compute.worker import Worker, request, work_name
+from dice_py.compute.shard_queue import RemoteQueue, ShardWork
+from dice_py.compute.worker import Worker, work_name
 
 if TYPE_CHECKING:
-    from dice_py.compute.dispatch import ShardWork
     from dice_py.config.shared import DevicesConfig
     from dice_py.events import Report
 
 _ENDING = 60.0  # seconds that processes have to end in once every shard is complete
-
-
-class RemoteQueue:
-    """The `ShardQueue` of a group's process: the dispatcher replies to its requests."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-
-    def receive(self, *, wait: bool) -> int | None:
-        number: int | None = request(self._report, "receive", wait=wait)
-        return number
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from dice_py.compute.dispatch import ShardQueue
+from dice_py.compute.shard_queue import ShardQueue
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.events import Report

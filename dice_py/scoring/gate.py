@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dice_py.compute.dispatch import ShardQueue
+from dice_py.compute.shard_queue import ShardQueue
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.events import Report

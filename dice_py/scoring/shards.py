@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
-from dice_py.compute.dispatch import ShardQueue
+from dice_py.compute.shard_queue import ShardQueue
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError

@@ -21,7 +21,8 @@ from typing import Any
 import polars as pl
 
 from dice_py.compute.devices import Group, device_in_group, find_groups
-from dice_py.compute.dispatch import ShardWork, dispatch_shards
+from dice_py.compute.dispatch import dispatch_shards
+from dice_py.compute.shard_queue import ShardWork
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.events import Report, no_report
