@@ -88,6 +88,11 @@ def test_config_reference_has_every_key() -> None:
     assert {name for name in known_keys() if name not in sections} <= documented
 
 
+def test_every_key_has_a_description() -> None:
+    rows = [line.split(" | ") for line in PAGES["docs/configuration.md"].splitlines() if line.startswith("| `")]
+    assert [cells[0] for cells in rows if len(cells) == 4 and not cells[3].strip(" |")] == []
+
+
 def test_figures_have_the_table_of_the_bench() -> None:
     table = (ROOT / "benches" / "results" / "mining.md").read_text(encoding="utf-8").strip()
     assert f"<!-- benches/results/mining.md -->\n{table}\n" in PAGES["docs/figures.md"]

@@ -17,8 +17,10 @@ ONE_STAGE = {"one_stage": True}
 class RunConfig(Section):
     """Every setting of a run; stored resolved as `config.yaml` in the run folder."""
 
-    rounds: Positive = 2
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Positive = Field(default=2, description="rounds of generate, score, mine, replay, train, evaluate")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="all random numbers of the run are derived from it"
+    )
     beta: Annotated[float, Field(gt=0.0)] = Field(default=0.1, description="β of the implicit reward and of DPO")
     reward_reference: Literal["previous", "initial"] = Field(
         default="previous",

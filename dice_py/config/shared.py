@@ -21,14 +21,20 @@ class ModelConfig(Section):
 
     policy: str | None = Field(default=None, description="π_1, the DPO-tuned model; none: a run on the synthetic world")
     reference: str | None = Field(default=None, description="the model that the policy's DPO training started from")
-    policy_revision: str | None = None
-    reference_revision: str | None = None
+    policy_revision: str | None = Field(
+        default=None, description="branch, tag or commit of the policy on the Hugging Face hub"
+    )
+    reference_revision: str | None = Field(default=None, description="branch, tag or commit of the reference")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: bfloat16 on a GPU that supports it, else float32"
     )
     device: str = Field(default="auto", description="auto: the first GPU, else the CPU")
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
+    attn_implementation: str | None = Field(
+        default=None, description="attention of transformers, such as sdpa or flash_attention_2; none: its choice"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with a model; only for models whose code you trust"
+    )
 
 
 class DevicesConfig(Section):
@@ -62,9 +68,9 @@ class DataConfig(Section):
         default=None,
         description="held-out offline pairs, on which the reward's accuracy is measured; none: a share of replay",
     )
-    prompt_column: str = "prompt"
-    chosen_column: str = "chosen"
-    rejected_column: str = "rejected"
+    prompt_column: str = Field(default="prompt", description="name of the prompts' column")
+    chosen_column: str = Field(default="chosen", description="name of the column of chosen responses")
+    rejected_column: str = Field(default="rejected", description="name of the column of rejected responses")
     weight_column: str | None = Field(default=None, description="sampling weights, in the replay file")
     margin_column: str = Field(default="margin", description="read if a replay.…margin_power is above 0")
     round_column: str = Field(default="round", description="read if a replay.…half_life is set")

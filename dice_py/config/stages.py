@@ -13,10 +13,12 @@ from dice_py.config.shared import Positive, Probability, Section
 class VllmConfig(Section):
     """vLLM's engine arguments, under vLLM's names; only kv_cache_gib is ours."""
 
-    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    tensor_parallel_size: Positive = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.9, description="share of the GPU's memory that vLLM may use"
+    )
+    tensor_parallel_size: Positive = Field(default=1, description="GPUs that hold one copy of the model")
     enforce_eager: bool | None = Field(default=None, description="none: true on the CPU, false (CUDA graphs) on a GPU")
-    max_num_seqs: Positive | None = None
+    max_num_seqs: Positive | None = Field(default=None, description="most sequences in one batch; none: vLLM's choice")
     max_model_len: Positive | None = Field(default=None, description="none: longest prompt + max_new_tokens")
     kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
@@ -27,12 +29,14 @@ class VllmConfig(Section):
 class GenerateConfig(Section):
     """Sampling of K responses per prompt from the current policy."""
 
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        default="auto", description="auto: vllm if it is installed and a GPU is used, else transformers"
+    )
     samples: Annotated[int, Field(ge=2, le=65535)] = Field(default=16, description="K, responses per prompt")
-    temperature: Annotated[float, Field(gt=0.0)] = 0.9
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    temperature: Annotated[float, Field(gt=0.0)] = Field(default=0.9, description="sampling temperature")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=1.0, description="nucleus sampling; 1: off")
     top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="0: off")
-    max_new_tokens: Positive = 2048
+    max_new_tokens: Positive = Field(default=2048, description="most tokens of a response")
     shard_prompts: Positive = Field(default=256, description="prompts per shard; a resume keeps completed shards")
     token_budget: Positive = Field(
         default=65536, description="transformers engine: prompt and response tokens of one batch, padding included"
@@ -89,7 +93,7 @@ class RoundsBufferConfig(Section):
 class ReplayConfig(Section):
     """The share γ of replayed pairs in the training set, and how they are sampled (formulas: replay/weights.py)."""
 
-    gamma: Probability = 0.5
+    gamma: Probability = Field(default=0.5, description="γ, replayed pairs as a share of the training set")
     total: Positive | None = Field(default=None, description="pairs in the training set; none: keep all mined pairs")
     on_shortfall: Literal["error", "record"] = Field(
         default="record",
@@ -141,9 +145,11 @@ class EvaluateConfig(Section):
 class WorldConfig(Section):
     """Sizes and seed of the synthetic world (synthetic/task.py)."""
 
-    seed: int = 0
-    sft_steps: Positive = 600
-    offline_pairs: Positive = 3000
-    round_prompts: Positive = 4000
-    eval_prompts: Positive = 400
-    eval_pairs: Positive = 600
+    seed: int = Field(default=0, description="makes the task's data and models")
+    sft_steps: Positive = Field(default=600, description="optimizer steps of the reference's training")
+    offline_pairs: Positive = Field(
+        default=3000, description="pairs of the noisy annotator, for the policy's training and for replay"
+    )
+    round_prompts: Positive = Field(default=4000, description="prompts for the rounds")
+    eval_prompts: Positive = Field(default=400, description="held-out prompts")
+    eval_pairs: Positive = Field(default=600, description="held-out pairs, labeled by the oracle")

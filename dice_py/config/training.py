@@ -12,32 +12,40 @@ from dice_py.config.shared import Positive, Probability, Section
 class LoraConfig(Section):
     """LoRA adapters. They are merged after training, so that every round ends with a complete model."""
 
-    r: Positive = 16
-    alpha: Positive = 32
-    dropout: Probability = 0.0
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    r: Positive = Field(default=16, description="rank")
+    alpha: Positive = Field(default=32, description="scale: adapters are multiplied by alpha / r")
+    dropout: Probability = Field(default=0.0, description="dropout on the adapters' input")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        default="all-linear", description="names of the adapted modules; all-linear: every linear layer but the head"
+    )
 
 
 class TrainConfig(Section):
     """DPO training of the policy, with its own start as the reference. Names are TRL's where TRL has the setting."""
 
-    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-7
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(default=5e-7, description="peak learning rate")
     lr_scheduler_type: str = Field(default="constant_with_warmup", description="a scheduler of transformers")
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=50, description="optimizer steps over which the learning rate rises"
+    )
     max_steps: Positive | None = Field(
         default=None, description="optimizer steps; none: num_train_epochs over the pairs"
     )
-    num_train_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0, description="passes over the pairs, unless max_steps is set"
+    )
     batch_size: Positive = Field(default=32, description="pairs per optimizer step, over all devices")
     per_device_train_batch_size: Positive = Field(default=4, description="pairs per forward pass of one device")
     sft_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0, description="weight of the NLL of the chosen response, added to the loss (TRL's sft loss)"
     )
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    optim: str = "adamw_torch"
-    adam_beta2: Probability = 0.999
-    lora: LoraConfig | None = None
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="AdamW's weight decay")
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0, description="gradients are clipped to this norm"
+    )
+    optim: str = Field(default="adamw_torch", description="an optimizer of transformers")
+    adam_beta2: Probability = Field(default=0.999, description="AdamW's β₂")
+    lora: LoraConfig | None = Field(default=None, description="train adapters; none: train all weights")
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass instead of storing them"
     )
@@ -45,7 +53,7 @@ class TrainConfig(Section):
     save_steps: Positive | None = Field(
         default=100, description="optimizer steps between checkpoints, from which a resume continues"
     )
-    logging_steps: Positive = 10
+    logging_steps: Positive = Field(default=10, description="optimizer steps between logged values")
     report_to: list[str] = Field(default_factory=list, description="trackers of transformers: wandb, tensorboard, …")
     step0_pairs: Positive = Field(default=64, description="pairs on which the loss at step 0 is checked")
     step0_tolerance: Annotated[float, Field(gt=0.0)] = Field(
