@@ -1,4 +1,4 @@
-"""The commands of a whole run: `dice run`, `dice resume`, `dice status`."""
+"""The commands of a run: `dice run`, `dice resume`, `dice status`."""
 
 from __future__ import annotations
 

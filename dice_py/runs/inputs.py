@@ -36,7 +36,7 @@ _HELD_OUT = 0.1  # at most this share of a user's prompts or pairs is held out w
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every round reads, as artefacts in `inputs/`."""
+    """The models and data that every round reads."""
 
     policy: Path
     reference: Path
@@ -58,7 +58,7 @@ def _world(run: Run) -> World:
 
 
 def prepare(run: Run) -> Inputs:
-    """Models resolved, data read and checked, held-out parts split off; as files in `inputs/`."""
+    """Resolves the models, reads and checks the data, and splits held-out parts off, into `inputs/`."""
     config, folder = run.config, run.folder / "inputs"
     require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
     if config.is_world:
@@ -82,7 +82,7 @@ def prepare(run: Run) -> Inputs:
     key = digest("inputs", columns, files, list(buffers), config.seed, config.evaluate.model_dump(), versions("polars"))
     outputs = {name: folder / f"{name}.parquet" for name in ("prompts", "offline", "eval_prompts", "eval_pairs")}
     outputs |= {f"buffer {name}": folder / f"buffer-{name}.parquet" for name in buffers}
-    # The models come after the data, since they may be a long download, and before anything is made.
+    # The data first: the models may be a long download.
     if any(parquet_key(outputs[name]) != key for name in ("prompts", *(f"buffer {name}" for name in buffers))):
         _split(run, outputs, key)
 
@@ -121,7 +121,7 @@ def _check(run: Run, inputs: Inputs, data_key: str) -> None:
 
 
 def _split(run: Run, outputs: dict[str, Path], key: str) -> None:
-    """Reads the user's files and writes `inputs/`; the prompts last, since their key says that all are there."""
+    """Reads the user's files and writes `inputs/`; the prompts last, since their key marks all of them as complete."""
     config, data = run.config, run.config.data
     assert data.prompts is not None
 
@@ -132,7 +132,7 @@ def _split(run: Run, outputs: dict[str, Path], key: str) -> None:
             prompt_column=data.prompt_column,
             chosen_column=data.chosen_column,
             rejected_column=data.rejected_column,
-            # The first round is the first to draw: a pair of a later one would stop it.
+            # The first round draws first, and a pair of a later round would stop it.
             current_round=1,
             **more,
         )
@@ -208,7 +208,7 @@ def pool_columns(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def round_prompts(run: Run, inputs: Inputs, number: int, folder: Path) -> tuple[Path, str]:
-    """The prompts of round `number` (from 1): all, or a fresh slice of the shuffled ones, going round at the end."""
+    """The prompts of round `number` (from 1): all of them, or the next slice of the shuffled ones, cyclically."""
     prompts = read_parquet(inputs.prompts, ["prompt_id", "messages"])
     per_round = run.config.data.prompts_per_round
     if per_round is not None and per_round < prompts.height:

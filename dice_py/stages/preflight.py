@@ -39,7 +39,7 @@ class PreflightJob(Job):
     """Of the data that the files hold."""
 
     def key(self) -> str:
-        """Of the data, the models and the whole config."""
+        """Of the data, the models and all of the config."""
         models = [model_identity(self.policy), model_identity(self.reference)]
         return digest("check", self.data_key, models, self.config.model_dump(), versions("transformers"))
 
