@@ -332,7 +332,7 @@ def evaluate(
         shared=out,
         seed=seed,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
-        with_oracle=world_oracle,
+        judges=("oracle",) if world_oracle else (),
         devices=resolved.devices,
     )
     print_result(run_job(job, out).counts, as_json)

@@ -144,7 +144,7 @@ def accuracy(policy: Path, reference: Path, initial: Path, pairs: pl.DataFrame, 
         shared=folder / "shared",
         seed=0,
         max_prompt_tokens=100,
-        with_oracle=False,
+        judges=(),
     )
     result = job.run()
     assert read_json(folder / "out" / "metrics.json") == result.counts

@@ -292,7 +292,7 @@ def _evaluate(run: Run, inputs: Inputs, number: int, policy: Path, reference: Pa
         shared=run.folder / "evaluate",
         seed=seed_for(config.seed, "evaluate"),
         max_prompt_tokens=config.data.max_prompt_tokens,
-        with_oracle=config.is_world,
+        judges=("oracle",) if config.is_world else (),
         devices=config.devices,
     )
     result = run.run_stage(number, job, is_last=number == config.rounds)

@@ -17,7 +17,7 @@ import polars as pl
 
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
-from dice_py.evaluation.judges.oracle import oracle_metrics
+from dice_py.evaluation.judges.registry import JUDGES
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy
 from dice_py.events import Report, no_report
 from dice_py.models.loading import held_model, model_identity
@@ -63,8 +63,8 @@ class EvaluateJob(Job):
     """Folder of what several rounds use: the start's samples, and log-probabilities of the pairs."""
     seed: int
     max_prompt_tokens: int
-    with_oracle: bool
-    """The prompts are the synthetic world's."""
+    judges: tuple[str, ...]
+    """Names in evaluation/judges/registry.py; "oracle" if the prompts are the synthetic world's."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
 
     def key(self) -> str:
@@ -79,6 +79,7 @@ class EvaluateJob(Job):
             self.score_config.model_dump(),
             self.models.model_dump(include={"dtype", "device"}),
             self.seed,
+            self.judges,
             versions("torch", "transformers", "vllm"),
         )
 
@@ -98,7 +99,7 @@ class EvaluateJob(Job):
         return StageResult([(file, file_digest(file))], metrics)
 
     def _sample_metrics(self, prompts: pl.DataFrame, report: Report) -> dict[str, Any]:
-        """Lengths of the samples of both policies, and what the oracle makes of them."""
+        """Lengths of the samples of both policies, and the judges' metrics."""
         start = self._samples(self.start, self.shared / "start", prompts, report)
         samples = self._samples(self.policy, self.out / "samples", prompts, report)
         per_prompt = samples.group_by("prompt_id", maintain_order=True).agg(pl.col("response_tokens").mean())
@@ -112,8 +113,10 @@ class EvaluateJob(Job):
             "start_mean_response_chars": start["response_chars"].mean(),
             "cut_off_share": float((samples["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
         }
-        if self.with_oracle:
-            metrics |= oracle_metrics(prompts, samples, start, self._rewards(samples, report), self.seed)
+        if self.judges:
+            rewards = self._rewards(samples, report)
+            for judge in self.judges:
+                metrics |= JUDGES[judge](prompts, samples, start, rewards, self.seed)
         return metrics
 
     def _samples(self, model: Path, folder: Path, prompts: pl.DataFrame, report: Report) -> pl.DataFrame:

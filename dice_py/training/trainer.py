@@ -21,8 +21,8 @@ versions):
     model(fused_lm_head=True).log_probs
                              (2 × pairs, tokens − 1), zero outside the response; in tiles
 
-A second training method (only DPO exists) would have its own loss: `loss_arguments` is the place where it is chosen. If
-TRL needs another trainer for it, so are `trainer_class` and the check at step 0 (training/step0.py), which is DPO's.
+The loss is that of a training method (training/methods/). A method for which TRL needs another trainer also needs its
+own `trainer_class`, and its own check at step 0 (training/step0.py), which is DPO's.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.files import read_json, write_json
 from dice_py.training.checkpoints import STAMP, checkpoint_stamp, save_model, stored_dtype
 from dice_py.training.dataset import COLUMNS, load_training_set
+from dice_py.training.methods.registry import METHODS
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.step0 import Step0, check_step0, measure_step0
 
@@ -140,13 +141,6 @@ def peft_config(lora: LoraConfig | None) -> Any:
     )
 
 
-def loss_arguments(config: TrainConfig, beta: float) -> dict[str, Any]:
-    """DPOConfig's arguments for the loss: DPO (arXiv 2305.18290, eq. 7), plus sft_weight × mean NLL of the chosen."""
-    if config.sft_weight > 0:
-        return {"beta": beta, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, config.sft_weight]}
-    return {"beta": beta, "loss_type": ["sigmoid"], "loss_weights": [1.0]}
-
-
 def _accumulation_steps(config: TrainConfig, processes: int) -> int:
     steps, rest = divmod(config.batch_size, config.per_device_train_batch_size * processes)
     if rest:
@@ -177,7 +171,7 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = DPOConfig(
         output_dir=str(folder),
-        **loss_arguments(config, beta),
+        **METHODS["dpo"](config, beta),
         precompute_ref_log_probs=True,
         max_length=None,  # load_training_set leaves longer pairs out; nothing is truncated.
         per_device_train_batch_size=config.per_device_train_batch_size,
