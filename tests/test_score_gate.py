@@ -16,6 +16,7 @@ from tiny_stage import BETA, KEYS, Stage
 from dice_py.errors import DataError
 from dice_py.models.loading import release_held
 from dice_py.scoring import scorer as logps
+from dice_py.scoring import shards
 from dice_py.scoring.gate import gate_rows
 from dice_py.scoring.shards import Columns, Shard
 from dice_py.stages import score as stage
@@ -298,7 +299,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def raise_it(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, name, raise_it)
+    for module in (stage, shards):
+        monkeypatch.setattr(module, name, raise_it, raising=module is stage)
 
 
 @pytest.mark.parametrize("nats", [0.0, 2.0])
