@@ -56,6 +56,15 @@ def test_vllm_has_another_setting() -> None:
     assert "GPU memory" in found["text"]
 
 
+def test_mining_needs_memory_of_the_host_only() -> None:
+    stages = {"round-01/mine": {"peak_memory_bytes": 50, "disk_bytes": 1, "transient_disk_bytes": 0}}
+    found = first_failure(stages, Room(90, 49, "memory"))
+    assert found is not None
+    assert found["setting"] == "data.prompts_per_round"
+    assert found["remedy"]
+    assert first_failure(stages, Room(90, 49, "GPU memory")) is None
+
+
 def test_too_few_pairs() -> None:
     config, run_data = small("replay.on_shortfall=error")
     plenty = Room(10**15, 10**15, "memory")

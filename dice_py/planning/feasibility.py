@@ -11,6 +11,7 @@ from dice_py.stages.registry import REGISTRY
 _SETTINGS = {
     "generate": "generate.token_budget",
     "score": "score.token_budget",
+    "mine": "data.prompts_per_round",
     "replay": "score.token_budget",
     "train": "train.per_device_train_batch_size",
     "evaluate": "generate.token_budget",
@@ -48,7 +49,8 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
         kind = name.rpartition("/")[2]
         if stage.get("lacking"):
             return {"stage": name, "what": "data", **stage["lacking"]}
-        needed = stage["peak_memory_bytes"]
+        # Mining needs no model: its memory is the host's, also where the models are on a GPU.
+        needed = 0 if kind == "mine" and room.memory_name == "GPU memory" else stage["peak_memory_bytes"]
         if needed > room.memory:
             return {
                 "stage": name,
@@ -57,7 +59,7 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
                 "needed": needed,
                 "available": room.memory,
                 "text": f"{name} needs {_gib(needed)} of {room.memory_name}, and {_gib(room.memory)} are free",
-                "remedy": REGISTRY[kind].remedy,
+                "remedy": REGISTRY[kind].remedy or "lower data.prompts_per_round or mine.pool_rounds",
             }
         needed = written + stage["disk_bytes"] + stage["transient_disk_bytes"]
         if needed > room.disk:
