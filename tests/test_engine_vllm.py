@@ -415,7 +415,7 @@ class TestOnTheCpu:
             ("context", UsageError, r"max_position_embeddings=256.*; lower generate\.vllm\.max_model_len"),
             ("adapter", DataError, r"has no config\.json \(an adapter\?\)"),
             ("head", DataError, r"vLLM cannot run the model in .*generate\.engine=transformers"),
-            ("platform", UsageError, r"runs on cuda, but the model is to be on cpu"),
+            ("platform", UsageError, r"runs on cuda, but the model is to run on cpu"),
         ],
     )
     def test_errors_of_settings_and_models(self, seen: Seen, name: str, kind: type[Exception], says: str) -> None:
