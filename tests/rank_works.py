@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dice_py.errors import DataError
 
@@ -63,6 +63,24 @@ def exit_silently(report: Report) -> str:
     if _rank() == 1:
         os._exit(0)
     return "value"
+
+
+class _Unloadable:
+    """Work that is pickled in the stage, and whose module a rank cannot import."""
+
+    def __call__(self, report: Report) -> None:
+        raise AssertionError("it cannot be unpickled")
+
+    def __reduce__(self) -> Any:
+        return load_library, ()
+
+
+def load_library() -> None:
+    """Fails as the import of a library with a missing file does."""
+    raise OSError("libmissing.so: cannot open shared object file")
+
+
+unloadable = _Unloadable()
 
 
 def sleep(report: Report, folder: str | None = None) -> None:

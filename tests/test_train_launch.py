@@ -106,6 +106,11 @@ def test_bug_in_a_rank_comes_with_its_traceback(ranks: Launch) -> None:
         ranks("fail", how="bug")
 
 
+def test_work_that_a_rank_cannot_import_is_a_bug_with_its_traceback(ranks: Launch) -> None:
+    with pytest.raises(RuntimeError, match=r"rank [01] of the training failed[\s\S]*libmissing.so"):
+        ranks("unloadable")
+
+
 def test_error_that_a_user_can_act_on_comes_before_an_earlier_one(ranks: Launch) -> None:
     with pytest.raises(DataError, match="row 7 is bad"):
         ranks("fail_in_turn")
