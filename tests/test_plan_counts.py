@@ -35,10 +35,10 @@ def test_replay_by_gamma_and_by_the_pairs_available() -> None:
     tokens = dict.fromkeys(range(70), 10)
     run_data = data([list(range(70))], tokens, pair_tokens=(4.0, 6.0, 8.0))
     (counts,) = count_rounds(own("replay.gamma=0.3"), run_data)
-    assert (counts.mined, counts.replay, counts.replay_wanted) == (70, 30, 30)
+    assert (counts.mined, counts.replay, counts.replay_requested) == (70, 30, 30)
     assert counts.replay_tokens == 30 * (2 * 4 + 6 + 8)
     (short,) = count_rounds(own("replay.gamma=0.3"), replace(run_data, offline=[12]))
-    assert (short.replay, short.replay_wanted, short.pairs) == (12, 30, 82)
+    assert (short.replay, short.replay_requested, short.pairs) == (12, 30, 82)
     (total,) = count_rounds(own("replay.gamma=0.25", "replay.total=40"), run_data)
     assert (total.replay, total.pairs) == (10, 40)
 
@@ -47,7 +47,7 @@ def test_the_runs_own_buffer_is_empty_in_the_first_round() -> None:
     config = resolve([], [*OWN[:3], "replay.gamma=0.5", "replay.buffer.capacity=3"])
     run_data = data([[0, 1], [2, 3], [4, 5]], dict.fromkeys(range(6), 10), offline=[0, 0, 0])
     assert [counts.replay for counts in count_rounds(config, run_data)] == [0, 2, 2]
-    assert [counts.replay_wanted for counts in count_rounds(config, run_data)] == [0, 2, 2]
+    assert [counts.replay_requested for counts in count_rounds(config, run_data)] == [0, 2, 2]
 
 
 def test_unusable_responses_and_long_pairs_make_no_pairs() -> None:
