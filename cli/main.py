@@ -60,7 +60,7 @@ for stage in (replay, train, evaluate):
 
 @app.command()
 def world(config: Config = None, assign: Set = None, as_json: Json = False) -> None:
-    """Make the synthetic world, or find it in the cache, and show what is in it."""
+    """Make the synthetic world, or reuse it, and show what it holds."""
     from dice_py.config.loading import resolve
     from dice_py.stages.world import WorldJob
     from dice_py.storage.cache import cache_folder
