@@ -7,6 +7,7 @@ below a root, and the second half of this file shows, on small trees, that each 
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import io
 import re
@@ -31,10 +32,13 @@ LONG_FILES: dict[str, str] = {}
 """Paths, and why each is one piece. At most two."""
 
 
+parsed = functools.cache(ast.parse)
+
+
 def python_files(root: Path, *folders: str) -> dict[str, ast.Module]:
     """Every Python file of the folders, by its path from the root."""
     return {
-        str(path.relative_to(root)): ast.parse(path.read_text(encoding="utf-8"))
+        str(path.relative_to(root)): parsed(path.read_text(encoding="utf-8"))
         for folder in folders
         for path in sorted((root / folder).rglob("*.py"))
     }
@@ -147,6 +151,7 @@ def long_functions(root: Path) -> list[str]:
         for path, tree in python_files(root, *PACKAGES).items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= FUNCTION_LINES
         and code_lines((root / path).read_text(encoding="utf-8"), node) > FUNCTION_LINES
     ]
 
