@@ -9,9 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.shard_queue import ShardQueue
 from dice_py.config.shared import ModelConfig
@@ -23,6 +21,9 @@ from dice_py.storage.files import read_json, write_json
 from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import read_parquet
 from dice_py.timing import timed
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class MeasureGate:
     def __call__(self, shards: ShardQueue, *, report: Report) -> None:
         """Measures until `shards` has no more."""
         with timed("import"):
+            import numpy as np
+
             from dice_py.scoring.scorer import Scorer
 
         while (number := shards.receive(wait=True)) is not None:
@@ -65,6 +68,8 @@ class MeasureGate:
             report("shard_complete", number=number)
 
     def _figures(self, differences: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
+        import numpy as np
+
         spread = float(rewards.std()) if len(rewards) else 0.0
         known = bool(np.isfinite(differences).all() and np.isfinite(spread) and spread > 0)
         return {
