@@ -254,7 +254,7 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Around calls into vLLM: raises its errors as ours."""
+        """Around calls into vLLM: raises its errors as DiceErrors where `explain_error` can."""
         import torch
 
         # On the CPU, eager mode also means no compiler. vLLM would otherwise compile two helpers of its sampler, which
