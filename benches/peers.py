@@ -1,8 +1,8 @@
 """Mining against Polars, DuckDB and NumPy: `make bench-peers`, or `python benches/peers.py --help`.
 
-All ways (peers_ways.py) are timed in this process, in turn within each repeat, so that noise of the machine
-hits them alike. Before that each runs once, and its answer is compared with ours; a mismatch ends it with
-status 1 and writes nothing. Memory and scaling are measured in processes of their own. Results go to `--out`:
+All ways (peers_ways.py) are timed in this process, in turn within each repeat, so that the machine's noise affects them
+alike. Before that, each runs once, and its answer is compared with dice's; after a mismatch the bench exits with status
+1 and writes nothing. Memory and scaling are measured in processes of their own. Results are written to `--out`:
 mining.json, mining.png and mining.md (the table in docs/figures.md).
 """
 
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# They choose kernels of OpenBLAS by hand. Nothing here uses BLAS, and NumPy is to be as it comes.
+# These variables select kernels of OpenBLAS. Nothing here uses BLAS, and NumPy should run with its defaults.
 os.environ.pop("OPENBLAS_CORETYPE", None)
 os.environ.pop("OPENBLAS_L2_SIZE", None)
 
@@ -52,9 +52,9 @@ from rich.console import Console
 from dice_py.storage.files import write_json, write_text
 
 NEEDED_BYTES = 64
-"""Memory that a size of the scaling curve is taken to need, a row: data, its shuffle, and the miner."""
+"""Assumed memory per row of the scaling curve: the data, its shuffled copy, and the miner."""
 UNKNOWN_MEMORY_ROWS = 10_000_000
-"""The greatest size where the platform does not say how much memory is free."""
+"""The largest size on platforms that do not report free memory."""
 PROC = Path("/proc/self")
 
 
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             agreement = {order: warm_up(ways, order, frames[order], log) for order in ORDERS}
         except MismatchError as error:
-            print(f"the ways do not agree: {error}", file=sys.stderr)
+            print(f"the answers differ: {error}", file=sys.stderr)
             return 1
         timings = measure(ways, frames, options.repeats, log)
         frames.clear()
@@ -115,28 +115,28 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare dice's pair miner with Polars, DuckDB and NumPy.")
 
-    def whole(least: int) -> Any:
+    def integer(least: int) -> Any:
         def convert(text: str) -> int:
             value = float(text)
             if not math.isfinite(value) or value != int(value) or value < least:
                 raise ValueError
             return int(value)
 
-        convert.__name__ = f"whole number of {least} or more"
+        convert.__name__ = f"integer of {least} or more"
         return convert
 
-    parser.add_argument("--prompts", type=whole(1), default=1_000_000)
-    parser.add_argument("--responses", type=whole(2), default=16, help="responses a prompt")
-    parser.add_argument("--repeats", type=whole(1), default=3)
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--prompts", type=integer(1), default=1_000_000)
+    parser.add_argument("--responses", type=integer(2), default=16, help="responses per prompt")
+    parser.add_argument("--repeats", type=integer(1), default=3)
+    parser.add_argument("--seed", type=integer(0), default=0)
     parser.add_argument("--sizes", default="1e5,1e6,1e7,1e8", help="rows of the scaling curve; '' for none")
     parser.add_argument("--out", type=Path, default=Path("benches/results"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
-        options.sizes = sorted({whole(options.responses)(size) for size in options.sizes.split(",") if size.strip()})
+        options.sizes = sorted({integer(options.responses)(size) for size in options.sizes.split(",") if size.strip()})
     except ValueError:
-        parser.error(f"--sizes is {options.sizes!r}: give numbers of rows, each at least --responses, with commas")
+        parser.error(f"--sizes is {options.sizes!r}, but must be row counts with commas, each at least --responses")
     return options
 
 
@@ -144,7 +144,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def warm_up(ways: dict[str, Way], order: str, frame: pl.DataFrame, log: Console) -> dict[str, Any]:
-    """Runs every way once and compares the answers. Raises MismatchError."""
+    """Runs every way once and compares the answers.
+
+    Raises:
+        MismatchError: two answers differ.
+    """
     log.print(f"warm-up and comparison of the answers: {order}")
     fixed, exact = ours(frame, FIXED_ALPHA), ours(frame)
     assert fixed.pairs is not None
@@ -152,7 +156,7 @@ def warm_up(ways: dict[str, Way], order: str, frame: pl.DataFrame, log: Console)
     assert exact.alpha is not None
     assert exact.interval is not None
     tied, tied_exact = tied_prompts(frame, FIXED_ALPHA), tied_prompts(frame, exact.alpha)
-    # At the exact alpha too, one pass of Polars must give what we gave.
+    # One pass of Polars must have the same pairs at the exact alpha, too.
     check_pairs("Polars at dice's alpha", max_by(frame, exact.alpha, engine="streaming"), exact.pairs, tied_exact)
     alphas = {}
     for name, way in ways.items():
@@ -189,13 +193,13 @@ def measure(
     ways: dict[str, Way], frames: dict[str, pl.DataFrame], repeats: int, log: Console
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of every repeat, by way and order."""
-    taken: dict[str, dict[str, list[float]]] = {n: {order: [] for order in way.orders} for n, way in ways.items()}
+    timings: dict[str, dict[str, list[float]]] = {n: {order: [] for order in way.orders} for n, way in ways.items()}
     for repeat in range(repeats):
         log.print(f"repeat {repeat + 1} of {repeats}")
         for name, way in ways.items():
             for order in way.orders:
-                taken[name][order].append(seconds(way.run, frames[order])[0])
-    return taken
+                timings[name][order].append(seconds(way.run, frames[order])[0])
+    return timings
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -225,7 +229,7 @@ def compare(ways: dict[str, Way], timings: dict[str, dict[str, list[float]]]) ->
     return {
         "ways": by_way,
         "fastest": best,
-        # All of ours with the exact alpha.
+        # All with the exact alpha.
         "speedup_over_polars_bisection": plain,
         "speedup_over_fastest_polars_bisection": fast,
         "ratio_to_numpy_sum": to_numpy,
@@ -239,11 +243,11 @@ def compare(ways: dict[str, Way], timings: dict[str, dict[str, list[float]]]) ->
 
 def in_child(task: dict[str, Any]) -> Any:
     command = [sys.executable, __file__, "--child", json.dumps(task)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        # Its standard error was ours: the reason is above.
-        raise SystemExit(f"the process for {task} ended with status {done.returncode}")
-    return json.loads(done.stdout)
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if ended.returncode != 0:
+        # The process shares our standard error, so its message is printed already.
+        raise SystemExit(f"the process for {task} ended with status {ended.returncode}")
+    return json.loads(ended.stdout)
 
 
 def child(task: dict[str, Any]) -> Any:
@@ -259,7 +263,7 @@ def extra_bytes_per_row(frame: pl.DataFrame) -> float | None:
     if not (PROC / "clear_refs").is_file():
         return None
     gc.collect()
-    # What making the data left free in the heap would hide as much of the miner's memory.
+    # Memory that the allocator still holds from making the data would hide as much of the miner's.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -272,16 +276,16 @@ def extra_bytes_per_row(frame: pl.DataFrame) -> float | None:
 
 
 def status_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", (PROC / "status").read_text(), re.MULTILINE)
-    assert found, f"/proc/self/status has no {field}"
-    return int(found[1]) * 1024
+    match = re.search(rf"^{field}:\s+(\d+) kB$", (PROC / "status").read_text(), re.MULTILINE)
+    assert match, f"/proc/self/status has no {field}"
+    return int(match[1]) * 1024
 
 
 def scale(rows: int, order: str, task: dict[str, Any]) -> dict[str, Any]:
     point = {"rows": rows - rows % task["responses"], "order": order}
     free = free_memory()
     if free is None and rows > UNKNOWN_MEMORY_ROWS:
-        return {**point, "skipped": "this platform does not say how much memory is free"}
+        return {**point, "skipped": "this platform does not report free memory"}
     if free is not None and rows * NEEDED_BYTES > free / 2:
         reason = f"needs about {rows * NEEDED_BYTES / 1e9:.3g} GB, more than half of the {free / 1e9:.3g} GB free"
         return {**point, "skipped": reason}
@@ -290,10 +294,10 @@ def scale(rows: int, order: str, task: dict[str, Any]) -> dict[str, Any]:
 
 def free_memory() -> int | None:
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None
 
 
 # --- Results ----------------------------------------------------------------------------------------------
@@ -304,16 +308,16 @@ def usable_cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on, and nothing that names the machine or its user."""
+    """Hardware and versions, without the names of the machine and its user."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
+        model = None
     release = re.match(r"[\d.]*\d", platform.release())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     packages = {"polars": "polars", "duckdb": "duckdb", "numpy": "numpy", "dice": "dice-align"}
     return {
-        "cpu": found[1] if found else platform.processor() or platform.machine(),
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "memory_gb": None if memory is None else round(memory / 1e9, 1),
         "os": f"{platform.system()} {release[0] if release else ''} {platform.machine()}",
@@ -323,7 +327,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    # Not before: it takes a second, and the other processes do not draw.
+    # Imported here: it takes a second, and the other processes do not draw.
     from peers_report import draw, markdown, print_table
 
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What `peers.py` found, as tables and as a plot. It reads the results as they stand in mining.json."""
+"""The results of `peers.py` (the contents of mining.json) as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PEERS = {
 
 
 def short(seconds: float) -> str:
-    """Three digits, with the unit that keeps them readable."""
+    """A duration with three digits, in s, ms or µs."""
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= size:
             return f"{digits(seconds / size)} {unit}"
@@ -32,12 +32,12 @@ def short(seconds: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Three of them, zeros at the end too."""
+    """Three significant digits, trailing zeros included."""
     return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:.0f}"
 
 
 def peer(results: dict[str, Any], kind: str, order: str) -> str:
-    """The name of the fastest way of a kind (of NumPy: the plain sum)."""
+    """The name of the fastest way of a kind; for NumPy, of the plain sum."""
     return "numpy_sum" if kind == "numpy" else str(results["fastest"][kind][order])
 
 
@@ -62,7 +62,7 @@ def setting(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table for docs/figures.md: of each peer the fastest form, which may differ between the orders."""
+    """The table for docs/figures.md: the fastest way of each peer, which may differ between the orders."""
     lines = ["| frame to pairs | grouped by prompt | shuffled |", "| --- | ---: | ---: |"]
 
     def line(title: str, cells: list[str]) -> None:
@@ -98,7 +98,7 @@ def markdown(results: dict[str, Any]) -> str:
 def print_table(results: dict[str, Any]) -> None:
     """Every way in both orders, the memory and the scaling."""
     console = Console()
-    # Where the output is a file, Rich takes 80 columns: the names of the ways would be folded.
+    # Rich assumes 80 columns where the output is a file, which would wrap the names of the ways.
     console.width = max(console.width, 110)
     ways = Table(title="Mining pairs, frame to pairs (* the fastest of its kind)")
     ways.add_column("way")
@@ -120,7 +120,7 @@ def print_table(results: dict[str, Any]) -> None:
     for order in ORDERS:
         agreement = results["agreement"][order]
         console.print(
-            f"{order}: {agreement['pairs']:,} pairs, the same of every way at alpha "
+            f"{order}: {agreement['pairs']:,} pairs, the same for every way at alpha "
             f"{results['parameters']['fixed_alpha']} (tied prompts left out: "
             f"{agreement['tied_prompts_left_out']['fixed_alpha']}); exact alpha {agreement['alpha']:.6g}; "
             f"peak memory beyond input and output, bytes a row: {bytes_text(results['bytes_per_row'][order])}"
@@ -141,29 +141,29 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Rows against seconds, both logarithmic: ours over the sizes, and all ways at the main size."""
+    """Seconds against rows, both logarithmic: dice at all sizes, and every peer at the main size."""
     main, machine = results["parameters"]["rows"], results["machine"]
     figure, axes = plt.subplots(figsize=(9, 5.2), dpi=160, layout="constrained")
-    look: dict[str, Any] = {"markeredgewidth": 1.4, "linestyle": "none", "zorder": 3}
+    style: dict[str, Any] = {"markeredgewidth": 1.4, "linestyle": "none", "zorder": 3}
     largest = (main, median(results, "ours_auto", "grouped"))
     rows = [main]
-    for order, (colour, line) in OURS.items():
-        inside = colour if order == "grouped" else "white"
+    for order, (color, line) in OURS.items():
+        inside = color if order == "grouped" else "white"
         points = [p for p in results["scaling"] if p["order"] == order and "skipped" not in p]
         x, y = [p["rows"] for p in points], [p["median_s"] for p in points]
         title = f"dice, exact alpha: {order}"
-        axes.plot(x, y, line, color=colour, marker="o", markersize=5, markerfacecolor=inside, linewidth=2, label=title)
+        axes.plot(x, y, line, color=color, marker="o", markersize=5, markerfacecolor=inside, linewidth=2, label=title)
         rows += x
         if order == "grouped" and points:
             largest = max(largest, (x[-1], y[-1]))
         for kind, marker in (("ours", "*"), *((kind, marker) for kind, (_, marker) in PEERS.items())):
-            taken = median(results, "ours_auto" if kind == "ours" else peer(results, kind, order), order)
+            median_s = median(results, "ours_auto" if kind == "ours" else peer(results, kind, order), order)
             size = 13 if kind == "ours" else 8
-            axes.plot(main, taken, marker, markersize=size, color=inside, markeredgecolor=colour, **look)
-    # Only for the legend: the markers, whose colour says the order.
+            axes.plot(main, median_s, marker, markersize=size, color=inside, markeredgecolor=color, **style)
+    # Only for the legend: the markers, whose color shows the order.
     for title, marker in (("dice, exact alpha, beside the peers", "*"), *PEERS.values()):
         size = 11 if marker == "*" else 7
-        axes.plot([], [], marker, markersize=size, color="white", markeredgecolor=INK, **look, label=title)
+        axes.plot([], [], marker, markersize=size, color="white", markeredgecolor=INK, **style, label=title)
     # Time in proportion to the rows, through the largest size.
     ends = (min(rows), max(rows))
     proportional = [largest[1] * end / largest[0] for end in ends]

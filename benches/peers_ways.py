@@ -1,8 +1,8 @@
 """The data and the ways that `peers.py` compares: one frame in two row orders, and every way to mine it.
 
-A way takes the frame (`prompt_id u32`, `reward f32`, `length u32`) and returns the pairs as `dice_py.mine_pairs`
-does, in any order of rows. The peers are written as somebody who knows them well would write them: they find
-the row numbers only, gather the rest for the rows found, and need not sort their answer.
+A way takes the frame (`prompt_id u32`, `reward f32`, `length u32`) and returns the pairs of `dice_py.mine_pairs`, in
+any order of rows. The peers are written as an expert would write them: they compute only row numbers, gather the other
+columns by row number, and need not sort their answer.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FIXED_ALPHA = 0.0017
 LENGTH_SLOPE = 0.002
 """Reward per unit of length in the data: near this alpha the mean length gap is zero."""
 BRACKET = 0.01
-"""The bisection looks for alpha between 0 and this."""
+"""The bisection searches for alpha between 0 and this."""
 STEPS = 14
 TIE = 1e-9
-"""Penalised rewards nearer than this count as tied: float64 may order them otherwise than exact arithmetic."""
+"""Penalized rewards that differ by less count as tied: float64 and exact arithmetic may order them differently."""
 DUCKDB_ROWS = 122_880
 """Rows of one row group of DuckDB: Arrow batches of this size are scanned by all its threads."""
 
@@ -49,7 +49,7 @@ def make_frame(rows: int, responses: int, seed: int, order: str) -> pl.DataFrame
     rows -= rows % responses
     length = np.empty(rows, np.uint32)
     reward = np.empty(rows, np.float32)
-    # In pieces: the float64 draws of 1e8 rows would take more memory than the miner.
+    # In pieces: the float64 draws of 1e8 rows at once would need more memory than the miner.
     for number, start in enumerate(range(0, rows, 1 << 20)):
         rng = np.random.default_rng([seed, number])
         piece = slice(start, min(start + (1 << 20), rows))
@@ -67,7 +67,7 @@ def make_frame(rows: int, responses: int, seed: int, order: str) -> pl.DataFrame
 
 
 PLAIN_BISECTION = "polars_bisection_arg_max"
-"""The bisection as one would write it first; the others are what we found to be faster."""
+"""The obvious bisection; the other ones are faster."""
 
 
 # --- Polars -----------------------------------------------------------------------------------------------
@@ -77,17 +77,17 @@ LAST_OF_RUN = (pl.col("prompt_id") != pl.col("prompt_id").shift(-1)).fill_null(T
 FIRST_OF_RUN = (pl.col("prompt_id") != pl.col("prompt_id").shift(1)).fill_null(True)
 
 
-def penalised(alpha: float) -> pl.Expr:
+def penalized(alpha: float) -> pl.Expr:
     return (pl.col("reward").cast(pl.Float64) - alpha * pl.col("length")).alias("s")
 
 
-def penalised_f32(alpha: float) -> pl.Expr:
-    """Half the memory traffic, and near enough for a sum of gaps; not for the pairs themselves."""
+def penalized_f32(alpha: float) -> pl.Expr:
+    """Half the memory traffic, and precise enough for a sum of gaps, but not for the pairs."""
     return (pl.col("reward") - pl.lit(alpha, pl.Float32) * pl.col("length").cast(pl.Float32)).alias("s")
 
 
 def finish(frame: pl.DataFrame, rows: pl.DataFrame, alpha: float) -> pl.DataFrame:
-    """The pairs of `prompt_id`, `chosen_row`, `rejected_row`."""
+    """Adds rewards, lengths and margins to `rows`: `prompt_id`, `chosen_row`, `rejected_row`."""
     numbers = pl.col("reward", "length")
     chosen = frame.select(numbers.gather(rows["chosen_row"]).name.prefix("chosen_"))
     rejected = frame.select(numbers.gather(rows["rejected_row"]).name.prefix("rejected_"))
@@ -97,14 +97,14 @@ def finish(frame: pl.DataFrame, rows: pl.DataFrame, alpha: float) -> pl.DataFram
 
 
 def group_pass(frame: pl.DataFrame, alpha: float, best: pl.Expr, worst: pl.Expr, engine: Engine) -> pl.DataFrame:
-    found = (
+    rows = (
         frame.lazy()
-        .select("prompt_id", ROW, penalised(alpha))
+        .select("prompt_id", ROW, penalized(alpha))
         .group_by("prompt_id")
         .agg(best.alias("chosen_row"), worst.alias("rejected_row"))
         .collect(engine=engine)
     )
-    return finish(frame, found, alpha)
+    return finish(frame, rows, alpha)
 
 
 _row, _s, _length = pl.col("row"), pl.col("s"), pl.col("length")
@@ -114,7 +114,7 @@ sort_by = partial(group_pass, best=_row.sort_by("s").last(), worst=_row.sort_by(
 
 
 def declared(frame: pl.DataFrame) -> pl.DataFrame:
-    """The grouped frame, with Polars told that its prompts ascend."""
+    """The grouped frame, with its prompts flagged as sorted."""
     return frame.with_columns(pl.col("prompt_id").set_sorted())
 
 
@@ -126,7 +126,7 @@ def window_pass(frame: pl.DataFrame, alpha: float) -> pl.DataFrame:
     extremes = [_s.max().over("prompt_id").alias("high"), _s.min().over("prompt_id").alias("low")]
     ends = (
         frame.lazy()
-        .select("prompt_id", ROW, penalised(alpha))
+        .select("prompt_id", ROW, penalized(alpha))
         .with_columns(extremes)
         .filter((_s == pl.col("high")) | (_s == pl.col("low")))
         .collect(engine="streaming")
@@ -137,57 +137,60 @@ def window_pass(frame: pl.DataFrame, alpha: float) -> pl.DataFrame:
 
 
 def sort_group_pass(frame: pl.DataFrame, alpha: float) -> pl.DataFrame:
-    ranked = frame.lazy().select("prompt_id", ROW, penalised(alpha)).sort("prompt_id", "s")
+    ranked = frame.lazy().select("prompt_id", ROW, penalized(alpha)).sort("prompt_id", "s")
     groups = ranked.group_by("prompt_id", maintain_order=True)
     return finish(frame, groups.agg(chosen_row=_row.last(), rejected_row=_row.first()).collect(), alpha)
 
 
 def sort_runs_pass(frame: pl.DataFrame, alpha: float) -> pl.DataFrame:
-    ranked = frame.lazy().select("prompt_id", ROW, penalised(alpha)).sort("prompt_id", "s").collect()
+    ranked = frame.lazy().select("prompt_id", ROW, penalized(alpha)).sort("prompt_id", "s").collect()
     chosen = ranked.filter(LAST_OF_RUN).select("prompt_id", chosen_row="row")
     return finish(frame, chosen.hstack(ranked.filter(FIRST_OF_RUN).select(rejected_row="row")), alpha)
 
 
 def max_by_gap(frame: pl.DataFrame, alpha: float) -> int:
-    groups = frame.lazy().select("prompt_id", "length", penalised_f32(alpha)).group_by("prompt_id")
+    groups = frame.lazy().select("prompt_id", "length", penalized_f32(alpha)).group_by("prompt_id")
     ends = groups.agg(chosen=_length.max_by("s"), rejected=_length.min_by("s"))
     gap = (pl.col("chosen").cast(pl.Int64) - pl.col("rejected")).sum()
     return int(ends.select(gap).collect(engine="streaming").item())
 
 
 def arg_max_gap(frame: pl.DataFrame, alpha: float) -> int:
-    """As one would write it first: what the pass by arg_max does, but for the row numbers."""
-    groups = frame.lazy().select("prompt_id", "length", penalised(alpha)).group_by("prompt_id")
+    """The obvious form: the same as the pass by arg_max, without row numbers."""
+    groups = frame.lazy().select("prompt_id", "length", penalized(alpha)).group_by("prompt_id")
     ends = groups.agg(chosen=_length.get(_s.arg_max()), rejected=_length.get(_s.arg_min()))
     return int(ends.select((pl.col("chosen").cast(pl.Int64) - pl.col("rejected")).sum()).collect().item())
 
 
 def window_gap(frame: pl.DataFrame, alpha: float) -> int:
     extremes = [_s.max().over("prompt_id").alias("high"), _s.min().over("prompt_id").alias("low")]
-    rows = frame.lazy().select("prompt_id", "length", penalised_f32(alpha)).with_columns(extremes)
+    rows = frame.lazy().select("prompt_id", "length", penalized_f32(alpha)).with_columns(extremes)
     length = _length.cast(pl.Int64)
     gap = length.filter(_s == pl.col("high")).sum() - length.filter(_s == pl.col("low")).sum()
     return int(rows.select(gap).collect(engine="streaming").item())
 
 
 def sort_prompts(frame: pl.DataFrame) -> pl.DataFrame:
-    """Sorts once, so that each step groups neighbours."""
+    """Sorts once, so that each step groups adjacent rows."""
     return frame.lazy().sort("prompt_id").collect(engine="streaming")
 
 
 @dataclass(frozen=True)
 class Answer:
+    """The result of a way."""
+
     pairs: pl.DataFrame | None = None
+    """None: the way computes no pairs."""
     alpha: float | None = None
-    """Of the ways that look for it."""
+    """None: the way does not search for it."""
     interval: tuple[float, float] | None = None
-    """The penalties that give the same pairs, where the way knows them."""
+    """The penalties that give the same pairs; None: not known."""
 
 
 def bisect(
     frame: pl.DataFrame, *, gap: Gap, last: Pass, prepare: Callable[[pl.DataFrame], pl.DataFrame] | None = None
 ) -> Answer:
-    """`STEPS` halvings of 0..`BRACKET` by the sign of the total gap, then one full pass."""
+    """`STEPS` halvings of 0..`BRACKET` by the sign of the total gap, then one pass for the pairs."""
     ready = frame if prepare is None else prepare(frame)
     low, high = 0.0, BRACKET
     for _ in range(STEPS):
@@ -201,20 +204,20 @@ def bisect(
 
 
 def duckdb_pass(
-    connection: duckdb.DuckDBPyConnection, whole_rows: bool, frame: pl.DataFrame, alpha: float
+    connection: duckdb.DuckDBPyConnection, all_columns: bool, frame: pl.DataFrame, alpha: float
 ) -> pl.DataFrame:
-    """`whole_rows`: DuckDB carries reward and length along; otherwise Polars gathers them by row number."""
+    """With `all_columns`, DuckDB returns rewards and lengths too; otherwise Polars gathers them by row number."""
     table = frame.with_row_index("row").to_arrow()
     connection.register("responses", pa.Table.from_batches(table.to_batches(max_chunksize=DUCKDB_ROWS)))
-    what = "struct_pack(row, reward, length)" if whole_rows else "row"
-    found = connection.sql(
-        f"SELECT prompt_id, arg_max({what}, s) AS chosen_row, arg_min({what}, s) AS rejected_row "
+    value = "struct_pack(row, reward, length)" if all_columns else "row"
+    ends = connection.sql(
+        f"SELECT prompt_id, arg_max({value}, s) AS chosen_row, arg_min({value}, s) AS rejected_row "
         "FROM (SELECT *, reward::DOUBLE - $1::DOUBLE * length::DOUBLE AS s FROM responses) GROUP BY prompt_id",
         params=[alpha],
     ).to_arrow_table()
     connection.unregister("responses")
-    pairs = pl.DataFrame(pl.from_arrow(found))
-    if not whole_rows:
+    pairs = pl.DataFrame(pl.from_arrow(ends))
+    if not all_columns:
         return finish(frame, pairs, alpha)
     fields = [
         pl.col(f"{end}_row").struct.field(field).alias(f"{end}_{field}")
@@ -236,12 +239,14 @@ def numpy_sum(frame: pl.DataFrame, widening: bool) -> Answer:
 def ours(frame: pl.DataFrame, alpha: float | Literal["auto"] = "auto") -> Answer:
     mined = dice_py.mine_pairs(frame, length_column="length", alpha=alpha)
     if mined.alpha is None or mined.alpha_low is None or mined.alpha_high is None:
-        raise MismatchError("mine_pairs gave no alpha")
+        raise MismatchError("mine_pairs returned no alpha")
     return Answer(mined.pairs, mined.alpha, (mined.alpha_low, mined.alpha_high))
 
 
 @dataclass(frozen=True)
 class Way:
+    """One way to mine the frame."""
+
     kind: Literal["numpy", "polars_pass", "polars_bisection", "duckdb_pass", "ours_fixed", "ours_auto"]
     title: str
     run: Callable[[pl.DataFrame], Answer]
@@ -249,7 +254,7 @@ class Way:
 
 
 def make_ways(connection: duckdb.DuckDBPyConnection) -> dict[str, Way]:
-    """Every way, by the name that it has in the results."""
+    """All ways, by their names in the results."""
 
     def at_fixed(run: Pass) -> Callable[[pl.DataFrame], Answer]:
         return lambda frame: Answer(run(frame, FIXED_ALPHA))
@@ -270,7 +275,7 @@ def make_ways(connection: duckdb.DuckDBPyConnection) -> dict[str, Way]:
     by_declared = partial(bisect, gap=max_by_gap, last=declared_pass, prepare=declared)
     by_sorted = partial(bisect, gap=max_by_gap, last=streaming_max_by, prepare=sort_prompts)
     by_window = partial(bisect, gap=window_gap, last=streaming_max_by)
-    rows_pass, whole_pass = (partial(duckdb_pass, connection, whole) for whole in (False, True))
+    row_pass, struct_pass = (partial(duckdb_pass, connection, all_columns) for all_columns in (False, True))
     kind: Literal["polars_bisection"] = "polars_bisection"
     return {
         "ours_auto": Way("ours_auto", "dice, exact alpha", ours),
@@ -292,18 +297,18 @@ def make_ways(connection: duckdb.DuckDBPyConnection) -> dict[str, Way]:
             kind, f"Polars, {STEPS} steps: max_by, sorted by prompt first", by_sorted, ("shuffled",)
         ),
         "polars_bisection_window": Way(kind, f"Polars, {STEPS} steps: max over the prompt", by_window),
-        "duckdb_rows": Way("duckdb_pass", "DuckDB: arg_max of the row, gathered by Polars", at_fixed(rows_pass)),
-        "duckdb_whole": Way("duckdb_pass", "DuckDB: arg_max of the whole row", at_fixed(whole_pass)),
+        "duckdb_rows": Way("duckdb_pass", "DuckDB: arg_max of the row, gathered by Polars", at_fixed(row_pass)),
+        "duckdb_whole": Way("duckdb_pass", "DuckDB: arg_max of row, reward and length", at_fixed(struct_pass)),
     }
 
 
-# --- Do they agree? ---------------------------------------------------------------------------------------
+# --- Comparison of the answers ---------------------------------------------------------------------------------------
 
 
 def tied_prompts(frame: pl.DataFrame, alpha: float) -> pl.DataFrame:
-    """`prompt_id` of the prompts whose best or worst penalised reward is shared by several rows (within `TIE`)."""
+    """`prompt_id` of the prompts whose best or worst penalized reward is shared by several rows (within `TIE`)."""
     extremes = [_s.max().over("prompt_id").alias("high"), _s.min().over("prompt_id").alias("low")]
-    rows = frame.lazy().select("prompt_id", penalised(alpha)).with_columns(extremes)
+    rows = frame.lazy().select("prompt_id", penalized(alpha)).with_columns(extremes)
     near = [
         rows.filter(condition).group_by("prompt_id").len().filter(pl.col("len") > 1).select("prompt_id")
         for condition in (_s >= pl.col("high") - TIE, _s <= pl.col("low") + TIE)
@@ -312,7 +317,7 @@ def tied_prompts(frame: pl.DataFrame, alpha: float) -> pl.DataFrame:
 
 
 def check_pairs(name: str, pairs: pl.DataFrame, expected: pl.DataFrame, tied: pl.DataFrame) -> None:
-    """Raises MismatchError unless both hold the same pairs, those of `tied` prompts left out."""
+    """Raises MismatchError unless both have the same pairs, apart from `tied` prompts."""
     schema = expected.drop("margin").schema
     columns = [pl.col(name).cast(dtype) for name, dtype in schema.items()]
     left, right = (
@@ -329,13 +334,13 @@ def check_pairs(name: str, pairs: pl.DataFrame, expected: pl.DataFrame, tied: pl
                 f"{name}: {differs.sum()} of {left.height} pairs differ from dice's in {column}; the first: "
                 f"{left.row(row or 0, named=True)} against {right.row(row or 0, named=True)}"
             )
-    furthest = (left["margin"] - right["margin"]).abs().max()
-    if isinstance(furthest, float) and not furthest <= 1e-5:
-        raise MismatchError(f"{name}: margins differ from dice's by up to {furthest}")
+    largest = (left["margin"] - right["margin"]).abs().max()
+    if isinstance(largest, float) and not largest <= 1e-5:
+        raise MismatchError(f"{name}: margins differ from dice's by up to {largest}")
 
 
 def check_alpha(name: str, alpha: float, interval: tuple[float, float]) -> None:
-    """Raises MismatchError unless the bisection ended within one last step of the exact interval."""
+    """Raises MismatchError unless `alpha` is at most one last step of the bisection from the exact interval."""
     low, high = interval
     distance = max(low - alpha, alpha - high, 0.0)
     if not distance <= BRACKET / 2**STEPS:

@@ -46,14 +46,14 @@ def dice(arguments: list[str], folder: Path, cache: Path) -> tuple[str, float]:
 
 
 def own_cache(folder: Path, world: Path) -> Path:
-    """A cache without kept costs, with the worlds of the user's cache."""
+    """A cache without costs, linked to the worlds of the user's cache."""
     folder.mkdir()
     (folder / "world").symlink_to(world, target_is_directory=True)
     return folder
 
 
 def compare(fresh: dict[str, Any], stored: dict[str, Any], run: Path, seconds: float) -> dict[str, Any]:
-    """Ratios of planned to true seconds, of a run folder that took `seconds` in all."""
+    """Ratios of planned to true seconds, for a run folder whose run took `seconds` in total."""
     entries = Manifest(run / "manifest.json").data["stages"]
     stages = {}
     for name, entry in entries.items():
@@ -117,7 +117,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, f"{stage['true_seconds']:.2f}", *(f"{value:.2f}" for value in values))
     planned, ratio = result["planned_total_seconds"], result["planned_over_true_total"]
     table.add_row(
-        "in all, with the command's own start",
+        "total, with the start of the command",
         f"{result['true_total_seconds']:.2f}",
         *(f"{of[name]:.2f}" for name in ("fresh", "stored") for of in (planned, ratio)),
     )
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--set", action="append", default=[], help="as of dice run")
+    parser.add_argument("--set", action="append", default=[], help="a config value, as for dice run")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(arguments)
     console = Console(width=max(Console().width, 130))

@@ -1,7 +1,7 @@
-"""`dice mine` on more rows than it holds: seconds and peak resident memory of the whole process.
+"""`dice mine` on more rows than fit in `--memory`: seconds and peak resident memory of the process.
 
 `make bench-stream` (BENCH_ARGS="--rows 2e6" for a short run). Rows are drawn from a seed and written in row groups of a
-million; `--order shuffled` deals them over the file at random, so that they are sorted by way of the disk.
+million; with `--order shuffled` they are in random order, so that the miner partitions them on disk first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESPONSES = 16
 
 
 def write_scored(path: Path, rows: int, order: str, seed: int) -> None:
-    """prompt_id u32, reward f32, response_tokens u32; 16 responses a prompt (about 16 if shuffled)."""
+    """prompt_id u32, reward f32, response_tokens u32; 16 responses per prompt (about 16 if shuffled)."""
     random = np.random.default_rng(seed)
     writer = None
     for start in range(0, rows, GROUP):
@@ -70,17 +70,17 @@ def main() -> None:
     parser.add_argument("--order", choices=["grouped", "shuffled"], default="grouped")
     parser.add_argument("--memory", type=float, default=1.0, help="--memory of dice mine, in GiB")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=None, help="where the files go while it runs")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for the temporary files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         scored = Path(folder) / "scored.parquet"
-        write_scored(scored, asked.rows, asked.order, asked.seed)
-        found = measure(scored, Path(folder) / "pairs.parquet", asked.memory)
-    found = {"order": asked.order, "memory_gib": asked.memory, "cores": os.cpu_count(), **found}
-    print(json.dumps(found, indent=2))
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / f"stream-{asked.order}.json").write_text(json.dumps(found, indent=2) + "\n")
+        write_scored(scored, args.rows, args.order, args.seed)
+        measured = measure(scored, Path(folder) / "pairs.parquet", args.memory)
+    result = {"order": args.order, "memory_gib": args.memory, "cores": os.cpu_count(), **measured}
+    print(json.dumps(result, indent=2))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"stream-{args.order}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

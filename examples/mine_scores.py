@@ -35,9 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scores", type=Path, nargs="?", help="Parquet, one row per response")
     parser.add_argument("--out", type=Path, default=Path("pairs.parquet"))
-    given = parser.parse_args()
+    args = parser.parse_args()
     # A LazyFrame: the miner reads only the columns it needs, and attach_text only the chosen rows.
-    scored = made_up_scores().lazy() if given.scores is None else pl.scan_parquet(given.scores)
+    scored = made_up_scores().lazy() if args.scores is None else pl.scan_parquet(args.scores)
 
     columns = {"reward_column": "score", "length_column": "response_chars", "min_responses": 2}
     biased = mine_pairs(scored, debias="none", **columns)
@@ -47,8 +47,8 @@ def main() -> None:
     print(f"the same pairs for alpha from {mined.alpha_low:.6f} to {mined.alpha_high:.6f}")
 
     pairs = attach_text(mined.pairs, scored, prompt_columns=["prompt"]).select("prompt", "chosen", "rejected", "margin")
-    pairs.write_parquet(given.out)
-    print(f"{pairs.height} pairs in {given.out}")
+    pairs.write_parquet(args.out)
+    print(f"{pairs.height} pairs in {args.out}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/two_rounds.py --out runs/example
     python examples/two_rounds.py --out runs/example --set train.learning_rate=2e-4
 
-A second call with the same options resumes the run: what is complete is kept. For your own model, set model.policy,
+A second call with the same options resumes the run; completed stages are kept. For your own model, set model.policy,
 model.reference, data.prompts and data.replay.
 """
 
@@ -19,7 +19,7 @@ from dice_py.runs.loop import run
 
 
 def report(event: str, **fields: Any) -> None:
-    """Prints the stages as they start and end; other events tell how far they are."""
+    """Prints the stages as they start and end. Other events report their progress."""
     if event == "stage":
         print(f"{fields['stage']}: {fields['status']}", flush=True)
 
@@ -28,16 +28,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/example"), help="the run folder")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a config value")
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    config = resolve(assignments=["rounds=2", *given.set])
-    metrics = run(config, given.out, report=report, after_round=write_report)
+    config = resolve(assignments=["rounds=2", *args.set])
+    metrics = run(config, args.out, report=report, after_round=write_report)
     for name, measured in metrics.items():
         low, high = measured["oracle_win_rate_ci95"]
         print(f"{name}: win rate against the start {measured['oracle_win_rate']:.3f} [{low:.3f}, {high:.3f}]")
-    print(f"report: {given.out / 'report.html'}")
+    print(f"report: {args.out / 'report.html'}")
 
 
-# Stages run in processes of their own, which import this file again: nothing may start outside of `main`.
+# Stages run in processes of their own, which import this file again: only `main` may start a run.
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
 """The first process of `dice plan`: reads the prompts as the run will, and measures sampling.
 
-Sampling is measured cold and warm, and with a small and a large number of responses, so that what is paid once is
-separated from what each step and token cost. planning/calibrate_training.py then scores these responses and trains on
-pairs made of them. All files are written into a folder that the caller removes.
+Sampling is measured cold and warm, and with a small and a large number of responses, which separates fixed costs from
+the costs of a step and of a token. planning/calibrate_training.py then scores these responses, makes pairs of them, and
+trains on the pairs. All files are written into a folder that the caller removes.
 """
 
 from __future__ import annotations
@@ -113,11 +113,12 @@ def probe(
     measure: Literal["costs", "lengths", "nothing"],
     report: Report = no_report,
 ) -> Probe:
-    """Reads the prompts, finds engine and devices, and samples into `out`.
+    """Reads the prompts, chooses engine and devices, and samples into `out`.
 
     Args:
         prompts, eval_prompts: Parquet with `prompt_id` and `messages`.
-        measure: "costs": samples, and measures their costs; "lengths": samples only, for the lengths of responses.
+        measure: "costs": samples, and measures the costs; "lengths": only samples, for the lengths of responses;
+            "nothing": does not sample.
 
     Raises:
         UsageError, DataError: the same errors that would stop the run itself.
@@ -146,7 +147,7 @@ def probe(
         device = torch.device(where.device)
         cuda = device.type == "cuda"
         gpu_free, gpu_total = torch.cuda.mem_get_info(device) if cuda else (None, None)
-        found = Probe(
+        probed = Probe(
             engine=engine,
             dtype=where.dtype,
             device=device_name(device),
@@ -166,9 +167,9 @@ def probe(
             encode_seconds=tokenized.encode_seconds,
         )
         if measure == "nothing":
-            return found
+            return probed
         costs = _sample(config, engine, policy, tokenized, out, measure == "costs", report)
-    return replace(found, generate=costs)
+    return replace(probed, generate=costs)
 
 
 def _tokenize(config: RunConfig, policy: Path, prompts: Path) -> _Tokenized:

@@ -156,7 +156,7 @@ def _shared_tokens(shard: pl.DataFrame) -> int:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pairs to train on, and what tokenizing offline ones takes."""
+    """Pairs to train on, and the costs and lengths of offline ones."""
 
     frame: pl.DataFrame
     """`_PAIR_COLUMNS` and `source`."""

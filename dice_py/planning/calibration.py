@@ -132,11 +132,11 @@ def calibrated_costs(
 
 
 def note_load(report: Report) -> None:
-    """Reports a note where other programs keep the cores busy: what is measured then is slower than a run alone."""
+    """Reports a note where other programs keep the cores busy, since costs measured then are too high."""
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if load > cores / 2:
         report(
             "note",
-            text=f"other programs keep this machine busy (load {load:.1f} on {cores} cores): what is measured now may "
-            "be far slower than a run alone; plan again with --fresh when they have ended",
+            text=f"other programs keep this machine busy (load {load:.1f} on {cores} cores): the costs measured now "
+            "may be far higher than those of a run alone; plan again with --fresh when they have ended",
         )

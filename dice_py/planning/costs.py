@@ -23,7 +23,7 @@ _MINING_JSON = 2**14  # bytes of mining.json, mostly the curve
 
 @dataclass(frozen=True)
 class Machine:
-    """The engine and devices of the run, and what is measured for every plan."""
+    """The engine and devices of the run, and the costs that every plan measures anew."""
 
     engine: str
     dtype: str
@@ -70,7 +70,7 @@ class _Estimate:
     """GPUs in use."""
     counts: dict[str, Any] = field(default_factory=dict)
     lacking: dict[str, Any] | None = None
-    """What neither memory nor disk can provide (planning/feasibility.py)."""
+    """A shortage of something other than memory and disk (planning/feasibility.py)."""
 
 
 class Estimator:
@@ -152,7 +152,7 @@ class Estimator:
         )
 
     def score(self, counts: RoundCounts) -> _Estimate:
-        """The reference's pass, the gate, and the policy's pass over the responses that the gate does not spare it."""
+        """The reference's pass, the gate, and the policy's pass where its log-probabilities are not reused."""
         config, costs = self.config, self.costs.score
         all_tokens = counts.pool_tokens * costs.token_ratio
         own_tokens = (counts.prompt_tokens + counts.response_tokens) * costs.token_ratio
@@ -191,12 +191,12 @@ class Estimator:
         costs = self.costs.score
         formula = score_memory([self.policy], self.config, self.machine.dtype, self.machine.cuda)
         lacking = None
-        if counts.replay < counts.replay_wanted and self.config.replay.on_shortfall == "error":
+        if counts.replay < counts.replay_requested and self.config.replay.on_shortfall == "error":
             lacking = {
                 "setting": "replay.gamma",
-                "needed": counts.replay_wanted,
+                "needed": counts.replay_requested,
                 "available": counts.replay,
-                "text": f"{counts.replay_wanted} pairs are to be replayed, but only {counts.replay} are on prompts "
+                "text": f"{counts.replay_requested} pairs are to be replayed, but only {counts.replay} are on prompts "
                 "that the round does not sample",
                 "remedy": "lower replay.gamma, add offline pairs, or set replay.on_shortfall=record",
             }
@@ -213,7 +213,7 @@ class Estimator:
             disk=costs.bytes_per_pair * total,
             memory=self._memory(formula, costs.peak_bytes, 1),
             devices=1 if self.machine.cuda else 0,
-            counts={"pairs": total, "replayed": counts.replay, "wanted": counts.replay_wanted},
+            counts={"pairs": total, "replayed": counts.replay, "wanted": counts.replay_requested},
             lacking=lacking,
         )
 
@@ -284,7 +284,7 @@ class Estimator:
         return stage
 
     def _add_sampling(self, stage: _Estimate, number: int, prompts: list[int]) -> float:
-        """Adds the sampling of held-out prompts (their tokens are given); returns the tokens to score for rewards."""
+        """Adds the sampling of held-out prompts (by their tokens); returns the tokens to score for rewards."""
         config, costs = self.config, self.costs.generate
         responses = len(prompts) * config.evaluate.samples
         lengths = draw_lengths(self.data.lengths, responses)

@@ -51,7 +51,7 @@ class RoundCounts:
     pool_tokens: int
     mined: int
     replay: int
-    replay_wanted: int
+    replay_requested: int
     pairs: int
     """Pairs of the training set, without those that are too long."""
     pair_tokens: float
@@ -116,12 +116,12 @@ def _count_round(
     pooled = before[first:number]
     prompts = {prompt for ids in data.rounds[first : number + 1] for prompt in ids if data.tokens[prompt] <= limit}
     mined = round(data.usable * len(prompts)) * pairs_per_prompt(config)
-    mined_wanted, replay_wanted, available = _replay_counts(config, mined, data.offline[number], before)
-    mined_taken, replay = min(mined_wanted, mined), min(replay_wanted, available)
+    mined_requested, replay_requested, available = _replay_counts(config, mined, data.offline[number], before)
+    mined_used, replay = min(mined_requested, mined), min(replay_requested, available)
     mean_prompt, mean_response = sum(kept) / max(1, len(kept)), sum(lengths) / max(1, len(lengths))
     prompt, chosen, rejected = data.pair_tokens or (mean_prompt, mean_response, mean_response)
     mined_tokens, replay_tokens = 2 * (mean_prompt + mean_response), 2 * prompt + chosen + rejected
-    total = mined_taken + replay
+    total = mined_used + replay
     pairs = round(total * share_within(config.train.max_length, kept, data.lengths))
     return RoundCounts(
         prompts=len(kept),
@@ -135,21 +135,21 @@ def _count_round(
         pool_tokens=sum(kept) + sum(lengths) + sum(other.prompt_tokens + other.response_tokens for other in pooled),
         mined=mined,
         replay=replay,
-        replay_wanted=replay_wanted,
+        replay_requested=replay_requested,
         pairs=pairs,
-        pair_tokens=(mined_taken * mined_tokens + replay * replay_tokens) / max(1, total),
+        pair_tokens=(mined_used * mined_tokens + replay * replay_tokens) / max(1, total),
         replay_tokens=round(replay * replay_tokens),
         steps=training_steps(config, pairs, processes),
     )
 
 
 def _replay_counts(config: RunConfig, mined: int, offline: int, before: Sequence[RoundCounts]) -> tuple[int, int, int]:
-    """(mined pairs wanted, replayed pairs wanted, pairs that can be replayed) of a round."""
+    """(mined pairs requested, replayed pairs requested, pairs that can be replayed) of a round."""
     gamma, buffer = config.replay.gamma, config.replay.buffer
     available = offline
     if buffer is not None:
         available += min(buffer.capacity, sum(other.mined for other in before))
         if not available and not before:
             gamma = 0.0  # nothing to replay yet: the round trains on mined pairs alone
-    mined_wanted, replay_wanted = requested_counts(mined, gamma, config.replay.total)
-    return mined_wanted, replay_wanted, available
+    mined_requested, replay_requested = requested_counts(mined, gamma, config.replay.total)
+    return mined_requested, replay_requested, available

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 _MAX_SIMULATED = 200_000
-"""Responses that are simulated; more are taken to need steps in proportion."""
+"""Responses that are simulated, at most; the steps of all are extrapolated from theirs."""
 
 
 def decode_steps(lengths: Sequence[int], rows: int, continuous: bool) -> int:
     """Forward passes that decode responses of these lengths (in tokens), `rows` at a time, in this order.
 
-    With `continuous` batching, a response that ends makes room for the next one, so that only the end waits for the
-    longest; else a batch runs as long as its longest member.
+    With `continuous` batching, a response that ends makes room for the next one; else a batch runs as long as its
+    longest response.
     """
     if not len(lengths):
         return 0
@@ -40,7 +40,8 @@ def fit_decoding(runs: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
     """(seconds a step, seconds a token), neither negative, from a small and a large run.
 
     Solves seconds = step cost × steps + token cost × tokens for the two. Where that has no solution without a negative
-    cost, all of the large run is attributed to its tokens or to its steps, whichever explains the small run better.
+    cost, all seconds of the large run are attributed to its tokens or to its steps, whichever explains the small run
+    better.
 
     Args:
         runs: (steps, tokens, seconds) of each run.

@@ -37,7 +37,7 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
 
     Args:
         stages: in order of work, by name ("round-01/generate"): `peak_memory_bytes`, `disk_bytes`, which stay, and
-            `transient_disk_bytes`, which it needs in addition while it works. A stage that lacks something other than
+            `transient_disk_bytes`, further bytes while it works. A stage that lacks something other than
             memory and disk has `lacking`: `setting`, `needed`, `available`, `text`, `remedy`.
 
     Returns:
@@ -71,7 +71,7 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
                 "needed": needed,
                 "available": room.disk,
                 "text": f"up to {name} the run needs {_gib(needed)} of disk, and {_gib(room.disk)} are free",
-                "remedy": "free some space, set --run-dir to a larger disk"
+                "remedy": "free some space, put the run on a larger disk (--run-dir)"
                 + (", or set train.save_steps=null" if saves else ", or lower rounds"),
             }
         written += stage["disk_bytes"]

@@ -1,13 +1,14 @@
 """`dice plan`: what a run would cost, before it is started: counts, seconds, GPU hours, disk and memory of each stage.
 
 Counts come from the data, which is read as the run reads it. Seconds come from costs measured for the same model shape,
-dtype, device and versions: kept from an earlier plan or run, else measured now. For each stage
+dtype, device and versions: cached by an earlier plan or run, else measured now. For each stage
 
     seconds = wait for its process + loading weights + fixed costs + cost per unit × units
 
 where the wait depends on which process is started ahead of which (planning/timeline.py). The policies of all rounds are
 assumed to answer as the first one does, and every prompt with enough usable responses to yield its pairs: counts of
-pairs are estimates, and where a filter of `mine` drops more, upper bounds. Only the measured costs are kept.
+pairs are estimates, and where a filter of `mine` drops more, upper bounds. Only the measured costs and lengths of
+responses are kept, in the cache.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a plan reads and measures."""
+    """Everything that the estimates are computed from."""
 
     probe: Probe
     costs: StageCosts
@@ -130,7 +131,7 @@ class _Measured:
 
 
 def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Measured:
-    """Prepares the run in `base` as the run itself does, and measures what is not kept."""
+    """Prepares the run in `base` as the run itself does, and measures the costs and lengths that the cache lacks."""
     run = Run(base / "run", config, report)
     run.folder.mkdir()
     try:

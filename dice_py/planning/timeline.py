@@ -22,18 +22,18 @@ def timeline(tasks: Sequence[Task]) -> list[tuple[float, float]]:
     """(seconds, of these waiting for its process) of each task; tasks run one after the other.
 
     A process that was started ahead (runs/folder.py) imports while the tasks before its own run, so that its task waits
-    only for the rest of the import. That they slow each other down meanwhile is left out: it is seconds in hours.
+    only for the rest of the import. That the import and those tasks slow each other down is ignored.
     """
     times = []
-    left: float | None = None  # of the import of the process started ahead; None: none was
+    importing: float | None = None  # seconds that the process started ahead still imports; None: none was started
     for at, task in enumerate(tasks):
         wait = 0.0
         if task.startup is not None:
-            wait = task.startup if left is None else left
+            wait = task.startup if importing is None else importing
             following = next((later.startup for later in tasks[at + 1 :] if later.startup is not None), None)
-            left = following if task.prepares else None
+            importing = following if task.prepares else None
         seconds = wait + task.work
-        if left is not None:
-            left = max(0.0, left - seconds)
+        if importing is not None:
+            importing = max(0.0, importing - seconds)
         times.append((seconds, wait))
     return times

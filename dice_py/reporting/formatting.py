@@ -71,7 +71,7 @@ def _alpha(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share of one as a percentage."""
+    """A share from 0 to 1 as a percentage."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
 

@@ -69,7 +69,7 @@ fn pairs(mined: &Mined) -> Vec<(i64, u64, u64)> {
 /// Reward in units, length, row.
 type Response = (i128, i128, u64);
 
-/// UsableRows responses of the prompts that have enough of them.
+/// The usable responses of the prompts that have enough of them.
 fn usable(rows: &[Row], limits: Limits) -> BTreeMap<i64, Vec<Response>> {
     let mut prompts = BTreeMap::<i64, Vec<Response>>::new();
     for (row, number) in rows.iter().zip(0..) {

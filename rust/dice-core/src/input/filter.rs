@@ -47,7 +47,7 @@ pub struct Dropped {
     pub too_long: u64,
     /// Equal to a response of the prompt that is kept.
     pub duplicate: u64,
-    /// UsableRows, but on a prompt with too few usable responses.
+    /// Usable, but on a prompt with too few usable responses.
     pub too_few_responses: u64,
 }
 

@@ -1,6 +1,6 @@
-//! Best and worst response of a prompt on a complete bracket of penalties, where float32 is precise enough.
+//! Best and worst response of a prompt on an entire bracket of penalties, where float32 is precise enough.
 //!
-//! For nearly every prompt, the best response is the same on the complete bracket, and so is the worst. Sixteen lanes of
+//! For nearly every prompt, the best response is the same on the entire bracket, and so is the worst. Sixteen lanes of
 //! float32 show that. With the middle `a` of the bracket, half its width `d`, the scores `s = r − a·l` and the best
 //! response `b`, no other response j is the best anywhere in the bracket if
 //!
