@@ -66,7 +66,7 @@ class TokenBudget:
         self.grow(tokens, used, free_memory(self._device))
 
     def grow(self, tokens: int, used: int, free: int) -> None:
-        """Raises the budget, to at most double: a batch of `tokens` used `used` bytes, and `free` bytes are available."""
+        """Raises the budget, to at most double. A batch of `tokens` used `used` bytes, and `free` bytes are free."""
         if tokens < self.tokens // 2:
             return  # fixed costs dominate a small batch
         grown = min(2 * self.tokens, int(_USABLE * free * tokens / max(used, 1)), self._cap)
