@@ -1,7 +1,7 @@
-"""The gate: whether the log-probabilities that came with the samples may stand in for the scorer's.
+"""The gate: decides whether the log-probabilities that came with the samples replace the scorer's.
 
-They may if, on a sample of responses, the implicit reward differs by no more than a share of its standard deviation
-(`score.gate_tolerance`). Then the policy's own forward over the shards is skipped.
+They do if, on a sample of responses, the implicit reward differs on average by no more than a share of its standard
+deviation (`score.gate_tolerance`). Then the policy's forward over the shards is skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MeasureGate:
     """Measures the gate and writes its figures to `out`; a single "shard" of work.
 
     The figures: `responses`; `mean_abs_difference` and `max_abs_difference` of the implicit reward; `reward_std`, its
-    standard deviation on the same responses; `share`, the first over the last; `tolerance`; `passed`. Where a
+    standard deviation on the same responses; `share`, `mean_abs_difference` / `reward_std`; `tolerance`; `passed`. If a
     log-probability is not finite, or all rewards are equal, the four figures of the reward are None and the gate fails.
     """
 

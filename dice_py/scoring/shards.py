@@ -58,7 +58,7 @@ class Columns:
 class ScoreShards:
     """The work of one group: one model over the shards that it receives.
 
-    The reference writes the file of its sums, the policy the scores.
+    For the reference it writes the file of the sums, for the policy the scores.
     """
 
     config: ScoreConfig
