@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -238,7 +239,7 @@ def main() -> None:
     try:
         stage: Connection = Client(sys.argv[1], family="AF_UNIX")
         stage.send(("rank", {"number": number, "pid": os.getpid()}))
-        work: Work = stage.recv()
+        pickled_work = stage.recv_bytes()
     except (EOFError, OSError):
         print("the stage of this training has ended", file=sys.stderr)
         os._exit(1)
@@ -252,6 +253,7 @@ def main() -> None:
 
     code = 0
     try:
+        work: Work = pickle.loads(pickled_work)  # Imports its module; a failure of that is reported too.
         outcome = ("result", {"value": work(report=report)})
     except BaseException as error:
         code = 1

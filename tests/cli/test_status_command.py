@@ -1,0 +1,80 @@
+"""`dice status`: one run, all runs, and damaged ones."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+from pathlib import Path
+
+import pytest
+from command_line import contents
+
+from dice_py.config.loading import dump, resolve
+from dice_py.storage.files import Manifest
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+def made_run(folder: Path) -> Path:
+    """A run of one round that was stopped while it scored."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(resolve([], ["rounds=1"])))
+    manifest = Manifest(folder / "manifest.json")
+    counts = {"responses": 4800, "response_tokens": 31234, "cut_off": 3, "engine": "transformers"}
+    manifest.record("round-01/generate", key="k", status="done", seconds=83.2, counts=counts, files=[])
+    manifest.record("round-01/score", key="k", status="running", seconds=None, counts={}, files=[])
+    return folder
+
+
+def test_status_of_a_run(dice) -> None:
+    folder = made_run(Path("runs/first"))
+    before = contents(folder)
+    code, out, err = dice("status", folder)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "runs/first: stopped, 1 of 6 stages"
+    assert lines[1].split() == ["stage", "status", "time", "counts"]
+    # A row is one line, however long.
+    told = "responses 4,800, response tokens 31,234, cut off 3, engine transformers"
+    assert re.fullmatch(rf"round-01/generate +done +1 min 23 s +{told}", lines[2])
+    assert re.fullmatch(r"round-01/score +stopped +–", lines[3])
+    assert [line.split()[:3] for line in lines[4:]] == [
+        [f"round-01/{stage}", "to", "do"] for stage in ("mine", "replay", "train", "evaluate")
+    ]
+    code, out, err = dice("status", folder, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["state"], found["done"], found["stages"]) == ("stopped", 1, 6)
+    assert [entry["status"] for entry in found["entries"]] == ["done", "stopped"] + ["to do"] * 4
+    assert found["entries"][0]["counts"]["responses"] == 4800
+    assert contents(folder) == before
+
+
+def test_status_while_a_process_works_there(dice) -> None:
+    folder = made_run(Path("runs/first"))
+    with (folder / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        found = json.loads(dice("status", folder, "--json")[1])
+    assert found["state"] == "running"
+    assert found["entries"][1]["status"] == "running"
+
+
+def test_status_of_all_runs(dice) -> None:
+    assert dice("status") == (0, "no runs under runs/\n", "")
+    assert dice("status", "--json") == (0, "[]\n", "")
+    made_run(Path("runs/first"))
+    broken = made_run(Path("runs/second"))
+    (broken / "manifest.json").write_text("{")
+    code, out, _ = dice("status")
+    assert code == 0
+    assert out.splitlines() == ["runs/first  stopped  1/6 stages", "runs/second  unreadable  0/0 stages"]
+    assert [run["state"] for run in json.loads(dice("status", "--json")[1])] == ["stopped", "unreadable"]
+
+
+@pytest.mark.parametrize("broken", ["config.yaml", "manifest.json"])
+def test_a_run_folder_that_was_damaged(refused, broken: str) -> None:
+    folder = made_run(Path("runs/first"))
+    (folder / broken).write_text("{")
+    code = 2 if broken == "config.yaml" else 3
+    assert f"runs/first/{broken} is not valid" in refused(code, "status", folder)

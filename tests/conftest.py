@@ -1,0 +1,122 @@
+"""What every test runs in, and the fixtures that files share. Helper modules are in tests/support/.
+
+No test reaches the network or the user's cache. Tiny models are made once in a session; tests change copies only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+# Before torch or a hub is imported. One thread: sums are in one order everywhere, a second thread gains nothing on
+# tiny models, and with pytest-xdist each core has a process of its own already.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+Dice = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the session's own; and spawned processes that import no main module, which is pytest's here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DICE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
+        patch.delattr(sys.modules["__main__"], "__file__", raising=False)
+        yield
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that is empty at the start of the test. It does not exist yet."""
+    monkeypatch.setenv("DICE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def release_models() -> Iterator[None]:
+    """Releases, after the test, the models that the process holds."""
+    from dice_py.models.loading import release_held
+
+    yield
+    release_held()
+
+
+# --- tiny models ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama (support/tiny_models.py). Read only."""
+    from tiny_models import make_llama
+
+    return make_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama` with other weights. Read only."""
+    from tiny_models import make_llama
+
+    return make_llama(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def pairs(llama: Path) -> pl.DataFrame:
+    """Eight pairs, scored by `llama`: what it can be trained on."""
+    from tiny_sets import scored_pairs
+
+    return scored_pairs(llama, 8)
+
+
+# --- the command line ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dice(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dice:
+    """Calls `dice …` in this process, and returns (exit code, stdout, stderr)."""
+    from cli.main import main
+
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dice", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        assert "\x1b" not in out + err  # no colors or cursor codes where there is no terminal
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(dice: Dice) -> Callable[..., str]:
+    """Calls `dice …`, expects an exit code and one sentence on stderr, and returns the sentence."""
+
+    def call(code: int, *arguments: object) -> str:
+        actual, out, err = dice(*arguments)
+        assert actual == code, err
+        assert out == ""
+        sentence = err.strip().splitlines()[-1]
+        assert sentence.lower().startswith("error: ")
+        return sentence
+
+    return call
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, with an empty cache outside it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

@@ -1,0 +1,133 @@
+"""The pages: their Python runs, their links and names lead somewhere, and what is generated is up to date."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from places import ROOT
+
+from dice_py.config.loading import known_keys
+
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+}
+GUIDES = "\n".join(text for page, text in PAGES.items() if page != "CHANGELOG.md")  # which names what was, too
+LINKS = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text)]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    random = np.random.default_rng(0)
+    rows = 4000
+    prompt = np.arange(rows) // 8
+    scored = pl.DataFrame(
+        {
+            "prompt_id": prompt,
+            "prompt": [f"question {p}" for p in prompt],
+            "response": [f"answer {p} {i}" for p, i in zip(prompt, random.integers(0, 30, rows), strict=True)],
+            "response_tokens": random.integers(5, 400, rows),
+            "reward": random.normal(size=rows),
+            "round": random.integers(1, 3, rows),
+        }
+    )
+    (tmp_path / "scored").mkdir()
+    for i, part in enumerate(scored.iter_slices(1500)):
+        part.write_parquet(tmp_path / "scored" / f"part-{i}.parquet")
+    offline = pl.DataFrame(
+        {
+            "prompt_id": np.arange(490, 1490),
+            "prompt": [f"question {p}" for p in range(490, 1490)],
+            "chosen": ["good"] * 1000,
+            "rejected": ["bad"] * 1000,
+            "margin": random.normal(size=1000),
+        }
+    )
+    offline.write_parquet(tmp_path / "offline.parquet")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_from_a_scan_to_a_training_set(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = [block.split("```")[0] for text in PAGES.values() for block in text.split("```python\n")[1:]]
+    assert len(blocks) == 1  # the one in docs/mining.md; a further one needs a test of its own
+    assert sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 13
+    exec(compile(blocks[0], "docs/mining.md", "exec"), {})
+    assert "duplicate" in capsys.readouterr().out
+    made = pl.read_parquet(files / "training_set.parquet")
+    assert made.columns == ["prompt", "chosen", "rejected"]
+    # As many offline pairs as mined ones, and none on a prompt that was mined.
+    replayed = made.filter(pl.col("chosen") == "good")
+    mined = made.filter(pl.col("chosen") != "good")
+    assert mined.height == 500
+    assert 400 < replayed.height <= 500
+    assert not set(mined["prompt"]) & set(replayed["prompt"])
+    own = pl.col("chosen").str.split(" ").list.get(1)
+    assert mined.select((pl.format("question {}", own) == pl.col("prompt")).all()).item()
+
+
+def test_config_reference_is_up_to_date() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "config_reference.py"))["page"]()
+    assert PAGES["docs/configuration.md"] == made, "run: make docs"
+
+
+def test_config_reference_has_every_key() -> None:
+    rows = re.findall(r"^(?:## `?([^`\n]+)`?|\| `([^`]+)` \|)", PAGES["docs/configuration.md"], re.MULTILINE)
+    section, documented = "", set()
+    for heading, key in rows:
+        if heading:
+            section = "" if heading == "Top level" else heading.replace("NAME", "*") + "."
+        else:
+            documented.add(section + key)
+    sections = {name.rpartition(".")[0] for name in known_keys()}
+    assert {name for name in known_keys() if name not in sections} <= documented
+
+
+def test_every_key_has_a_description() -> None:
+    rows = [line.split(" | ") for line in PAGES["docs/configuration.md"].splitlines() if line.startswith("| `")]
+    assert [cells[0] for cells in rows if len(cells) == 4 and not cells[3].strip(" |")] == []
+
+
+def test_figures_have_the_table_of_the_bench() -> None:
+    table = (ROOT / "benches" / "results" / "mining.md").read_text(encoding="utf-8").strip()
+    assert f"<!-- benches/results/mining.md -->\n{table}\n" in PAGES["docs/figures.md"]
+
+
+@pytest.mark.parametrize(("page", "link"), [pair for pair in LINKS if "://" not in pair[1]])
+def test_links_lead_to_files(page: str, link: str) -> None:
+    assert (ROOT / page).parent.joinpath(link).exists()
+
+
+def test_options_in_the_pages_are_keys_of_the_config() -> None:
+    patterns = [re.compile(re.escape(name).replace(r"\*", r"\w+")) for name in known_keys()]
+    named = set(re.findall(r"--set ([\w.]+)=", GUIDES))
+    assert [name for name in named if not any(pattern.fullmatch(name) for pattern in patterns)] == ["section.key"]
+
+
+def test_make_targets_in_the_pages_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", GUIDES, re.MULTILINE))
+    assert {"run", "test", "test-fast"} <= named <= targets
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/layout.md"])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    named = re.findall(r"`([\w/.*-]+\.(?:py|md|toml))`", PAGES[page])
+    folders = (ROOT, ROOT / "dice_py", ROOT / "tests")
+    missing = [
+        name for name in named if "NAME" not in name and not any([*f.glob(name), *f.rglob(name)] for f in folders)
+    ]
+    assert named
+    assert missing == []
+
+
+def test_layout_lists_every_folder() -> None:
+    """Of each package folder, and of the Rust sources' folders."""
+    listed = set(re.findall(r"^ *([\w-]+(?:/[\w-]+)*)/ ", PAGES["docs/layout.md"], re.MULTILINE))
+    folders = {file.parent.name for file in (ROOT / "dice_py").rglob("__init__.py")} - {"dice_py"}
+    assert folders <= {name.rpartition("/")[2] for name in listed}
