@@ -8,8 +8,8 @@ the vocabulary, in the forward and again in the backward pass, and on a GPU only
 memory for the layers' activations does grow with the batch: set train.gradient_checkpointing, or lower
 train.per_device_train_batch_size.
 
-What this package relies on in TRL (tests/test_trl_contract.py has a test for each; pyproject.toml has the range of
-versions):
+What this package relies on in TRL (tests/training/test_trl_contract.py has a test for each; pyproject.toml has the
+range of versions):
 
     DPOTrainer._prepare_dataset, _precompute_ref_logps
                              can be overridden: they do all of the tokenization, and all of the reference pass
