@@ -137,7 +137,7 @@ class MiningOptions(PairOptions, ColumnOptions):
 
 
 class MiningKeywords(TypedDict, total=False):
-    """The fields of `MiningOptions`, for type checkers and completion; tests/test_config.py compares the two."""
+    """The fields of `MiningOptions`, for type checkers and completion; tests/config/test_config.py compares the two."""
 
     prompt_column: str
     reward_column: str
