@@ -78,11 +78,14 @@ class GenerateJob(Job):
 
     def run(self, report: Report = no_report) -> StageResult:
         """Samples the shards that are not complete."""
-        engine, why = choose_engine(self.config, self.models)
-        report("note", text=f"engine: {engine} ({why})")
+        prompts = self.prompts
+        if isinstance(prompts, Path):
+            prompts = read_parquet(prompts, ["prompt_id", "messages"])
         tokenizer = load_tokenizer(self.policy, self.models)
         stops = stop_token_ids(self.policy, tokenizer)
-        kept, too_long = self._encode(tokenizer, report)
+        engine, why = choose_engine(self.config, self.models)
+        report("note", text=f"engine: {engine} ({why})")
+        kept, too_long = self._encode(prompts, tokenizer, report)
         longest = max(len(ids) for _, ids in kept)
         largest_id = max(max(ids) for _, ids in kept)
         check_fits(self.policy, self.models, longest, largest_id, self.config.max_new_tokens)
@@ -99,11 +102,8 @@ class GenerateJob(Job):
         }
         return StageResult(list(zip(shards.files, shards.keys, strict=True)), counts)
 
-    def _encode(self, tokenizer: Any, report: Report) -> tuple[list[Prompt], int]:
+    def _encode(self, prompts: pl.DataFrame, tokenizer: Any, report: Report) -> tuple[list[Prompt], int]:
         """The prompts as token ids, and how many are too long and left out."""
-        prompts = self.prompts
-        if isinstance(prompts, Path):
-            prompts = read_parquet(prompts, ["prompt_id", "messages"])
         encoded = [
             (prompt_id, encode_prompt(tokenizer, messages, f"prompt {prompt_id}"))
             for prompt_id, messages in prompts.select("prompt_id", "messages").iter_rows()
