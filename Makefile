@@ -7,7 +7,10 @@ UV := $(BIN)/uv
 RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
 RUN_ARGS ?= --rounds 2
 PYTEST_ARGS ?=
+TEST_JOBS ?= $(shell nproc)
 BENCH_ARGS ?=
+# The order of tests/conftest.py, in which the longest files come first.
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadgroup --no-loadscope-reorder
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
@@ -39,13 +42,13 @@ run: setup ## two rounds on the embedded world: the main job (RUN_ARGS adds opti
 test: lint test-rust test-python ## all tests and checks (PYTEST_ARGS adds options of pytest)
 
 test-fast: setup ## Python's tests without training, vLLM and GPUs, for the inner loop (under two minutes on two cores)
-	$(BIN)/python -m pytest -m "not slow and not vllm and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not vllm and not gpu" $(PYTEST_ARGS)
 
 test-rust: setup ## Rust's tests
 	cargo test --workspace --release --quiet
 
-test-python: setup ## Python's tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test-python: setup ## Python's tests, a file in one of TEST_JOBS processes
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: setup ## formats, clippy, ruff, import contracts, mypy, stubtest
 	cargo fmt --all --check

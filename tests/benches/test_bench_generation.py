@@ -60,7 +60,7 @@ def test_fields_and_agreement(results: dict[str, Any]) -> None:
     assert results["ways"]["transformers"]["tokens"] == results["ways"]["hf_generate"]["tokens"]
     assert results["speedup_over_hf_generate"] > 0
     if "skipped" not in results["ways"]["vllm_streaming"]:
-        # Its tokens against other layouts: tests/test_engine_vllm.py.
+        # Its tokens against other layouts: tests/generation/test_engine_vllm.py.
         assert results["speedup_of_vllm_over_transformers"] > 0
     assert "speedup_of_prefix_caching" not in results  # not among the ways
     assert results["max_abs_difference"] < 1e-3

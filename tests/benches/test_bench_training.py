@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import training
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = ["--smoke", "--pairs", "8", "--batch-size", "4", "--per-device-train-batch-size", "2", "--repeats", "1"]
 ARGUMENTS += ["--device", "cpu", "--response-median", "6", "--max-response", "16", "--prompt-median", "4"]
 

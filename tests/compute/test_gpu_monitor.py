@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pynvml
 import pytest
+from processes import wait_for
 
 from dice_py.compute import gpu_monitor
 from dice_py.compute.gpu_monitor import GpuMonitor, gpu_names, usable_gpus
@@ -208,3 +210,17 @@ def test_which_gpus_a_run_may_use(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert usable_gpus(DevicesConfig(gpus=gpus), ModelConfig(device=device)) == used
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None or not gpu_names(None), reason="needs a GPU")
+def test_figures_of_a_real_gpu() -> None:
+    import torch
+
+    held = torch.ones(2**26, device="cuda")
+    samples: list[dict[str, Any]] = []
+    with GpuMonitor() as monitor:
+        assert wait_for(lambda: bool(samples.extend(monitor.take()) or samples) or monitor.problem is not None)
+    assert monitor.problem is None
+    assert max(sample["peak_memory_bytes"] for sample in samples) >= held.nbytes
+    assert all(sample["memory_bytes"] >= sample["peak_memory_bytes"] for sample in samples)

@@ -14,6 +14,7 @@ import torch
 from chi_square import chi_square
 from tiny_models import (
     MAX_POSITIONS,
+    OPINIONATED,
     make_llama,
     make_mistral,
     make_qwen2,
@@ -281,17 +282,7 @@ def test_model_generation_config_is_ignored(llama: Path, tmp_path: Path) -> None
     config = GenerateConfig(max_new_tokens=24, temperature=1.0)
     plain = Rig(llama, config)
     opinionated = make_llama(tmp_path / "model")
-    set_generation_config(
-        opinionated,
-        do_sample=True,
-        temperature=0.1,
-        top_k=1,
-        top_p=0.1,
-        repetition_penalty=5.0,
-        max_new_tokens=2,
-        min_new_tokens=20,
-        suppress_tokens=list(range(100)),
-    )
+    set_generation_config(opinionated, **OPINIONATED, min_new_tokens=20, suppress_tokens=list(range(100)))
     requests = plain.requests(24)
     assert Rig(opinionated, config).sample(requests) == plain.sample(requests)
 

@@ -23,7 +23,7 @@ import polars as pl
 import pytest
 import torch
 from chi_square import chi_square
-from tiny_models import MAX_POSITIONS, make_llama, make_mistral, set_generation_config
+from tiny_models import MAX_POSITIONS, OPINIONATED, make_llama, make_mistral, set_generation_config
 
 from dice_py.compute.stage_process import run_in_subprocess
 from dice_py.config.shared import ModelConfig
@@ -255,16 +255,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "head": make_llama(root / "head", head_dim=24),
         "adapter": root / "adapter",
     }
-    set_generation_config(
-        made["opinionated"],
-        do_sample=True,
-        temperature=0.1,
-        top_k=1,
-        top_p=0.1,
-        repetition_penalty=5.0,
-        max_new_tokens=2,
-        eos_token_id=[5, 6, 7, 8, 9],
-    )
+    set_generation_config(made["opinionated"], **OPINIONATED, eos_token_id=[5, 6, 7, 8, 9])
     made["adapter"].mkdir()
     (made["adapter"] / "adapter_config.json").write_text("{}")
     return made

@@ -15,6 +15,8 @@ from mine_data import PAIRINGS, check, in_chunks, shuffled
 
 from dice_py import mine_pairs
 
+pytestmark = pytest.mark.slow
+
 ORDERS = ("ascending", "descending", "permuted", "shuffled")
 IDS = ("dense", "sparse", "signed", "high")
 LONGEST = (300, 100_000, 2**26, 2**32 - 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from logp_oracle import shared
 from tiny_sets import CPU, draw_ids
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
@@ -88,6 +89,18 @@ def test_flash_path_gives_the_sums_of_the_padded_one(
     assert scorer.packs
     assert set(calls) == {(4, 0) if window else (-1, 0)}
     assert got == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flash_kernel_gives_the_sums_of_padded_rows(llama: Path) -> None:
+    model = load_model(llama, CPU).to("cuda", torch.bfloat16)
+    prompts, responses = shared()
+    packed, padded = Scorer(model, ScoreConfig()), Scorer(model, ScoreConfig())
+    padded.packs = False
+    sums = packed.sums(prompts, responses)
+    assert packed.packs  # else the first batch differed from padded rows
+    assert sums == pytest.approx(padded.sums(prompts, responses), abs=1.0)  # bfloat16, over up to 40 tokens
 
 
 def test_keys_of_a_response_are_its_prompt_s_and_its_own() -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from tiny_models import make_llama
 from tiny_round import make_round
 from tiny_sets import CPU
 
-from cli.main import main
 from dice_py.config.stages import ReplayConfig, ScoreConfig
 from dice_py.data import Pair, pairs_frame
 from dice_py.errors import DataError, UsageError
@@ -25,11 +23,6 @@ from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.replay import ReplayJob
 from dice_py.storage.parquet import parquet_meta, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("model") / "policy", seed=1)
 
 
 def offline_pairs(path: Path, name: str, rows: int, **columns: Any) -> Path:
@@ -61,7 +54,7 @@ def run(config: ReplayConfig, policy: Path, out: Path, **inputs: Any) -> tuple[p
     return pl.read_parquet(out / "training_set.parquet"), result.counts, notes
 
 
-def test_token_ids_and_logps_of_every_source(policy: Path, tmp_path: Path) -> None:
+def test_token_ids_and_logps_of_every_source(llama: Path, tmp_path: Path) -> None:
     earlier, this_round = make_round(tmp_path / "1", first=50), make_round(tmp_path / "2")
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
     append_mined(buffer, 1, **earlier)
@@ -79,7 +72,7 @@ def test_token_ids_and_logps_of_every_source(policy: Path, tmp_path: Path) -> No
     weight_columns = {"margin": pl.Series([0.0] * 10 + [1.0] * 10), "round": pl.Series([2] * 20)}
     training_set, summary, notes = run(
         config,
-        policy,
+        llama,
         tmp_path / "out",
         **this_round,
         offline=offline_pairs(tmp_path, "offline", 20, **weight_columns),
@@ -103,22 +96,22 @@ def test_token_ids_and_logps_of_every_source(policy: Path, tmp_path: Path) -> No
     earlier_pairs = by_source[("replay:rounds",)]
     assert earlier_pairs["chosen_ids"].to_list() == [[11, 4], [42, 4]]
     assert [messages[0]["content"] for messages in earlier_pairs["prompt"].to_list()] == ["q50", "q53"]
-    tokenizer = load_tokenizer(policy, CPU)
+    tokenizer = load_tokenizer(llama, CPU)
     messages = earlier_pairs.select("prompt", "chosen", "rejected")
-    encoded = encode_pairs(messages, tokenizer, stop_token_ids(policy, tokenizer))
+    encoded = encode_pairs(messages, tokenizer, stop_token_ids(llama, tokenizer))
     assert encoded["chosen_ids"].to_list() != earlier_pairs["chosen_ids"].to_list()
     # From files: tokenized by the policy's tokenizer.
     for source in ("replay", "replay:uf"):
         part = by_source[(source,)].select(PAIRS.names())
         messages = part.select("prompt", "chosen", "rejected")
-        assert_frame_equal(encode_pairs(messages, tokenizer, stop_token_ids(policy, tokenizer)), part)
+        assert_frame_equal(encode_pairs(messages, tokenizer, stop_token_ids(llama, tokenizer)), part)
     replayed = training_set.filter(pl.col("source") != "mined")
-    logps = score_pairs(ScoreConfig(), CPU, policy=policy, pairs=replayed)
+    logps = score_pairs(ScoreConfig(), CPU, policy=llama, pairs=replayed)
     assert (logps["chosen_logp"] - replayed["ref_chosen_logps"]).abs().max() < 1e-4
     assert (logps["rejected_logp"] - replayed["ref_rejected_logps"]).abs().max() < 1e-4
 
 
-def test_strata_by_length_in_characters_and_in_tokens(policy: Path, tmp_path: Path) -> None:
+def test_strata_by_length_in_characters_and_in_tokens(llama: Path, tmp_path: Path) -> None:
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
     append_mined(buffer, 1, **make_round(tmp_path / "1", first=50))
     config = ReplayConfig.model_validate(
@@ -132,7 +125,7 @@ def test_strata_by_length_in_characters_and_in_tokens(policy: Path, tmp_path: Pa
     )
     training_set, summary, notes = run(
         config,
-        policy,
+        llama,
         tmp_path / "out",
         offline=offline_pairs(tmp_path, "offline", 40),
         rounds_buffer=buffer,
@@ -147,29 +140,27 @@ def test_strata_by_length_in_characters_and_in_tokens(policy: Path, tmp_path: Pa
     assert "data.prompts_per_round" in notes[0]
 
 
-def test_prompts_mined_in_this_round_are_not_replayed(policy: Path, tmp_path: Path) -> None:
+def test_prompts_mined_in_this_round_are_not_replayed(llama: Path, tmp_path: Path) -> None:
     round_files = make_round(tmp_path / "1")
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
     append_mined(buffer, 1, **round_files)
     config = ReplayConfig.model_validate({"buffer": {}})
-    training_set, summary, _ = run(
-        config, policy, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=2
-    )
+    training_set, summary, _ = run(config, llama, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=2)
     assert set(training_set["source"]) == {"mined"}
     assert summary["buffers"]["rounds"] == {"drawn": 0, "requested": 2, "candidates": 0, "shortfall": 2}
     strict = config.model_copy(update={"on_shortfall": "error"})
     with pytest.raises(DataError, match="takes 2 mined and 2 offline pairs"):
-        run(strict, policy, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=2)
+        run(strict, llama, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=2)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
-def test_first_round_has_no_earlier_round_to_replay(policy: Path, tmp_path: Path, gamma: float) -> None:
+def test_first_round_has_no_earlier_round_to_replay(llama: Path, tmp_path: Path, gamma: float) -> None:
     round_files = make_round(tmp_path / "1")
     buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
     append_mined(buffer, 1, **round_files)
     config = ReplayConfig.model_validate({"gamma": gamma, "buffer": {}, "on_shortfall": "error"})
     training_set, summary, notes = run(
-        config, policy, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=1
+        config, llama, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=1
     )
     assert training_set["source"].to_list() == ["mined", "mined"]
     assert (summary["mined"], summary["replay"], summary["requested_share"]) == (2, 0, 0.0)
@@ -177,23 +168,23 @@ def test_first_round_has_no_earlier_round_to_replay(policy: Path, tmp_path: Path
     # With offline pairs, they get the share of the rounds' buffer.
     offline = offline_pairs(tmp_path, "offline", 20)
     training_set, summary, _ = run(
-        config, policy, tmp_path / "out", **round_files, offline=offline, rounds_buffer=buffer, round_number=1
+        config, llama, tmp_path / "out", **round_files, offline=offline, rounds_buffer=buffer, round_number=1
     )
     assert training_set["source"].value_counts(sort=True).filter(pl.col("source") == "replay")["count"].to_list() == [2]
     assert "buffers" not in summary
 
 
-def test_several_buffers_without_mined_pairs_need_a_total(policy: Path, tmp_path: Path) -> None:
+def test_several_buffers_without_mined_pairs_need_a_total(llama: Path, tmp_path: Path) -> None:
     config = ReplayConfig.model_validate({"buffers": {"a": {"path": "unused"}, "b": {"path": "unused"}}})
     buffers = {name: offline_pairs(tmp_path, name, 3) for name in ("a", "b")}
     with pytest.raises(UsageError, match=r"there are 2: set how many pairs with replay\.total"):
-        run(config, policy, tmp_path / "out", buffers=buffers)
-    training_set, _, _ = run(config.model_copy(update={"total": 4}), policy, tmp_path / "out", buffers=buffers)
+        run(config, llama, tmp_path / "out", buffers=buffers)
+    training_set, _, _ = run(config.model_copy(update={"total": 4}), llama, tmp_path / "out", buffers=buffers)
     assert training_set["source"].to_list() == ["replay:a", "replay:a", "replay:b", "replay:b"]
 
 
 def test_dice_replay_with_several_buffers(
-    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    dice: Callable[..., tuple[int, str, str]], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, share in (("own", 0), ("uf", 100)):
@@ -204,12 +195,9 @@ def test_dice_replay_with_several_buffers(
         Path(f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     options = "--replay own.jsonl --buffer uf=uf.jsonl:3 --margin-power 1 --half-life 1 --round 2"
     options += " --stratify-by length --allocation equal --set replay.length_buckets=2 --set replay.total=16"
-    options += f" --set model.device=cpu --policy {policy} -o out --json"
-    monkeypatch.setattr(sys, "argv", ["dice", "replay", *options.split()])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capfd.readouterr()
-    assert ended.value.code == 0, err
+    options += f" --set model.device=cpu --policy {llama} -o out --json"
+    code, out, err = dice("replay", *options.split())
+    assert code == 0, err
     result = json.loads(out)
     # Shares 1 and 3 of 16; every other row of the first has a margin above zero; lengths 1, 2 and 3, 4.
     assert result["buffers"]["replay"] == {

@@ -24,6 +24,8 @@ from dice_py.storage.files import read_json
 from dice_py.training.checkpoints import is_trained
 from dice_py.training.dataset import load_training_set
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(llama: Path, pairs: pl.DataFrame, tmp_path: Path) -> Stage:

@@ -43,6 +43,16 @@ Style = Literal["chatml", "mistral", "qwen", "plain"]
 MAX_POSITIONS = 256
 """`max_position_embeddings` of every tiny model."""
 
+OPINIONATED: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.1,
+    "top_k": 1,
+    "top_p": 0.1,
+    "repetition_penalty": 5.0,
+    "max_new_tokens": 2,
+}
+"""Entries of a generation_config.json (`set_generation_config`) that no engine may follow."""
+
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -69,7 +79,7 @@ def make_tokenizer(style: Style = "chatml") -> PreTrainedTokenizerFast:
     """A byte-level tokenizer (any text, one token a byte, 262 entries) with the family's specials, template.
 
     Where the family has a BOS, `tokenizer(text)` writes one, as Llama's and Mistral's do: so a prompt that
-    was rendered with a template and then tokenised carelessly gets two of them.
+    was rendered with a template and then tokenized carelessly gets two of them.
     """
     # Qwen2Tokenizer adds `<|endoftext|>` by itself where it is missing, outside the embedding.
     specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]

@@ -39,6 +39,8 @@ from dice_py.storage.files import read_json
 from dice_py.training.checkpoints import is_trained
 from dice_py.training.parallelism import ProcessLayout
 
+pytestmark = pytest.mark.slow
+
 TWO = {"processes": 2}
 NEAR = 2e-6
 """Sums in another order, after six steps of AdamW at 1e-3."""

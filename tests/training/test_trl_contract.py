@@ -113,6 +113,7 @@ def test_batches_of_the_loader_are_the_collators(trainer: DPOTrainer, pairs: pl.
     assert sorted(logps) == sorted(pairs["ref_chosen_logps"].to_list())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)], ids=["full", "lora"])
 def test_no_reference_pass_and_no_tokenization(
     llama: Path,

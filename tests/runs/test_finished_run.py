@@ -1,0 +1,157 @@
+"""A finished run of one round: its files and metrics, and what a second call and a resume make again."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from own_run import KEPT, PROMPTS, SAMPLES, STAGE_NAMES, STEPS, Events, frames, no_worker
+from polars.testing import assert_frame_equal
+
+from dice_py.compute.worker import work_name
+from dice_py.config.loading import dump, load_resolved
+from dice_py.config.run import RunConfig
+from dice_py.errors import UsageError
+from dice_py.runs import folder as run_folder
+from dice_py.runs import loop
+from dice_py.runs.status import run_status
+from dice_py.stages.job import StageResult
+from dice_py.stages.registry import ROUND_STAGES
+from dice_py.storage.files import read_json
+from dice_py.storage.parquet import parquet_key
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_folder_of_a_run(config: RunConfig, complete_run: Path) -> None:
+    assert load_resolved(complete_run / "config.yaml") == config
+    for name in ("manifest.json", "events.jsonl", "report.html", "inputs/prompts.parquet", "inputs/offline.parquet"):
+        assert (complete_run / name).stat().st_size > 0
+    assert sorted(path.name for path in (complete_run / "round-01").iterdir()) == sorted(ROUND_STAGES)
+    assert not list(complete_run.rglob("*.tmp"))
+    events = [json.loads(line) for line in (complete_run / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "finished"
+    assert all(event["event"] != "progress" for event in events)
+    (profiled,) = read_json(complete_run / "profile.json")["rounds"]
+    assert [stage["stage"] for stage in profiled["stages"]] == STAGE_NAMES
+
+
+def test_the_manifest_names_whole_files_with_their_keys(complete_run: Path) -> None:
+    stages = read_json(complete_run / "manifest.json")["stages"]
+    assert list(stages) == STAGE_NAMES
+    for name, entry in stages.items():
+        assert entry["status"] == "done"
+        assert entry["seconds"] >= 0
+        assert entry["files"]
+        for made in entry["files"]:
+            path = complete_run / made["file"]
+            if path.suffix == ".parquet":
+                assert parquet_key(path) == made["key"], name
+            elif path.is_dir():
+                assert read_json(path / "dice.json")["key"] == made["key"]
+            else:
+                assert path.is_file()
+    assert [len(stages[f"round-01/{name}"]["files"]) for name in ("generate", "score")] == [3, 3]
+
+
+def test_what_the_stages_made_fits_together(complete_run: Path) -> None:
+    generations, scores = (
+        frames(complete_run, "generate/generations-*.parquet"),
+        frames(complete_run, "score/*.parquet"),
+    )
+    prompts = pl.read_parquet(complete_run / "inputs/prompts.parquet")
+    assert generations.height == scores.height == prompts.height * SAMPLES == (PROMPTS - 2) * SAMPLES
+    difference = (scores["logp"] - scores["ref_logp"]) * 0.1
+    assert (difference - scores["reward"]).abs().max() < 1e-4
+    mined, training = frames(complete_run, "mine/*.parquet"), frames(complete_run, "replay/training_set.parquet")
+    sources = dict(training["source"].value_counts().iter_rows())
+    assert sources == {"mined": mined.height, "replay": mined.height}  # γ is one half
+    from_mined = training.filter(pl.col("source") == "mined")
+    assert sorted(from_mined["ref_chosen_logps"]) == sorted(scores["logp"].gather(mined["chosen_row"]))
+    counts = read_json(complete_run / "manifest.json")["stages"]["round-01/train"]["counts"]
+    assert counts["steps"] == STEPS
+    assert abs(counts["step0_loss"] - math.log(2)) < 1e-3
+
+
+def test_the_metrics_of_a_round(complete_run: Path) -> None:
+    metrics = read_json(complete_run / "round-01/evaluate/metrics.json")
+    assert {
+        "mean_response_tokens",
+        "start_mean_response_tokens",
+        "implicit_reward_accuracy",
+        "length_only_accuracy",
+    } <= set(metrics)
+    assert "oracle_win_rate" not in metrics  # only the world has an oracle
+    assert (metrics["eval_prompts"], metrics["eval_samples"]) == (2, 1)
+    assert 0.0 <= metrics["implicit_reward_accuracy"] <= 1.0
+
+
+def test_held_out_rows_are_not_trained_on(complete_run: Path) -> None:
+    def said(name: str, column: str) -> set[str]:
+        frame = pl.read_parquet(complete_run / "inputs" / f"{name}.parquet")
+        return {messages[-1]["content"] for messages in frame[column].to_list()}
+
+    assert not said("prompts", "messages") & said("eval_prompts", "messages")
+    assert len(said("eval_prompts", "messages")) == 2
+    assert not said("offline", "prompt") & said("eval_pairs", "prompt")
+    assert len(said("eval_pairs", "prompt")) == 3
+
+
+def test_status_of_a_finished_run(complete_run: Path) -> None:
+    found = run_status(complete_run)
+    assert (found["state"], found["done"], found["stages"]) == ("finished", 6, 6)
+    assert [(entry["stage"], entry["status"]) for entry in found["entries"]] == [(n, "done") for n in STAGE_NAMES]
+    assert found["entries"][0]["counts"]["responses"] == (PROMPTS - 2) * SAMPLES
+
+
+# What is made again
+
+
+def test_a_second_run_keeps_everything(
+    config: RunConfig, copy: Path, complete_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "run_in_subprocess", no_worker)
+    events = Events()
+    metrics = loop.run(config, copy, events)
+    assert metrics == {"round-01": read_json(complete_run / "round-01/evaluate/metrics.json")}
+    assert events.stages() == KEPT
+
+
+def test_a_run_of_another_config_is_refused(config: RunConfig, copy: Path) -> None:
+    with pytest.raises(UsageError, match="holds a run of another config"):
+        loop.run(config.model_copy(update={"seed": 1}), copy)
+
+
+def test_a_lost_shard_is_made_again_alone(copy: Path, complete_run: Path) -> None:
+    lost, kept = (copy / f"round-01/score/scores-{number:05d}.parquet" for number in (1, 2))
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    events = Events()
+    loop.resume(copy, events)
+    # The same shard comes back under the same key: what was made from it still holds.
+    redone = [("round-01/score", "running"), ("round-01/score", "done")]
+    assert events.stages() == [KEPT[0], *redone, *KEPT[2:]]
+    assert [fields["file"] for event, fields in events.events if event == "shard"] == [lost.name]
+    assert kept.stat().st_mtime_ns == before
+    assert_frame_equal(frames(copy, "score/*.parquet"), frames(complete_run, "score/*.parquet"), check_exact=True)
+
+
+def test_what_depends_on_a_changed_key_is_made_again(
+    config: RunConfig, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = config.model_copy(update={"mine": config.mine.model_copy(update={"debias": "none"})})
+    (copy / "config.yaml").write_text(dump(changed))
+
+    def only_preflight(work: Any, **_: Any) -> Any:
+        return StageResult([], {}) if "preflight" in work_name(work) else no_worker(work)
+
+    monkeypatch.setattr(run_folder, "run_in_subprocess", only_preflight)
+    events = Events()
+    with pytest.raises(AssertionError, match="replay:ReplayJob"):
+        loop.resume(copy, events)
+    redone = [("round-01/mine", "running"), ("round-01/mine", "done"), ("round-01/replay", "running")]
+    assert events.stages() == [*KEPT[:2], *redone]
