@@ -31,7 +31,7 @@ import torch
 from generation_ways import RUN, Way, check
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, long_tailed_lengths, machine, make_model
+from shapes import SHAPES, long_tailed_lengths, machine, make_model, make_tokenizer
 
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.shard import write_prompts
@@ -143,22 +143,10 @@ def skipped(way: str) -> str | None:
 
 def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Writes model, tokenizer and prompts; returns the task of the processes, as JSON values."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
     model = make_model(options.shape, getattr(torch, options.dtype), options.device, options.seed)
     model.save_pretrained(folder / "model")
     vocabulary = model.config.vocab_size
-    words = {f"w{token}": token for token in range(vocabulary)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")),
-        bos_token="w1",
-        eos_token="w2",
-        pad_token="w0",
-        chat_template="{{ messages[0]['content'] }}",
-    )
-    tokenizer.save_pretrained(folder / "model")
+    make_tokenizer(vocabulary).save_pretrained(folder / "model")
     random = np.random.default_rng(options.seed)
     lengths = long_tailed_lengths(
         options.prompts,

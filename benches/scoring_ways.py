@@ -101,7 +101,7 @@ def trl_precompute(model: PreTrainedModel, prompts: list[list[int]], responses: 
 
     half = len(responses) // 2
     if len(responses) % 2 or any(prompts[2 * i] != prompts[2 * i + 1] for i in range(half)):
-        raise ValueError("TRL scores pairs: give an even number of responses to each prompt")
+        raise ValueError("TRL scores pairs, so every prompt needs an even number of responses")
     rows = {"prompt_ids": prompts[::2], "chosen_ids": responses[::2], "rejected_ids": responses[1::2]}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 2}, unk_token="<pad>")),

@@ -1,4 +1,4 @@
-"""Inputs shared by the benches: models of random weights, long-tailed lengths, and a description of the machine.
+"""Inputs shared by the benches: models, tokenizers, long-tailed lengths, and a description of the machine.
 
 No weights are downloaded: a shape is a config with the real model's dimensions, and its weights are drawn from a seed.
 The head's weights have a larger deviation than the rest, so that the next-token distribution is about as peaked as a
@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 _7B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 
@@ -80,6 +89,17 @@ def make_model(
         # After the last norm each hidden coordinate has a mean square of 1.
         head.normal_(0.0, LOGIT_DEVIATION / head.shape[1] ** 0.5)
     return model.eval()
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose word `tN` is token N, so that texts and tokens are equivalent; 0 is padding, 1 BOS, 2 EOS."""
+    special = ["<pad>", "<s>", "</s>"]
+    names = {name: number for number, name in enumerate([*special, *(f"t{n}" for n in range(3, vocabulary))])}
+    tokenizer = Tokenizer(WordLevel(names, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # required, not used
+    return wrapped
 
 
 def long_tailed_lengths(count: int, *, median: float, sigma: float, low: int, high: int, seed: int) -> np.ndarray:

@@ -38,7 +38,7 @@ import polars as pl
 import torch
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, long_tailed_lengths, machine, make_model
+from shapes import SHAPES, long_tailed_lengths, machine, make_model, make_tokenizer
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
@@ -65,11 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-training-", dir=options.scratch) as scratch:
         folder = Path(scratch)
         lengths = prepare(folder, options)
-        # The scores come first: every way of ours trains on them.
+        # Scoring runs first, since our ways train on its output.
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         runs["score"].append(start("score", folder, options))
         for repeat in range(options.repeats):
-            turn = repeat % len(TRAINING)  # no way is always the first
+            turn = repeat % len(TRAINING)  # each way is first in turn
             for way in (*TRAINING[turn:], *TRAINING[:turn], *(["score"] if repeat else [])):
                 log.print(f"repeat {repeat + 1}: {way}")
                 runs[way].append(start(way, folder, options))
@@ -91,15 +91,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-device-train-batch-size", type=int, default=4, help="pairs per forward")
     parser.add_argument("--response-median", type=float, default=24.0, help="tokens; log-normal")
     parser.add_argument("--response-sigma", type=float, default=0.8, help="of the logarithm")
-    parser.add_argument("--max-response", type=int, default=192, help="tokens; longer ones are cut to it")
-    parser.add_argument("--prompt-median", type=float, default=12.0, help="tokens; log-normal, half as wide")
+    parser.add_argument("--max-response", type=int, default=192, help="tokens; longer ones are truncated")
+    parser.add_argument("--prompt-median", type=float, default=12.0, help="tokens; log-normal, with half the sigma")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="default: by the device")
-    parser.add_argument("--lora", type=int, default=None, metavar="R", help="train adapters, as an 8B needs on one GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of torch, in every way")
-    parser.add_argument("--tolerance", type=float, default=None, help="of losses; default 1e-4, in bfloat16 2e-2")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch in every way")
+    parser.add_argument("--tolerance", type=float, help="of losses; default: 1e-4, in bfloat16 2e-2")
     parser.add_argument("--smoke", action="store_true", help="a model of a hundred thousand weights: for a test")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--scratch", default=None, help="folder for the models")
@@ -157,21 +157,6 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, lengths in drawn.items()
     }
-
-
-def make_tokenizer(vocabulary: int) -> Any:
-    """A tokenizer whose word `tN` is token N, so that texts and tokens are equivalent."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>"]
-    names = {name: number for number, name in enumerate([*special, *(f"t{n}" for n in range(3, vocabulary))])}
-    tokenizer = Tokenizer(WordLevel(names, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    wrapped.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # not used
-    return wrapped
 
 
 # --- a way, in its own process --------------------------------------------------------------------------------
@@ -339,11 +324,12 @@ def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way
 
 def compare(runs: dict[str, list[dict[str, Any]]]) -> float:
     """The largest difference of a step's loss from that of the first stock run."""
-    want = runs["stock"][0]["losses"]
+    expected = runs["stock"][0]["losses"]
     curves = [run["losses"] for way in TRAINING for run in runs[way]]
-    if not want or any(len(curve) != len(want) for curve in curves):
-        raise SystemExit(f"the ways made {sorted({len(curve) for curve in curves})} steps")
-    return max(abs(a - b) for curve in curves for a, b in zip(curve, want, strict=True))
+    if not expected or any(len(curve) != len(expected) for curve in curves):
+        counts = sorted({len(curve) for curve in curves})
+        raise SystemExit(f"every way must log the same number of losses, and at least one; they logged {counts}")
+    return max(abs(a - b) for curve in curves for a, b in zip(curve, expected, strict=True))
 
 
 def summarize(

@@ -1,1 +1,1 @@
-"""The command line. Parses and prints; what it decides stands in dice_py."""
+"""The command line: parses options and prints results. The work is in dice_py."""

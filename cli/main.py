@@ -1,8 +1,8 @@
-"""`dice`: the loop, each of its stages alone, and what shows their results.
+"""`dice`: the loop, each of its stages alone, and commands that show their results.
 
 Heavy modules are imported inside the commands, so that `dice --help` answers at once. Results go to stdout
 (one JSON object with --json), everything else to stderr. Exit codes: 0 done, 2 usage or config, 3 bad input
-data, 4 out of memory, 5 interrupted and resumable, 1 a bug of ours.
+data, 4 out of memory, 5 interrupted and resumable, 1 a bug.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dice_py.errors import DiceError, InterruptedRunError
 
 
 class _Commands(TyperGroup):
-    """Turns what is not a bug into a `DiceError`, before Typer picks an exit code."""
+    """Turns interruptions, and errors of paths, into a `DiceError` before Typer picks an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -60,7 +60,7 @@ for stage in (replay, train, evaluate):
 
 @app.command()
 def world(config: Config = None, assign: Set = None, as_json: Json = False) -> None:
-    """Make the synthetic world, or reuse it, and show what it holds."""
+    """Make the synthetic world, if the cache has none, and show it."""
     from dice_py.config.loading import resolve
     from dice_py.stages.world import WorldJob
     from dice_py.storage.cache import cache_folder
@@ -73,7 +73,7 @@ def world(config: Config = None, assign: Set = None, as_json: Json = False) -> N
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show what is installed, which devices are here, what is missing."""
+    """Show installed packages, devices, and what is missing."""
     from dice_py.doctor import examine
 
     state = examine()

@@ -1,4 +1,4 @@
-"""`dice plan`: what a run would cost. `dice run --dry-run` is the same."""
+"""`dice plan`: the cost of a run. `dice run --dry-run` does the same."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def show_plan(resolved: RunConfig, folder: Path, fresh: bool, as_json: bool) -> 
     from cli.progress import Display
     from dice_py.planning.plan import plan as make_plan
 
-    own_start = time.process_time()  # importing, which is one thread's work; of `dice run` it is as much
+    own_start = time.process_time()  # of imports, in one thread; `dice run` takes as long
     with Display() as display:
-        found = make_plan(resolved, folder, fresh=fresh, own_start=own_start, report=display)
+        estimate = make_plan(resolved, folder, fresh=fresh, own_start=own_start, report=display)
     if as_json:
-        print_json(found)
+        print_json(estimate)
         return
     from cli.tables import plan_lines, plan_table, print_table
 
-    print_table(plan_table(found))
-    for line in plan_lines(found):
+    print_table(plan_table(estimate))
+    for line in plan_lines(estimate):
         typer.echo(line)
 
 
@@ -56,12 +56,12 @@ def plan(
     rounds: Rounds = None,
     seed: Seed = None,
     run_dir: RunDir = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew, even where figures are remembered.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even where measurements are stored.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a run would cost, and whether it fits.
 
-    Time, GPU hours, disk and memory of each stage: from a short calibration, or from figures remembered of the same
+    Time, GPU hours, disk and memory of each stage: from a short calibration, or from stored measurements of the same
     model shape on the same device.
     """
     resolved = run_config(config, assign, policy, reference, prompts, replay, rounds, seed)

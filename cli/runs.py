@@ -36,7 +36,7 @@ def run(
     rounds: Rounds = None,
     seed: Seed = None,
     run_dir: RunDir = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it would cost: `dice plan`.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost, as `dice plan` does.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run the loop: on your model, or on a small synthetic world.
@@ -99,18 +99,18 @@ def status(
             raise UsageError("--profile is of one run: name its folder (dice status RUN --profile)")
         _list_runs(as_json)
         return
-    shown = run_profile(folder) if profile else run_status(folder)
+    values = run_profile(folder) if profile else run_status(folder)
     if as_json:
-        print_json(shown)
+        print_json(values)
         return
     from cli.tables import print_table, profile_lines, profile_table, status_table
 
     if not profile:
-        print_table(status_table(shown))
+        print_table(status_table(values))
         return
-    if shown["rounds"]:
-        print_table(profile_table(shown))
-    for line in profile_lines(shown):
+    if values["rounds"]:
+        print_table(profile_table(values))
+    for line in profile_lines(values):
         typer.echo(line)
 
 
@@ -123,5 +123,5 @@ def _list_runs(as_json: bool) -> None:
         return
     if not runs:
         typer.echo(f"no runs under {DEFAULT_RUNS}/")
-    for one in runs:
-        typer.echo(f"{one['run']}  {one['state']}  {one['done']}/{one['stages']} stages")
+    for entry in runs:
+        typer.echo(f"{entry['run']}  {entry['state']}  {entry['done']}/{entry['stages']} stages")

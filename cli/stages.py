@@ -15,6 +15,8 @@ from cli.output import print_result, run_job
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from dice_py.config.run import RunConfig
     from dice_py.stages.job import StageFile
 
@@ -313,21 +315,23 @@ def evaluate(
     resolved = stage_config(config, assign)
     # The data before the models, which may be long downloads.
     columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
-    held_out_prompts, held_out_pairs = _held_out(prompts, pairs, columns, out)
+    frames = _read_held_out(prompts, pairs, columns)
     against = resolve_model(reference, resolved.model.reference_revision, role="--reference")
     start_folder = resolve_model(start, None, role="--start")
+    policy_folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
+    prompts_file, pairs_file = _write_held_out(frames, pairs, out)
     job = EvaluateJob(
         config=resolved.evaluate,
         generate_config=resolved.generate,
         score_config=resolved.score,
         models=resolved.model,
-        policy=resolve_model(policy, resolved.model.policy_revision, role="--policy"),
+        policy=policy_folder,
         start=start_folder,
         reference=against,
         initial_reference=against,
-        prompts=held_out_prompts[0] if held_out_prompts else None,
-        pairs=held_out_pairs[0] if held_out_pairs else None,
-        input_keys=[made[1] if made else None for made in (held_out_prompts, held_out_pairs)],
+        prompts=prompts_file[0] if prompts_file else None,
+        pairs=pairs_file[0] if pairs_file else None,
+        input_keys=[file[1] if file else None for file in (prompts_file, pairs_file)],
         out=out,
         shared=out,
         seed=seed,
@@ -338,23 +342,31 @@ def evaluate(
     print_result(run_job(job, out).counts, as_json)
 
 
-def _held_out(
-    prompts: Path | None, pairs: Path | None, columns: dict[str, Any], out: Path
-) -> tuple[StageFile | None, StageFile | None]:
-    """The held-out prompts and pairs as artifacts in `out`, with their keys."""
+def _read_held_out(
+    prompts: Path | None, pairs: Path | None, columns: dict[str, Any]
+) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:
     from dice_py.data import read_pairs, read_prompts
+
+    return (
+        None if prompts is None else read_prompts(prompts, columns["prompt_column"]),
+        None if pairs is None else read_pairs(pairs, **columns),
+    )
+
+
+def _write_held_out(
+    frames: tuple[pl.DataFrame | None, pl.DataFrame | None], pairs: Path | None, out: Path
+) -> tuple[StageFile | None, StageFile | None]:
+    """Writes the held-out prompts and pairs as artifacts in `out`; returns them with their keys."""
     from dice_py.storage.keys import digest, file_digest
     from dice_py.storage.parquet import write_parquet
     from dice_py.storage.schemas import PROMPTS
 
-    # Both are read before one is written.
-    asked = None if prompts is None else read_prompts(prompts, columns["prompt_column"])
-    pairs_made = None if pairs is None else (read_pairs(pairs, **columns), file_digest(pairs))
+    prompts_frame, pairs_frame = frames
     prompts_file = pairs_file = None
-    if asked is not None:
-        key = digest(asked.to_dict(as_series=False))
-        prompts_file = write_parquet(out / "eval_prompts.parquet", asked, key=key, schema=PROMPTS), key
-    if pairs_made is not None:
-        frame, key = pairs_made
-        pairs_file = write_parquet(out / "eval_pairs.parquet", frame, key=key), key
+    if prompts_frame is not None:
+        key = digest(prompts_frame.to_dict(as_series=False))
+        prompts_file = write_parquet(out / "eval_prompts.parquet", prompts_frame, key=key, schema=PROMPTS), key
+    if pairs is not None and pairs_frame is not None:
+        key = file_digest(pairs)
+        pairs_file = write_parquet(out / "eval_pairs.parquet", pairs_frame, key=key), key
     return prompts_file, pairs_file

@@ -1,7 +1,7 @@
 """The compiled extension (rust/dice-native): Arrow streams in, Arrow streams out.
 
-`dice_py.mine_pairs` and `dice_py.sample_replay` are the functions to call; these here check less. All of them release
-the interpreter while Rust works, read the columns in place, and raise `dice_py.errors.DataError` for data (with the row
+Call `dice_py.mine_pairs` and `dice_py.sample_replay` instead; the functions here check less. All of them release the
+interpreter while Rust works, read the columns in place, and raise `dice_py.errors.DataError` for data (with the row
 number) and `dice_py.errors.UsageError` for options.
 """
 
@@ -68,15 +68,15 @@ class MineSummary:
 class SegmentMiner:
     """Mines input that arrives in segments of complete prompts, one after another.
 
-    The calls, in order: `look` at a sample (optional); while `needs_pass`: `observe` every segment, then `end_pass`;
-    `pairs` of every segment; `summary`. Every stream has the columns of `mine`. The pairs are those of `mine` on all
-    segments at once.
+    The calls, in order: `estimate` from a sample (optional); while `needs_pass`: `observe` every segment, then
+    `end_pass`; `pairs` of every segment; `summary`. Every stream has the columns of `mine`. The pairs are those of
+    `mine` on all segments at once.
     """
 
     def __new__(cls, options: dict[str, Any]) -> SegmentMiner:
         """A miner with the options of `mine`."""
-    def look(self, stream: _ArrowStream) -> None:
-        """Makes a first guess of the penalty from all rows of some of the prompts."""
+    def estimate(self, stream: _ArrowStream) -> None:
+        """Estimates the penalty from all rows of some of the prompts."""
     def needs_pass(self) -> bool:
         """Whether another pass over all segments is needed before the pairs."""
     def observe(self, stream: _ArrowStream) -> None:
@@ -86,7 +86,7 @@ class SegmentMiner:
     def pairs(self, stream: _ArrowStream) -> pa.RecordBatchReader:
         """The pairs of a segment, with the columns of `mine` and row numbers of the segment."""
     def summary(self) -> MineSummary:
-        """The summary of all segments whose pairs were taken."""
+        """The summary of all segments passed to `pairs`."""
 
 def mine(stream: _ArrowStream, options: dict[str, Any]) -> tuple[pa.RecordBatchReader, MineSummary]:
     """Mines pairs of a better and a worse response of each prompt.
@@ -125,7 +125,7 @@ def sample(
     Args:
         offline: column `key` (integers, no nulls); optional: column `weight` (f32 or f64, finite, zero or more):
             rows are drawn one after another with probabilities proportional to it.
-        exclude: column `key`, of the same type: rows of `offline` with these keys are left out.
+        exclude: column `key`, of the same type: rows of `offline` with these keys are excluded.
         count: rows to sample, at most.
         seed: the seed of the draw.
         stream: which of several independent draws with that seed.

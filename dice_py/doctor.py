@@ -1,4 +1,4 @@
-"""What `dice doctor` reports: installed packages, devices, the engine that `auto` selects, what is missing."""
+"""The report of `dice doctor`: installed packages, devices, the engine that `auto` selects, what is missing."""
 
 from __future__ import annotations
 

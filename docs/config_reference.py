@@ -2,7 +2,7 @@
 
     python docs/config_reference.py          writes the page (`make docs`)
 
-tests/test_docs.py fails when the page is not what this script writes.
+tests/docs/test_docs.py fails when the page is not what this script writes.
 """
 
 from __future__ import annotations

@@ -50,15 +50,15 @@ def cuda_unstarted() -> Iterator[None]:
 
     Once started, the driver ignores changes of CUDA_VISIBLE_DEVICES; torch.cuda.is_available() alone starts it.
     """
-    given = os.environ.get(_NVML_CHECK)
+    before = os.environ.get(_NVML_CHECK)
     os.environ[_NVML_CHECK] = "1"
     try:
         yield
     finally:
-        if given is None:
+        if before is None:
             del os.environ[_NVML_CHECK]
         else:
-            os.environ[_NVML_CHECK] = given
+            os.environ[_NVML_CHECK] = before
 
 
 def device_in_group(models: ModelConfig) -> ModelConfig:
@@ -76,7 +76,7 @@ def find_groups(
     allow. A note names GPUs that are left over.
 
     Raises:
-        UsageError: a GPU that is not there, too few for one group, or settings that contradict each other.
+        UsageError: a GPU that does not exist, too few for one group, or settings that contradict each other.
     """
     from dice_py.models.loading import placement
 
@@ -120,11 +120,11 @@ def _visible_gpus() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    given = os.environ.get(VISIBLE)
-    if given is None:
+    named = os.environ.get(VISIBLE)
+    if named is None:
         return [str(number) for number in range(count)]
     # CUDA stops reading at the first entry that it does not know.
-    return [entry.strip() for entry in given.split(",")][:count]
+    return [entry.strip() for entry in named.split(",")][:count]
 
 
 def _used_gpus(devices: DevicesConfig, device: str, visible: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from dice_py.config.shared import DevicesConfig, ModelConfig
 
 INTERVAL_SECONDS = 1.0
-_STOP_SECONDS = 5.0  # how long a driver that does not answer is waited for
+_STOP_SECONDS = 5.0  # limit of the wait for a driver that does not answer
 
 
 @dataclass
@@ -89,8 +89,8 @@ class GpuMonitor:
         self._gpus = gpus
         self._lock = threading.Lock()
         self._seen: dict[int, _Gpu] = {}
-        self._sampled = False  # a GPU has given a sample
-        self._reason: str | None = None  # why there are no more
+        self._sampled = False  # at least one sample was read
+        self._reason: str | None = None  # why there are no (more) samples
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -105,11 +105,11 @@ class GpuMonitor:
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         if self._thread is not None:
-            # A driver may not answer; the thread, a daemon, is not waited for then.
+            # The driver may not answer. The thread is a daemon, so it does not keep the process alive.
             self._thread.join(_STOP_SECONDS)
 
     def take(self) -> list[dict[str, Any]]:
-        """The figures of each GPU since the last call, by number; without those that gave no sample.
+        """The figures of each GPU since the last call, by number; without those that have no sample.
 
         `index`, `samples` (one a second), `idle_samples` (no kernel ran: a utilization of 0), `idle_share` and
         `mean_utilisation` in [0, 1] (None where the GPU does not report it, as with MIG), `peak_memory_bytes` in use

@@ -1,4 +1,4 @@
-"""Memory of the host and of a GPU: what is free, and the peak of this process. All in bytes."""
+"""Free memory of the host and of a GPU, and the peak memory of this process. All in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Dispatcher`: sends a stage's shards to the processes of several groups, and judges how each process ends.
+"""`Dispatcher`: sends a stage's shards to the processes of several groups, and handles their failures.
 
 The rules are those of compute/dispatch.py, which calls this.
 """
@@ -27,7 +27,7 @@ _ENDING = 60.0  # seconds that processes have to end in once every shard is comp
 
 @dataclass(frozen=True)
 class GroupWork:
-    """What a group's process calls: the stage's work, on shards from the dispatcher."""
+    """The work of a group's process: the stage's work, on shards from the dispatcher."""
 
     work: ShardWork
     threads: int | None
@@ -56,7 +56,7 @@ class _Member:
 
 
 def _reason(failure: Failure) -> str:
-    """In one line."""
+    """A failure in one line."""
     lines = failure.text.strip().splitlines() or [failure.kind]
     return lines[-1] if failure.kind == "bug" else lines[0]
 

@@ -1,4 +1,4 @@
-"""What a stage's work on shards is, and where it gets its shards from; the rules are in compute/dispatch.py."""
+"""The work of a stage on its shards, and the queue that it gets them from. The rules are in compute/dispatch.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ShardQueue(Protocol):
-    """Where the work of a group gets its shards from."""
+    """The queue that the work of a group gets its shards from."""
 
     def receive(self, *, wait: bool) -> int | None:
         """The next shard for this group, or None.

@@ -2,8 +2,8 @@
 
 What the libraries print goes to the stage's `worker.log`. The parent receives events:
 
-    progress    stage, done, total, unit     how far a stage is
-    note        text                         something a person should know (which engine, what was dropped)
+    progress    stage, done, total, unit     counts of a stage
+    note        text                         a sentence for the user (the engine, dropped rows, …)
     shard       file, key, counts…           a shard is complete, under its final name
     process     work, seconds                where a worker's time went, sent before it ends
 
@@ -92,7 +92,7 @@ def run_in_subprocess(
     Args:
         work: see `compute.worker.Work`; it and its value are pickled. Its module must not import torch at the top, so
             that this process does not load torch either.
-        log: the file that gets what the process prints.
+        log: the file for the process's output.
         remedy: ends the sentence when memory ran out.
         warm: the process to run it in (`WarmPool.take`). If that process ended before it started the work, another
             one is started.

@@ -1,4 +1,4 @@
-"""A spawned process that does one piece of work: what runs in it, and `Worker`, how its parent controls it.
+"""A spawned process that does one piece of work: the code that runs in it, and `Worker`, its parent's handle to it.
 
 The process of a stage (compute/stage_process.py) and that of a group of devices (compute/process_pool.py) are both
 workers. A worker is spawned, never forked, so that its memory, and the GPU's, is freed when it ends. It ends with its
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dice_py.events import Report
 
 Work = Callable[..., Any]
-"""What a worker calls, as `work(report=report)`: a module-level function, a `functools.partial` of one, or a method of
+"""A worker calls it as `work(report=report)`: a module-level function, a `functools.partial` of one, or a method of
 a picklable object. Unpickling imports its module, in the worker."""
 
 _TAIL_BYTES = 2**16  # the part of a log that is searched for its last lines
@@ -119,7 +119,7 @@ def _seconds(since: float, started: float) -> dict[str, float]:
 
 
 def _await_task(modules: Sequence[str], warm_log: str) -> Task:
-    """Imports `modules`, and waits for the task. A process that cannot import ends; the stage then starts another."""
+    """Imports `modules`, and waits for the task. If an import fails, the process ends, and the stage starts another."""
     try:
         if modules:
             _print_to(Path(warm_log))
@@ -177,11 +177,11 @@ def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_l
 
 
 class Worker:
-    """A spawned process that does one piece of work, as its parent controls it.
+    """The handle to a spawned process that does one piece of work.
 
     Args:
-        modules: what it imports while it waits for its work, without touching a GPU.
-        log: where it prints meanwhile; None: nowhere.
+        modules: imported while it waits for its work, without touching a GPU.
+        log: the file for its output meanwhile; None: the output is discarded.
     """
 
     def __init__(self, modules: Sequence[str] = (), log: Path | None = None) -> None:
@@ -225,7 +225,7 @@ class Worker:
 
         Args:
             work: pickled here.
-            log: where it and its libraries print from now on.
+            log: the file for its output, and its libraries', from now on.
             name: of the work, in the event `process`; None: `work_name(work)`.
             environment: set (None: removed) before anything of the work is imported, on top of this process's own
                 environment as it is now.

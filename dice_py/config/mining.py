@@ -137,7 +137,7 @@ class MiningOptions(PairOptions, ColumnOptions):
 
 
 class MiningKeywords(TypedDict, total=False):
-    """The fields of `MiningOptions`, for type checkers and completion; tests/test_config.py compares the two."""
+    """The fields of `MiningOptions`, for type checkers and completion; tests/config/test_config.py compares the two."""
 
     prompt_column: str
     reward_column: str
@@ -174,7 +174,7 @@ class MiningKeywords(TypedDict, total=False):
 class MineConfig(PairOptions):
     """Pair mining. A run knows its own columns and derives its seeds, so they are no options here."""
 
-    min_length: int | None = _option(1, "Filters", "Shortest response to use, inclusive; no tokens have no reward.")
+    min_length: int | None = _option(1, "Filters", "Shortest response to use, inclusive; an empty one has no reward.")
     length: Literal["tokens", "chars"] = Field(default="tokens", description="the unit of lengths")
     drop_duplicates: bool = Field(default=False, description="responses of a prompt with equal token ids count once")
     second_reward: Literal["logp", "ref_logp"] | None = Field(

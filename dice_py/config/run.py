@@ -111,7 +111,7 @@ def _check_own_run(config: RunConfig) -> None:
         )
 
 
-# What differs from RunConfig's own defaults in a run on the synthetic world, on which these values were tuned. A run on
+# Defaults of a run on the synthetic world, where they differ from RunConfig's. They were tuned on that world; a run on
 # the user's own model never uses them.
 WORLD_DEFAULTS: dict[str, Any] = {
     "beta": 1.0,

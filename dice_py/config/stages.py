@@ -133,7 +133,7 @@ class ReplayConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What is measured after a round, always on held-out prompts and pairs."""
+    """Evaluation after a round, on held-out prompts and pairs."""
 
     prompts: Annotated[int, Field(ge=0)] = Field(
         default=256, description="held-out prompts; 0: no responses are sampled"

@@ -21,8 +21,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from dice_py.errors import DiskFullError
 from dice_py.generation.engines.base import Sample
 from dice_py.storage.files import is_disk_full
@@ -81,7 +79,7 @@ class Journal:
 
     def append(self, row: int, sample: Sample) -> None:
         """Adds a response to the next `flush`. A row that is appended twice has the later response."""
-        tokens = np.asarray(sample.token_ids, dtype="<i4").tobytes()
+        tokens = struct.pack(f"<{len(sample.token_ids)}i", *sample.token_ids)
         body = _BODY.pack(row, _FINISH_REASONS.index(sample.finish_reason), sample.logp) + tokens
         self._bodies[row] = (self._end + _RECORD.size, len(body))
         self._end += _RECORD.size + len(body)
@@ -107,7 +105,8 @@ class Journal:
         offset, size = self._bodies[row]
         body = os.pread(self._file, size, offset)
         _, reason, logp = _BODY.unpack_from(body)
-        return Sample(np.frombuffer(body, "<i4", offset=_BODY.size).tolist(), _FINISH_REASONS[reason], logp)
+        tokens = struct.unpack_from(f"<{(len(body) - _BODY.size) // 4}i", body, _BODY.size)
+        return Sample(list(tokens), _FINISH_REASONS[reason], logp)
 
     def close(self) -> None:
         """Closes the file without writing; what was not flushed is lost. A second call does nothing."""

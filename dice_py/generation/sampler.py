@@ -54,7 +54,7 @@ class SampleShards:
         """Samples until `shards` has no more.
 
         Args:
-            shards: gives the numbers of the shards to sample.
+            shards: the queue of shard numbers.
             report: receives the events `advance`, `shard`, `throughput` and `shard_complete`.
         """
         with contextlib.ExitStack() as stack:
@@ -70,7 +70,7 @@ class _Sampling:
         self.open: dict[int, ShardWriter] = {}
         self.queue: deque[list[tuple[SampleId, Request]]] = deque()  # of open shards, by prompt
         self.engine: Engine | None = None  # built for the first request, since journals may have all responses
-        self.since = 0.0  # time.monotonic() when the last shard was complete
+        self.since = 0.0  # time.monotonic() of the last complete shard, or of the engine's start
         stack.callback(self._close_journals)
 
     def run(self) -> None:

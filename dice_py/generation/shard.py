@@ -27,7 +27,6 @@ from dice_py.storage.schemas import GENERATIONS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 Prompt = tuple[int, list[int]]
 """prompt_id and token ids."""
 

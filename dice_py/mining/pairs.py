@@ -74,9 +74,9 @@ class MinedPairs:
     rows: int
     """Rows in the frame."""
     curve: pl.DataFrame
-    """The mean length gap as a function of the penalty, at some hundred of its steps around the answer: `alpha f64`,
+    """The mean length gap as a function of the penalty, at about 200 of its steps around `alpha`, at most: `alpha f64`,
     `mean_length_gap f64` (from that alpha to the next step), `exact bool` (False: of a sample of the prompts, far from
-    the answer). Empty without a linear penalty."""
+    the chosen `alpha`). Empty without a linear penalty."""
 
     @property
     def chosen_longer_share(self) -> float:

@@ -26,9 +26,9 @@ SEGMENT_BYTES = 256
 MAX_SEGMENTS = 256
 """The most segment files: all of them are open while rows are partitioned."""
 SAMPLE_ROWS = 1 << 20
-"""About the rows of the sample that the first guess of the penalty is made from."""
+"""Rows of the sample from which the penalty is first estimated, roughly."""
 CUT_KEYS = 1 << 16
-"""About the prompts that are kept to place the cuts between segment files."""
+"""Prompts that are kept to place the cuts between segment files, roughly."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Segment:
 
 @dataclass
 class Scan:
-    """What the first pass over the input learns."""
+    """The result of the first pass over the input."""
 
     in_order: bool
     """Whether prompts are in ascending order."""

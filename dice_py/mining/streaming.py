@@ -99,14 +99,16 @@ class StreamMiner:
         return self._finish(miner.summary(), unfiltered, totals, dropped, out, key)
 
     def _prepare(self, miner: _native.SegmentMiner, folder: Path) -> Callable[[], Iterator[Segment]]:
-        """Scans the input, shows the miner the sample, and returns how to read the segments."""
+        """Scans the input, estimates the penalty from the sample, and returns how to read the segments."""
         scan = self.reader.scan()
         if scan.sample.height:
             with column_names(self.options):
-                miner.look(scan.sample.to_struct("rows"))
+                miner.estimate(scan.sample.to_struct("rows"))
         if scan.in_order:
             return self.reader.in_order
-        paths = self.reader.partition(folder, scan.keys)
+        keys = scan.keys
+        del scan  # frees the sample before rows are partitioned
+        paths = self.reader.partition(folder, keys)
         return lambda: read_segments(paths)
 
     def _with_progress(self, segments: Callable[[], Iterator[Segment]], step: str) -> Iterator[Segment]:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from dice_py.compute.worker import work_name
 from dice_py.config.run import RunConfig
 from dice_py.data import prompt_key
 from dice_py.evaluation.metrics import bootstrap_ci95
@@ -48,6 +49,7 @@ from dice_py.runs.measured_costs import (
 )
 from dice_py.runs.profile import read_events
 from dice_py.runs.throughput import costs_key, lengths_key, response_lengths
+from dice_py.stages.preflight import PreflightJob
 from dice_py.storage.parquet import parquet_rows, read_parquet
 
 _MAX_MINED = 200_000  # responses that the mining is timed on
@@ -172,7 +174,7 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
 
 def _check_seconds(events: Path) -> float | None:
     processes = [event for event in read_events(events) if event["event"] == "process"]
-    checks = [event for event in processes if event["work"] == "dice_py.stages.preflight:PreflightJob"]
+    checks = [event for event in processes if event["work"] == work_name(PreflightJob)]
     return sum(event["seconds"]["total"] for event in checks) or None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from dice_py.errors import DataError
+from dice_py.runs.folder import round_name
 from dice_py.storage.files import Manifest
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
@@ -38,7 +39,7 @@ def candidates(folder: Path, manifest: Manifest, number: int, pool_rounds: int) 
     """
     generations, keys, rounds, prompts = [], [], [], []
     for earlier in range(max(1, number - pool_rounds + 1), number + 1):
-        name = f"round-{earlier:02d}"
+        name = round_name(earlier)
         generated = manifest.stage(f"{name}/generate")
         assert generated is not None
         generations += [folder / shard["file"] for shard in generated["files"]]
@@ -47,7 +48,7 @@ def candidates(folder: Path, manifest: Manifest, number: int, pool_rounds: int) 
         prompts.append(folder / name / "generate" / "prompts.parquet")
     if len(prompts) == 1:
         return Candidates(generations, keys, rounds, prompts[0])
-    pooled = folder / f"round-{number:02d}" / "mine" / "prompts.parquet"
+    pooled = folder / round_name(number) / "mine" / "prompts.parquet"
     key = digest("pool", keys, [parquet_key(file) for file in prompts])
     if parquet_key(pooled) != key:
         write_parquet(pooled, _same_prompts(prompts, generations), key=key, schema=PROMPTS)

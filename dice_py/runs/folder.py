@@ -1,7 +1,7 @@
 """A run folder: its config, manifest and events, and the processes that work in it.
 
 One process at a time holds a folder (`.lock`). It imports neither torch nor transformers: a stage that needs a model
-runs in a process of its own, and that of the next stage is started meanwhile, to import what it will need.
+runs in a process of its own, and the process of the next stage is started meanwhile, to import its modules.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Run:
         return result
 
     def _work(self, job: Job, folder: Path, is_last: bool) -> StageResult:
-        return self.spawn(job, folder, is_last=is_last) if stage_of(job).remedy else job.run(self.report)
+        return self.spawn(job, folder, is_last=is_last) if stage_of(job).has_process else job.run(self.report)
 
     def spawn(self, job: Job, folder: Path, *, is_last: bool = False) -> StageResult:
         """Runs a job in a process of its own, whose output is `folder/worker.log`.

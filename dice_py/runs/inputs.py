@@ -1,7 +1,7 @@
-"""What the rounds of a run read: its models, and the user's data, checked and with held-out parts split off.
+"""The inputs of a run: its models, and the user's data, checked and split into training and held-out parts.
 
-Everything that can be refused is refused here, before anything is made from it. The data goes to `inputs/` in the
-run folder, as artifacts with keys; the synthetic world's stays in its cache.
+Errors in them are found here, before anything is computed. The data goes to `inputs/` in the run folder, as artifacts
+with keys; the synthetic world's stays in its cache.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def prepare(run: Run) -> Inputs:
 
 
 def _check(run: Run, inputs: Inputs, data_key: str) -> None:
-    """Checks models and data together, once: what fails here would fail after hours."""
+    """Checks models and data together, once. Its errors would otherwise come after hours."""
     job = PreflightJob(
         config=run.config,
         policy=inputs.policy,

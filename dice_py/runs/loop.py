@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from dice_py.config.loading import dump, load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.interrupts import terminate_as_interrupt
 from dice_py.models.loading import model_identity
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
@@ -46,24 +46,10 @@ AfterRound = Callable[[Path], object]
 """Called with the run folder after each round, to write a report, say."""
 
 
-@contextlib.contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM (a scheduler's) end the run as Ctrl-C does: completed shards stay, exit code 5."""
-
-    def handler(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def run(
     config: RunConfig, folder: Path, report: Report = no_report, *, after_round: AfterRound | None = None
 ) -> dict[str, Any]:
-    """Runs `config` in `folder`, keeping what is complete there; returns the metrics of each round.
+    """Runs `config` in `folder`, keeping completed work; returns the metrics of each round.
 
     Args:
         after_round: the command line passes `dice_py.reporting.html.write_report`.
@@ -71,7 +57,7 @@ def run(
     Raises:
         UsageError: the folder holds a run of another config, or another process works in it.
         InterruptedRunError: Ctrl-C or SIGTERM; `dice resume` continues.
-        DiceError: what a stage raised.
+        DiceError: raised by a stage.
     """
     _check_folder(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +117,7 @@ def resume(folder: Path, report: Report = no_report, *, after_round: AfterRound 
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     inputs = prepare(run)
-    # What the run is based on, for whoever reads the folder.
+    # The models and versions of this run, for people who read the folder.
     for role, model in (("policy", inputs.policy), ("reference", inputs.reference)):
         run.manifest.data[role] = {"folder": str(model), "identity": model_identity(model)}
     run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
@@ -239,7 +225,7 @@ def _replay_job(
     scores = [file for file, _ in scored.files]
     buffer = None
     if config.replay.buffer is not None:
-        # Not a stage: appending what is there already does nothing.
+        # Not a stage: appending pairs that the buffer already has does nothing.
         buffer = ReplayBuffer(run.folder / "buffer", config.replay.buffer.capacity, seed_for(config.seed, "buffer"))
         append_mined(
             buffer,

@@ -3,7 +3,7 @@
 `dice plan` multiplies them with a run's counts (planning/costs.py). They come from a calibration
 (planning/calibration.py) or from the rounds of a run (runs/throughput.py). Seconds are wall clock.
 
-A calibration separates what is paid once from what each unit costs. A run does not: its `warm_up` is 0, generate has
+A calibration separates fixed costs from costs per unit. A run does not: its `warm_up` is 0, generate has
 `per_prompt`, and tokenization is part of the stages that do it.
 """
 
@@ -31,7 +31,7 @@ class GenerateCosts(_Costs):
     load: float
     """For the weights."""
     warm_up: float
-    """What the first batch takes longer than a later one."""
+    """Extra time of the first batch, over a later one."""
     per_prompt: float | None = None
     """From a run: all but the decoding. From a calibration: None, since each plan measures the tokenization."""
     per_step: float

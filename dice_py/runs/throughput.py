@@ -1,7 +1,7 @@
 """Measured costs of a run's own rounds, kept for the next `dice plan`; and the keys that costs are kept under.
 
-A calibration separates what is paid once from what each unit costs, so a run does not replace its costs; where there
-are none, a run leaves its own. Torch is not imported.
+A calibration separates fixed costs from costs per unit, so a run does not replace its costs; where there are none, a
+run keeps its own. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from dice_py.runs.measured_costs import (
     remember_lengths,
 )
 from dice_py.runs.profile import Event, read_events
-from dice_py.stages.registry import ROUND_STAGES
+from dice_py.stages.registry import REGISTRY, ROUND_STAGES
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import parquet_key, read_parquet
 
 _MAX_LENGTHS = 8192  # response lengths that are kept
 _MIN_RESPONSES = 256  # a round with fewer has costs that are not worth keeping
-_WITH_PROCESS = tuple(stage for stage in ROUND_STAGES if stage != "mine")
+_WITH_PROCESS = tuple(stage for stage in ROUND_STAGES if REGISTRY[stage].has_process)
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -56,7 +56,7 @@ def device_text(config: RunConfig) -> str:
 
 
 def costs_key(config: RunConfig, policy: Path) -> str:
-    """What costs hold for: the model's shape and dtype, the devices, the engine, settings of batches, and versions."""
+    """The key of costs: the model's shape and dtype, the devices, the engine, settings of batches, and versions."""
     train = config.train
     settings = [
         config.generate.engine, importlib.util.find_spec("vllm") is not None, config.generate.token_budget,
@@ -71,7 +71,7 @@ def costs_key(config: RunConfig, policy: Path) -> str:
 
 
 def lengths_key(config: RunConfig, policy: Path, prompts: Path) -> str:
-    """What response lengths hold for: the policy, the prompts, the sampling, and which responses are usable."""
+    """The key of response lengths: the policy, the prompts, the sampling, and which responses are usable."""
     generate = config.generate
     usable = [config.mine.min_responses, config.mine.min_length]
     sampling = [generate.temperature, generate.top_p, generate.top_k, generate.max_new_tokens, generate.samples, usable]

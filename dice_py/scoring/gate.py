@@ -1,7 +1,7 @@
-"""The gate: whether the log-probabilities that came with the samples may stand in for the scorer's.
+"""The gate: decides whether the log-probabilities that came with the samples replace the scorer's.
 
-They may if, on a sample of responses, the implicit reward differs by no more than a share of its standard deviation
-(`score.gate_tolerance`). Then the policy's own forward over the shards is skipped.
+They do if, on a sample of responses, the implicit reward differs on average by no more than a share of its standard
+deviation (`score.gate_tolerance`). Then the policy's forward over the shards is skipped.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.shard_queue import ShardQueue
 from dice_py.config.shared import ModelConfig
@@ -24,13 +22,16 @@ from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import read_parquet
 from dice_py.timing import timed
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 @dataclass(frozen=True)
 class MeasureGate:
     """Measures the gate and writes its figures to `out`; a single "shard" of work.
 
     The figures: `responses`; `mean_abs_difference` and `max_abs_difference` of the implicit reward; `reward_std`, its
-    standard deviation on the same responses; `share`, the first over the last; `tolerance`; `passed`. Where a
+    standard deviation on the same responses; `share`, `mean_abs_difference` / `reward_std`; `tolerance`; `passed`. If a
     log-probability is not finite, or all rewards are equal, the four figures of the reward are None and the gate fails.
     """
 
@@ -48,6 +49,8 @@ class MeasureGate:
     def __call__(self, shards: ShardQueue, *, report: Report) -> None:
         """Measures until `shards` has no more."""
         with timed("import"):
+            import numpy as np
+
             from dice_py.scoring.scorer import Scorer
 
         while (number := shards.receive(wait=True)) is not None:
@@ -65,6 +68,8 @@ class MeasureGate:
             report("shard_complete", number=number)
 
     def _figures(self, differences: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
+        import numpy as np
+
         spread = float(rewards.std()) if len(rewards) else 0.0
         known = bool(np.isfinite(differences).all() and np.isfinite(spread) and spread > 0)
         return {

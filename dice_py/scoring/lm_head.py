@@ -12,20 +12,19 @@ from dice_py.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 _TILE_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # fits a CPU core's cache; keeps a GPU busy
 
 
 class LogitHead:
     """The language-model head of one model, applied to a tile of positions and vocabulary at a time.
 
-    Applies what models do to their logits after the last matrix product, as their configs declare: a factor
-    (`logit_scale`, `logits_scaling`) and soft capping (`final_logit_softcapping`). `check` compares the result with
-    the model's own logits, so a model that does anything else is refused instead of scored wrongly.
+    After the last matrix product it transforms the logits as the model's config declares: by a factor (`logit_scale`,
+    `logits_scaling`) and by soft capping (`final_logit_softcapping`). `check` compares the result with the model's own
+    logits, so a model that does anything else is refused instead of scored wrongly.
 
-    TRL's fused head (trl.kernels.chunked_logprob) is not used: on a CPU, with a vocabulary of 32,000, it takes 2.6
-    times the time in float32, 5 times in bfloat16 and 2 GiB instead of 50 MiB, and its bfloat16 error is 2 to 5 times
-    as large, since it rounds the target's logit.
+    TRL's fused head (trl.kernels.chunked_logprob) is not used. On a CPU, with a vocabulary of 32,000, it takes 2.6
+    times as long in float32 and 5 times as long in bfloat16, and needs 2 GiB instead of 50 MiB. Its bfloat16 error is 2
+    to 5 times as large, since it rounds the target's logit.
 
     Args:
         model: a causal language model in evaluation mode, on its device.
@@ -47,7 +46,7 @@ class LogitHead:
         self.tile = max(1, _TILE_LOGITS.get(model.device.type, _TILE_LOGITS["cuda"]) // chunk)
 
     def _transform(self, products: torch.Tensor) -> torch.Tensor:
-        """Float32 logits from matrix products: what the model's config applies after its head."""
+        """Float32 logits from the head's products: applies the factor and the capping of the model's config."""
         logits = products.float()
         if self.scale != 1.0:
             logits = logits * self.scale

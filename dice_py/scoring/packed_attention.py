@@ -26,7 +26,6 @@ from dice_py.scoring.packing import PackedLayout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 NAME = "dice_packed"
 
 _LENGTH_RATIO = 1.4  # lengths within this factor are padded to one
@@ -35,7 +34,7 @@ _MASK_ENTRIES = 2**25  # bounds the memory of a block of long sequences
 
 @dataclass(frozen=True)
 class _Block:
-    """Sequences of similar length: the tokens that are their queries and keys, and who attends to whom."""
+    """Sequences of similar length: the tokens of their queries and keys, and which queries attend to which keys."""
 
     queries: torch.Tensor
     """(rows, queries) int64 indices of tokens."""
@@ -57,7 +56,7 @@ class DeviceLayout:
     _varlen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int] | None = None
 
     def sequences(self) -> np.ndarray:
-        """(sequences, 4) int64: start and length of the queries, then of the prefix of keys that they also see."""
+        """(sequences, 4) int64: start and length of the queries, then of the prefix that they also attend to."""
         prompts = np.pad(self.layout.prompts, ((0, 0), (0, 2)))
         return np.concatenate([prompts, self.layout.responses])
 

@@ -33,7 +33,7 @@ class PackedTrial:
         """Tries the longest sequence, and others of its prompt, where it is due.
 
         It is due for sequences longer by half than those tried, or when they first exceed the model's sliding window:
-        what an attention ignores may only show there.
+        an attention implementation that ignores the window fails only there.
 
         Returns:
             Why the model cannot be scored with packed attention; None when it can, or when no trial was due.

@@ -102,7 +102,7 @@ class Batch:
 
 
 def seen_keys(layout: PackedLayout) -> int:
-    """Number of (query, key) pairs that attention evaluates, over all sequences of a packed batch."""
+    """Number of (query, key) pairs that attention evaluates, summed over the sequences of a packed batch."""
     lengths, prompt_lengths = layout.responses[:, 1], layout.responses[:, 3]
     prompts = layout.prompts[:, 1]
     causal = (lengths * (lengths + 1)).sum() + (prompts * (prompts + 1)).sum()

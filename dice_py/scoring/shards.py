@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import polars as pl
 
 from dice_py.compute.shard_queue import ShardQueue
@@ -25,6 +24,8 @@ from dice_py.storage.schemas import SCORES
 from dice_py.timing import timed
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dice_py.scoring.packing import Tokens
 
 Role = Literal["reference", "policy"]
@@ -57,7 +58,7 @@ class Columns:
 class ScoreShards:
     """The work of one group: one model over the shards that it receives.
 
-    The reference writes the file of its sums, the policy the scores.
+    For the reference it writes the file of the sums, for the policy the scores.
     """
 
     config: ScoreConfig
@@ -93,6 +94,8 @@ def shard_logps(
     shard: Shard, scorer: Any, columns: Columns, on_batch: Callable[[int], None], rows: Sequence[int] | None = None
 ) -> list[float]:
     """Σ_t log π(y_t | x, y_<t) in nats of a shard's responses, or of some of its rows; 0 for an empty response."""
+    import numpy as np
+
     frame = read_parquet(shard.generations, [columns.prompt, columns.response])
     if rows is not None:
         frame = frame[list(rows)]
@@ -126,6 +129,9 @@ def token_arrays(frame: pl.DataFrame, column: str, place: Path | str) -> list[np
     Raises:
         DataError: the column is not a list of integers, or holds nulls.
     """
+    # Here, since the registry of stages is imported where only mining is installed, without NumPy.
+    import numpy as np
+
     series = frame[column]
     if not (isinstance(series.dtype, pl.List) and series.dtype.inner.is_integer()):
         raise DataError(

@@ -1,8 +1,8 @@
 """The largest number of tokens in one batch, adapted to the device while batches run and cached per model and device.
 
 On a GPU the budget starts at an estimate from the model's shape and grows until memory is nearly full. The memory of a
-batch is proportional to its tokens, so the last batch tells how far. An out-of-memory error halves it. On a CPU
-larger batches soon stop being faster (benches/scoring.py measures it), so the budget only has to fit in memory.
+batch is proportional to its tokens, so the last batch shows how far it can grow. An out-of-memory error halves it. On a
+CPU larger batches soon stop being faster (benches/scoring.py measures it), so the budget only has to fit in memory.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TokenBudget:
         self.grow(tokens, used, free_memory(self._device))
 
     def grow(self, tokens: int, used: int, free: int) -> None:
-        """Raises the budget, to at most twice itself, after a batch of `tokens` used `used` of `free` bytes."""
+        """Raises the budget, to at most double. A batch of `tokens` used `used` bytes, and `free` bytes are free."""
         if tokens < self.tokens // 2:
             return  # fixed costs dominate a small batch
         grown = min(2 * self.tokens, int(_USABLE * free * tokens / max(used, 1)), self._cap)

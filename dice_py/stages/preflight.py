@@ -1,7 +1,7 @@
 """Checks a run's models and data together, before anything is made from them, in a process of its own.
 
-It catches what would otherwise stop a run after hours: a tokenizer without a template, a template that refuses a prompt
-or an offline pair, a model that lacks a token, an unknown scheduler.
+It finds errors that would otherwise stop a run after hours: a tokenizer without a template, a template that refuses a
+prompt or an offline pair, a model that lacks a token, an unknown scheduler.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PreflightJob(Job):
 
     Raises, when run:
         DataError: a tokenizer, template or vocabulary that cannot serve, naming the row.
-        UsageError: a name in the config that transformers does not know, or a device that is not here.
+        UsageError: a name in the config that transformers does not know, or a device that this machine lacks.
     """
 
     config: RunConfig
@@ -36,10 +36,10 @@ class PreflightJob(Job):
     prompts: list[Path]
     pairs: list[Path]
     data_key: str
-    """Of the data that the files hold."""
+    """A key of the files' content."""
 
     def key(self) -> str:
-        """Of the data, the models and all of the config."""
+        """A digest of the data, the models, the complete config and versions."""
         models = [model_identity(self.policy), model_identity(self.reference)]
         return digest("check", self.data_key, models, self.config.model_dump(), versions("transformers"))
 
@@ -57,12 +57,12 @@ class PreflightJob(Job):
         from transformers.training_args import OptimizerNames
 
         train = self.config.train
-        for key, given, known in (
-            ("train.lr_scheduler_type", train.lr_scheduler_type, [str(name.value) for name in SchedulerType]),
-            ("train.optim", train.optim, [str(name.value) for name in OptimizerNames]),
+        for key, name, known in (
+            ("train.lr_scheduler_type", train.lr_scheduler_type, [str(kind.value) for kind in SchedulerType]),
+            ("train.optim", train.optim, [str(kind.value) for kind in OptimizerNames]),
         ):
-            if given not in known:
-                raise UsageError(f"{key} is {given!r}, which transformers does not know; it knows {', '.join(known)}")
+            if name not in known:
+                raise UsageError(f"{key} is {name!r}, which transformers does not know; it knows {', '.join(known)}")
 
     def _largest_token(self, report: Report) -> int:
         """The largest token id of all prompts, pairs and stop tokens."""
@@ -89,6 +89,6 @@ class PreflightJob(Job):
         size = getattr(config.get_text_config(), "vocab_size", None)
         if size is not None and largest >= size:
             raise DataError(
-                f"{folder}: the policy's tokenizer gives token id {largest}, but this model's vocabulary has "
+                f"{folder}: the policy's tokenizer has token id {largest}, but this model's vocabulary has "
                 f"{size} entries; policy, reference and tokenizer do not belong together"
             )

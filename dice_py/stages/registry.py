@@ -1,4 +1,4 @@
-"""The table of stages: the job of each, what its process imports, the remedy when memory runs out, what comes next."""
+"""The table of stages: the job of each, its process, and the remedy when memory runs out."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ class Stage:
     name: str
     job: type[Job]
     imports: tuple[str, ...]
-    """What its process imports while it waits for the job, so that a process started ahead has done it. Empty: no
-    process is started ahead."""
+    """Modules that its process imports while it waits for the job. Empty: its process is not started ahead."""
     remedy: str
-    """Ends the sentence when memory ran out. Empty: it needs no process of its own, and runs in that of the run."""
+    """End of the error sentence when memory runs out. Empty: the stage runs in the process of the run."""
     following: str | None
-    """The stage whose process is started while this one works."""
+    """The stage whose process is started while this one works; None: no process is started."""
+
+    @property
+    def has_process(self) -> bool:
+        """True if the stage runs in a process of its own."""
+        return bool(self.remedy)
 
 
 _TABLE = (

@@ -61,18 +61,18 @@ class ReplayJob(Job):
     """Parquet with `prompt`, `chosen`, `rejected` (messages), `key` and what the weights and strata need of `weight`,
     `margin`, `round`, `source` (data.read_pairs); None where there is none."""
     input_keys: Any
-    """What the files hold, for the key: JSON values."""
+    """Keys of the files' content (JSON values)."""
     out: Path
     seed: int
     buffers: dict[str, Path] = field(default_factory=dict)
     """As `offline`, for the names of `config.buffers`."""
     rounds_buffer: ReplayBuffer | None = None
-    """What earlier rounds mined (buffer "rounds"); not used in a round before which it is empty."""
+    """Pairs mined in earlier rounds (the buffer "rounds"); not used while it is empty."""
     round_number: int | None = None
     """The current round, from which ages are counted."""
 
     def key(self) -> str:
-        """Of the inputs, the config, the policy that scores the pairs, and the seed."""
+        """A digest of the inputs, the config, the policy that scores the pairs, the seed and versions."""
         return digest(
             "replay",
             self.input_keys,
@@ -133,7 +133,7 @@ class ReplayJob(Job):
     def _share(self, pools: list[OfflineBuffer], report: Report) -> tuple[float, int | None]:
         """gamma and the total of the mix."""
         gamma, total = self.config.gamma, self.config.total
-        if self.mined is not None:
+        if self.mined is not None and self.prompts is not None:
             if gamma > 0.0 and not pools and self.rounds_buffer is not None:
                 report("note", text="no earlier round to replay from: this round trains on mined pairs alone")
                 gamma = 0.0
@@ -209,9 +209,9 @@ def _with_tokens(pools: list[OfflineBuffer], mix: BufferMix, policy: Path, model
 
 def _shortfall_note(mix: BufferMix, gamma: float) -> str:
     lacking = [
-        f"{name} {mix.requested[name] - len(found.rows)}"
-        for name, found in mix.draws.items()
-        if len(found.rows) < mix.requested[name]
+        f"{name} {mix.requested[name] - len(draw.rows)}"
+        for name, draw in mix.draws.items()
+        if len(draw.rows) < mix.requested[name]
     ]
     of = f" ({', '.join(lacking)})" if len(mix.draws) > 1 else ""
     hint = ""

@@ -53,12 +53,12 @@ class ScoreJob(Job):
     generations: list[Path]
     """Parquet files with token ids, in the columns `prompt_column` and `response_column`."""
     generation_keys: list[str]
-    """What each of them holds, for keys."""
+    """A key of the content of each."""
     out: Path
     beta: float
     """β of the implicit reward."""
     sampled: tuple[bool, ...] = ()
-    """For each shard, whether this policy has sampled it, with `sampled_logp`; empty: none of them."""
+    """For each shard, whether this policy sampled it (it then has `sampled_logp`); empty: it sampled none."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     prompt_column: str = "prompt_token_ids"
     response_column: str = "token_ids"
@@ -78,7 +78,7 @@ class ScoreJob(Job):
         return [digest("score", key, settings) for key in self.generation_keys]
 
     def key(self) -> str:
-        """Of the keys of all shards."""
+        """A digest of the keys of all shards."""
         return digest(self.shard_keys())
 
     def run(self, report: Report = no_report) -> StageResult:
@@ -98,7 +98,7 @@ class ScoreJob(Job):
 
 
 class _Scoring:
-    """One run of a job: the shards, what is left of them to do, and the passes over them."""
+    """One run of a job: its shards, and the passes over those that have no scores yet."""
 
     def __init__(self, job: ScoreJob, report: Report) -> None:
         self.job, self.report = job, report
@@ -114,10 +114,10 @@ class _Scoring:
             for number, (file, key) in enumerate(zip(job.generations, job.shard_keys(), strict=True))
         ]
         self.gate_file = job.out / "gate.json"
-        # Of all shards: a resume scores what is left exactly as the first attempt would have.
+        # From all sampled shards, scored or not: a resume uses the gate that the first attempt measured.
         self.gate_key = digest("gate", [shard.key for shard in self.shards if shard.sampled])
         self.groups: list[Group] = []
-        self.rows: dict[int, int] = {}  # responses of the shards that are left
+        self.rows: dict[int, int] = {}  # responses of each shard without scores
         self.done = 0
 
     def is_scored(self, number: int) -> bool:
@@ -174,10 +174,10 @@ class _Scoring:
         return gate
 
     def _reuse(self, number: int) -> bool:
-        """Writes a shard's scores from the log-probabilities that came with it; False where one is not finite."""
+        """Writes a shard's scores from its `sampled_logp`; does nothing and returns False where one is not finite."""
         sampled = read_parquet(self.shards[number].generations, ["sampled_logp"])["sampled_logp"]
         if not sampled.is_finite().fill_null(False).all():
-            return False  # the gate has not seen all of them
+            return False  # the gate saw only a sample of them
         write_scores(self.shards[number], sampled.alias("logp"), self.job.beta, self.report)
         self._advance(self.rows[number])
         return True

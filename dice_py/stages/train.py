@@ -48,8 +48,8 @@ class TrainJob(Job):
     pairs are the same, and only the order of sums differs. Where the pairs of an epoch do not divide among the
     processes, its last step is filled up with pairs of its start. accelerate's config is `out/accelerate.yaml`.
 
-    A model under the job's key is left as it is; training resumes from its checkpoints, where they are of a like
-    layout. The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`.
+    A model under the job's key is left as it is. Training resumes from checkpoints of the same key and kind of layout.
+    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`.
 
     Raises, when run:
         DataError: an unusable training set, or a loss at step 0 that is not ln 2.
@@ -71,7 +71,7 @@ class TrainJob(Job):
     """GPUs to use; None: train.processes "auto" is one."""
 
     def key(self) -> str:
-        """Of the training set, the config, the policy and the seed; how processes divide the work is not part of it."""
+        """A digest of the training set, the config, the policy, the seed and versions; not of the processes."""
         return digest(
             "train",
             self.training_set_key,

@@ -96,15 +96,15 @@ def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, 
 
 @dataclass(frozen=True)
 class WorldJob(Job):
-    """Makes the world of a config in the cache, or finds it there; its folder is the only file of the result.
+    """Makes the world of a config, unless the cache has it. Its folder is the only file of the result.
 
-    The counts: how the offline pairs came out, and those of the DPO training (`world.json`).
+    The counts are those of `world.json`: of the prompts, the pairs and the DPO training.
     """
 
     config: WorldConfig
 
     def key(self) -> str:
-        """Of the config, the recipe, and the libraries that train it."""
+        """A digest of the config, the recipe, and the versions of the libraries that train it."""
         return world_key(self.config)
 
     def is_complete(self, files: Sequence[StageFile]) -> bool:
@@ -112,7 +112,7 @@ class WorldJob(Job):
         return find_world(self.config) is not None
 
     def run(self, report: Report = no_report) -> StageResult:
-        """Makes it unless it is there."""
+        """Makes the world, or returns the one in the cache."""
         key = self.key()
         world = find_world(self.config)
         if world is None:

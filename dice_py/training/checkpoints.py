@@ -1,4 +1,4 @@
-"""Checkpoints and trained models: saving a model, and the stamps that tell complete folders from interrupted ones."""
+"""Checkpoints and trained models: saving a model, and the stamps that mark complete folders."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from dice_py.training.parallelism import SHARDED, ProcessLayout
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
-
 STAMP = "dice.json"
-"""The last file of a complete model or checkpoint: the training that made it."""
+"""Written last into the folder of a model or checkpoint: marks it as complete, and has the key of the training."""
 
 
 def is_trained(folder: Path, key: str) -> bool:

@@ -40,7 +40,6 @@ from dice_py.compute.worker import Work
 if TYPE_CHECKING:
     from dice_py.events import Report
 
-
 _GRACE = 20.0  # seconds that the other ranks have to end after a failure
 _TAIL = 40  # lines of output that are kept for an error's text
 _ADDRESS_BYTES = 100  # limit of a local socket's path, on every system

@@ -15,13 +15,12 @@ from dice_py.errors import DataError
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
-
 _FLOAT32_TOLERANCE = 0.1
 """Nats. Two float32 sums over thousands of tokens differ by much less; an error in one token exceeds it."""
 
 
 class Step0(NamedTuple):
-    """What was measured before the first step, the same on every rank.
+    """The measurement before the first step, the same on every rank.
 
     Attributes:
         loss: mean DPO loss, without the SFT term.

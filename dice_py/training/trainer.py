@@ -1,4 +1,4 @@
-"""What each process of a training runs: TRL's DPOTrainer on stored tokens and stored reference log-probabilities.
+"""Training in one process, alone or as a rank: TRL's DPOTrainer on stored tokens and reference log-probabilities.
 
 The training set has token ids and the reference log-probabilities that the score stage computed. So nothing is
 tokenized again, no reference model is loaded, and the weights are not hashed.
@@ -8,13 +8,13 @@ the vocabulary, in the forward and again in the backward pass, and on a GPU only
 memory for the layers' activations does grow with the batch: set train.gradient_checkpointing, or lower
 train.per_device_train_batch_size.
 
-What this package relies on in TRL (tests/test_trl_contract.py has a test for each; pyproject.toml has the range of
-versions):
+This package relies on the following parts of TRL (tests/training/test_trl_contract.py has a test for each;
+pyproject.toml has the range of versions):
 
     DPOTrainer._prepare_dataset, _precompute_ref_logps
                              can be overridden: they do all of the tokenization, and all of the reference pass
     trl.trainer.dpo_trainer.hash_module
-                             is called for the reference pass alone, so it may return None
+                             is called only for the reference pass, so it may return None
     DPOTrainer.__init__      reads `is_fsdp_enabled` only to decide on a reference model, after `_validate_args`
     DPOConfig                `precompute_ref_log_probs` and lists of losses with weights; dropout is disabled
     DPOTrainer.data_collator chosen before rejected, padded on the right, stored tokens and log-probabilities unchanged
@@ -51,7 +51,6 @@ from dice_py.training.step0 import Step0, check_step0, measure_step0
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
-
 STEP0_FILE = "step0.json"
 """The measurement at step 0, beside the checkpoints, for a training that resumes from one."""
 
@@ -85,7 +84,7 @@ def trainer_class() -> type[DPOTrainer]:
 
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
             del processing_class, args, dataset_name
-            return dataset  # It has token ids.
+            return dataset  # The rows are token ids already.
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             del name, batch_size
@@ -188,7 +187,7 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
         bf16=where.dtype == "bfloat16",
         fp16=where.dtype == "float16",
         use_cpu=where.device == "cpu",
-        # FSDP checkpoints the activations of what it shards (training/parallelism.py), and rejects both at once.
+        # FSDP checkpoints the activations of what it shards (training/parallelism.py), and rejects a second setting.
         gradient_checkpointing=config.gradient_checkpointing
         and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() != "true",
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -200,7 +199,7 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
         logging_steps=config.logging_steps,
         report_to=config.report_to or "none",
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # There are none, and the search takes time at each step.
+        ddp_find_unused_parameters=False,  # Every weight is used, and a search takes time at each step.
         dataloader_pin_memory=where.device != "cpu",
     )
     if processes == 1 and arguments.n_gpu > 1:
@@ -241,7 +240,7 @@ def build_trainer(
 
 
 def _check_strategy(trainer: DPOTrainer, strategy: str, config: TrainConfig) -> None:
-    """Checks that accelerate uses the strategy of its config: where it cannot, it silently uses another one.
+    """Checks that accelerate uses the strategy of its config, since it silently falls back to another one.
 
     Raises:
         UsageError: adapters, with an accelerate file of the user's that shards the model.
@@ -284,7 +283,7 @@ def train_rank(
         out: the stage's folder, with `checkpoints` and, in the end, `model`.
         beta: of the DPO loss.
         key: of the training, for the stamps of its checkpoints and its model.
-        layout: as accelerate was started with; this process's rank is in the environment.
+        layout: the processes of the training. This process's rank is in the environment.
         checkpoint: to resume from.
 
     Returns:

@@ -62,6 +62,15 @@ def test_a_run_keeps_torch_out_of_this_process(tmp_path: Path) -> None:
     assert not loaded & {"torch", "transformers", "vllm", "trl"}
 
 
+@pytest.mark.parametrize("command", ["mine", "status"])
+def test_mining_and_status_need_no_library_of_training(command: str, tmp_path: Path) -> None:
+    absent = ("numpy", "torch", "transformers", "trl", "datasets", "accelerate", "peft")
+    code = f"sys.modules.update(dict.fromkeys({absent!r})); from cli.main import main; main()"
+    arguments = (str(scored(tmp_path / "scored.parquet")), "-o", str(tmp_path / "pairs.parquet"))
+    ended, _ = modules_after(code, command, *(arguments if command == "mine" else ()))
+    assert ended == 0
+
+
 def test_help_answers_in_under_half_a_second() -> None:
     # Of processor time, since other work on the machine is not ours; the best of three.
     def used() -> float:

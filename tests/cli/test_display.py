@@ -124,13 +124,13 @@ def test_tables_are_whole_lines_without_a_terminal(
 def test_rows_of_mining_by_step(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Display() as show:
         show("stage", stage="mine", status="running")
-        for seconds, step, done in ((0.0, "look", 100), (10.0, "look", 1000), (20.0, "pairs", 0), (30.0, "pairs", 500)):
+        for seconds, step, done in ((0.0, "scan", 100), (10.0, "scan", 1000), (20.0, "pairs", 0), (30.0, "pairs", 500)):
             clock[0] = 100.0 + seconds
             show("progress", stage="mine", step=step, done=done, total=1000)
         show("progress", stage="mine", done=1000, total=1000)
     # The rate of a step is of that step alone.
     assert capsys.readouterr().err.splitlines() == [
-        "  mine (look): 1,000/1,000 rows, 90.0/s",
+        "  mine (scan): 1,000/1,000 rows, 90.0/s",
         "  mine (pairs): 500/1,000 rows, 50.0/s, 10.0 s left",
     ]
 

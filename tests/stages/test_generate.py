@@ -287,7 +287,7 @@ def test_vllm_is_configured_but_not_installed(run: Stage, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("device", "installed", "engine", "why"),
     [
-        ("cuda:0", True, "vllm", "a GPU and vLLM are here"),
+        ("cuda:0", True, "vllm", "a GPU and vLLM are available"),
         ("cuda:0", False, "transformers", "vLLM is not installed"),
         ("cpu", True, "transformers", "no GPU"),
         ("cpu", False, "transformers", "no GPU"),

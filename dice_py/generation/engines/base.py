@@ -55,7 +55,7 @@ class Engine(Protocol):
 
     @property
     def max_rows(self) -> int:
-        """Responses that are decoded at one time, at the most, when every prompt is as long as the longest."""
+        """The most responses that are decoded at one time if every prompt is as long as the longest."""
         ...
 
     @property
@@ -79,7 +79,7 @@ class Engine(Protocol):
 def sample_all(
     engine: Engine, requests: Iterable[Request], on_done: Callable[[int], None] = lambda count: None
 ) -> list[Sample]:
-    """Samples all requests, for callers that have them at hand.
+    """Samples a list of requests until all of them have ended.
 
     Args:
         on_done: called after each step in which samples ended, with their number.

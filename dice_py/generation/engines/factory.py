@@ -26,7 +26,7 @@ class EngineEntry:
 
     Attributes:
         module, name: where the engine's class is. The module is imported when the engine is built.
-        title: what messages call it.
+        title: its name in messages.
         package: must be importable; None if the engine needs nothing beyond the package's own dependencies.
         install: how to get `package`.
         auto_needs_gpu: `generate.engine=auto` picks the engine only where the model is on a GPU.
@@ -41,6 +41,7 @@ class EngineEntry:
 
     @property
     def is_installed(self) -> bool:
+        """True if `package` can be imported, or none is needed."""
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
@@ -82,8 +83,8 @@ def choose_engine(config: GenerateConfig, models: ModelConfig) -> tuple[str, str
         if not on_gpu:
             return name, "auto: no GPU is used"
         if missing:
-            return name, f"auto: a GPU is here, but {' and '.join(missing)} is not installed"
-        return name, f"auto: a GPU and {entry.title} are here"
+            return name, f"auto: a GPU is available, but {' and '.join(missing)} is not installed"
+        return name, f"auto: a GPU and {entry.title} are available"
     raise AssertionError("the last engine needs neither a package nor a GPU")
 
 

@@ -1,9 +1,9 @@
 """The engine on transformers' models. Each response has random numbers of its own (generation/engines/decoding.py).
 
 A prompt is prefilled once for its K samples: its key/value cache is copied to their rows. Rows that end leave the
-batch. When the token budget has room for the next prompts, they join the batch, so that one long response does not keep
-the others' places empty. Both need a cache of known layers (`can_select_rows`, `can_join`). Other models (recurrent
-states, caches of their own) run complete batches through `generate`.
+batch. When the token budget has room for the next prompts, they join the batch, so that it stays full beside one long
+response. Both need a cache of known layers (`can_select_rows`, `can_join`). Other models (recurrent states, caches of
+their own) run complete batches through `generate`.
 """
 
 from __future__ import annotations

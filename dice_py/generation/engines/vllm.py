@@ -6,8 +6,8 @@ generation_config.json is not read. Stop tokens are the stage's list alone, and 
 `token_ids`.
 
 Log-probabilities are vLLM's `raw_logprobs`: of the model's logits, before temperature, top-k and top-p. In float32
-their sum is within 1e-4 of transformers' (tests/test_engine_vllm.py). The score stage computes its own nevertheless,
-since policy and reference must be scored by the same engine.
+their sum is within 1e-4 of transformers' (tests/generation/test_engine_vllm.py). The score stage computes its own
+nevertheless, since policy and reference must be scored by the same engine.
 
 A seed gives the same random numbers in every batch. It gives the same tokens too if the logits are equal to the last
 bit where two tokens are close. On the CPU in float32 this was true of every layout tried. On a GPU vLLM does not

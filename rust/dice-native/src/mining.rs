@@ -195,8 +195,8 @@ pub fn mine(
     Ok((reader(mined.pairs).map_err(to_python)?, summary))
 }
 
-/// Mines an input in segments of complete prompts: `look` at a sample, `observe` all segments and `end_pass` while
-/// `needs_pass` is true, then call `pairs` for each segment.
+/// Mines an input in segments of complete prompts: `estimate` from a sample, `observe` all segments and `end_pass`
+/// while `needs_pass` is true, then call `pairs` for each segment.
 #[pyclass(frozen, module = "dice_py._native")]
 pub struct SegmentMiner(Mutex<Miner>);
 
@@ -209,7 +209,7 @@ impl SegmentMiner {
     }
 
     /// Estimates the penalty from a stream of some of the prompts.
-    fn look(&self, py: Python<'_>, stream: PyArrowType<RecordBatchStreamReader>) -> PyResult<()> {
+    fn estimate(&self, py: Python<'_>, stream: PyArrowType<RecordBatchStreamReader>) -> PyResult<()> {
         py.detach(|| self.lock().estimate(&Columns::new(stream.0)?)).map_err(to_python)
     }
 
