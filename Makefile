@@ -7,10 +7,10 @@ UV := $(BIN)/uv
 RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
 RUN_ARGS ?= --rounds 2
 PYTEST_ARGS ?=
-TEST_JOBS ?= $(shell nproc)
+TEST_JOBS ?= auto
 BENCH_ARGS ?=
-# A file in one process, in the order of tests/conftest.py: the longest files come first.
-PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder
+# A file in one process, in the order of tests/conftest.py: the longest files come first. A process takes some 2 GiB.
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help

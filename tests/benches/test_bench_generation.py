@@ -83,6 +83,7 @@ def test_what_the_figures_depend_on(results: dict[str, Any]) -> None:
     assert {"torch", "transformers", "dice-align"} <= set(results["machine"]["versions"])
 
 
+@pytest.mark.slow
 def test_unknown_way(tmp_path: Path) -> None:
     done = bench(tmp_path, "--ways=transformers,sglang")
     assert done.returncode == 2

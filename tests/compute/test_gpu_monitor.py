@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -78,20 +77,13 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeNvml]:
     return put
 
 
-def until(true: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 LOST = pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
 
 
 def test_figures_of_each_gpu(nvml) -> None:
     fake = nvml([(0, 1000), (100, 3000), (0, 2000), (60, 500), LOST], [(50, 10), (100, 10), (50, 10), (100, 10)])
     with GpuMonitor() as monitor:
-        until(lambda: monitor.problem)
+        assert wait_for(lambda: monitor.problem)
         figures = monitor.take()
         assert monitor.take() == []  # only what came since
     assert figures == [
@@ -123,7 +115,7 @@ def test_only_the_runs_gpus_are_sampled_until_it_ends(nvml) -> None:
     def fail_meanwhile() -> None:
         with GpuMonitor({1}) as monitor:
             figures: list[dict] = []
-            until(lambda: figures.extend(monitor.take()) or figures)
+            assert wait_for(lambda: figures.extend(monitor.take()) or figures)
             assert {gpu["index"] for gpu in figures} == {1}
             assert fake.open == 1
             raise KeyError
@@ -146,7 +138,7 @@ def test_only_the_runs_gpus_are_sampled_until_it_ends(nvml) -> None:
 def test_without_figures_there_is_a_reason(nvml, gpus: Any, init: Exception | None, problem: str) -> None:
     fake = nvml(*gpus, init=init)
     with GpuMonitor() as monitor:
-        until(lambda: monitor.problem)
+        assert wait_for(lambda: monitor.problem)
         assert monitor.problem is not None
         assert monitor.problem.startswith(problem)
         assert [gpu["samples"] for gpu in monitor.take()] == ([1] if "end:" in problem else [])
@@ -156,7 +148,7 @@ def test_without_figures_there_is_a_reason(nvml, gpus: Any, init: Exception | No
 def test_on_this_machine() -> None:
     """The real NVML: figures where there is a GPU, else the reason."""
     with GpuMonitor() as monitor:
-        until(lambda: monitor.problem or monitor.take())
+        assert wait_for(lambda: monitor.problem or monitor.take())
     assert gpu_names(None) == [] or all("MiB" in name for name in gpu_names(None))
 
 
@@ -164,7 +156,7 @@ def test_a_gpu_that_does_not_report_its_utilization(nvml) -> None:
     nvml([(None, 1000)])
     with GpuMonitor() as monitor:
         figures: list[dict] = []
-        until(lambda: figures.extend(monitor.take()) or figures)
+        assert wait_for(lambda: figures.extend(monitor.take()) or figures)
     gpu = figures[0]
     assert (gpu["idle_share"], gpu["mean_utilisation"], gpu["peak_memory_bytes"]) == (None, None, 1000 * MIB)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from dice_py.compute.worker import work_name
 from dice_py.config.loading import dump, load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.errors import UsageError
+from dice_py.reporting.html import write_report
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
 from dice_py.runs.status import run_status
@@ -34,6 +36,23 @@ from dice_py.storage.files import read_json
 from dice_py.storage.parquet import parquet_key
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def complete_run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run of one round. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "complete"
+    events = Events()
+    metrics = loop.run(config, folder, events, after_round=write_report)
+    assert list(metrics) == ["round-01"]
+    assert events.stages() == [(name, status) for name in STAGE_NAMES for status in ("running", "done")]
+    return folder
+
+
+@pytest.fixture
+def copy(complete_run: Path, tmp_path: Path) -> Path:
+    """A copy of `complete_run`, to change."""
+    return shutil.copytree(complete_run, tmp_path / "copy")
 
 
 def test_the_folder_of_a_run(config: RunConfig, complete_run: Path) -> None:

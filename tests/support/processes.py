@@ -19,13 +19,13 @@ def gone(pid: int) -> bool:
     return state == "Z"
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
     """Whether `condition` becomes true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(0.05)
+        time.sleep(0.02)
     return True
 
 
