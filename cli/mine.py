@@ -76,7 +76,7 @@ def _flag_type(annotation: Any, default: Any) -> Any:
 @contextlib.contextmanager
 def _interrupted() -> Iterator[None]:
     """Turns Ctrl-C and SIGTERM into an error, after temporary files are removed."""
-    from dice_py.interrupts import terminate_as_interrupt
+    from dice_py.compute.interrupts import terminate_as_interrupt
 
     try:
         with terminate_as_interrupt():

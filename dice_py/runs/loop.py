@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
+from dice_py.compute.interrupts import terminate_as_interrupt
 from dice_py.config.loading import dump, load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.interrupts import terminate_as_interrupt
 from dice_py.models.loading import model_identity
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
