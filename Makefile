@@ -9,8 +9,8 @@ RUN_ARGS ?= --rounds 2
 PYTEST_ARGS ?=
 TEST_JOBS ?= $(shell nproc)
 BENCH_ARGS ?=
-# The order of tests/conftest.py, in which the longest files come first.
-PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadgroup --no-loadscope-reorder
+# A file in one process, in the order of tests/conftest.py: the longest files come first.
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help

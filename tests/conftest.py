@@ -20,20 +20,15 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS":
 Dice = Callable[..., tuple[int, str, str]]
 
 
-LONGEST = ("test_embedded_default", "test_kills", "test_second_round", "test_train_ranks", "test_engine_vllm")
+LONGEST = ("test_embedded_default", "test_own_run", "test_second_round", "test_train_ranks", "test_engine_vllm")
 """Files that are started first, so that none of them is left over when the others are done."""
-GROUPS = {"test_finished_run": "complete_run", "test_kills": "complete_run"}
-"""Files that share a fixture which takes long."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist (`--dist loadgroup`) a file stays in one process, and so do the users of a shared run."""
+    """Starts with the files that take longest. With pytest-xdist (`--dist loadfile`) a file stays in one process."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (place.get(item.path.stem, len(LONGEST)), item.path not in slow))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.stem, str(item.path))))
 
 
 @pytest.fixture(scope="session", autouse=True)
