@@ -5,6 +5,7 @@ No test reaches the network or the user's cache. Tiny models are made once in a 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of the session's own; and spawned processes that import no main module, which is pytest's here."""
+    # Stages collect garbage when they release a model. What all files have imported by now need not be searched each
+    # time: that would take longer than the tests.
+    gc.collect()
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DICE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)

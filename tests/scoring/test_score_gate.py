@@ -20,7 +20,7 @@ from dice_py.stages import score as stage
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import parquet_key, write_parquet
 
-pytestmark = pytest.mark.usefixtures("cache_folder", "release_models")
+pytestmark = pytest.mark.usefixtures("release_models")
 
 SAMPLED = (True, True)
 

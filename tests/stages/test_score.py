@@ -22,7 +22,7 @@ from dice_py.scoring.shards import token_arrays
 from dice_py.storage.parquet import parquet_key, parquet_meta, write_parquet
 from dice_py.storage.schemas import SCORES
 
-pytestmark = pytest.mark.usefixtures("cache_folder", "release_models")
+pytestmark = pytest.mark.usefixtures("release_models")
 
 
 @pytest.fixture
