@@ -16,6 +16,8 @@ from rank_launch import Launch
 
 from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemoryError
 
+pytestmark = pytest.mark.slow
+
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
