@@ -4,56 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
-import subprocess
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import group_work
 import pytest
+from group_dispatch import Heard, deal, three
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from places import child_environment
-from processes import gone, wait_for
+from processes import gone
 
 from dice_py.compute.devices import Group
-from dice_py.compute.dispatch import dispatch_shards
 from dice_py.compute.process_pool import GroupWork
 from dice_py.config.shared import DevicesConfig
 from dice_py.errors import DataError, InterruptedRunError, OutOfMemoryError
-
-Heard = list[tuple[str, dict[str, Any]]]
-
-
-def three(count: int = 3) -> list[Group]:
-    return [Group(number + 1, (str(number),)) for number in range(count)]
-
-
-def deal(
-    folder: Path,
-    work: str,
-    *,
-    items: list[int],
-    groups: list[Group] | None = None,
-    report: Callable[..., None] | None = None,
-    devices: DevicesConfig | None = None,
-    **arguments: Any,
-) -> Heard:
-    """Dispatches shards to `group_work.work` in groups; the events."""
-    heard: Heard = []
-    dispatch_shards(
-        functools.partial(getattr(group_work, work), folder=folder, **arguments),
-        shards=items,
-        groups=three() if groups is None else groups,
-        is_complete=lambda number: (folder / f"item-{number}").is_file(),
-        devices=devices or DevicesConfig(),
-        logs=folder / "logs",
-        report=report or (lambda event, **fields: heard.append((event, fields))),
-    )
-    return heard
 
 
 def makers(folder: Path, items: list[int]) -> list[str]:
@@ -383,46 +349,3 @@ def test_one_groups_errors_are_its_own(tmp_path: Path, monkeypatch: pytest.Monke
         deal(tmp_path, "planned", items=[3], groups=alone, plan={3: ["lie"]})
     with pytest.raises(RuntimeError, match="the stage has ended, but shard 5 is not complete"):
         deal(tmp_path, "planned", items=[4, 5], groups=alone, plan={5: ["return"]})
-
-
-# --- nobody is left behind ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("which", "number"), [("main", signal.SIGKILL), ("driver", signal.SIGKILL), ("driver", signal.SIGTERM)]
-)
-def test_groups_end_with_their_driver(tmp_path: Path, which: str, number: signal.Signals) -> None:
-    script = tmp_path / "main.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from dice_py.compute.stage_process import run_in_subprocess\n"
-        "import functools, group_work\n"
-        "folder = Path(sys.argv[1])\n"
-        "if __name__ == '__main__':\n"
-        "    on_event = lambda event, **fields: None\n"
-        "    work = functools.partial(group_work.drive, folder=folder)\n"
-        "    run_in_subprocess(work, log=folder / 'worker.log', remedy='', report=on_event)\n"
-    )
-    command = [sys.executable, str(script), str(tmp_path)]
-    main = subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL)
-    try:
-        assert wait_for(lambda: len(group_work.lines(tmp_path / "pids")) == 3)
-        pids = [int(pid) for pid in group_work.lines(tmp_path / "pids")]
-        driver = int(group_work.lines(tmp_path / "driver")[0])
-        assert not any(gone(pid) for pid in [driver, *pids])
-        os.kill(main.pid if which == "main" else driver, number)
-        assert wait_for(lambda: all(gone(pid) for pid in [driver, *pids]))
-    finally:
-        main.kill()
-        main.wait()
-
-
-def test_an_interrupted_driver_ends_its_groups(tmp_path: Path) -> None:
-    def interrupt(event: str, **fields: Any) -> None:
-        if event == "note" and len(group_work.lines(tmp_path / "pids")) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        deal(tmp_path, "linger", items=[0, 1, 2], report=interrupt)
-    assert all(gone(int(pid)) for pid in group_work.lines(tmp_path / "pids"))

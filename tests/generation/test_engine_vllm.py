@@ -24,14 +24,15 @@ import pytest
 import torch
 from chi_square import chi_square
 from tiny_models import MAX_POSITIONS, OPINIONATED, make_llama, make_mistral, set_generation_config
+from vllm_config import MAX_NEW, PLAIN, changed_config
 
 from dice_py.compute.stage_process import run_in_subprocess
 from dice_py.config.shared import ModelConfig
-from dice_py.config.stages import GenerateConfig, ScoreConfig
+from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError, OutOfMemoryError, UsageError
 from dice_py.generation.engines.base import Request, Sample, sample_all
-from dice_py.generation.engines.vllm import VllmEngine, check_settings, explain_error, max_model_len
-from dice_py.models.loading import Placement, load_model
+from dice_py.generation.engines.vllm import VllmEngine
+from dice_py.models.loading import load_model
 from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
 from dice_py.scoring.scorer import Scorer
 from dice_py.stages.generate import GenerateJob
@@ -40,10 +41,6 @@ from dice_py.storage.parquet import parquet_key
 from dice_py.timing import timed_seconds
 
 FLOAT32 = ModelConfig(device="cpu", dtype="float32")
-MAX_NEW = 24
-PLAIN = GenerateConfig.model_validate(
-    {"engine": "vllm", "samples": 4, "temperature": 1.0, "max_new_tokens": MAX_NEW, "shard_prompts": 2}
-)
 # 128 tokens are a block of vLLM's cache on a CPU: the last one fills a block and shares it between samples.
 QUESTIONS = ["hello there", "hi", "what is the tallest mountain on this planet? " * 4]
 
@@ -72,10 +69,6 @@ class Seen:
     connections: list[str] = field(default_factory=list)
     children: list[int] = field(default_factory=list)
     environment: dict[str, str | None] = field(default_factory=dict)
-
-
-def _changed(config: GenerateConfig, **values: Any) -> GenerateConfig:
-    return GenerateConfig.model_validate({**config.model_dump(), **values})
 
 
 def _prompts(folder: Path) -> tuple[list[list[int]], list[int]]:
@@ -111,7 +104,7 @@ def sample_and_score(models: dict[str, Path], out: Path, report: Any) -> Seen:
     llama = models["llama"]
     seen.prompts, seen.stops = _prompts(llama)
     longest = max(map(len, seen.prompts))
-    config = _changed(PLAIN, vllm={"kv_cache_gib": 0.25, "max_num_seqs": 32})
+    config = changed_config(PLAIN, vllm={"kv_cache_gib": 0.25, "max_num_seqs": 32})
     began = time.monotonic()
     engine = VllmEngine(llama, config, FLOAT32, stops=seen.stops, longest_prompt=longest)
     seen.start_seconds = time.monotonic() - began
@@ -140,10 +133,10 @@ def sample_and_score(models: dict[str, Path], out: Path, report: Any) -> Seen:
     sample_all(engine, seen.requests[:6])
     seen.prompts_at_vllm = [ids for _, ids in sorted(arrived.items())]
 
-    engine.config = _changed(config, temperature=0.7, top_p=0.9, top_k=50)
+    engine.config = changed_config(config, temperature=0.7, top_p=0.9, top_k=50)
     seen.samples["warped"] = sample_all(engine, seen.requests)
     seen.scored["warped"] = _score(llama, seen.requests, seen.samples["warped"])
-    engine.config = _changed(config, temperature=0.9, top_p=0.7, top_k=20, max_new_tokens=1)
+    engine.config = changed_config(config, temperature=0.9, top_p=0.7, top_k=20, max_new_tokens=1)
     many = [Request(seen.prompts[0], seed_for(3, n)) for n in range(4000)]
     seen.firsts = [sample.token_ids[0] for sample in sample_all(engine, many)]
     crossing = [Request(seen.prompts[2][:120], seed_for(9, n)) for n in range(16)]
@@ -174,7 +167,7 @@ def sample_and_score(models: dict[str, Path], out: Path, report: Any) -> Seen:
     engine.close()
 
     # A key/value cache of a few blocks: requests are preempted and resumed.
-    cramped = _changed(PLAIN, vllm={"kv_cache_gib": 0.001})
+    cramped = changed_config(PLAIN, vllm={"kv_cache_gib": 0.001})
     engine = VllmEngine(llama, cramped, FLOAT32, stops=seen.stops, longest_prompt=120)
     scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
     preempt = scheduler._preempt_request
@@ -221,7 +214,7 @@ def sample_and_score(models: dict[str, Path], out: Path, report: Any) -> Seen:
     seen.models_left = [type(thing).__name__ for thing in gc.get_objects()].count("LlamaForCausalLM")
 
     def refused(name: str, folder: Path = llama, **vllm: Any) -> None:
-        settings = _changed(PLAIN, vllm=vllm)
+        settings = changed_config(PLAIN, vllm=vllm)
         try:
             engine = VllmEngine(folder, settings, FLOAT32, stops=seen.stops, longest_prompt=longest)
             try:
@@ -417,81 +410,3 @@ class TestOnTheCpu:
     def test_figures(self, seen: Seen) -> None:
         print(f"start {seen.start_seconds:.1f} s, {seen.tokens_per_second:.0f} tokens/s")
         assert seen.tokens_per_second > 0
-
-
-@pytest.mark.parametrize(
-    ("changed", "device", "says"),
-    [
-        ({"temperature": 2.5}, "cpu", r"generate\.temperature is 2\.5, but vLLM samples between 0\.01 and 2"),
-        ({"temperature": 0.001}, "cpu", r"generate\.temperature is 0\.001"),
-        (
-            {"vllm": {"tensor_parallel_size": 2}},
-            "cpu",
-            r"tensor_parallel_size is 2, but model\.device is cpu",
-        ),
-        ({}, "cuda:1", r"CUDA_VISIBLE_DEVICES=1 and model\.device=auto"),
-        ({"vllm": {"tensor_parallel_size": 99}}, "cuda:0", r"tensor_parallel_size is 99, but only \d+ GPU"),
-    ],
-)
-def test_settings_that_vllm_does_not_support(changed: dict[str, Any], device: str, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        check_settings(_changed(PLAIN, **changed), Placement(device, "float32"))
-
-
-def test_context() -> None:
-    assert max_model_len(PLAIN, 100) == 100 + MAX_NEW
-    assert max_model_len(_changed(PLAIN, vllm={"max_model_len": 200}), 100) == 200
-    with pytest.raises(UsageError, match=r"generate\.vllm\.max_model_len is 120, .*data\.max_prompt_tokens"):
-        max_model_len(_changed(PLAIN, vllm={"max_model_len": 120}), 100)
-
-
-# Messages of vLLM 0.32 on a GPU (v1/core/kv_cache_utils.py, v1/worker/utils.py). Those on a CPU are tested above.
-CACHE_TOO_SMALL = (
-    "To serve at least one request with the model's max seq len (6144), (3.0 GiB KV cache is needed, which "
-    "is larger than the available KV cache memory (1.2 GiB). Based on the available memory, the estimated "
-    "maximum model length is 2400. Try increasing `gpu_memory_utilization` or decreasing `max_model_len`."
-)
-NO_BLOCKS = "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."
-GPU_TAKEN = (
-    "Free memory on device cuda:0 (10.0/79.1 GiB) on startup is less than desired GPU memory utilization "
-    "(0.9, 71.2 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
-)
-
-
-@pytest.mark.parametrize(
-    ("error", "vllm", "kind", "says"),
-    [
-        (
-            ValueError(CACHE_TOO_SMALL),
-            {},
-            OutOfMemoryError,
-            "raise generate.vllm.gpu_memory_utilization (now 0.9)",
-        ),
-        (
-            ValueError(CACHE_TOO_SMALL),
-            {"kv_cache_gib": 1},
-            OutOfMemoryError,
-            "raise generate.vllm.kv_cache_gib (now 1)",
-        ),
-        (ValueError(NO_BLOCKS), {}, OutOfMemoryError, "raise generate.vllm.gpu_memory_utilization"),
-        (ValueError(GPU_TAKEN), {}, OutOfMemoryError, "lower generate.vllm.gpu_memory_utilization (now 0.9)"),
-        (torch.OutOfMemoryError("CUDA out of memory."), {}, OutOfMemoryError, "generate.vllm.max_num_seqs"),
-        (
-            ValueError("Model architectures ['X'] are not supported"),
-            {},
-            DataError,
-            "generate.engine=transformers",
-        ),
-        (ImportError("undefined symbol"), {}, UsageError, "does not load (undefined symbol)"),
-    ],
-    ids=["small", "small, sized", "none", "taken", "torch", "architecture", "import"],
-)
-def test_errors_say_what_to_do(error: Exception, vllm: dict[str, Any], kind: type[Exception], says: str) -> None:
-    explained = explain_error(error, Path("model"), _changed(PLAIN, vllm=vllm), Placement("cuda:0", "bfloat16"))
-    assert type(explained) is kind
-    assert says in str(explained)
-    assert "`gpu_memory_utilization`" not in str(explained)  # vLLM's names differ from ours.
-
-
-def test_a_bug_stays_a_bug() -> None:
-    assert explain_error(RuntimeError("assertion"), Path("model"), PLAIN, Placement("cpu", "float32")) is None

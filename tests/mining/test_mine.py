@@ -9,8 +9,6 @@ import json
 import math
 import subprocess
 import sys
-import threading
-import time
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +18,11 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mine_data import frame, small
 
 import dice_py
 from dice_py import mine_pairs
-from dice_py.config.mining import MiningOptions
-from dice_py.errors import DataError, UsageError
-from dice_py.mining.options import native_keywords
+from dice_py.errors import DataError
 
 SCHEMA = {
     "prompt_id": pl.UInt32,
@@ -37,31 +34,6 @@ SCHEMA = {
     "chosen_length": pl.UInt32,
     "rejected_length": pl.UInt32,
 }
-
-
-def frame(prompts: int = 40, responses: int = 8, seed: int = 0) -> pl.DataFrame:
-    """Rewards that grow with length, in a frame grouped by prompt."""
-    rng = np.random.default_rng(seed)
-    n = prompts * responses
-    length = rng.integers(5, 300, n)
-    return pl.DataFrame(
-        {
-            "prompt_id": np.repeat(np.arange(prompts), responses),
-            "reward": rng.normal(size=n) + length * 0.01,
-            "response_tokens": length,
-        },
-        schema={"prompt_id": pl.UInt32, "reward": pl.Float32, "response_tokens": pl.UInt32},
-    )
-
-
-def small(**columns: Any) -> pl.DataFrame:
-    """Two prompts of three responses each, with columns replaced."""
-    rows = {
-        "prompt_id": [1, 1, 1, 2, 2, 2],
-        "reward": [3.0, 2.0, 1.0, 0.0, 5.0, 1.0],
-        "response_tokens": [30, 20, 10, 7, 8, 9],
-    }
-    return pl.DataFrame(rows | columns)
 
 
 def content(mined: dice_py.MinedPairs) -> pl.DataFrame:
@@ -361,118 +333,6 @@ def test_buckets_against_numpy(scale: bool) -> None:
     assert mined.pairs["chosen_row"].to_list() == expected["chosen"].to_list()
     assert mined.pairs["rejected_row"].to_list() == expected["rejected"].to_list()
     assert np.allclose(mined.pairs["margin"], expected["margin"], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"debias": "quadratic"}, "must be one of none, linear, per_token, bucket, matched"),
-        ({"alpha": -0.1}, "alpha is -0.1"),
-        ({"alpha": math.nan}, "alpha is nan"),
-        ({"alpha": math.inf}, "alpha is inf"),
-        ({"alpha": "best"}, "alpha is 'best'"),
-        ({"alpha": True}, "alpha is True"),
-        ({"min_responses": 1}, "min_responses is 1"),
-        ({"min_length": -1}, "min_length is -1"),
-        ({"max_length": -2}, "max_length is -2"),
-        ({"min_length": 5, "max_length": 4}, "no length can be both"),
-        ({"min_length": 2**40}, "no length is above"),
-        ({"buckets": 0, "debias": "bucket"}, "buckets is 0"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        mine_pairs(small(), **options)
-
-
-@pytest.mark.parametrize(
-    ("data", "options", "words"),
-    [
-        (small(), {"reward_column": "score"}, r"'score' not found .* prompt_id, reward.*--reward-column"),
-        (small(), {"prompt_column": "id"}, r"'id' not found .*--prompt-column"),
-        (small(), {"length_column": "n"}, r"'n' not found .*--length-column"),
-        (small(), {"truncated_column": "cut"}, r"'cut' not found .* truncated_column="),
-        (small(), {"truncated_column": "reward"}, "must name a boolean column"),
-        (small().clear(), {}, "no rows"),
-        (small(prompt_id=[1, 1, None, 2, 2, 2]), {}, "row 2: the prompt is null"),
-        (small(prompt_id=["a", "a", "a", None, "b", "b"]), {}, "row 3: the prompt is null"),
-        (small(response_tokens=[1, 2, 3, 4, -5, 6]), {}, "row 4: the length is -5.*'response_tokens'"),
-        (small(response_tokens=[1, 2, 3, 4, 5, 2**32]), {}, "row 5: the length is 4294967296"),
-        (small(response_tokens=[1.0] * 6), {}, "dtype Float64, but must hold integers"),
-        (small(reward=["x"] * 6), {}, "dtype String, but must be numeric"),
-        (small(prompt_id=[[1]] * 6), {}, "has no order"),
-    ],
-)
-def test_bad_data(data: pl.DataFrame, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        mine_pairs(data, **options)
-
-
-def test_a_bad_length_is_refused_in_any_chunk_and_any_order() -> None:
-    rows = frame().with_columns(pl.col("response_tokens").cast(pl.Int64))
-    bad = rows.with_columns(
-        response_tokens=pl.when(pl.int_range(pl.len()).is_in([200, 300])).then(-1).otherwise("response_tokens"),
-        reward=pl.when(pl.int_range(pl.len()) != 200).then("reward"),
-    )
-    chunked = pl.concat([bad[:150], bad[150:]], rechunk=False)
-    for debias in ("linear", "bucket"):
-        with pytest.raises(DataError, match="row 200: the length is -1"):
-            mine_pairs(chunked, debias=debias)
-    with pytest.raises(DataError, match="row 19: the length is -1"):
-        mine_pairs(bad.reverse())
-
-
-def test_not_a_frame() -> None:
-    with pytest.raises(UsageError, match="cannot mine a list"):
-        mine_pairs([1, 2])  # type: ignore[arg-type]
-
-
-def test_threads_agree() -> None:
-    data = frame(prompts=2000)
-    expected = mine_pairs(data)
-    results: list[dice_py.MinedPairs] = []
-    threads = [threading.Thread(target=lambda: results.append(mine_pairs(data))) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 6
-    assert all(mined.pairs.equals(expected.pairs) and mined.alpha == expected.alpha for mined in results)
-
-
-def test_other_threads_run_meanwhile() -> None:
-    """The interpreter is released: another thread runs while Rust works.
-
-    With a switch interval of a minute, it only runs when the interpreter is released.
-    """
-    stream = (
-        frame(prompts=400_000).select(prompt="prompt_id", reward="reward", length="response_tokens").to_struct("rows")
-    )
-    options = native_keywords(MiningOptions())
-    turns, done = [0], threading.Event()
-
-    def count() -> None:
-        while not done.is_set():
-            turns[0] += 1
-            time.sleep(0)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(60)
-    thread = threading.Thread(target=count)
-    try:
-        thread.start()
-        most = 0
-        for _ in range(20):
-            before = turns[0]
-            dice_py._native.mine(stream, options)
-            most = max(most, turns[0] - before)
-            if most > 100:
-                break
-    finally:
-        done.set()
-        sys.setswitchinterval(interval)
-        thread.join()
-    assert most > 100
 
 
 def test_importing_is_light() -> None:

@@ -206,3 +206,28 @@ def check(frame: pl.DataFrame, *, search: bool = True, **options: Any) -> MinedP
         assert mined.alpha is None
     assert_agrees(mined, expected(frame, **options), exact_margins=not (o["debias"] == "bucket" and o["bucket_scale"]))
     return mined
+
+
+def frame(prompts: int = 40, responses: int = 8, seed: int = 0) -> pl.DataFrame:
+    """Rewards that grow with length, in a frame grouped by prompt."""
+    rng = np.random.default_rng(seed)
+    n = prompts * responses
+    length = rng.integers(5, 300, n)
+    return pl.DataFrame(
+        {
+            "prompt_id": np.repeat(np.arange(prompts), responses),
+            "reward": rng.normal(size=n) + length * 0.01,
+            "response_tokens": length,
+        },
+        schema={"prompt_id": pl.UInt32, "reward": pl.Float32, "response_tokens": pl.UInt32},
+    )
+
+
+def small(**columns: Any) -> pl.DataFrame:
+    """Two prompts of three responses each, with columns replaced."""
+    rows = {
+        "prompt_id": [1, 1, 1, 2, 2, 2],
+        "reward": [3.0, 2.0, 1.0, 0.0, 5.0, 1.0],
+        "response_tokens": [30, 20, 10, 7, 8, 9],
+    }
+    return pl.DataFrame(rows | columns)
