@@ -91,7 +91,7 @@ def test_both_orders_hold_the_same_rows() -> None:
         (pl.col("margin") + 1e-3, "margins differ"),
     ],
 )
-def test_pairs_that_differ_are_told(frame: pl.DataFrame, change: pl.Expr, said: str) -> None:
+def test_pairs_that_differ_are_reported(frame: pl.DataFrame, change: pl.Expr, said: str) -> None:
     fixed = pairs_of(ways.ours(frame, ways.FIXED_ALPHA))
     none = fixed.clear().select("prompt_id")
     with pytest.raises(ways.MismatchError, match=said):
@@ -102,7 +102,7 @@ def test_pairs_that_differ_are_told(frame: pl.DataFrame, change: pl.Expr, said: 
     ways.check_pairs("a way", fixed[1:], fixed, fixed[:1].select("prompt_id"))
 
 
-def test_an_alpha_further_than_one_step_is_told() -> None:
+def test_an_alpha_further_than_one_step_is_reported() -> None:
     ways.check_alpha("a way", 0.002, (0.0019999, 0.0020001))
     ways.check_alpha("a way", 0.002 - ways.BRACKET / 2**ways.STEPS, (0.002, 0.0020001))
     for alpha in (0.00199, 0.00201, float("nan")):

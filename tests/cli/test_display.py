@@ -101,7 +101,7 @@ def test_bars_on_a_terminal(
     assert "  train      1 min 23 s  steps 40" in text
 
 
-def test_tables_are_whole_lines_without_a_terminal(
+def test_tables_are_complete_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)

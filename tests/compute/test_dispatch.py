@@ -51,7 +51,7 @@ def test_every_item_is_made_once(tmp_path: Path) -> None:
     assert not [event for event, _ in heard if event in ("shard_complete", "receive")]
 
 
-def test_none_is_told_at_once_without_wait_and_later_with_it(tmp_path: Path) -> None:
+def test_none_is_returned_at_once_without_wait_and_later_with_it(tmp_path: Path) -> None:
     deal(tmp_path, "together", items=[0, 1], groups=three(2), of=2, then="ok")
     assert group_work.lines(tmp_path / "second") == ["None", "None"]  # while both items were in hand
     assert [len(tries(tmp_path, number)) for number in (0, 1)] == [1, 1]
@@ -199,7 +199,7 @@ def test_one_attempt_is_all_there_may_be(tmp_path: Path) -> None:
         )
 
 
-def test_all_that_was_in_hand_counts_as_failed(tmp_path: Path) -> None:
+def test_all_items_in_work_count_as_failed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"shard 1 failed on group 1 \(GPU 0\), and no other group is left"):
         # Shard 0, made before the failure, has not failed.
         deal(
@@ -232,7 +232,7 @@ def test_what_no_other_group_can_mend_ends_the_stage_at_once(
     assert all(gone(int(pid)) for file in tmp_path.glob("starts-*") for pid in group_work.lines(file))
 
 
-def test_a_death_stops_the_stage_where_that_is_set(tmp_path: Path) -> None:
+def test_a_failed_worker_stops_the_stage_where_that_is_set(tmp_path: Path) -> None:
     devices = DevicesConfig(on_worker_failure="abort")
     with pytest.raises(
         OutOfMemoryError, match=r"devices\.on_worker_failure is 'abort'(.|\n)*signal 9(.|\n)*about to kill at 1"
@@ -275,7 +275,7 @@ def test_when_every_group_fails_before_an_item_the_last_error_is_raised(
         deal(tmp_path, "fails_at_once", items=[0, 1, 2], how=how)
 
 
-def test_a_failure_after_the_last_item_is_told(tmp_path: Path) -> None:
+def test_a_failure_after_the_last_item_is_reported(tmp_path: Path) -> None:
     heard = deal(tmp_path, "fails_at_the_end", items=[0, 1, 2], groups=three(2))
     assert "failed after every shard was complete: ValueError: a bug at the end" in notes(heard)
     assert len(makers(tmp_path, [0, 1, 2])) == 3
@@ -292,7 +292,7 @@ HOWS = ["ok", "ok", "ok", "raise", "oom", "kill", "exit", "lie", "return"]
     attempts=st.integers(1, 3),
     dead=st.sampled_from(["continue", "continue", "abort"]),
 )
-def test_whatever_happens_all_is_whole_or_an_error_is_raised(
+def test_whatever_happens_all_is_complete_or_an_error_is_raised(
     tmp_path_factory: pytest.TempPathFactory,
     plan: dict[int, list[str]],
     count: int,

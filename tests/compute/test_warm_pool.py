@@ -93,7 +93,7 @@ def test_a_spare_works_in_the_environment_of_its_work(pool: WarmPool, in_warm, m
     assert found["now"]["SINCE_THEN"] == "2"
 
 
-def test_a_dead_spare_is_not_handed_out(pool: WarmPool, in_warm) -> None:
+def test_a_dead_spare_is_not_used(pool: WarmPool, in_warm) -> None:
     pool.prepare(MODULES)
     first = pool.take(MODULES)
     assert first is not None

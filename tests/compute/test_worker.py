@@ -189,7 +189,7 @@ def test_a_worker_killed_by_the_kernel_ran_out_of_memory(stage) -> None:
     assert caught.value.exit_code == 4
 
 
-def test_a_worker_told_to_stop_was_interrupted(stage) -> None:
+def test_a_worker_that_was_stopped_was_interrupted(stage) -> None:
     with pytest.raises(InterruptedRunError, match="was terminated") as caught:
         stage(works.end, how="terminate")
     assert caught.value.exit_code == 5

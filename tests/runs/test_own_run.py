@@ -68,7 +68,7 @@ def test_the_folder_of_a_run(config: RunConfig, complete_run: Path) -> None:
     assert [stage["stage"] for stage in profiled["stages"]] == STAGE_NAMES
 
 
-def test_the_manifest_names_whole_files_with_their_keys(complete_run: Path) -> None:
+def test_the_manifest_names_complete_files_with_their_keys(complete_run: Path) -> None:
     stages = read_json(complete_run / "manifest.json")["stages"]
     assert list(stages) == STAGE_NAMES
     for name, entry in stages.items():
