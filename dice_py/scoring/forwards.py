@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dice_py.models.packed_attention import use_packed_attention
+from dice_py.models.packing import Batch, Tokens
 from dice_py.scoring.lm_head import LogitHead
-from dice_py.scoring.packed_attention import use_packed_attention
-from dice_py.scoring.packing import Batch, Tokens
 
 
 def packed_sums(head: LogitHead, batch: Batch) -> list[float]:

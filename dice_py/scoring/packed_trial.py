@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from dice_py.compute.failures import is_out_of_memory
+from dice_py.models.packing import Batch, Group, Tokens
 from dice_py.scoring import forwards
 from dice_py.scoring.lm_head import LogitHead
-from dice_py.scoring.packing import Batch, Group, Tokens
 
 _TRIAL_ROWS = 3  # responses on which the packed forward is compared with the plain one
 

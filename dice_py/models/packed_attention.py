@@ -2,7 +2,7 @@
 
 Registered with transformers as an attention implementation, for any model whose layers use the attention interface.
 Queries, keys and values of the complete batch come as (1, heads, tokens, head size). `use_packed_attention` sets the
-layout (`PackedLayout` in scoring/packing.py) that says which tokens belong together.
+layout (`PackedLayout` in models/packing.py) that says which tokens belong together.
 
 On a GPU in float16 or bfloat16 the batch is one call of the flash kernel for sequences of different lengths. Its
 causal mask is aligned to the end of queries and keys, as a response after its prompt needs. Elsewhere sequences of
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from dice_py.scoring.packing import PackedLayout
+from dice_py.models.packing import PackedLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
