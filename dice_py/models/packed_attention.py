@@ -22,6 +22,7 @@ import torch
 from transformers import AttentionInterface
 
 from dice_py.models.packing import PackedLayout
+from dice_py.models.sequence_attention import MEAN_TOKENS, SequencePlan, sequence_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,11 +55,20 @@ class DeviceLayout:
     device: torch.device
     _blocks: dict[int | None, list[_Block]] = field(default_factory=dict)
     _varlen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int] | None = None
+    _plan: SequencePlan | None = None
 
     def sequences(self) -> np.ndarray:
         """(sequences, 4) int64: start and length of the queries, then of the prefix that they also attend to."""
         prompts = np.pad(self.layout.prompts, ((0, 0), (0, 2)))
         return np.concatenate([prompts, self.layout.responses])
+
+    def sequence_plan(self) -> SequencePlan | None:
+        """The plan for attention one sequence at a time; None where padded blocks are faster."""
+        if self.device.type != "cpu" or self.sequences()[:, 1].mean() < MEAN_TOKENS:
+            return None
+        if self._plan is None:
+            self._plan = SequencePlan.of(self.layout)
+        return self._plan
 
     def blocks(self, window: int | None) -> list[_Block]:
         """Padded blocks under a sliding window of `window` tokens, or without one."""
@@ -144,8 +154,14 @@ def attend(
     """transformers' attention interface: (1, heads, tokens, head size) in, (1, tokens, heads, head size) out."""
     del module, attention_mask
     layout = _current[-1]
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # In training, positions are encoded in float32.
+        query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
+    if device == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return flash_attention(layout, query, key, value, scaling, sliding_window), None
+    # Training computes gradients, for which one sequence at a time is faster.
+    if query.requires_grad and sliding_window is None and (plan := layout.sequence_plan()) is not None:
+        return sequence_attention(plan, query, key, value, scaling), None
     return padded_attention(layout, query, key, value, scaling, sliding_window), None
 
 

@@ -13,10 +13,10 @@ from tiny_sets import CPU, draw_ids
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from dice_py.config.stages import ScoreConfig
+from dice_py.models import packed_attention
 from dice_py.models.loading import load_model
 from dice_py.models.packed_attention import DeviceLayout
 from dice_py.models.packing import Packer
-from dice_py.models import packed_attention
 from dice_py.scoring.scorer import Scorer
 
 
