@@ -55,7 +55,9 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0, description="gradients are clipped to this norm"
     )
-    optim: str = Field(default="adamw_torch", description="an optimizer of transformers")
+    optim: str = Field(
+        default="adamw_torch_fused", description="an optimizer of transformers; the default is also transformers' own"
+    )
     adam_beta2: Probability = Field(default=0.999, description="AdamW's β₂")
     lora: LoraConfig | None = Field(default=None, description="train adapters; none: train all weights")
     gradient_checkpointing: bool = Field(
