@@ -122,6 +122,10 @@ def run_parts(options: argparse.Namespace, repo: Path, work: Path, began: float,
     """Runs the parts, and writes results.json after each."""
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gpu.preload"])
+    importing = context.Process(target=time.sleep, args=(0,))
+    importing.start()  # returns once everything is imported
+    importing.join()
+    results["start_seconds"] = round(time.monotonic() - began, 1)
     out = options.out.resolve()
     for name in options.only:
         left = options.budget - (time.monotonic() - began)
@@ -149,7 +153,7 @@ def run_in_process(context: Any, check: Check, log: Path, limit: float) -> dict[
     began = time.monotonic()
     process = context.Process(target=run_part, args=(check, log, context.get_start_method() == "forkserver"))
     process.start()
-    process.join(limit)
+    process.join(max(1.0, limit - (time.monotonic() - began)))
     code: int | str = "timeout" if process.exitcode is None else process.exitcode
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
