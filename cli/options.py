@@ -17,12 +17,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 
 # of a stage alone
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
-Policy = Annotated[str, typer.Option(help="The policy: a model folder or a Hugging Face id.")]
+Policy = Annotated[str, typer.Option(help="The policy: a model folder, a GGUF file or a Hugging Face id.")]
 Reference = Annotated[str, typer.Option(help="The model that the policy's DPO training started from.")]
 StageSeed = Annotated[int, typer.Option("--seed", help="The seed.")]
 
 # of a run
-RunPolicy = Annotated[str | None, typer.Option("--policy", help="π_1, a DPO-tuned model: folder or Hugging Face id.")]
+RunPolicy = Annotated[
+    str | None, typer.Option("--policy", help="π_1, a DPO-tuned model: folder, GGUF file or Hugging Face id.")
+]
 RunReference = Annotated[str | None, typer.Option("--reference", help="The model that its DPO training started from.")]
 Prompts = Annotated[Path | None, typer.Option(help="Prompts: JSONL, JSON or Parquet.")]
 Replay = Annotated[Path | None, typer.Option(help="Offline pairs in TRL's format.")]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Out, Policy, Reference, Set, StageSeed, stage_config
-from cli.output import print_result, run_job
+from cli.output import model_folder, print_result, run_job
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ def generate(
     Into OUT/generations-NNNNN.parquet. Shards that are there already, from the same inputs, are kept.
     """
     from dice_py.data import read_prompts
-    from dice_py.models.loading import resolve_model
     from dice_py.stages.generate import GenerateJob
     from dice_py.storage.keys import digest
     from dice_py.storage.parquet import write_parquet
@@ -46,7 +45,7 @@ def generate(
 
     resolved = stage_config(config, assign, generate__samples=samples, generate__engine=engine)
     frame = read_prompts(prompts, prompt_column)  # before the model, which may be a long download
-    folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
+    folder = model_folder(policy, resolved.model.policy_revision, "--policy")
     key = digest(frame.to_dict(as_series=False))
     job = GenerateJob(
         config=resolved.generate,
@@ -80,7 +79,6 @@ def score(
 
     Of stored token ids, into OUT/scores-NNNNN.parquet, row by row beside the generations.
     """
-    from dice_py.models.loading import resolve_model
     from dice_py.stages.score import ScoreJob
     from dice_py.storage.keys import file_digest
 
@@ -91,8 +89,8 @@ def score(
         generations=generations,
         # By content: a file of the user's own has no key that could be trusted.
         generation_keys=[file_digest(file) for file in generations],
-        policy=resolve_model(policy, resolved.model.policy_revision, role="--policy"),
-        reference=resolve_model(reference, resolved.model.reference_revision, role="--reference"),
+        policy=model_folder(policy, resolved.model.policy_revision, "--policy"),
+        reference=model_folder(reference, resolved.model.reference_revision, "--reference"),
         out=out,
         beta=resolved.beta,
         devices=resolved.devices,
@@ -204,7 +202,6 @@ def _replay(
     as_json: bool,
 ) -> None:
     from dice_py.data import read_pairs
-    from dice_py.models.loading import resolve_model
     from dice_py.runs.inputs import pool_columns
     from dice_py.stages.replay import ReplayJob
     from dice_py.storage.keys import file_digest
@@ -220,7 +217,7 @@ def _replay(
     frames = {
         name: read_pairs(file, current_round=round_number, **columns, **pool[name]) for name, file in files.items()
     }
-    folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
+    folder = model_folder(policy, resolved.model.policy_revision, "--policy")
     contents = {name: file_digest(file) for name, file in files.items()}
     buffers = {
         name: write_parquet(
@@ -267,7 +264,6 @@ def train(
 
     The new policy goes to OUT/model.
     """
-    from dice_py.models.loading import resolve_model
     from dice_py.stages.train import TrainJob
     from dice_py.storage.keys import file_digest
 
@@ -277,7 +273,7 @@ def train(
         models=resolved.model,
         training_set=training_set,
         training_set_key=file_digest(training_set),
-        policy=resolve_model(policy, resolved.model.policy_revision, role="--policy"),
+        policy=model_folder(policy, resolved.model.policy_revision, "--policy"),
         out=out,
         beta=resolved.beta,
         seed=seed,
@@ -307,7 +303,6 @@ def evaluate(
 
     Into OUT/metrics.json.
     """
-    from dice_py.models.loading import resolve_model
     from dice_py.stages.evaluate import EvaluateJob
 
     if prompts is None and pairs is None:
@@ -316,9 +311,9 @@ def evaluate(
     # The data before the models, which may be long downloads.
     columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
     frames = _read_held_out(prompts, pairs, columns)
-    against = resolve_model(reference, resolved.model.reference_revision, role="--reference")
-    start_folder = resolve_model(start, None, role="--start")
-    policy_folder = resolve_model(policy, resolved.model.policy_revision, role="--policy")
+    against = model_folder(reference, resolved.model.reference_revision, "--reference")
+    start_folder = model_folder(start, None, "--start")
+    policy_folder = model_folder(policy, resolved.model.policy_revision, "--policy")
     prompts_file, pairs_file = _write_held_out(frames, pairs, out)
     job = EvaluateJob(
         config=resolved.evaluate,

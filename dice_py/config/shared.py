@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The models and how they are loaded. Each is a folder or a Hugging Face id."""
+    """The models and how they are loaded. Each is a folder, a GGUF file or a Hugging Face id."""
 
     policy: str | None = Field(default=None, description="π_1, the DPO-tuned model; none: a run on the synthetic world")
     reference: str | None = Field(default=None, description="the model that the policy's DPO training started from")

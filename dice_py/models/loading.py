@@ -1,6 +1,7 @@
-"""Finds, checks, identifies and loads models, in this order below.
+"""Checks, identifies and loads model folders, in this order below.
 
-Importing this file imports neither torch nor transformers; its functions do. Tokenizers are in models/tokenization.py.
+Importing this file imports neither torch nor transformers; its functions do. Tokenizers are in models/tokenization.py;
+models/sources.py finds the folder that a name means.
 """
 
 from __future__ import annotations
@@ -33,47 +34,6 @@ def require(*modules: str, extra: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"{', '.join(missing)} is not installed; add it with: pip install 'dice-align[{extra}]'")
-
-
-def resolve_model(name: str, revision: str | None, *, role: str) -> Path:
-    """The local folder of a model: `name` itself if it is a folder, else a snapshot from the Hugging Face hub.
-
-    Args:
-        name: a folder or a Hugging Face id.
-        revision: branch, tag or commit on the hub; None: the default branch.
-        role: how error messages name the model, such as "--policy".
-
-    Raises:
-        DataError: the folder lacks a config or weights, or the hub refuses the download.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.exists():
-            raise DataError(f"{role}: {name} is not a folder; give a model folder or a Hugging Face id")
-        folder = _snapshot(name, revision, role)
-    check_model_folder(folder, role=role)
-    return folder.resolve()
-
-
-def _snapshot(name: str, revision: str | None, role: str) -> Path:
-    require("huggingface_hub", extra="train")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "tokenizer*"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{role}: {name} is not a local folder, and cannot be downloaded from the Hugging Face hub ({first_line}); "
-            "check the name, log in (hf auth login), or download it yourself and name its folder"
-        ) from None
 
 
 def check_model_folder(folder: Path, *, role: str) -> None:

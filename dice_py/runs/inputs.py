@@ -17,7 +17,10 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
-from dice_py.models.loading import require, resolve_model
+from dice_py.models.gguf import find_converted, gguf_file
+from dice_py.models.loading import require
+from dice_py.models.sources import resolve_model
+from dice_py.stages.convert import ConvertJob
 from dice_py.stages.preflight import PreflightJob
 from dice_py.stages.world import WorldJob
 from dice_py.storage.cache import cache_folder
@@ -90,8 +93,8 @@ def prepare(run: Run) -> Inputs:
         return outputs[name] if parquet_key(outputs[name]) == key else None
 
     inputs = Inputs(
-        policy=resolve_model(model.policy, model.policy_revision, role="model.policy (--policy)"),
-        reference=resolve_model(model.reference, model.reference_revision, role="model.reference (--reference)"),
+        policy=_model(run, model.policy, model.policy_revision, "model.policy (--policy)"),
+        reference=_model(run, model.reference, model.reference_revision, "model.reference (--reference)"),
         prompts=outputs["prompts"],
         offline=made("offline"),
         eval_prompts=made("eval_prompts"),
@@ -100,6 +103,14 @@ def prepare(run: Run) -> Inputs:
     )
     _check(run, inputs, key)
     return inputs
+
+
+def _model(run: Run, name: str, revision: str | None, role: str) -> Path:
+    """The folder of a model. A GGUF file is converted in a process of its own, since that imports torch."""
+    file = gguf_file(name, role)
+    if file is not None and find_converted(file) is None:
+        return run.spawn(ConvertJob(file), run.folder / "inputs").files[0][0]
+    return resolve_model(name, revision, role=role, report=run.report)
 
 
 def _check(run: Run, inputs: Inputs, data_key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dice_py.stages.convert import ConvertJob
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.job import Job
@@ -36,6 +37,7 @@ class Stage:
 
 _TABLE = (
     Stage("world", WorldJob, (), "close other programs", None),
+    Stage("convert", ConvertJob, (), "close other programs", None),
     Stage("preflight", PreflightJob, (), "close other programs", "generate"),
     Stage(
         "generate",

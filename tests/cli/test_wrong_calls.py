@@ -125,7 +125,7 @@ def test_replay_reads_every_buffer_before_the_model(refused) -> None:
     start = ("replay", "--policy", "/absent", "-o", "out", "--replay", "pairs.jsonl")
     options = ("--buffer", "x=a:b.jsonl", "--buffer", "y=c.jsonl:0.5", "--margin-power", "1", "--half-life", "2")
     said = refused(3, *start, *options, "--round", "3")
-    assert said == "error: --policy: /absent is not a folder; give a model folder or a Hugging Face id"
+    assert said == "error: --policy: /absent is not a folder; give a model folder, a GGUF file or a Hugging Face id"
     said = refused(3, *start, *options, "--round", "2")
     assert "pairs.jsonl, line 1: 'round' is 3, but the current round is 2" in said
     said = refused(3, *start, *options, "--round", "3", "--stratify-by", "source")
@@ -243,5 +243,15 @@ def test_stages_alone_without_their_input(refused, given: str) -> None:
 def test_stages_alone_without_a_model(refused) -> None:
     prompts = jsonl(Path("prompts.jsonl"), {"prompt": "q"})
     said = refused(3, "generate", "--policy", "/absent", "--prompts", prompts, "-o", "out")
-    assert said == "error: --policy: /absent is not a folder; give a model folder or a Hugging Face id"
+    assert said == "error: --policy: /absent is not a folder; give a model folder, a GGUF file or a Hugging Face id"
     assert list(contents(Path())) == ["prompts.jsonl"]
+
+
+def test_a_file_that_is_no_gguf(own, refused) -> None:
+    page = Path("model.gguf")
+    page.write_text("<html>")
+    prompts = jsonl(Path("prompts.jsonl"), {"prompt": "q"})
+    said = refused(3, "generate", "--policy", page, "--prompts", prompts, "-o", "out")
+    assert said.startswith("error: --policy: model.gguf is not a GGUF file")
+    said = own(policy=page)
+    assert said.startswith("error: model.policy (--policy): model.gguf is not a GGUF file")
