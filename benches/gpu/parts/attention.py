@@ -51,7 +51,7 @@ def packed_batch(prompts: list[int], responses: list[list[int]]) -> Any:
     """A packed batch of prompts and responses of these lengths."""
     import numpy as np
 
-    from dice_py.scoring.packing import Batch, Group
+    from dice_py.models.packing import Batch, Group
 
     groups, rows = [], []
     for length, answers in zip(prompts, responses, strict=True):
@@ -64,8 +64,8 @@ def compare(check: Check, batch: Any, heads: tuple[int, int, int, int], window: 
     """Relative errors of the output and of the gradients, or what refused to run."""
     import torch
 
-    from dice_py.scoring import packed_attention
-    from dice_py.scoring.packed_attention import DeviceLayout
+    from dice_py.models import packed_attention
+    from dice_py.models.packed_attention import DeviceLayout
 
     device = torch.device(check.device)
     queries, keys, size, value_size = heads
@@ -128,9 +128,9 @@ def kernel_rate(check: Check) -> dict[str, Any]:
     """Milliseconds and rate of one layer's attention on 119,520 packed tokens, with 32 heads over 8 of size 128."""
     import torch
 
-    from dice_py.scoring import packed_attention
-    from dice_py.scoring.packed_attention import DeviceLayout
-    from dice_py.scoring.packing import seen_keys
+    from dice_py.models import packed_attention
+    from dice_py.models.packed_attention import DeviceLayout
+    from dice_py.models.packing import seen_keys
 
     batch = packed_batch([240] * 18, [[400] * 16] * 18)
     inputs = [
