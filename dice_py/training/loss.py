@@ -30,7 +30,7 @@ def loss_of_trl() -> Callable[..., tuple[Any, dict[str, Any]]]:
     """
     from trl.trainer import dpo_trainer
 
-    method = dpo_trainer.DPOTrainer._compute_loss
+    method = vars(dpo_trainer.DPOTrainer)["_compute_loss"]
     tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
