@@ -70,8 +70,9 @@ class TrainConfig(Section):
     logging_steps: Positive = Field(default=10, description="optimizer steps between logged values")
     report_to: list[str] = Field(default_factory=list, description="trackers of transformers: wandb, tensorboard, …")
     step0_pairs: Positive = Field(default=64, description="pairs on which the loss at step 0 is checked")
-    step0_tolerance: Annotated[float, Field(gt=0.0)] = Field(
-        default=1e-3, description="largest |loss − ln 2| at step 0"
+    step0_tolerance: Literal["auto"] | Annotated[float, Field(gt=0.0)] = Field(
+        default="auto",
+        description="largest |loss − ln 2| at step 0; auto: 1e-3 in float32, in 16-bit dtypes as rounding is measured",
     )
     processes: Literal["auto"] | Positive = Field(
         default="auto",
