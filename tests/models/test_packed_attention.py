@@ -13,6 +13,7 @@ import pytest
 import torch
 from logp_oracle import shared
 from tiny_sets import CPU, draw_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from dice_py.config.stages import ScoreConfig
@@ -167,6 +168,70 @@ def test_outputs_and_gradients_are_those_of_plain_attention(
     gradients, wanted = (torch.autograd.grad((out * weights).sum(), inputs) for out in (got, want))
     for ours, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize(("key_heads", "sizes"), [(4, (8, 8)), (2, (6, 6)), (1, (8, 5))])
+@pytest.mark.parametrize("window", [None, 2])
+def test_one_call_for_each_head_of_a_group_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, key_heads: int, sizes: tuple[int, int], window: int | None
+) -> None:
+    """As on a GPU in float32, whose kernel does not read shared heads."""
+    inputs = heads(key_heads, sizes, torch.float64)
+    layout = DeviceLayout(LAYOUT, torch.device("cpu"))
+    want = packed_attention.padded_attention(layout, *inputs, 0.3, window)
+    monkeypatch.setattr(packed_attention, "reads_shared_heads", lambda device: False)
+    got = packed_attention.padded_attention(layout, *inputs, 0.3, window)
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients, wanted = (torch.autograd.grad((out * weights).sum(), inputs) for out in (got, want))
+    for ours, theirs in zip([got, *gradients], [want, *wanted], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shapes of all tensors that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple) else (result,)
+        self.seen |= {tuple(part.shape) for part in results if isinstance(part, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta tensors take a GPU's way, without values
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_keys_are_repeated_for_the_query_heads_that_share_them(device: str, masked: bool) -> None:
+    query = torch.randn(2, 4, 5, 8, device=device, requires_grad=True)
+    key, value = (torch.randn(2, 2, 7, 8, device=device, requires_grad=True) for _ in range(2))
+    mask = torch.ones(1, 1, 5, 7, dtype=torch.bool, device=device).tril(2) if masked else None
+    with Shapes() as shapes:
+        out = packed_attention.grouped_attention(query, key, value, mask, None)
+        torch.autograd.grad(out.sum(), (query, key, value))
+    assert out.shape == query.shape
+    assert (2, 2, 7, 8) in shapes.seen  # the gradients of keys
+    assert not shapes.seen & {(2, 4, 7, 8), (2, 2, 2, 7, 8), (2, 4, 8, 7)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_shared_heads_need_less_memory_on_a_gpu_than_repeated_ones() -> None:
+    query, key, value = (
+        torch.randn(1, count, 1024, 64, device="cuda", requires_grad=True) for count in (16, 2, 2)
+    )  # fmt: skip
+    mask = torch.ones(1, 1, 1024, 1024, dtype=torch.bool, device="cuda").tril()
+    peaks = []
+    for attention in (
+        packed_attention.grouped_attention,
+        lambda *parts: torch.nn.functional.scaled_dot_product_attention(*parts[:3], attn_mask=mask, enable_gqa=True),
+    ):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(attention(query, key, value, mask, None).sum(), (query, key, value))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] < peaks[1]
 
 
 def test_gradients_of_the_padded_path_are_its_derivatives() -> None:
