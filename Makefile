@@ -15,7 +15,7 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-fast test-rust test-python lint format docs bench bench-quick bench-peers bench-stream \
-	bench-scoring bench-generation bench-training bench-plan lock clean
+	bench-scoring bench-generation bench-training bench-plan gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -90,6 +90,9 @@ bench-training: setup ## one epoch of DPO against a stock DPOTrainer: time and p
 
 bench-plan: setup ## the plan of the embedded default against a run of it (minutes)
 	$(BIN)/python benches/plan.py $(BENCH_ARGS)
+
+gpu-kit: setup ## .gpukit/kit.tar.xz: what a GPU machine without network needs for benches/gpu/check.py
+	benches/gpu/build_kit.sh .gpukit $(GPU_KIT_WORLD)
 
 lock: $(UV) ## requirements/dev.txt from requirements/*.in
 	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/dev.in \

@@ -62,6 +62,7 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
     from scoring_ways import WAYS
     from shapes import SHAPES, make_model
 
+    from dice_py.compute.memory import forget_peak, peak_memory, resident_memory
     from dice_py.models.flops import matmul_rate
 
     device = torch.device(args.device)
@@ -72,14 +73,10 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
     rate = matmul_rate(device, model.dtype)
     # A warm-up, so that threads and kernels made at the first call are not counted.
     WAYS[way][1](model, prompts[:2], responses[:2])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _memory_status("VmRSS")
+    forget_peak(device)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else resident_memory("VmRSS")
     outcome = WAYS[way][1](model, prompts, responses)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _memory_status("VmHWM")
+    peak = peak_memory()
     return {
         "seconds": outcome.seconds,
         "sums": outcome.sums,
@@ -88,13 +85,6 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
         "matmul_flops_per_second": rate,
         **outcome.extra,
     }
-
-
-def _memory_status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
 def measure_in_subprocess(args: argparse.Namespace, way: str) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from dice_py.config.stages import ScoreConfig
+from dice_py.models.packing import batches_by_budget, group_rows
 from dice_py.scoring.lm_head import LogitHead
-from dice_py.scoring.packing import batches_by_budget, group_rows
 from dice_py.scoring.scorer import Scorer
 from dice_py.scoring.token_budget import TokenBudget
 

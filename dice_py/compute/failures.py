@@ -19,6 +19,17 @@ from dice_py.errors import (
 )
 from dice_py.storage.files import is_disk_full, path_error
 
+# Words of errors that are no torch.OutOfMemoryError, in lower case.
+_OUT_OF_MEMORY = (
+    "defaultcpuallocator",  # torch on a CPU
+    "cublas_status_alloc_failed",  # a library's workspace, for which the allocator left no room
+    "cudnn_status_alloc_failed",
+    "cusolver_status_alloc_failed",
+    "no available memory for the cache blocks",  # vLLM
+    "larger than the available kv cache memory",
+    "less than desired gpu memory utilization",
+)
+
 _KINDS = (DiceError, UsageError, DataError, OutOfMemoryError, DiskFullError, InterruptedRunError)
 
 
@@ -41,13 +52,20 @@ class Failure:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """True for a MemoryError and for torch's out-of-memory errors, and for errors that were raised from one.
+    """True for a lack of the host's or a device's memory, and for errors that were raised from one.
 
-    torch is not imported for it: the names of its errors and the words of its CPU allocator identify them.
+    So for a MemoryError, for torch's OutOfMemoryError, and for what CUDA, its libraries, NCCL and vLLM raise instead:
+    a RuntimeError with the words "out of memory" (torch's AcceleratorError is one), or an error with a phrase of
+    theirs. None of these libraries is imported for it.
     """
     while error is not None:
         kinds = {kind.__name__ for kind in type(error).__mro__}
-        if kinds & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error):
+        text = str(error).lower()
+        if (
+            kinds & {"MemoryError", "OutOfMemoryError"}
+            or ("out of memory" in text and isinstance(error, RuntimeError))
+            or any(phrase in text for phrase in _OUT_OF_MEMORY)
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

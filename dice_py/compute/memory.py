@@ -41,11 +41,50 @@ def _lines(file: Path) -> list[str]:
         return []
 
 
+_earlier_peaks: dict[int, int] = {}
+"""The peaks of GPUs, by number, that torch forgot when the measurement of a part began."""
+
+
+def start_peak(device: torch.device) -> int:
+    """Begins to measure the peak of a part of the work on a GPU, as `peak_since_start` returns it.
+
+    torch keeps one peak of each device and has to forget it for this. `peak_memory` still counts it.
+
+    Returns:
+        What is allocated now.
+    """
+    import torch
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    _earlier_peaks[index] = max(_earlier_peaks.get(index, 0), torch.cuda.max_memory_allocated(index))
+    torch.cuda.reset_peak_memory_stats(index)
+    return int(torch.cuda.memory_allocated(index))
+
+
+def peak_since_start(device: torch.device) -> int:
+    """The peak on a GPU since the last `start_peak`."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begins to measure the peak that `peak_memory` returns, which is that of the process until then."""
+    if device.type == "cuda":
+        import torch
+
+        _earlier_peaks.clear()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM to what is resident now
+
+
 def peak_memory() -> int:
     """The peak so far: of the GPU where one was used, else of this process's resident memory."""
     loaded = sys.modules.get("torch")
     if loaded is not None and loaded.cuda.is_available() and loaded.cuda.is_initialized():
-        return int(loaded.cuda.max_memory_allocated())
+        index = loaded.cuda.current_device()
+        return max(_earlier_peaks.get(index, 0), int(loaded.cuda.max_memory_allocated(index)))
     return resident_memory("VmHWM")
 
 

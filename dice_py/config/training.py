@@ -35,7 +35,19 @@ class TrainConfig(Section):
         default=1.0, description="passes over the pairs, unless max_steps is set"
     )
     batch_size: Positive = Field(default=32, description="pairs per optimizer step, over all devices")
-    per_device_train_batch_size: Positive = Field(default=4, description="pairs per forward pass of one device")
+    packed: Literal["auto"] | bool = Field(
+        default="auto",
+        description="train on packed rows, without padding and with each prompt once; auto: where the model can, else "
+        "on padded rows, with a note",
+    )
+    packed_tokens: Literal["auto"] | Positive = Field(
+        default="auto",
+        description="tokens of a packed row, which is one forward pass; a pair that is longer has a row of its own; "
+        "auto: 1024 on a CPU, 8192 on a GPU",
+    )
+    per_device_train_batch_size: Positive = Field(
+        default=4, description="pairs per forward pass of one device, on padded rows"
+    )
     sft_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0, description="weight of the NLL of the chosen response, added to the loss (TRL's sft loss)"
     )
@@ -43,7 +55,9 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0, description="gradients are clipped to this norm"
     )
-    optim: str = Field(default="adamw_torch", description="an optimizer of transformers")
+    optim: str = Field(
+        default="adamw_torch_fused", description="an optimizer of transformers; the default is also transformers' own"
+    )
     adam_beta2: Probability = Field(default=0.999, description="AdamW's β₂")
     lora: LoraConfig | None = Field(default=None, description="train adapters; none: train all weights")
     gradient_checkpointing: bool = Field(

@@ -10,13 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dice_py.models.packed_attention import use_packed_attention
+from dice_py.models.packing import Batch, Tokens
 from dice_py.scoring.lm_head import LogitHead
-from dice_py.scoring.packed_attention import use_packed_attention
-from dice_py.scoring.packing import Batch, Tokens
 
 
 def packed_sums(head: LogitHead, batch: Batch) -> list[float]:
     """Σ_t log π(y_t | x, y_<t) in nats for each response, in the order of `batch.rows`, by one packed forward."""
+    return _response_sums(packed_logps(head, batch), batch.layout.responses[:, 1])
+
+
+def packed_logps(head: LogitHead, batch: Batch) -> torch.Tensor:
+    """(response tokens,) float32 in nats, of all responses in the order of `batch.rows`, by one packed forward."""
     device = head.model.device
     ids, positions, predicting, targets = (
         torch.from_numpy(part).to(device) for part in (batch.tokens, batch.positions, batch.predicting, batch.targets)
@@ -24,13 +29,21 @@ def packed_sums(head: LogitHead, batch: Batch) -> list[float]:
     with use_packed_attention(head.model, batch.layout):
         output = head.backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False)
     hidden = output.last_hidden_state[0]
-    return _response_sums(head.token_logps(hidden[predicting], targets), batch.layout.responses[:, 1])
+    return head.token_logps(hidden[predicting], targets)
 
 
 def padded_sums(
     head: LogitHead, rows: list[int], prompts: Sequence[Tokens], responses: Sequence[Tokens]
 ) -> list[float]:
     """Σ_t log π(y_t | x, y_<t) in nats for each of `rows`, by one forward of sequences padded on the right."""
+    logps = padded_logps(head, rows, prompts, responses)
+    return _response_sums(logps, np.array([len(responses[row]) for row in rows]))
+
+
+def padded_logps(
+    head: LogitHead, rows: list[int], prompts: Sequence[Tokens], responses: Sequence[Tokens]
+) -> torch.Tensor:
+    """(response tokens,) float32 in nats, of `rows` in turn, by one forward of sequences padded on the right."""
     device = head.model.device
     lengths = [len(prompts[row]) + len(responses[row]) for row in rows]
     # Under causal attention no real token attends to padding on its right. So the padding token's id does not
@@ -44,8 +57,7 @@ def padded_sums(
         predicts[at, len(prompts[row]) - 1 : length - 1] = True
     output = head.backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
     targets = ids.roll(-1, dims=1)[predicts].to(device)
-    logps = head.token_logps(output.last_hidden_state[predicts.to(device)], targets)
-    return _response_sums(logps, np.array([len(responses[row]) for row in rows]))
+    return head.token_logps(output.last_hidden_state[predicts.to(device)], targets)
 
 
 def _response_sums(logps: torch.Tensor, lengths: np.ndarray) -> list[float]:

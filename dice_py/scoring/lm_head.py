@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dice_py.errors import DataError
+from dice_py.models.logits import logit_transform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,16 +33,11 @@ class LogitHead:
     """
 
     def __init__(self, model: PreTrainedModel, chunk: int) -> None:
-        text = model.config.get_text_config()
-        scale = getattr(text, "logit_scale", None)
-        if scale is None and getattr(text, "logits_scaling", None):
-            scale = 1.0 / text.logits_scaling
         self.model = model
         # Where a model's prefix names none of its attributes (Llama4), `base_model` is the model itself.
         self.backbone = model.base_model if model.base_model is not model else getattr(model, "model", model)
         self.head = model.get_output_embeddings()
-        self.scale = 1.0 if scale is None else float(scale)
-        self.cap = getattr(text, "final_logit_softcapping", None)
+        self.scale, self.cap = logit_transform(model.config)
         self.chunk = chunk
         self.tile = max(1, _TILE_LOGITS.get(model.device.type, _TILE_LOGITS["cuda"]) // chunk)
 

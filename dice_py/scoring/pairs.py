@@ -15,7 +15,7 @@ from dice_py.scoring.shards import token_arrays
 from dice_py.timing import timed
 
 if TYPE_CHECKING:
-    from dice_py.scoring.packing import Tokens
+    from dice_py.models.packing import Tokens
 
 
 def score_pairs(

@@ -1,7 +1,7 @@
 """log π(y|x) of stored tokens: Σ_t log π(y_t | x, y_<t), by one forward and no sampling.
 
 Sequences are packed into batches without padding, in which a prompt is computed once for all of its responses
-(scoring/packing.py). A token budget that adapts to the device's memory bounds each batch (scoring/token_budget.py).
+(models/packing.py). A token budget that adapts to the device's memory bounds each batch (scoring/token_budget.py).
 The head runs only on positions that predict a token of a response, in tiles of positions × vocabulary with a running
 float32 log-sum-exp, so the logits of a batch never exist at one time (scoring/lm_head.py). The forward is in the
 model's dtype; log-probabilities are float32 and their sums float64.
@@ -24,10 +24,10 @@ from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.models.flops import Work, matmul_rate, shape_of
+from dice_py.models.packing import Batch, Group, Packer, Tokens, batches_by_budget, seen_keys
 from dice_py.scoring import forwards
 from dice_py.scoring.lm_head import LogitHead
 from dice_py.scoring.packed_trial import PackedTrial
-from dice_py.scoring.packing import Batch, Group, Packer, Tokens, batches_by_budget, seen_keys
 from dice_py.scoring.token_budget import TokenBudget
 
 if TYPE_CHECKING:

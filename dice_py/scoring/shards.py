@@ -26,7 +26,7 @@ from dice_py.timing import timed
 if TYPE_CHECKING:
     import numpy as np
 
-    from dice_py.scoring.packing import Tokens
+    from dice_py.models.packing import Tokens
 
 Role = Literal["reference", "policy"]
 

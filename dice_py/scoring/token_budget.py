@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from dice_py.compute.memory import free_memory
+from dice_py.compute.memory import free_memory, peak_since_start, start_peak
 from dice_py.events import Report
 from dice_py.models.flops import Shape, device_name
 from dice_py.storage.cache import recall, remember
@@ -55,14 +55,13 @@ class TokenBudget:
     def start(self) -> None:
         """Call before a batch: its peak memory is measured from here."""
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
+            self._before = start_peak(self._device)
 
     def record_success(self, tokens: int) -> None:
         """Call after a batch of `tokens` that fit in memory: the budget grows where there is room."""
         if not self._auto or self._device.type != "cuda":
             return
-        used = torch.cuda.max_memory_allocated(self._device) - self._before
+        used = peak_since_start(self._device) - self._before
         self.grow(tokens, used, free_memory(self._device))
 
     def grow(self, tokens: int, used: int, free: int) -> None:

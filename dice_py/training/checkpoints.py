@@ -13,10 +13,13 @@ from dice_py.storage.files import atomic, read_json, write_json
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
+    from dice_py.training.pair_trainer import PairTrainer
 
 STAMP = "dice.json"
 """Written last into the folder of a model or checkpoint: marks it as complete, and has the key of the training."""
+
+PACKING_FILE = "packing.json"
+"""In a checkpoint and in a trained model: for each step, the pairs and tokens of the first rank's packed rows."""
 
 
 def is_trained(folder: Path, key: str) -> bool:
@@ -52,7 +55,13 @@ def stored_dtype(policy: Path, models: ModelConfig) -> Any:
 
 
 def save_model(
-    trainer: DPOTrainer, *, adapters: bool, policy: Path, dtype: Any, target: Path, stamp: dict[str, Any]
+    trainer: PairTrainer,
+    *,
+    adapters: bool,
+    policy: Path,
+    dtype: Any,
+    target: Path,
+    stamp: dict[str, Any],
 ) -> None:
     """Saves the trained model and its tokenizer in the Hugging Face layout.
 
@@ -101,4 +110,5 @@ def save_model(
         if (policy / "generation_config.json").is_file():
             shutil.copy(policy / "generation_config.json", temporary)
         write_json(temporary / "train_log.json", trainer.state.log_history)
+        write_json(temporary / PACKING_FILE, trainer.packing)
         write_json(temporary / STAMP, stamp)

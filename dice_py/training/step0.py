@@ -13,7 +13,7 @@ from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
+    from dice_py.training.pair_trainer import PairTrainer
 
 _FLOAT32_TOLERANCE = 0.1
 """Nats. Two float32 sums over thousands of tokens differ by much less; an error in one token exceeds it."""
@@ -31,36 +31,28 @@ class Step0(NamedTuple):
     max_abs_difference: float
 
 
-def measure_step0(trainer: DPOTrainer, pairs: int) -> Step0:
+def measure_step0(trainer: PairTrainer, pairs: int) -> Step0:
     """Measures on the first `pairs` rows of the training set, without gradients.
 
-    It uses the trainer's own collator, device, autocast, wrapped model and head. The rows are distributed over the
-    ranks. Every rank makes the same number of forwards, since with sharded weights each forward is collective.
+    It uses the trainer's own rows, packed or padded, and its device, autocast, wrapped model and head. The pairs are
+    distributed over the ranks. Every rank makes the same number of forwards, since with sharded weights each forward is
+    collective.
     """
     import torch
 
-    accelerator, size = trainer.accelerator, trainer.args.per_device_train_batch_size
+    accelerator = trainer.accelerator
     count = min(pairs, len(trainer.train_dataset))
-    own_rows = range(accelerator.process_index, count, accelerator.num_processes)
-    forwards = math.ceil(math.ceil(count / accelerator.num_processes) / size)
+    own = [trainer.train_dataset[row] for row in range(accelerator.process_index, count, accelerator.num_processes)]
+    forwards = trainer.split(own)
     losses: list[float] = []
     max_abs_diff = 0.0
-    for start in range(0, forwards * size, size):
-        # A rank without further rows makes its forward on the first row, and ignores the result.
-        rows = own_rows[start : start + size]
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in rows or [0]])
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    for number in range(trainer.count_on_all_ranks(len(forwards))):
+        # A rank without further pairs makes its forward on the first row, and ignores the result.
+        batch = trainer.inputs_of(forwards[number] if number < len(forwards) else [trainer.train_dataset[0]])
         reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            logps = trainer.model_wrapped(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                labels=labels,
-                use_cache=False,
-                fused_lm_head=True,
-            ).log_probs.sum(dim=1)
-        if rows:
+        with torch.no_grad():
+            logps = trainer.token_logps(trainer.model_wrapped, batch).sum(dim=1)
+        if number < len(forwards):
             ratio_chosen, ratio_rejected = (logps - reference).float().chunk(2)
             losses += torch.nn.functional.softplus(-trainer.beta * (ratio_chosen - ratio_rejected)).tolist()
             max_abs_diff = max(max_abs_diff, (logps - reference).abs().max().item())

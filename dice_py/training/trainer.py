@@ -3,10 +3,9 @@
 The training set has token ids and the reference log-probabilities that the score stage computed. So nothing is
 tokenized again, no reference model is loaded, and the weights are not hashed.
 
-TRL never holds complete logits: its fused head projects hidden states in tiles of 4,096 positions × 32,768 entries of
-the vocabulary, in the forward and again in the backward pass, and on a GPU only for the response's positions. The
-memory for the layers' activations does grow with the batch: set train.gradient_checkpointing, or lower
-train.per_device_train_batch_size.
+A step's pairs are packed into rows of `train.packed_tokens` tokens, each prompt once (training/pair_trainer.py). The
+memory for the layers' activations grows with the tokens of a row. A model that fails the trial of packed rows
+(training/packing_trial.py) is trained on padded rows of `train.per_device_train_batch_size` pairs.
 
 This package relies on the following parts of TRL (tests/training/test_trl_contract.py has a test for each;
 pyproject.toml has the range of versions):
@@ -18,8 +17,11 @@ pyproject.toml has the range of versions):
     DPOTrainer.__init__      reads `is_fsdp_enabled` only to decide on a reference model, after `_validate_args`
     DPOConfig                `precompute_ref_log_probs` and lists of losses with weights; dropout is disabled
     DPOTrainer.data_collator chosen before rejected, padded on the right, stored tokens and log-probabilities unchanged
-    model(fused_lm_head=True).log_probs
-                             (2 × pairs, tokens − 1), zero outside the response; in tiles
+    add_fused_lm_head, model(fused_lm_head=True).log_probs
+                             (2 × pairs, tokens − 1), zero outside the response; training/packed_forward.py adds to it
+    DPOTrainer._compute_loss first the loss, from the log-probabilities; then metrics (training/loss.py)
+    DPOTrainer.loss_types, loss_weights
+                             the loss is the sum of the types' means over a batch, each times its weight
 
 The loss is that of a training method (training/methods/). A method for which TRL needs another trainer also needs its
 own `trainer_class`, and its own check at step 0 (training/step0.py), which is DPO's.
@@ -27,11 +29,9 @@ own `trainer_class`, and its own check at step 0 (training/step0.py), which is D
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import polars as pl
 
@@ -42,7 +42,7 @@ from dice_py.events import Report, no_report
 from dice_py.models.loading import load_model, placement, require
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.files import read_json, write_json
-from dice_py.training.checkpoints import STAMP, checkpoint_stamp, save_model, stored_dtype
+from dice_py.training.checkpoints import PACKING_FILE, STAMP, checkpoint_stamp, save_model, stored_dtype
 from dice_py.training.dataset import COLUMNS, load_training_set
 from dice_py.training.methods.registry import METHODS
 from dice_py.training.parallelism import SHARDED, ProcessLayout
@@ -51,49 +51,13 @@ from dice_py.training.step0 import Step0, check_step0, measure_step0
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
+    from dice_py.training.pair_trainer import PairTrainer
+
 STEP0_FILE = "step0.json"
 """The measurement at step 0, beside the checkpoints, for a training that resumes from one."""
 
 
-def trainer_class() -> type[DPOTrainer]:
-    """DPOTrainer without tokenization and reference pass. A function, since importing TRL takes seconds."""
-    import torch
-    from trl import DPOTrainer
-
-    class PairTrainer(DPOTrainer):  # type: ignore[misc]
-        """DPOTrainer on token ids with stored reference log-probabilities."""
-
-        def __init__(self, **arguments: Any) -> None:
-            self._fsdp = False
-            # The hash of all weights is the cache key of TRL's reference pass, which is not needed here.
-            with mock.patch("trl.trainer.dpo_trainer.hash_module", return_value=None):
-                super().__init__(**arguments)
-            self.is_fsdp_enabled = self._fsdp
-            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-            if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-                # Log-probabilities are summed in float32, and so are gradients over the ranks.
-                plugin.mixed_precision_policy = dataclasses.replace(
-                    plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
-                )
-
-        def _validate_args(self) -> None:
-            super()._validate_args()
-            # Under FSDP, TRL would load a reference model for its reference pass. Trainer has placed the policy by now,
-            # so nothing else reads the flag until the trainer is built.
-            self._fsdp, self.is_fsdp_enabled = self.is_fsdp_enabled, False
-
-        def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-            del processing_class, args, dataset_name
-            return dataset  # The rows are token ids already.
-
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            del name, batch_size
-            return dataset  # The score stage computed them.
-
-    return PairTrainer
-
-
-def _callback(trainer: DPOTrainer, config: TrainConfig, stamp: dict[str, Any], report: Report) -> Any:
+def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], report: Report) -> Any:
     from transformers import TrainerCallback
 
     class StageCallback(TrainerCallback):  # type: ignore[misc]
@@ -115,7 +79,9 @@ def _callback(trainer: DPOTrainer, config: TrainConfig, stamp: dict[str, Any], r
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             trainer.accelerator.wait_for_everyone()  # Every rank has written its shard.
             if state.is_world_process_zero:
-                write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STAMP, stamp)
+                checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_json(checkpoint / PACKING_FILE, trainer.packing)
+                write_json(checkpoint / STAMP, stamp)
 
     return StageCallback()
 
@@ -150,6 +116,11 @@ def _accumulation_steps(config: TrainConfig, processes: int) -> int:
     return steps
 
 
+def world_size() -> int:
+    """Processes of this training."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, beta: float, seed: int) -> Any:
     """TRL's DPOConfig for this process of a training.
 
@@ -167,7 +138,7 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
             f"model.device is {where.device!r}, but training uses the first visible GPU; set model.device=auto and "
             "choose the GPU with CUDA_VISIBLE_DEVICES"
         )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     arguments = DPOConfig(
         output_dir=str(folder),
         **METHODS["dpo"](config, beta),
@@ -209,19 +180,41 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
     return arguments
 
 
+def packed_tokens(config: TrainConfig, models: ModelConfig) -> int:
+    """Tokens of a packed row, with "auto" resolved by the kind of device: 1,024 on a CPU, 8,192 on a GPU.
+
+    On a CPU, longer rows need more memory and are hardly faster (benches/real.py). A GPU needs them to be busy.
+    """
+    if config.packed_tokens != "auto":
+        return config.packed_tokens
+    return 1024 if placement(models).device == "cpu" else 8192
+
+
 def build_trainer(
-    config: TrainConfig, models: ModelConfig, *, policy: Path, pairs: pl.DataFrame, folder: Path, beta: float, seed: int
-) -> DPOTrainer:
+    config: TrainConfig,
+    models: ModelConfig,
+    *,
+    policy: Path,
+    pairs: pl.DataFrame,
+    folder: Path,
+    beta: float,
+    seed: int,
+    report: Report = no_report,
+) -> PairTrainer:
     """Loads the policy into a trainer for `pairs`.
 
     Args:
         pairs: with the columns of `load_training_set`.
         folder: of the checkpoints.
+        report: receives a note when rows are padded, or memory runs out.
 
     Raises:
-        UsageError: as of `trainer_arguments`.
+        UsageError: as of `trainer_arguments`; or `train.packed` is true, and the model fails the trial of packed rows.
     """
     from datasets import Dataset
+
+    from dice_py.training.packing_trial import why_padded
+    from dice_py.training.pair_trainer import PairTrainer
 
     # Before the model is loaded, since this joins the ranks, and transformers then loads into one rank, or into shards.
     arguments = trainer_arguments(config, models, folder, beta, seed)
@@ -230,7 +223,21 @@ def build_trainer(
     model = load_model(policy, held, training=True)
     # Trainer writes this into the config that is saved. All forwards here pass use_cache=False themselves.
     arguments.use_cache = getattr(model.config, "use_cache", True)
-    return trainer_class()(
+    tokens: int | None = None
+    if config.packed is not False:
+        reason = why_padded(model, pairs, arguments)
+        if reason is None:
+            tokens = packed_tokens(config, models)
+            # A batch of Trainer's is a step; the trainer splits it into rows.
+            arguments.per_device_train_batch_size = config.batch_size // world_size()
+            arguments.gradient_accumulation_steps = 1
+        elif config.packed is True:
+            raise UsageError(f"train.packed is true, but {reason}; set train.packed=auto")
+        else:
+            report("note", text=f"{reason}: trained on padded rows, each with its own prompt (slower)")
+    return PairTrainer(
+        packed_tokens=tokens,
+        report=report,
         model=model,
         args=arguments,
         train_dataset=Dataset(pairs.select(COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
@@ -249,7 +256,7 @@ def _check_strategy(trainer: DPOTrainer, strategy: str, config: TrainConfig) -> 
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type.value
     expected = {"none": ["NO"], "ddp": ["MULTI_GPU", "MULTI_CPU"], "fsdp2": ["FSDP"], "zero3": ["DEEPSPEED"]}
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if accelerator.num_processes != world or kind not in expected.get(strategy, [kind]):
         raise RuntimeError(
             f"accelerate trains with {kind} in {accelerator.num_processes} process(es), not with {strategy} in {world}"
@@ -287,8 +294,8 @@ def train_rank(
         checkpoint: to resume from.
 
     Returns:
-        Counts, the same on every rank: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`,
-        `final_loss` (None if no step was logged).
+        Counts, the same on every rank but for `forwards`: `pairs`, `pairs_too_long`, `steps`, `forwards` (packed rows;
+        None if rows are padded), `step0_loss`, `step0_max_abs_difference`, `final_loss` (None if no step was logged).
 
     Raises:
         DataError: on every rank, for a loss at step 0 that is not ln 2, or weights that are not finite.
@@ -300,10 +307,14 @@ def train_rank(
     if layout.processes > 1 and layout.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     folder = out / "checkpoints"
-    trainer = build_trainer(config, models, policy=policy, pairs=pairs, folder=folder, beta=beta, seed=seed)
+    trainer = build_trainer(
+        config, models, policy=policy, pairs=pairs, folder=folder, beta=beta, seed=seed, report=report
+    )
     _check_strategy(trainer, layout.strategy, config)
     callback = _callback(trainer, config, checkpoint_stamp(key, layout), report)
     trainer.add_callback(callback)
+    if checkpoint is not None:
+        trainer.packing = read_json(checkpoint / PACKING_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step_logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     step0: Step0 | None = callback.step0
@@ -313,6 +324,7 @@ def train_rank(
         "pairs": pairs.height,
         "pairs_too_long": too_long,
         "steps": trainer.state.global_step,
+        "forwards": sum(len(step["pairs"]) for step in trainer.packing) or None,
         "step0_loss": step0.loss if step0 else None,
         "step0_max_abs_difference": step0.max_abs_difference if step0 else None,
         "final_loss": step_logs[-1]["loss"] if step_logs else None,

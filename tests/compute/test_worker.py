@@ -139,9 +139,46 @@ def test_every_error_has_its_kind_and_exit_code(error: BaseException, kind: str,
         assert "\n" not in found["text"]
 
 
-def test_what_is_no_lack_of_memory() -> None:
-    assert not is_out_of_memory(ValueError("out of range"))
-    assert not is_out_of_memory(None)
+def accelerator_error(text: str) -> BaseException:
+    """As torch raises a CUDA error, a RuntimeError of its own kind; its own cannot be made without a device."""
+    return type("AcceleratorError", (RuntimeError,), {})(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        accelerator_error("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the runtime's errors"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        # vLLM 0.32: the sampler's warm-up, a worker of tensor parallelism, and the three checks of its cache.
+        RuntimeError("CUDA out of memory occurred when warming up sampler with 256 dummy requests. Please try …"),
+        RuntimeError("Worker failed with error 'CUDA out of memory. Tried to allocate 2.00 GiB', please check …"),
+        ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."),
+        ValueError("3.0 GiB KV cache is needed, which is larger than the available KV cache memory (1.2 GiB)."),
+        ValueError("Free memory on device cuda:0 (1/79 GiB) on startup is less than desired GPU memory utilization"),
+    ],
+)
+def test_forms_of_a_lack_of_memory(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+    assert is_out_of_memory(caused(RuntimeError("engine failed"), error))
+    assert failure_fields(error)["exit_code"] == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("out of range"),
+        ValueError("a flag named 'out of memory'"),  # not an error of a device
+        accelerator_error("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        None,
+    ],
+)
+def test_what_is_no_lack_of_memory(error: BaseException | None) -> None:
+    assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(

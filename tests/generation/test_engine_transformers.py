@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from chi_square import chi_square
+from engine_rig import Rig, of_prompt
 from other_models import gemma2, gpt2, make_other, mamba, mistral
 from tiny_models import (
     MAX_POSITIONS,
@@ -22,47 +23,12 @@ from tiny_models import (
     set_generation_config,
 )
 
-from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig, ScoreConfig
 from dice_py.generation.engines import decoding
-from dice_py.generation.engines.base import Request, Sample, sample_all
+from dice_py.generation.engines.base import Request, sample_all
 from dice_py.generation.engines.decoding import Rows, SeededSampling
-from dice_py.generation.engines.transformers import TransformersEngine
-from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
 from dice_py.scoring.scorer import Scorer
 from dice_py.storage.keys import seed_for
-
-CPU = ModelConfig(device="cpu")
-QUESTIONS = ["hello there", "hi", "what is the tallest mountain on this planet, and who climbed it first?"]
-
-
-class Rig:
-    """An engine on a tiny model, and the prompts' token ids."""
-
-    def __init__(self, folder: Path, config: GenerateConfig) -> None:
-        tokenizer = load_tokenizer(folder, CPU)
-        self.stops = stop_token_ids(folder, tokenizer)
-        self.prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
-        self.engine = TransformersEngine(
-            folder,
-            config,
-            CPU,
-            stops=self.stops,
-            pad=tokenizer.pad_token_id,
-            longest_prompt=max(map(len, self.prompts)),
-        )
-
-    def requests(self, count: int) -> list[Request]:
-        return [Request(self.prompts[n % len(self.prompts)], seed_for(7, n)) for n in range(count)]
-
-    def sample(self, requests: list[Request]) -> list[Sample]:
-        return sample_all(self.engine, requests)
-
-
-def of_prompt(rig: Rig, count: int, samples: int) -> list[Request]:
-    """`samples` requests for each of `count` prompts, next to each other, no two prompts the same."""
-    prompts = [[*rig.prompts[n % 3], *rig.prompts[1][: 1 + n // 3]] for n in range(count)]
-    return [Request(prompts[n // samples], seed_for(7, n)) for n in range(count * samples)]
 
 
 @pytest.fixture(params=[make_llama, make_mistral, make_qwen2], ids=["llama", "mistral", "qwen2"])

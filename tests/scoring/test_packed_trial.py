@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from logp_oracle import SAME, max_abs_diff, mixed, plain, scorer, shared
 from tiny_families import SHAPE, WINDOW, build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dice_py.scoring import forwards, packed_attention
+from dice_py.models import packed_attention
+from dice_py.scoring import forwards, packed_trial
 from dice_py.scoring.lm_head import LogitHead
 from dice_py.storage.cache import recall
 
@@ -133,6 +135,32 @@ def test_packed_forward_that_fails_at_once(monkeypatch: pytest.MonkeyPatch, erro
     (note,) = notes
     assert words in note
     assert "\n" not in note
+
+
+def large_logits(model: PreTrainedModel) -> PreTrainedModel:
+    """In bfloat16, with logits so large that rounding moves a sum by nats."""
+    model = copy.deepcopy(model)  # built once for all tests
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30.0)
+    return model.to(torch.bfloat16)
+
+
+def test_rounding_of_large_logits_is_not_taken_for_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Any difference of two sums is looked at token by token.
+    monkeypatch.setattr(packed_trial, "_tolerance", lambda *_: 0.0)
+    notes: list[str] = []
+    ours = scorer(large_logits(build("Llama")), notes)
+    ours.sums(*mixed())
+    assert ours.packs
+    assert notes == []
+
+
+def test_wrong_mask_is_not_taken_for_rounding() -> None:
+    notes: list[str] = []
+    ours = scorer(large_logits(leaky_llama()), notes)
+    ours.sums(*mixed())
+    assert not ours.packs
+    assert len(notes) == 1
 
 
 # --- out of memory ------------------------------------------------------------------------------------------

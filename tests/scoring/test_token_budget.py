@@ -43,6 +43,9 @@ class Memory:
             "memory_reserved": lambda _: self.reserved,
             "reset_peak_memory_stats": lambda _: setattr(self, "peak", self.allocated),
             "empty_cache": lambda: setattr(self, "emptied", self.emptied + 1),
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "current_device": lambda: 0,
         }
         for name, call in calls.items():
             monkeypatch.setattr(torch.cuda, name, call)
@@ -172,6 +175,32 @@ def test_grows_by_the_memory_that_the_device_reports(memory: Memory) -> None:
     memory.free, memory.reserved = 1_000_000, 5_700_000  # 1.7 million bytes are available: 0.9 of it is 1530 tokens
     budget.record_success(1000)
     assert budget.tokens == 1530
+
+
+def test_the_reported_peak_is_that_of_all_batches(memory: Memory) -> None:
+    """The budget needs the peak of each batch, for which torch forgets the one before."""
+    budget = make()
+    device_memory.forget_peak(CUDA)
+    for of_batch in (6_000_000, 9_000_000, 7_000_000):
+        memory.allocated = 5_000_000
+        budget.start()
+        memory.peak = of_batch
+        assert device_memory.peak_since_start(CUDA) == of_batch
+        budget.record_success(1000)
+    assert device_memory.peak_memory() == 9_000_000
+    memory.peak = 9_500_000  # after the last batch
+    assert device_memory.peak_memory() == 9_500_000
+    device_memory.forget_peak(CUDA)
+    assert device_memory.peak_memory() == 5_000_000
+
+
+def test_the_peak_of_the_host_can_be_forgotten() -> None:
+    block = bytearray(64 << 20)
+    block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
+    high = device_memory.peak_memory()
+    del block
+    device_memory.forget_peak(CPU)
+    assert device_memory.peak_memory() < high - (32 << 20)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

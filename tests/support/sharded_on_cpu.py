@@ -60,17 +60,15 @@ def inspect_setup(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
     def measure_step0(trainer: Any, pairs: int) -> Step0:
         model = trainer.model_wrapped
-        batch = trainer.data_collator([trainer.train_dataset[0]])
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            output = model(input_ids=batch["input_ids"], labels=labels, use_cache=False, fused_lm_head=True)
+        with torch.no_grad():
+            logps = trainer.token_logps(model, trainer.inputs_of([trainer.train_dataset[0]]))
         policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
         layer = model.model.layers[0]  # Sharded again, after the forward.
         weight = layer.mlp.up_proj.weight
         setup.update(
             reference=trainer.ref_model,
             sharded=trainer.accelerator.is_fsdp2 and trainer.is_fsdp_enabled,
-            log_probs=str(output.log_probs.dtype),
+            log_probs=str(logps.dtype),
             parameters=sorted({str(value.dtype) for value in layer.parameters()}),
             computed_in=str(policy.param_dtype),
             reduced_in=str(policy.reduce_dtype),

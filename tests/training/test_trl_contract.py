@@ -27,7 +27,8 @@ from trl.trainer import utils as trl_utils
 
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.training.dataset import COLUMNS
-from dice_py.training.trainer import build_trainer, trainer_arguments, trainer_class
+from dice_py.training.pair_trainer import PairTrainer
+from dice_py.training.trainer import build_trainer, trainer_arguments
 
 CONFIG = TrainConfig(batch_size=4, per_device_train_batch_size=4, save_steps=None, warmup_steps=0)
 
@@ -67,7 +68,7 @@ def test_version_is_in_the_pinned_range() -> None:
 )
 def test_hooks_have_their_parameters(hook: str, parameters: list[str]) -> None:
     assert list(inspect.signature(getattr(DPOTrainer, hook)).parameters) == parameters
-    assert list(inspect.signature(getattr(trainer_class(), hook)).parameters) == parameters
+    assert list(inspect.signature(getattr(PairTrainer, hook)).parameters) == parameters
 
 
 def test_arguments_exist(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_dataset_is_unchanged(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
 
 
 def test_batches_hold_the_stored_tokens_and_logps(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(pairs.height)])
+    batch = trainer.padded_collator([trainer.train_dataset[row] for row in range(pairs.height)])
     assert set(batch) == {
         "input_ids",
         "attention_mask",
@@ -109,7 +110,7 @@ def test_batches_hold_the_stored_tokens_and_logps(trainer: DPOTrainer, pairs: pl
 
 
 def test_batches_of_the_loader_are_the_collators(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
-    logps = [value for batch in trainer.get_train_dataloader() for value in batch["ref_chosen_logps"].tolist()]
+    logps = [pair["ref_chosen_logps"] for batch in trainer.get_train_dataloader() for pair in batch["step"].pairs]
     assert sorted(logps) == sorted(pairs["ref_chosen_logps"].to_list())
 
 
@@ -129,20 +130,21 @@ def test_no_reference_pass_and_no_tokenization(
         shapes.append(named["input_ids"].shape)
         return forward(self, *args, **named)
 
-    monkeypatch.setattr(LlamaModel, "forward", spy)
     trainer = build(llama, pairs, tmp_path, lora)
+    monkeypatch.setattr(LlamaModel, "forward", spy)
     tokenizer = type(trainer.processing_class)
     for name in ("__call__", "apply_chat_template", "encode"):
         monkeypatch.setattr(tokenizer, name, lambda *_, **__: pytest.fail("something is tokenized again"))
-    assert shapes == []  # No forward runs while it is built.
     assert trainer.ref_model is None
     trainer.train()
     assert trainer.state.global_step == 2
-    assert [rows for rows, _ in shapes] == [8, 2]  # one forward for each batch, of chosen and rejected
+    tokens = pairs.select(pl.sum_horizontal(pl.col("prompt_ids", "chosen_ids", "rejected_ids").list.len())).sum().item()
+    assert [rows for rows, _ in shapes] == [1, 1]  # one packed row for each step
+    assert sum(length for _, length in shapes) == tokens
 
 
 def test_fused_head_gives_log_probabilities(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(pairs.height)])
+    batch = trainer.padded_collator([trainer.train_dataset[row] for row in range(pairs.height)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad(), trainer.compute_loss_context_manager():
         logps = trainer.model(

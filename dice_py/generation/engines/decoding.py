@@ -1,10 +1,10 @@
 """Rows that a transformers model decodes together: seeded draws, rows that leave and rows that join.
 
 `generate` draws from one global generator, so a row's sample would depend on the rows beside it. Here each row has
-random numbers of its own, from its seed alone. The last bits of the logits, which differ from batch to batch, must not
-change a draw either. Inverting the cumulative distribution at one uniform number is not robust enough: it has as many
-boundaries as there are tokens. With a vocabulary of 32,000 in float32, one response of 48 tokens in thirteen changed
-with the batch.
+random numbers of its own, from its seed alone (generation/engines/random_numbers.py). The last bits of the logits,
+which differ from batch to batch, must not change a draw either. Inverting the cumulative distribution at one uniform
+number is not robust enough: it has as many boundaries as there are tokens. With a vocabulary of 32,000 in float32, one
+response of 48 tokens in thirteen changed with the batch.
 
 The draw is an exponential race instead: with exponential random numbers E_i, token i has the largest p_i / E_i with
 probability p_i. It runs first between blocks of the vocabulary, by their sums, and then within the winning block, so
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     DynamicCache,
@@ -32,6 +31,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.engines.base import Sample, SampleId
+from dice_py.generation.engines.random_numbers import RandomNumbers, numbers_for
 
 BLOCK = 256
 """Tokens in a block of the vocabulary."""
@@ -49,6 +49,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
     Args:
         seeds: one for each row.
         stops: token ids that end a row.
+        numbers: the random numbers; None: `numbers_for` the device.
 
     Attributes:
         steps: (rows,) int64, tokens drawn.
@@ -56,8 +57,15 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         logp: (rows,) float32, Σ log π of the drawn tokens in nats, before temperature, top-k and top-p.
     """
 
-    def __init__(self, seeds: Sequence[int], config: GenerateConfig, stops: list[int], device: torch.device) -> None:
-        self.draws = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        config: GenerateConfig,
+        stops: list[int],
+        device: torch.device,
+        numbers: type[RandomNumbers] | None = None,
+    ) -> None:
+        self.numbers = (numbers or numbers_for(device))(seeds, device)
         self.stops = torch.tensor(stops, device=device)
         self.steps = torch.zeros(len(seeds), dtype=torch.long, device=device)
         self.alive = torch.ones(len(seeds), dtype=torch.bool, device=device)
@@ -78,16 +86,17 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         blocks = torch.nn.functional.pad(warped, (0, -raw.shape[1] % BLOCK), value=-torch.inf)
         blocks = blocks.view(len(raw), -1, BLOCK)
         sums = torch.logsumexp(blocks, dim=-1)
-        uniforms = np.stack([draw.random(blocks.shape[1] + BLOCK) for draw in self.draws])
+        uniforms = self.numbers.draw(blocks.shape[1] + BLOCK)
         # The logarithm of exponential random numbers. A uniform number may be 0, which has none: hence the clamp.
-        times = (-torch.log1p(-torch.from_numpy(uniforms).to(raw.device).clamp_(min=2.0**-54))).log_()
+        times = (-torch.log1p(-uniforms.clamp_(min=2.0**-54))).log_()
         block = (sums - times[:, : blocks.shape[1]]).argmax(dim=1, keepdim=True)
         inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1)
         token = block * BLOCK + (inside - times[:, blocks.shape[1] :]).argmax(dim=1, keepdim=True)
         total = torch.logsumexp(sums if warped is raw else raw, dim=-1)
         token_logp = raw.gather(1, token).squeeze(1) - total
         self.logp += torch.where(self.alive, token_logp, torch.zeros_like(token_logp))
-        self.alive &= ~torch.isin(token.squeeze(1), self.stops)
+        # Not `isin`, which sorts if there are many stop tokens, and then the host waits for a GPU.
+        self.alive &= (token != self.stops).all(dim=1)
         self.steps += 1
         return token
 
@@ -97,13 +106,13 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the given rows. `rows` is int64, without duplicates."""
-        self.draws = [self.draws[row] for row in rows.tolist()]
+        self.numbers.select(rows.tolist())
         for name in ("steps", "alive", "logp"):
             setattr(self, name, getattr(self, name)[rows])
 
     def join(self, other: SeededSampling) -> None:
         """Appends the rows of `other`."""
-        self.draws += other.draws
+        self.numbers.join(other.numbers)
         for name in ("steps", "alive", "logp"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 

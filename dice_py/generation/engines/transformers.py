@@ -20,6 +20,7 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.engines.decoding import Rows, SeededSampling, can_join, can_select_rows, select_state
+from dice_py.generation.engines.random_numbers import numbers_for
 from dice_py.models.loading import load_model, release
 
 _WINDOW = 16
@@ -76,6 +77,8 @@ class TransformersEngine:
         self.model.generation_config = self.generation
         self.shares_prefill = True
         """False once a first prefill shows that the model's rows cannot be copied."""
+        self.numbers = numbers_for(self.model.device)
+        """The random numbers of the rows."""
         self.unfinished = 0
         self._queued: list[_Prompt] = []
         self._sorted: list[_Prompt] = []  # by length; the next one is the last
@@ -176,7 +179,7 @@ class TransformersEngine:
 
     def _sampling(self, requests: list[tuple[SampleId, Request]]) -> SeededSampling:
         seeds = [request.seed for _, request in requests]
-        return SeededSampling(seeds, self.config, self.stops, self.model.device)
+        return SeededSampling(seeds, self.config, self.stops, self.model.device, self.numbers)
 
     def _start(self, prompts: list[_Prompt], finished: dict[SampleId, Sample]) -> None:
         """Prefills prompts, and adds their rows to those being decoded."""

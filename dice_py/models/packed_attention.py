@@ -2,7 +2,7 @@
 
 Registered with transformers as an attention implementation, for any model whose layers use the attention interface.
 Queries, keys and values of the complete batch come as (1, heads, tokens, head size). `use_packed_attention` sets the
-layout (`PackedLayout` in scoring/packing.py) that says which tokens belong together.
+layout (`PackedLayout` in models/packing.py) that says which tokens belong together.
 
 On a GPU in float16 or bfloat16 the batch is one call of the flash kernel for sequences of different lengths. Its
 causal mask is aligned to the end of queries and keys, as a response after its prompt needs. Elsewhere sequences of
@@ -12,6 +12,8 @@ similar length are padded together, within attention only, and use `scaled_dot_p
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from dice_py.scoring.packing import PackedLayout
+from dice_py.models.packing import PackedLayout
+from dice_py.models.sequence_attention import MEAN_TOKENS, SequencePlan, sequence_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,10 +43,17 @@ class _Block:
     """(rows, queries) int64 indices of tokens."""
     keys: torch.Tensor
     """(rows, keys) int64 indices of tokens."""
-    real: torch.Tensor
-    """(rows, queries) bool: false for padding."""
     mask: torch.Tensor | None
     """(rows or 1, 1, queries, keys) bool; None for a plain causal mask."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """All sequences of a layout in blocks."""
+
+    blocks: list[_Block]
+    order: torch.Tensor
+    """(tokens,) int64: where each token's query stands among the queries of all blocks, padding counted."""
 
 
 @dataclass
@@ -52,18 +62,27 @@ class DeviceLayout:
 
     layout: PackedLayout
     device: torch.device
-    _blocks: dict[int | None, list[_Block]] = field(default_factory=dict)
+    _blocks: dict[int | None, _Blocks] = field(default_factory=dict)
     _varlen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int] | None = None
+    _plan: SequencePlan | None = None
 
     def sequences(self) -> np.ndarray:
         """(sequences, 4) int64: start and length of the queries, then of the prefix that they also attend to."""
         prompts = np.pad(self.layout.prompts, ((0, 0), (0, 2)))
         return np.concatenate([prompts, self.layout.responses])
 
-    def blocks(self, window: int | None) -> list[_Block]:
+    def sequence_plan(self) -> SequencePlan | None:
+        """The plan for attention one sequence at a time; None where padded blocks are faster."""
+        if self.device.type != "cpu" or self.sequences()[:, 1].mean() < MEAN_TOKENS:
+            return None
+        if self._plan is None:
+            self._plan = SequencePlan.of(self.layout)
+        return self._plan
+
+    def blocks(self, window: int | None) -> _Blocks:
         """Padded blocks under a sliding window of `window` tokens, or without one."""
         if window not in self._blocks:
-            self._blocks[window] = list(_blocks(self.sequences(), window, self.device))
+            self._blocks[window] = _blocks(self.sequences(), window, self.device)
         return self._blocks[window]
 
     def varlen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
@@ -87,25 +106,31 @@ class DeviceLayout:
         return self._varlen
 
 
-def _blocks(sequences: np.ndarray, window: int | None, device: torch.device) -> Iterator[_Block]:
+def _blocks(sequences: np.ndarray, window: int | None, device: torch.device) -> _Blocks:
     bins: dict[tuple[int, int], list[int]] = {}
     for number, (_, length, _, prefix) in enumerate(sequences.tolist()):
         prefix_bin = math.ceil(math.log(prefix, _LENGTH_RATIO)) if prefix else -1
         bins.setdefault((math.ceil(math.log(length, _LENGTH_RATIO)), prefix_bin), []).append(number)
+    blocks, order, end = [], np.empty(int(sequences[:, 1].sum()), dtype=np.int64), 0
     for numbers in bins.values():
         similar = sequences[numbers]
         size = int(similar[:, 1].max()) * int((similar[:, 1] + similar[:, 3]).max())
         step = max(1, _MASK_ENTRIES // size)
         for first in range(0, len(similar), step):
-            yield _block(similar[first : first + step], window, device)
+            part = similar[first : first + step]
+            blocks.append(_block(part, window, device))
+            queries = int(part[:, 1].max())
+            for row, (start, length) in enumerate(part[:, :2].tolist()):
+                order[start : start + length] = end + row * queries + np.arange(length)
+            end += len(part) * queries
+    return _Blocks(blocks, torch.from_numpy(order).to(device))
 
 
 def _block(sequences: np.ndarray, window: int | None, device: torch.device) -> _Block:
     starts, lengths, prefix_starts, prefixes = sequences.T
     queries, prefix = int(lengths.max()), int(prefixes.max())
     own = np.arange(queries)
-    real = own < lengths[:, None]
-    query_at = np.where(real, starts[:, None] + own, starts[:, None])
+    query_at = np.where(own < lengths[:, None], starts[:, None] + own, starts[:, None])
     # A prefix is padded on the left, so that it ends where the queries' own keys begin.
     offset = np.arange(prefix) - (prefix - prefixes[:, None])
     prefix_at = np.where(offset >= 0, prefix_starts[:, None] + offset, starts[:, None])
@@ -120,12 +145,7 @@ def _block(sequences: np.ndarray, window: int | None, device: torch.device) -> _
             real_keys = np.concatenate([offset >= 0, np.ones((len(sequences), queries), dtype=bool)], axis=1)
             rows = causal[None] & real_keys[:, None]
         mask = torch.from_numpy(rows[:, None].copy()).to(device)
-    return _Block(
-        torch.from_numpy(query_at).to(device),
-        torch.from_numpy(key_at).to(device),
-        torch.from_numpy(real).to(device),
-        mask,
-    )
+    return _Block(torch.from_numpy(query_at).to(device), torch.from_numpy(key_at).to(device), mask)
 
 
 _current: list[DeviceLayout] = []
@@ -143,10 +163,28 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (1, heads, tokens, head size) in, (1, tokens, heads, head size) out."""
     del module, attention_mask
-    layout = _current[-1]
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+    layout, kind = _current[-1], query.device.type
+    if torch.is_autocast_enabled(kind):
+        # Where weights are float32, rotary embeddings make float32 of queries and keys, but not of values.
+        query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
+    if kind == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return flash_attention(layout, query, key, value, scaling, sliding_window), None
+    # Training computes gradients, for which one sequence at a time is faster.
+    if query.requires_grad and sliding_window is None and (plan := layout.sequence_plan()) is not None:
+        return sequence_attention(plan, query, key, value, scaling), None
     return padded_attention(layout, query, key, value, scaling, sliding_window), None
+
+
+@functools.cache
+def takes_enable_gqa() -> bool:
+    """Whether torch's wrapper of the flash kernel has the keyword `enable_gqa`.
+
+    torch 2.11 has not, and passes fewer heads of keys than of queries to its kernel, which takes them. Later versions
+    refuse them without the keyword.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def flash_attention(
@@ -157,27 +195,36 @@ def flash_attention(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """`attend` by one call of the flash kernel for sequences of different lengths."""
+    """`attend` by one call of the flash kernel for sequences of different lengths; with gradients on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
     keys, q_ends, k_ends, longest_query, longest_key = layout.varlen()
-    # The kernel takes one head size. Where values have a smaller one, their padding comes out as zeros.
-    size = value.shape[-1]
-    value = torch.nn.functional.pad(value, (0, query.shape[-1] - size))
+    # The kernel takes one head size, a multiple of 8. Zeros at the end of queries and keys change no score, and those
+    # of values come out as zeros.
+    size, of_value = query.shape[-1], value.shape[-1]
+    width = -(-max(size, of_value) // 8) * 8
+    q, k, v = (_widened(part[0].transpose(0, 1), width) for part in (query, key, value))
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if takes_enable_gqa() else {}
     out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1)[keys],
-        value[0].transpose(0, 1)[keys],
+        q,
+        k[keys],
+        v[keys],
         q_ends,
         k_ends,
         longest_query,
         longest_key,
-        scale=scaling,
+        scale=size**-0.5 if scaling is None else scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(out, torch.Tensor)
-    return out[None, ..., :size]
+    return out[None, ..., :of_value]
+
+
+def _widened(part: torch.Tensor, width: int) -> torch.Tensor:
+    """`part` with its last dimension padded by zeros to `width`; `part` itself where it has that already."""
+    missing = width - part.shape[-1]
+    return torch.nn.functional.pad(part, (0, missing)) if missing else part
 
 
 def padded_attention(
@@ -188,13 +235,13 @@ def padded_attention(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """`attend` in blocks of sequences of similar length, padded to the longest."""
+    """`attend` in blocks of sequences of similar length, padded to the longest; with gradients on any device."""
     # Tokens first: all heads of a token are gathered as one contiguous piece.
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    # The head size of values may differ from that of queries.
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    for block in layout.blocks(window):
-        attended = torch.nn.functional.scaled_dot_product_attention(
+    of_layout = layout.blocks(window)
+    attended = []
+    for block in of_layout.blocks:
+        out = torch.nn.functional.scaled_dot_product_attention(
             q[block.queries].transpose(1, 2),
             k[block.keys].transpose(1, 2),
             v[block.keys].transpose(1, 2),
@@ -203,8 +250,9 @@ def padded_attention(
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        out[block.queries[block.real]] = attended.transpose(1, 2)[block.real]
-    return out[None]
+        attended.append(out.transpose(1, 2).flatten(0, 1))
+    # Gathered, not written block by block into one tensor: each such write would copy all of its gradient.
+    return torch.cat(attended)[of_layout.order][None]
 
 
 AttentionInterface.register(NAME, attend)

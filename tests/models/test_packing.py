@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dice_py.scoring.packing import Batch, Group, Packer, batches_by_budget, group_rows
+from dice_py.models.packing import Batch, Group, Packer, batches_by_budget, group_rows
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Sequences packed for scoring: a batch has no padding, and each prompt once for all of its responses.
 
 A batch is one row of tokens: a prompt, then its responses one after the other, then the next prompt. Everything but
-attention treats tokens independently. Attention (scoring/packed_attention.py) reads from a `PackedLayout` which
+attention treats tokens independently. Attention (models/packed_attention.py) reads from a `PackedLayout` which
 tokens belong together.
 """
 

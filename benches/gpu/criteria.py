@@ -1,0 +1,179 @@
+"""What each part must show, and the lines of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SHARE_OF_MATMUL_RATE = 0.55
+SPEEDUP_OVER_AUTHORS = 8.0
+LOSS_TOLERANCE = 2e-2
+"""Of losses in bfloat16, as in benches/training.py."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One requirement of a part.
+
+    Attributes:
+        reached: None where its figure is missing.
+        speed: it is about a rate, which a dry run on a CPU does not show.
+    """
+
+    what: str
+    value: str
+    target: str
+    reached: bool | None
+    speed: bool = False
+
+
+Figures = dict[str, Any]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _least(what: str, value: float | None, target: float, *, speed: bool = False) -> Criterion:
+    return Criterion(what, _number(value), f"≥ {target:g}", None if value is None else value >= target, speed)
+
+
+def _most(what: str, value: float | None, target: float) -> Criterion:
+    return Criterion(what, _number(value), f"≤ {target:.4g}", None if value is None else value <= target)
+
+
+def _equal(what: str, value: Any, target: Any) -> Criterion:
+    return Criterion(what, str(value), str(target), None if value is None else value == target)
+
+
+def _attention(figures: Figures) -> Iterator[Criterion]:
+    for part in ("forward", "backward"):
+        bad = figures.get(f"bad_{part}")
+        yield _equal(f"cases of {part} that are off", None if bad is None else len(bad), 0)
+
+
+def _parity(figures: Figures) -> Iterator[Criterion]:
+    yield _equal("scoring is packed", figures.get("packs"), True)
+    packed, alone = (figures.get(f"{way}_bf16", {}).get("mean") for way in ("packed", "one_at_a_time"))
+    what = "packed bf16 from float32, nats (3 × what one at a time is off, + 0.01)"
+    yield _most(what, packed, 0.01 + 3 * (alone or 0.0))
+
+
+def _scoring(figures: Figures) -> Iterator[Criterion]:
+    yield _least("share of the matrix rate", figures.get("share_of_matmul_rate"), SHARE_OF_MATMUL_RATE, speed=True)
+    times = figures.get("speedup_over", {}).get("authors")
+    yield _least("times the authors' way", times, SPEEDUP_OVER_AUTHORS, speed=True)
+
+
+def _training(figures: Figures) -> Iterator[Criterion]:
+    what = "largest difference of a step's loss between the ways"
+    yield _most(what, figures.get("largest_loss_difference"), LOSS_TOLERANCE)
+
+
+def _run(figures: Figures) -> Iterator[Criterion]:
+    yield _equal("exit code of dice run --rounds 2", figures.get("exit_code"), 0)
+
+
+def _fsdp(figures: Figures) -> Iterator[Criterion]:
+    if "skipped" not in figures:
+        yield _equal("exit code with one rank of FSDP2", figures.get("exit_code"), 0)
+
+
+def _gpu_tests(figures: Figures) -> Iterator[Criterion]:
+    yield _equal("exit code of pytest -m gpu", figures.get("exit_code"), 0)
+
+
+CRITERIA: dict[str, Callable[[Figures], Iterator[Criterion]]] = {
+    "attention": _attention,
+    "parity": _parity,
+    "scoring": _scoring,
+    "training": _training,
+    "lora": _training,
+    "run": _run,
+    "fsdp": _fsdp,
+    "gpu_tests": _gpu_tests,
+}
+
+
+def evaluate(name: str, figures: Figures) -> list[dict[str, Any]]:
+    """The part's criteria with what was measured, ready for JSON."""
+    return [asdict(criterion) for criterion in CRITERIA.get(name, lambda _: iter(()))(figures)]
+
+
+def is_met(result: dict[str, Any], cpu: bool) -> bool:
+    """True if the part ended well and reached all that it must; on a CPU, rates do not count."""
+    counted = [criterion for criterion in result["criteria"] if not (cpu and criterion["speed"])]
+    return bool(result["ok"]) and all(criterion["reached"] for criterion in counted)
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+
+def _ways(figures: Figures, value: str, unit: str) -> str:
+    return ", ".join(
+        f"{name} {_number(way[value])}{unit}" if value in way else f"{name} FAILED"
+        for name, way in figures.get("ways", {}).items()
+        if value in way or "error" in way
+    )
+
+
+def _training_line(figures: Figures) -> str:
+    peaks = _ways(figures, "peak_gb", " GB")
+    ratio = figures.get("speedup_over_stock")
+    return f"{figures.get('shape')}: {_ways(figures, 'training_seconds', ' s')}; times stock: {ratio}; peak: {peaks}"
+
+
+HEADLINES: dict[str, Callable[[Figures], str]] = {
+    "machine": lambda f: (
+        f"{f.get('nvidia_smi', 'no GPU')}; bf16 {f.get('bfloat16_tflops')}, float32 "
+        f"{f.get('float32_tflops')} TFLOP/s; copy {f.get('copy_tb_per_s')} TB/s; world {f.get('world')}"
+    ),
+    "attention": lambda f: (
+        f"{f.get('cases')} cases; worst forward {f.get('worst_forward')}, backward "
+        f"{f.get('worst_backward')}; {f.get('layer_ms')} ms a layer, {f.get('layer_tflops')} TFLOP/s"
+    ),
+    "parity": lambda f: (
+        "mean from float32, nats: "
+        + ", ".join(
+            f"{way} {f[way + '_bf16']['mean']}" for way in ("packed", "padded", "one_at_a_time") if way + "_bf16" in f
+        )
+        + f"; halved to {f.get('halved_to')}"
+    ),
+    "scoring": lambda f: f"{f.get('shape')}: {_ways(f, 'seconds', ' s')}; ours is faster by {f.get('speedup_over')}",
+    "training": _training_line,
+    "lora": _training_line,
+    "run": lambda f: (
+        f"{f.get('seconds')} s, exit {f.get('exit_code')}"
+        + (f", with a wider tolerance {f['exit_code_wider']}" if "exit_code_wider" in f else "")
+        + "".join(f"; round {n}: {_round(f.get(f'round-{n:02d}', {}))}" for n in (1, 2))
+    ),
+    "generation": lambda f: (
+        f"{f.get('shape')}: {_ways(f, 'tokens_per_second', ' tokens/s')}; times generate: "
+        f"{f.get('speedup_over_generate')}; mismatches {f.get('mismatches')}"
+    ),
+    "draw": lambda f: "; ".join(f"{n}: {v['step_ms']} ms, on the host {v['host_ms']}" for n, v in f.items()),
+    "fsdp": lambda f: f.get("skipped") or f"{f.get('steps')} steps, loss at step 0 {f.get('step0_loss')}",
+    "gpu_tests": lambda f: f"{f.get('passed', 0)} passed, {f.get('failed', 0)} failed, {f.get('skipped', 0)} skipped",
+}
+
+
+def _round(found: Figures) -> str:
+    accuracies = f"{_number(found.get('start_oracle_accuracy'))} to {_number(found.get('oracle_accuracy'))}"
+    return f"step 0 {_number(found.get('step0_loss'))}, accuracy {accuracies}"
+
+
+def lines(name: str, result: dict[str, Any]) -> list[str]:
+    """The part's lines of the table: how it ended, its criteria, and its notes."""
+    state = "ok" if result["ok"] else str(result["code"]) if isinstance(result["code"], str) else "FAILED"
+    rows = [f"{name:<11} {state:<9} {result['seconds']:>6.1f} s  {_headline(name, result.get('figures') or {})}"]
+    if result.get("error"):
+        rows.append(f"{'':<30} error: {result['error'][:400]}")
+    for criterion in result["criteria"]:
+        verdict = {True: "reached", False: "NOT REACHED", None: "NOT MEASURED"}[criterion["reached"]]
+        rows.append(f"{'':<30} {verdict}: {criterion['what']}: {criterion['value']} ({criterion['target']})")
+    return rows + [f"{'':<30} note: {note[:300]}" for note in result.get("notes", [])[:5]]
+
+
+def _headline(name: str, figures: Figures) -> str:
+    return HEADLINES[name](figures) if figures else ""
