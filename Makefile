@@ -14,8 +14,8 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-rust test-python lint format docs bench bench-quick bench-peers bench-stream \
-	bench-scoring bench-generation bench-training bench-plan gpu-kit lock clean
+.PHONY: help setup run test test-fast test-rust test-python test-vllm lint format docs bench bench-quick bench-peers \
+	bench-stream bench-scoring bench-generation bench-training bench-plan gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +49,9 @@ test-rust: setup ## Rust's tests
 
 test-python: setup ## Python's tests, a file in one of TEST_JOBS processes
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-vllm: setup ## Python's tests of the vLLM engine, alone; `make test` has them too (about two minutes)
+	$(PYTEST) -m vllm $(PYTEST_ARGS)
 
 lint: setup ## formats, clippy, ruff, import contracts, mypy, stubtest
 	cargo fmt --all --check

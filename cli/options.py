@@ -26,6 +26,10 @@ RunPolicy = Annotated[
     str | None, typer.Option("--policy", help="π_1, a DPO-tuned model: folder, GGUF file or Hugging Face id.")
 ]
 RunReference = Annotated[str | None, typer.Option("--reference", help="The model that its DPO training started from.")]
+Sft = Annotated[
+    str | None,
+    typer.Option("--sft", help="Instead of both: the SFT model, from which round 0 makes π_1 by DPO."),
+]
 Prompts = Annotated[Path | None, typer.Option(help="Prompts: JSONL, JSON or Parquet.")]
 Replay = Annotated[Path | None, typer.Option(help="Offline pairs in TRL's format.")]
 Rounds = Annotated[int | None, typer.Option(help="Rounds of generate, score, mine, replay, train.")]
@@ -60,6 +64,7 @@ def run_config(
     assign: list[str] | None,
     policy: str | None,
     reference: str | None,
+    sft: str | None,
     prompts: Path | None,
     replay: Path | None,
     rounds: int | None,
@@ -74,6 +79,7 @@ def run_config(
         overrides(
             model__policy=policy,
             model__reference=reference,
+            model__sft=sft,
             data__prompts=None if prompts is None else str(prompts),
             data__replay=None if replay is None else str(replay),
             rounds=rounds,

@@ -20,6 +20,7 @@ from cli.options import (
     RunReference,
     Seed,
     Set,
+    Sft,
     run_config,
 )
 from cli.output import print_json
@@ -51,6 +52,7 @@ def plan(
     assign: Set = None,
     policy: RunPolicy = None,
     reference: RunReference = None,
+    sft: Sft = None,
     prompts: Prompts = None,
     replay: Replay = None,
     rounds: Rounds = None,
@@ -64,5 +66,5 @@ def plan(
     Time, GPU hours, disk and memory of each stage: from a short calibration, or from stored measurements of the same
     model shape on the same device.
     """
-    resolved = run_config(config, assign, policy, reference, prompts, replay, rounds, seed)
+    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, seed)
     show_plan(resolved, run_dir or DEFAULT_RUNS, fresh, as_json)

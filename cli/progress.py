@@ -68,7 +68,8 @@ class Display:
         elif event == "note":
             self.line(f"  {fields['text']}")
         elif event == "round":
-            self.line(f"round {fields['number']} of {fields['rounds']}")
+            number = fields["number"]
+            self.line(f"round {number} of {fields['rounds']}" if number else "round 0: DPO from the SFT model")
         elif event == "stage":
             name = fields["stage"].split("/")[-1]
             if fields["status"] == "running":

@@ -19,6 +19,7 @@ from cli.options import (
     RunReference,
     Seed,
     Set,
+    Sft,
     run_config,
 )
 from cli.output import print_json
@@ -31,6 +32,7 @@ def run(
     assign: Set = None,
     policy: RunPolicy = None,
     reference: RunReference = None,
+    sft: Sft = None,
     prompts: Prompts = None,
     replay: Replay = None,
     rounds: Rounds = None,
@@ -41,9 +43,10 @@ def run(
 ) -> None:
     """Run the loop: on your model, or on a small synthetic world.
 
-    The world is made on first use, and used when no model is named.
+    With an SFT model, round 0 first trains the policy by DPO on the offline pairs. The world is made on first use, and
+    used when no model is named.
     """
-    resolved = run_config(config, assign, policy, reference, prompts, replay, rounds, seed)
+    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, seed)
     if dry_run:
         show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
         return

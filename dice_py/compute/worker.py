@@ -30,6 +30,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dice_py.compute.allocator import check_allocator, worker_environment
 from dice_py.compute.devices import cuda_unstarted
 from dice_py.compute.failures import Failure, failure_fields
 from dice_py.errors import DiceError
@@ -71,6 +72,8 @@ class Task:
 
 _from_parent: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the task, then replies
 _requesting = threading.Lock()
+_reported: set[str] = set()
+"""Notes on the allocator that were reported already: a run needs one, not one for each of its processes."""
 
 
 def _read_parent(parent: Connection) -> None:
@@ -138,6 +141,9 @@ def _await_task(modules: Sequence[str], warm_log: str) -> Task:
 def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_log: str) -> None:
     threading.Thread(target=_read_parent, args=(parent,), daemon=True).start()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    allocator_note = check_allocator()
+    if allocator_note is not None:
+        _reported.add(allocator_note)  # The parent reports it; this process's own workers need not.
     task = _await_task(modules, warm_log)
     started = time.monotonic()
     lock = threading.Lock()
@@ -146,7 +152,7 @@ def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_l
         with lock:
             events.send((event, fields))
 
-    report("started")
+    report("started", note=allocator_note)
     try:
         _apply(task.environment)
         _print_to(Path(task.log))
@@ -193,7 +199,8 @@ class Worker:
         self._is_warm = bool(modules)
         self._environment = dict(os.environ)
         self._since = time.monotonic()
-        self._process.start()
+        with worker_environment():
+            self._process.start()
         child_events.close()
         child_parent.close()
         self._log: Path | None = None
@@ -268,6 +275,10 @@ class Worker:
                 if event[0] != "started":
                     return event
                 self.started = True
+                note = event[1]["note"]
+                if note is not None and note not in _reported:
+                    _reported.add(note)
+                    return "note", {"text": note}
         except (EOFError, OSError):
             self.ended = True
         return None

@@ -161,8 +161,8 @@ def resolve(
     for assignment in assignments:
         _merge(settings, _parse_set(assignment))
     model = settings.get("model")
-    has_policy = isinstance(model, Mapping) and model.get("policy") is not None
-    base: dict[str, Any] = {} if has_policy or one_stage else _merge({}, WORLD_DEFAULTS)
+    has_model = isinstance(model, Mapping) and any(model.get(name) is not None for name in ("policy", "sft"))
+    base: dict[str, Any] = {} if has_model or one_stage else _merge({}, WORLD_DEFAULTS)
     try:
         return RunConfig.model_validate(_merge(base, settings), context=ONE_STAGE if one_stage else None)
     except ValidationError as error:

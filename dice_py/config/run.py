@@ -8,7 +8,14 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from dice_py.config.mining import MineConfig
 from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Positive, Section
-from dice_py.config.stages import EvaluateConfig, GenerateConfig, ReplayConfig, ScoreConfig, WorldConfig
+from dice_py.config.stages import (
+    EvaluateConfig,
+    GenerateConfig,
+    ReplayConfig,
+    RoundZeroConfig,
+    ScoreConfig,
+    WorldConfig,
+)
 from dice_py.config.training import TrainConfig
 
 ONE_STAGE = {"one_stage": True}
@@ -30,6 +37,7 @@ class RunConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     devices: DevicesConfig = Field(default_factory=DevicesConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    round0: RoundZeroConfig = Field(default_factory=RoundZeroConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
     mine: MineConfig = Field(default_factory=MineConfig)
@@ -40,8 +48,13 @@ class RunConfig(Section):
 
     @property
     def is_world(self) -> bool:
-        """True when no policy is named: the run is on the synthetic world."""
-        return self.model.policy is None
+        """True when neither a policy nor an SFT model is named: the run is on the synthetic world."""
+        return self.model.policy is None and self.model.sft is None
+
+    @property
+    def has_round_zero(self) -> bool:
+        """True when π_1 is made first, from the SFT model."""
+        return self.model.sft is not None
 
     @model_validator(mode="after")
     def _check_run(self, info: ValidationInfo) -> RunConfig:
@@ -52,8 +65,15 @@ class RunConfig(Section):
                 f"mine.min_responses is {self.mine.min_responses}, but generate.samples is "
                 f"{self.generate.samples}: no prompt could give a pair"
             )
+        if not self.has_round_zero and self.round0 != RoundZeroConfig():
+            raise ValueError(
+                "round0 sets the training of π_1 from an SFT model, which is not given: name it in model.sft (--sft), "
+                "or leave round0 out"
+            )
         if self.is_world:
             _check_world_run(self)
+        elif self.has_round_zero:
+            _check_round_zero(self)
         else:
             _check_own_run(self)
         return self
@@ -76,14 +96,30 @@ def _check_world_run(config: RunConfig) -> None:
     present = [name for name, value in inputs.items() if value is not None]
     if present:
         raise ValueError(
-            f"{', '.join(present)} given without model.policy (--policy); name the policy, "
-            "or leave all of them out to run on the synthetic world"
+            f"{', '.join(present)} given without model.policy (--policy) or model.sft (--sft); name the policy, or the "
+            "SFT model to make it from, or leave all of them out to run on the synthetic world"
         )
     if _weights_offline_pairs(config) or config.replay.stratify_by == "source":
         raise ValueError(
             "the synthetic world's offline pairs have no margin, round or source: leave out "
             "replay.margin_power, replay.half_life and replay.stratify_by=source (replay.buffer has its own "
             "margin_power and half_life)"
+        )
+
+
+def _check_round_zero(config: RunConfig) -> None:
+    """Checks a run that makes its policy from the user's SFT model."""
+    made = {"model.policy (--policy)": config.model.policy, "model.reference (--reference)": config.model.reference}
+    both = [name for name, value in made.items() if value is not None]
+    if both:
+        raise ValueError(
+            f"{' and '.join(both)} given together with model.sft (--sft): round 0 makes the policy from the SFT model, "
+            "which is the reference. Leave out model.sft, or the others"
+        )
+    if config.data.replay is None:
+        raise ValueError(
+            "model.sft (--sft) is given without offline pairs: round 0 trains the policy on them; give data.replay "
+            "(--replay FILE)"
         )
 
 

@@ -19,12 +19,20 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The models and how they are loaded. Each is a folder, a GGUF file or a Hugging Face id."""
 
-    policy: str | None = Field(default=None, description="π_1, the DPO-tuned model; none: a run on the synthetic world")
+    policy: str | None = Field(
+        default=None, description="π_1, the DPO-tuned model; neither it nor sft: a run on the synthetic world"
+    )
     reference: str | None = Field(default=None, description="the model that the policy's DPO training started from")
+    sft: str | None = Field(
+        default=None,
+        description="instead of policy and reference: the SFT model. Round 0 trains π_1 from it by DPO on data.replay, "
+        "and it is the reference of round 1",
+    )
     policy_revision: str | None = Field(
         default=None, description="branch, tag or commit of the policy on the Hugging Face hub"
     )
     reference_revision: str | None = Field(default=None, description="branch, tag or commit of the reference")
+    sft_revision: str | None = Field(default=None, description="branch, tag or commit of the SFT model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: bfloat16 on a GPU that supports it, else float32"
     )
@@ -61,7 +69,10 @@ class DevicesConfig(Section):
 class DataConfig(Section):
     """Prompts for the rounds, offline preference pairs for replay, and held-out data."""
 
-    prompts: str | None = Field(default=None, description="JSONL, JSON or Parquet with a prompt column")
+    prompts: str | None = Field(
+        default=None,
+        description="JSONL, JSON or Parquet with a prompt column; none with model.sft: the prompts of replay",
+    )
     replay: str | None = Field(default=None, description="offline pairs in TRL's format: prompt, chosen, rejected")
     eval_prompts: str | None = Field(default=None, description="held-out prompts; none: a share of prompts")
     eval_pairs: str | None = Field(

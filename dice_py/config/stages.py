@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dice_py.config.shared import Positive, Probability, Section
+from dice_py.config.training import TrainConfig
 
 
 class VllmConfig(Section):
@@ -130,6 +131,30 @@ class ReplayConfig(Section):
                     "(data.replay) nor 'rounds' (the run's own buffer)"
                 )
         return self
+
+
+class RoundZeroConfig(Section):
+    """Round 0 (model.sft): DPO from the SFT model on all pairs of data.replay. Each setting: none is as in train."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(default=None, description="peak learning rate")
+    lr_scheduler_type: str | None = Field(default=None, description="a scheduler of transformers")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="optimizer steps over which the learning rate rises"
+    )
+    num_train_epochs: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="passes over the pairs; train.max_steps then does not apply"
+    )
+    max_steps: Positive | None = Field(default=None, description="optimizer steps")
+    sft_weight: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=None, description="weight of the NLL of the chosen response, added to the loss"
+    )
+
+    def training(self, train: TrainConfig) -> TrainConfig:
+        """`train` with the settings that are given here."""
+        update = {name: value for name, value in self.model_dump().items() if value is not None}
+        if self.num_train_epochs is not None:
+            update.setdefault("max_steps", None)
+        return train.model_copy(update=update)
 
 
 class EvaluateConfig(Section):

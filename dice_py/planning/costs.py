@@ -11,7 +11,7 @@ from typing import Any
 
 from dice_py.config.run import RunConfig
 from dice_py.models.sizes import ModelSize
-from dice_py.planning.counts import Data, RoundCounts
+from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
 from dice_py.planning.memory import checkpoint_bytes, generate_memory, score_memory, train_memory
 from dice_py.planning.timeline import Task, timeline
@@ -217,9 +217,9 @@ class Estimator:
             lacking=lacking,
         )
 
-    def train(self, counts: RoundCounts) -> _Estimate:
-        """Optimizer steps, each by its tokens; checkpoints; the model at the end."""
-        config, costs, machine = self.config, self.costs.train, self.machine
+    def train(self, counts: RoundCounts, config: RunConfig | None = None) -> _Estimate:
+        """Optimizer steps, each by its tokens; checkpoints; the model at the end. `config`: if not the run's."""
+        config, costs, machine = config or self.config, self.costs.train, self.machine
         train = config.train
         batch = min(train.batch_size, counts.pairs) if counts.pairs else train.batch_size
         step = costs.per_step * counts.pair_tokens * batch / max(1.0, costs.step_tokens)
@@ -303,7 +303,7 @@ class Estimator:
     def _add_pairs(self, stage: _Estimate, number: int, pairs: int, held: bool) -> tuple[int, float]:
         """Adds the held-out pairs; returns (models that score them, tokens to score). `held`: one model is loaded."""
         before = f"policy {number - 1}" if self.config.reward_reference == "previous" else "reference"
-        new = {f"policy {number}", before, "reference"} - self._stored_logps
+        new = {f"policy {number}", before, "policy 0", "reference"} - self._stored_logps
         self._stored_logps |= new
         prompt, chosen, rejected = self.data.pair_tokens or (0.0, 0.0, 0.0)
         stage.load += (len(new) - held) * self.costs.score.load
@@ -320,9 +320,7 @@ class Estimator:
             check: seconds of the process that checks the user's models and data; None where there is none. It is
                 part of the first stage.
         """
-        names: list[str] = []
-        stages: list[_Estimate] = []
-        tasks = [] if check is None else [Task(0.0, check, prepares=True)]
+        stages = self._round_zero() if self.config.has_round_zero else {}
         for number, counts in enumerate(rounds, start=1):
             for kind, stage in (
                 ("generate", self.generate(counts)),
@@ -332,18 +330,26 @@ class Estimator:
                 ("train", self.train(counts)),
                 ("evaluate", self.evaluate(number)),
             ):
-                names.append(f"round-{number:02d}/{kind}")
-                stages.append(stage)
-                prepares = kind != "mine" and (kind != "evaluate" or number < len(rounds))
-                startup = None if kind == "mine" else self.costs.startup[kind]
-                tasks.append(Task(startup, stage.work + stage.load, prepares))
+                stages[f"round-{number:02d}/{kind}"] = stage
+        tasks = [] if check is None else [Task(0.0, check, prepares=True)]
+        for name, stage in stages.items():
+            kind = name.rpartition("/")[2]
+            prepares = kind != "mine" and name != f"round-{len(rounds):02d}/evaluate"
+            startup = None if kind == "mine" else self.costs.startup[kind]
+            tasks.append(Task(startup, stage.work + stage.load, prepares))
         times = timeline(tasks)
         before = 0.0 if check is None else times.pop(0)[0]
         entries = {}
-        for name, stage, (seconds, wait) in zip(names, stages, times, strict=True):
+        for (name, stage), (seconds, wait) in zip(stages.items(), times, strict=True):
             entries[name] = self._entry(stage, seconds, wait, before)
             before = 0.0
         return entries
+
+    def _round_zero(self) -> dict[str, _Estimate]:
+        """The stages of round 0: all offline pairs, under the SFT model and its training."""
+        config = self.config.model_copy(update={"train": self.config.round0.training(self.config.train)})
+        counts = count_round_zero(config, self.data, self.machine.processes)
+        return {"round-00/replay": self.replay(counts), "round-00/train": self.train(counts, config)}
 
     def _entry(self, stage: _Estimate, seconds: float, wait: float, before: float) -> dict[str, Any]:
         """A stage's entry in the plan. `before`: seconds that precede it and count as its start-up."""

@@ -32,6 +32,8 @@ class Data:
     eval_prompts: tuple[int, ...] = ()
     """Tokens of each held-out prompt."""
     eval_pairs: int = 0
+    round_zero_pairs: int = 0
+    """Offline pairs that round 0 trains on, if the run has a round 0."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,36 @@ def count_rounds(config: RunConfig, data: Data, processes: int = 1) -> list[Roun
     for number in range(len(data.rounds)):
         rounds.append(_count_round(config, data, processes, number, rounds))
     return rounds
+
+
+def count_round_zero(config: RunConfig, data: Data, processes: int = 1) -> RoundCounts:
+    """The counts of round 0, which samples nothing: all offline pairs are replayed.
+
+    Args:
+        config: with the training of round 0 as `train`.
+        processes: processes of the training.
+    """
+    pairs = data.round_zero_pairs
+    prompt, chosen, rejected = data.pair_tokens or (0.0, 0.0, 0.0)
+    pair_tokens = 2 * prompt + chosen + rejected
+    return RoundCounts(
+        prompts=0,
+        prompts_too_long=0,
+        shards=0,
+        responses=0,
+        prompt_tokens=0,
+        response_tokens=0,
+        lengths=[],
+        pool_responses=0,
+        pool_tokens=0,
+        mined=0,
+        replay=pairs,
+        replay_requested=pairs,
+        pairs=pairs,
+        pair_tokens=pair_tokens,
+        replay_tokens=round(pairs * pair_tokens),
+        steps=training_steps(config, pairs, processes),
+    )
 
 
 def _count_round(

@@ -165,7 +165,7 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
         probe=probed,
         costs=costs,
         source=source,
-        data=_data(inputs, prompts, probed, costs, lengths),
+        data=_data(config, inputs, prompts, probed, costs, lengths),
         policy=model_size(inputs.policy),
         reference=model_size(inputs.reference),
         check_seconds=_check_seconds(run.folder / "events.jsonl"),
@@ -178,7 +178,14 @@ def _check_seconds(events: Path) -> float | None:
     return sum(event["seconds"]["total"] for event in checks) or None
 
 
-def _data(inputs: Inputs, rounds: list[Path], probed: Probe, costs: StageCosts, lengths: ResponseLengths) -> Data:
+def _data(
+    config: RunConfig,
+    inputs: Inputs,
+    rounds: list[Path],
+    probed: Probe,
+    costs: StageCosts,
+    lengths: ResponseLengths,
+) -> Data:
     """`rounds`: the prompts of each round."""
     prompts = [read_parquet(file, ["prompt_id", "messages"]) for file in rounds]
     pools = [file for file in (inputs.offline, *inputs.buffers.values()) if file is not None]
@@ -191,6 +198,7 @@ def _data(inputs: Inputs, rounds: list[Path], probed: Probe, costs: StageCosts, 
         rounds=[frame["prompt_id"].to_list() for frame in prompts],
         tokens=probed.prompt_tokens,
         offline=offline,
+        round_zero_pairs=parquet_rows(inputs.offline) if config.has_round_zero and inputs.offline is not None else 0,
         lengths=lengths.lengths,
         usable=lengths.usable,
         pair_tokens=costs.score.pair_tokens,

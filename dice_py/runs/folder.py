@@ -20,7 +20,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DiskFullError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.stages.job import Job, StageFile, StageResult
-from dice_py.stages.registry import REGISTRY, stage_of
+from dice_py.stages.registry import REGISTRY, ROUND_STAGES, ROUND_ZERO_STAGES, stage_of
 from dice_py.storage.files import Manifest, is_disk_full
 from dice_py.storage.lock import exclusive_lock, is_locked
 
@@ -73,11 +73,12 @@ class Run:
             self._monitor = None  # reported once
             self.report("gpu", stage=stage, gpus=[], text=problem)
 
-    def run_stage(self, number: int, job: Job, *, is_last: bool = False) -> StageResult:
+    def run_stage(self, number: int, job: Job, *, is_last: bool = False, following: str | None = None) -> StageResult:
         """The result of a job in round `number`: the manifest's if its key and files still hold, else made now.
 
         Args:
             is_last: no stage follows, whose process could be started meanwhile.
+            following: the stage that follows, if it is not the one that the table of stages names.
         """
         stage = stage_of(job)
         name, key = f"{round_name(number)}/{stage.name}", job.key()
@@ -92,7 +93,7 @@ class Run:
         self.manifest.record(name, key=key, status="running", started=started, seconds=None, counts={}, files=[])
         self.report("stage", stage=name, status="running")
         try:
-            result = self._work(job, self.folder / name, is_last)
+            result = self._work(job, self.folder / name, is_last, following)
         except BaseException:
             with contextlib.suppress(OSError, DiskFullError):  # the stage's own error is the one to report
                 self.report_gpus(name)
@@ -104,18 +105,22 @@ class Run:
         self.report("stage", stage=name, status="done", seconds=seconds, counts=result.counts)
         return result
 
-    def _work(self, job: Job, folder: Path, is_last: bool) -> StageResult:
-        return self.spawn(job, folder, is_last=is_last) if stage_of(job).has_process else job.run(self.report)
+    def _work(self, job: Job, folder: Path, is_last: bool, following: str | None) -> StageResult:
+        if not stage_of(job).has_process:
+            return job.run(self.report)
+        return self.spawn(job, folder, is_last=is_last, following=following)
 
-    def spawn(self, job: Job, folder: Path, *, is_last: bool = False) -> StageResult:
+    def spawn(self, job: Job, folder: Path, *, is_last: bool = False, following: str | None = None) -> StageResult:
         """Runs a job in a process of its own, whose output is `folder/worker.log`.
 
-        Meanwhile the process of the next stage is started, and imports what that stage needs.
+        Meanwhile the process of the next stage is started, and imports what that stage needs. `is_last` and `following`
+        as in `run_stage`.
         """
         stage = stage_of(job)
         warm = self._warm.take(stage.imports) if stage.imports else None
-        if stage.following is not None and not is_last:
-            self._warm.prepare(REGISTRY[stage.following].imports)
+        following = following or stage.following
+        if following is not None and not is_last:
+            self._warm.prepare(REGISTRY[following].imports)
         result: StageResult = run_in_subprocess(
             job.run, log=folder / "worker.log", remedy=stage.remedy, report=self.report, warm=warm
         )
@@ -132,6 +137,12 @@ class Run:
 def round_name(number: int) -> str:
     """ "round-01" for round 1."""
     return f"round-{number:02d}"
+
+
+def stage_names(config: RunConfig) -> list[str]:
+    """The names of all stages of a run ("round-01/generate"), in order of work; round 0 comes first if it has one."""
+    names = [f"{round_name(0)}/{stage}" for stage in ROUND_ZERO_STAGES] if config.has_round_zero else []
+    return names + [f"{round_name(number)}/{stage}" for number in range(1, config.rounds + 1) for stage in ROUND_STAGES]
 
 
 def new_run_folder(runs: Path) -> Path:

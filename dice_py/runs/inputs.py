@@ -42,6 +42,7 @@ class Inputs:
     """The models and data that every round reads."""
 
     policy: Path
+    """π_1. With model.sft, before round 0: the SFT model."""
     reference: Path
     prompts: Path
     offline: Path | None
@@ -74,13 +75,10 @@ def prepare(run: Run) -> Inputs:
             eval_prompts=world.eval_prompts,
             eval_pairs=world.eval_pairs,
         )
-    model, data = config.model, config.data
-    assert model.policy is not None
-    assert model.reference is not None
-    assert data.prompts is not None
+    data = config.data
     columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
     buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}
-    named = [data.prompts, data.replay, data.eval_prompts, data.eval_pairs, *buffers.values()]
+    named = [_prompts_file(config), data.replay, data.eval_prompts, data.eval_pairs, *buffers.values()]
     files = [file_digest(Path(name)) if name else None for name in named]
     key = digest("inputs", columns, files, list(buffers), config.seed, config.evaluate.model_dump(), versions("polars"))
     outputs = {name: folder / f"{name}.parquet" for name in ("prompts", "offline", "eval_prompts", "eval_pairs")}
@@ -92,9 +90,10 @@ def prepare(run: Run) -> Inputs:
     def made(name: str) -> Path | None:
         return outputs[name] if parquet_key(outputs[name]) == key else None
 
+    policy, reference = _models(run)
     inputs = Inputs(
-        policy=_model(run, model.policy, model.policy_revision, "model.policy (--policy)"),
-        reference=_model(run, model.reference, model.reference_revision, "model.reference (--reference)"),
+        policy=policy,
+        reference=reference,
         prompts=outputs["prompts"],
         offline=made("offline"),
         eval_prompts=made("eval_prompts"),
@@ -103,6 +102,27 @@ def prepare(run: Run) -> Inputs:
     )
     _check(run, inputs, key)
     return inputs
+
+
+def _prompts_file(config: RunConfig) -> str:
+    """The file of the prompts. Where round 0 makes the policy, the offline pairs' prompts serve if none is named."""
+    file = config.data.prompts or config.data.replay
+    assert file is not None
+    return file
+
+
+def _models(run: Run) -> tuple[Path, Path]:
+    """The folders of the policy and the reference; before round 0 both are the SFT model."""
+    model = run.config.model
+    if model.sft is not None:
+        sft = _model(run, model.sft, model.sft_revision, "model.sft (--sft)")
+        return sft, sft
+    assert model.policy is not None
+    assert model.reference is not None
+    return (
+        _model(run, model.policy, model.policy_revision, "model.policy (--policy)"),
+        _model(run, model.reference, model.reference_revision, "model.reference (--reference)"),
+    )
 
 
 def _model(run: Run, name: str, revision: str | None, role: str) -> Path:
@@ -127,14 +147,14 @@ def _check(run: Run, inputs: Inputs, data_key: str) -> None:
     stamp = run.folder / "inputs" / "checked.json"
     if stamp.is_file() and read_json(stamp) == key:
         return
-    run.spawn(job, stamp.parent)
+    run.spawn(job, stamp.parent, following="replay" if run.config.has_round_zero else None)
     write_json(stamp, key)
 
 
 def _split(run: Run, outputs: dict[str, Path], key: str) -> None:
     """Reads the user's files and writes `inputs/`; the prompts last, since their key marks all of them as complete."""
     config, data = run.config, run.config.data
-    assert data.prompts is not None
+    prompts_file = Path(_prompts_file(config))
 
     def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
         more = {} if pool is None else pools[pool]
@@ -149,7 +169,7 @@ def _split(run: Run, outputs: dict[str, Path], key: str) -> None:
         )
 
     pools = pool_columns(config)
-    prompts = read_prompts(Path(data.prompts), data.prompt_column)
+    prompts = read_prompts(prompts_file, data.prompt_column)
     offline = pairs_of(data.replay, "replay") if data.replay else None
     buffers = {name: pairs_of(buffer.path, name) for name, buffer in config.replay.buffers.items()}
     rng = random.Random(seed_for(config.seed, "held out"))
@@ -175,7 +195,7 @@ def _split(run: Run, outputs: dict[str, Path], key: str) -> None:
     keys = pl.Series([prompt_key(messages) for messages in prompts["messages"].to_list()], dtype=pl.String)
     prompts = prompts.filter(~keys.is_in(list(held)))
     if prompts.is_empty():
-        raise DataError(f"{data.prompts}: all of its {before} prompts are held out; give more, or data.eval_prompts")
+        raise DataError(f"{prompts_file}: all of its {before} prompts are held out; give more, or data.eval_prompts")
     if offline is not None:
         offline = offline.filter(~pl.col("key").is_in(list(held)))
         write_parquet(outputs["offline"], offline, key=key)

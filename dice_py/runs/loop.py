@@ -4,6 +4,9 @@ A stage runs when its key is not the manifest's, or its files are not complete; 
 is there already. Model-holding stages run in a process of their own (compute/stage_process.py); this one imports
 neither torch nor transformers.
 
+With an SFT model (`model.sft`) the run has a round 0 that makes the policy: DPO from that model on the offline pairs,
+with the same trainer. Its stages are replay (the pairs, scored by the SFT model) and train.
+
 The reference moves: in round 1 π_ref is the model that the policy's DPO training started from; in round t>1
 it is the policy that round t−1 started from (`reward_reference: previous`), or stays the first one
 (`initial`). Chen et al., arXiv 2406.09760, algorithm 1.
@@ -14,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
 from dice_py.compute.interrupts import terminate_as_interrupt
 from dice_py.config.loading import dump, load_resolved
 from dice_py.config.run import RunConfig
+from dice_py.config.stages import ReplayConfig
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import model_identity
@@ -117,10 +122,12 @@ def resume(folder: Path, report: Report = no_report, *, after_round: AfterRound 
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     inputs = prepare(run)
-    # The models and versions of this run, for people who read the folder.
+    run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
+    if config.has_round_zero:
+        inputs = replace(inputs, policy=_round_zero(run, inputs))
+    # The models of this run, for people who read the folder.
     for role, model in (("policy", inputs.policy), ("reference", inputs.reference)):
         run.manifest.data[role] = {"folder": str(model), "identity": model_identity(model)}
-    run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
     run.manifest.save()
     policy, reference = inputs.policy, inputs.reference
     metrics: dict[str, Any] = {}
@@ -139,6 +146,42 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     run.report("finished", policy=str(policy), report=str(run.folder / "report.html"))
     write_profile(run.folder)  # the end of the last round is known now
     return metrics
+
+
+def _round_zero(run: Run, inputs: Inputs) -> Path:
+    """Trains π_1 by DPO from the SFT model on all offline pairs; returns its folder."""
+    config, base, sft = run.config, run.round_folder(0), inputs.reference
+    assert inputs.offline is not None
+    run.report_gpus(None)
+    run.report("round", number=0, rounds=config.rounds)
+    replay_job = ReplayJob(
+        config=ReplayConfig(),  # all pairs, each once: the shares and weights of `replay` are those of the rounds
+        score_config=config.score,
+        models=config.model,
+        policy=sft,
+        mined=None,
+        generations=[],
+        scores=[],
+        prompts=None,
+        offline=inputs.offline,
+        input_keys=[parquet_key(inputs.offline)],
+        out=base / "replay",
+        seed=seed_for(config.seed, 0, "replay"),
+    )
+    training_set, training_set_key = run.run_stage(0, replay_job).files[0]
+    train_job = TrainJob(
+        config=config.round0.training(config.train),
+        models=config.model,
+        policy=sft,
+        training_set=training_set,
+        training_set_key=training_set_key,
+        out=base / "train",
+        beta=config.beta,
+        seed=seed_for(config.seed, 0, "train"),
+        devices=config.devices,
+    )
+    run.run_stage(0, train_job, following="generate")
+    return train_job.target
 
 
 def _remember(run: Run) -> None:

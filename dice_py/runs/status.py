@@ -7,9 +7,8 @@ from typing import Any
 
 from dice_py.config.loading import load_resolved
 from dice_py.errors import DiceError, UsageError
-from dice_py.runs.folder import is_running
+from dice_py.runs.folder import is_running, stage_names
 from dice_py.runs.profile import profile
-from dice_py.stages.registry import ROUND_STAGES
 from dice_py.storage.files import Manifest
 
 
@@ -28,21 +27,14 @@ def run_status(folder: Path) -> dict[str, Any]:
     manifest = Manifest(folder / "manifest.json")
     running = is_running(folder)
     entries = []
-    for number in range(1, config.rounds + 1):
-        for stage in ROUND_STAGES:
-            name = f"round-{number:02d}/{stage}"
-            entry = manifest.stage(name) or {}
-            status = entry.get("status", "to do")
-            if status == "running" and not running:
-                status = "stopped"
-            entries.append(
-                {
-                    "stage": name,
-                    "status": status,
-                    "seconds": entry.get("seconds"),
-                    "counts": entry.get("counts", {}),
-                }
-            )
+    for name in stage_names(config):
+        entry = manifest.stage(name) or {}
+        status = entry.get("status", "to do")
+        if status == "running" and not running:
+            status = "stopped"
+        entries.append(
+            {"stage": name, "status": status, "seconds": entry.get("seconds"), "counts": entry.get("counts", {})}
+        )
     done = sum(entry["status"] == "done" for entry in entries)
     state = "running" if running else "finished" if done == len(entries) else "stopped"
     return {"run": str(folder), "state": state, "stages": len(entries), "done": done, "entries": entries}

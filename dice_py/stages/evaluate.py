@@ -150,20 +150,20 @@ class EvaluateJob(Job):
         return pl.Series(logps) - pl.Series(ref_logps)
 
     def _pair_metrics(self, pairs: pl.DataFrame, report: Report) -> dict[str, Any]:
-        """Accuracy of the implicit reward against both references, and of length alone.
+        """Accuracy of the implicit reward against both references, of the start's reward, and of length alone.
 
         A model's log-probabilities of the pairs are kept under `shared`, so that each model is run over them once.
         """
         tokenizer = load_tokenizer(self.policy, self.models)
         encoded = encode_pairs(pairs, tokenizer, stop_token_ids(self.policy, tokenizer))
         content = digest(*(encoded[name].to_list() for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
-        logps = self._pair_logps(self.policy, encoded, content, report)
         metrics: dict[str, Any] = {"eval_pairs": encoded.height}
-        for name, folder in (
-            ("implicit_reward_accuracy", self.reference),
-            ("implicit_reward_accuracy_initial_reference", self.initial_reference),
+        for name, policy, reference in (
+            ("implicit_reward_accuracy", self.policy, self.reference),
+            ("implicit_reward_accuracy_initial_reference", self.policy, self.initial_reference),
+            ("start_implicit_reward_accuracy", self.start, self.initial_reference),
         ):
-            ref_logps = self._pair_logps(folder, encoded, content, report)
+            logps, ref_logps = (self._pair_logps(folder, encoded, content, report) for folder in (policy, reference))
             chosen, rejected = (logps[side] - ref_logps[side] for side in ("chosen_logp", "rejected_logp"))
             metrics[name] = reward_accuracy(chosen, rejected)
         lengths = [encoded[side].list.len().cast(pl.Int64) for side in ("chosen_ids", "rejected_ids")]

@@ -57,8 +57,10 @@ class PreflightJob(Job):
         from transformers.training_args import OptimizerNames
 
         train = self.config.train
+        schedulers = [str(kind.value) for kind in SchedulerType]
         for key, name, known in (
-            ("train.lr_scheduler_type", train.lr_scheduler_type, [str(kind.value) for kind in SchedulerType]),
+            ("train.lr_scheduler_type", train.lr_scheduler_type, schedulers),
+            ("round0.lr_scheduler_type", self.config.round0.training(train).lr_scheduler_type, schedulers),
             ("train.optim", train.optim, [str(kind.value) for kind in OptimizerNames]),
         ):
             if name not in known:

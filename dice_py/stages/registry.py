@@ -72,6 +72,9 @@ REGISTRY = {stage.name: stage for stage in _TABLE}
 ROUND_STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
 """The stages of a round, in order of work."""
 
+ROUND_ZERO_STAGES = ("replay", "train")
+"""The stages of round 0, which makes π_1 from the SFT model."""
+
 
 def stage_of(job: Job) -> Stage:
     """The stage that a job is of."""

@@ -34,6 +34,7 @@ from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dice_py.compute.allocator import allocator_settings
 from dice_py.compute.failures import Failure, failure_fields
 from dice_py.compute.worker import Work
 
@@ -110,7 +111,7 @@ class _Stage:
         self._server.listen(count)
         self._launcher = subprocess.Popen(
             [*command, address],
-            env={**os.environ, **environment},
+            env={**os.environ, **allocator_settings(os.environ), **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

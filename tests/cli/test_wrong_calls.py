@@ -255,3 +255,13 @@ def test_a_file_that_is_no_gguf(own, refused) -> None:
     assert said.startswith("error: --policy: model.gguf is not a GGUF file")
     said = own(policy=page)
     assert said.startswith("error: model.policy (--policy): model.gguf is not a GGUF file")
+
+
+def test_an_sft_model_beside_a_policy_or_without_pairs(own, refused) -> None:
+    sft = stub_model(Path("sft"))
+    said = own(2, sft=sft)
+    assert "model.policy (--policy) and model.reference (--reference) given together with model.sft (--sft)" in said
+    said = refused(2, "run", "--sft", sft, "--prompts", "prompts.jsonl")
+    assert "model.sft (--sft) is given without offline pairs" in said
+    said = refused(3, "run", "--sft", "/absent", "--replay", "pairs.jsonl")
+    assert said.startswith("error: model.sft (--sft): /absent is not a folder")

@@ -11,6 +11,7 @@ from chi_square import chi_square
 from device_traffic import Traffic
 from engine_rig import Rig, of_prompt
 
+from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.engines.decoding import SeededSampling
 from dice_py.generation.engines.random_numbers import DeviceNumbers, HostNumbers, numbers_for, philox, round_keys
@@ -161,3 +162,48 @@ def test_a_draw_waits_for_nothing(sampling: dict[str, float]) -> None:
     assert by_kind[HostNumbers] == ["aten::lift_fresh", "aten::_to_copy"]  # from NumPy, and to the device
     with pytest.raises(NotImplementedError, match="meta"):
         rows.alive.tolist()
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_gpu_has_the_numbers_of_cpu_tensors() -> None:
+    seeds = [seed_for(n) for n in range(512)]
+    here, there = DeviceNumbers(seeds, CPU), DeviceNumbers(seeds, torch.device("cuda"))
+    for count in (756, 3):
+        assert torch.equal(here.draw(count), there.draw(count).cpu())
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_p": 0.7, "top_k": 20}])
+def test_a_draw_on_a_gpu_does_not_wait(sampling: dict[str, float]) -> None:
+    device = torch.device("cuda")
+    rows = SeededSampling(range(8), GenerateConfig(**{"temperature": 1.0, **sampling}), [0, 1, 2], device)
+    tokens, logits = torch.zeros(8, 1, dtype=torch.long, device=device), torch.randn(8, 1000, device=device)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows.draw(tokens, logits)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            rows.logp.cpu()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_layout_changes_no_token_on_a_gpu(llama: Path) -> None:
+    config = GenerateConfig(max_new_tokens=24, temperature=1.0)
+    on_cpu = Rig(llama, config)
+    on_cpu.engine.numbers = DeviceNumbers
+    requests = of_prompt(on_cpu, 6, 8)
+    rig = Rig(llama, config, ModelConfig(device="cuda", dtype="float32"))
+    samples = rig.sample(requests)
+    assert [s.token_ids for s in samples] == [s.token_ids for s in on_cpu.sample(requests)]
+    for budget, order in ((900, 1), (700, -1)):
+        rig.engine.config = config.model_copy(update={"token_budget": budget})
+        other = rig.sample(requests[::order])[::order]
+        assert [s.token_ids for s in other] == [s.token_ids for s in samples]

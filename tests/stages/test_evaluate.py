@@ -119,15 +119,17 @@ def test_reward_accuracy_of_the_oracle_needs_different_scores() -> None:
 REWARD, INITIAL = "implicit_reward_accuracy", "implicit_reward_accuracy_initial_reference"
 
 
-def accuracy(policy: Path, reference: Path, initial: Path, pairs: pl.DataFrame, folder: Path) -> dict[str, Any]:
-    """The metrics of held-out pairs; log-probabilities are kept in `folder/shared`."""
+def accuracy(
+    policy: Path, reference: Path, initial: Path, pairs: pl.DataFrame, folder: Path, start: Path | None = None
+) -> dict[str, Any]:
+    """The metrics of held-out pairs; log-probabilities are kept in `folder/shared`. `start`: None is the policy."""
     job = EvaluateJob(
         EvaluateConfig(pairs=20),
         GenerateConfig(),
         ScoreConfig(),
         CPU,
         policy=policy,
-        start=policy,
+        start=start or policy,
         reference=reference,
         initial_reference=initial,
         prompts=None,
@@ -154,7 +156,7 @@ def test_policy_against_itself_ties(llama: Path, other: Path, tmp_path: Path) ->
 def test_accuracy_is_of_the_difference_of_logps(llama: Path, other: Path, tmp_path: Path) -> None:
     policy, reference = llama, other
     pairs = text_pairs(25)
-    metrics = accuracy(policy, reference, policy, pairs, tmp_path)
+    metrics = accuracy(policy, reference, policy, pairs, tmp_path, start=reference)
     tokenizer = load_tokenizer(policy, CPU)
     encoded = encode_pairs(pairs.head(20), tokenizer, stop_token_ids(policy, tokenizer))
     ours, theirs = (score_pairs(ScoreConfig(), CPU, policy=model, pairs=encoded) for model in (llama, other))
@@ -168,6 +170,7 @@ def test_accuracy_is_of_the_difference_of_logps(llama: Path, other: Path, tmp_pa
         "eval_pairs": 20,  # the limit of the config
         REWARD: right / 20,
         INITIAL: 0.5,
+        "start_implicit_reward_accuracy": pytest.approx(1 - right / 20),
         "length_only_accuracy": longer / 20,
     }
     assert 0 < right < 20

@@ -1,6 +1,7 @@
-"""Finds where the host would wait for a device, without one: on torch's `meta` device, whose tensors hold no values.
+"""Records what torch does: where the host would wait for a device, and the largest tensor that it makes.
 
-Reading a value on the host raises an error there, as does an operation whose result's shape depends on values.
+No device is needed for the first. torch's `meta` device has tensors without values: reading one on the host raises an
+error there, as does an operation whose result's shape depends on values.
 """
 
 from __future__ import annotations
@@ -24,4 +25,18 @@ class Traffic(TorchDispatchMode):
         # A tensor made from a list is made on the host, and then copied.
         if len(devices) > 1 or func is torch.ops.aten.lift_fresh.default:
             self.copies.append(func.name())
+        return result
+
+
+class Largest(TorchDispatchMode):
+    """Finds the entries of the largest tensor that is made, views not counted, in `entries`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(result, torch.Tensor):
+            self.entries = max(self.entries, result.numel())
         return result

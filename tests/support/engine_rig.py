@@ -18,14 +18,14 @@ QUESTIONS = ["hello there", "hi", "what is the tallest mountain on this planet, 
 class Rig:
     """An engine on a tiny model, and the prompts' token ids."""
 
-    def __init__(self, folder: Path, config: GenerateConfig) -> None:
+    def __init__(self, folder: Path, config: GenerateConfig, models: ModelConfig = CPU) -> None:
         tokenizer = load_tokenizer(folder, CPU)
         self.stops = stop_token_ids(folder, tokenizer)
         self.prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
         self.engine = TransformersEngine(
             folder,
             config,
-            CPU,
+            models,
             stops=self.stops,
             pad=tokenizer.pad_token_id,
             longest_prompt=max(map(len, self.prompts)),

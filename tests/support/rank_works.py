@@ -29,6 +29,7 @@ def answer(report: Report, start: int) -> int:
     """Reports its rank, and returns `start` plus its rank."""
     report("note", text=f"rank {_rank()}")
     print(f"rank {_rank()} prints, FLAVOUR is {os.environ.get('FLAVOUR')}", flush=True)
+    print(f"MALLOC_TRIM_THRESHOLD_ is {os.environ.get('MALLOC_TRIM_THRESHOLD_')}", flush=True)
     return start + _rank()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 
 from processes import PATIENCE
 
+from dice_py.compute.allocator import keeps_freed_memory
+from dice_py.compute.stage_process import run_in_subprocess
 from dice_py.errors import DataError
 from dice_py.events import Report
 from dice_py.timing import timed
+
+BLOCK = 96 * 2**20
+"""Bytes of a block that `memory_settings` fills: more than any threshold of glibc that adapts itself."""
 
 
 class OfAStageError(DataError):
@@ -69,3 +75,29 @@ def take_time(loading: float, working: float, error: BaseException | None = None
 
 def unpicklable(*, report: Report) -> Any:
     return lambda: None
+
+
+def memory_settings(*, report: Report) -> dict[str, Any]:
+    """The allocator's variables in this process's environment, and the page faults of each of eight large blocks."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    faults = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = libc.malloc(BLOCK)
+        ctypes.memset(block, 1, BLOCK)
+        libc.free(block)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return {"set": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}, "faults": faults}
+
+
+def keeps(*, report: Report) -> bool:
+    return keeps_freed_memory(ctypes.CDLL(None))
+
+
+def in_its_own_worker(log: str, *, report: Report) -> dict[str, Any]:
+    """Runs `memory_settings` in a worker of this worker, and passes its events on."""
+    report("note", text="of the outer worker")
+    value: dict[str, Any] = run_in_subprocess(memory_settings, log=Path(log), remedy="", report=report)
+    return value

@@ -14,6 +14,7 @@ from places import child_environment
 from processes import gone, wait_for
 from rank_launch import Launch
 
+from dice_py.compute import allocator
 from dice_py.errors import DataError, DiceError, InterruptedRunError, OutOfMemoryError
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,19 @@ def test_value_and_events_are_rank_0s(ranks: Launch, capsys: pytest.CaptureFixtu
     for rank in range(rank_works.RANKS):
         assert f"rank {rank} prints, FLAVOUR is vanilla" in printed
     assert "FLAVOUR" not in os.environ
+
+
+def test_ranks_get_the_allocators_settings(
+    ranks: Launch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocator, "GPU_FILES", ())
+    for name in allocator.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    ranks("answer", start=40)
+    assert capsys.readouterr().out.count("MALLOC_TRIM_THRESHOLD_ is 8589934592") == rank_works.RANKS
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    ranks("answer", start=40)
+    assert capsys.readouterr().out.count("MALLOC_TRIM_THRESHOLD_ is 1000") == rank_works.RANKS
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from trl.trainer import utils as trl_utils
 
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.training.dataset import COLUMNS
+from dice_py.training.loss import FIRST_METRIC, LOSS_PARTS, loss_of_trl
 from dice_py.training.pair_trainer import PairTrainer
 from dice_py.training.trainer import build_trainer, trainer_arguments
 
@@ -215,3 +216,21 @@ def test_logits_are_projected_in_tiles(trainer: DPOTrainer, pairs: pl.DataFrame)
     assert largest < positions * vocabulary
     want = torch.log_softmax(states @ head.T, dim=1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(logps, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_comes_before_the_metrics(trainer: DPOTrainer, pairs: pl.DataFrame) -> None:
+    # training/loss.py compiles the method again up to the first metric, and returns these variables.
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    loss, metrics = source.split("        # Log the metrics\n")
+    assert f"{FIRST_METRIC} = outputs.entropy" in metrics.strip().splitlines()[1]
+    assert "loss +=" not in metrics
+    assert "loss =" not in metrics
+    assert all(f"{name}" in loss for name in LOSS_PARTS)
+    assert ".item()" not in loss.split("if self.aux_loss_enabled:\n            aux_loss")[0]
+    assert ".item()" in metrics
+    batch = trainer.inputs_of([trainer.train_dataset[row] for row in range(pairs.height)])
+    with trainer.packed_attention(batch), torch.no_grad():
+        loss_value, parts = loss_of_trl()(trainer, trainer.model, batch, False)
+    assert loss_value.item() == pytest.approx(0.6931, abs=1e-3)
+    assert list(parts) == list(LOSS_PARTS)
+    assert all(part.shape == (pairs.height,) for part in parts.values())

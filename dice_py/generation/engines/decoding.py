@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from transformers import (
     DynamicCache,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -27,17 +26,20 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.engines.base import Sample, SampleId
+from dice_py.generation.engines.cache import can_join
 from dice_py.generation.engines.random_numbers import RandomNumbers, numbers_for
 
 BLOCK = 256
 """Tokens in a block of the vocabulary."""
 COMPACT_BELOW = 0.875
 """Finished rows are removed when less than this share of a batch is unfinished. Removal copies the cache."""
-_KNOWN_STATE = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+LOGITS_AT_ONCE = 2**19
+"""Logits of a draw that are worked on together on a CPU: 2 MiB of float32 stay in its cache."""
+LOGITS_AT_ONCE_GPU = 2**25
+"""On a GPU: enough to keep it busy; 128 MiB of float32, a few times."""
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
@@ -80,25 +82,37 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
 
     def draw(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(rows, tokens so far) int64 and (rows, vocabulary) logits → (rows, 1) int64, the next tokens."""
-        raw = scores.float()
-        # A clone, since warpers may write into their input.
-        warped = self.warpers(input_ids, raw.clone()) if self.warpers else raw
-        blocks = torch.nn.functional.pad(warped, (0, -raw.shape[1] % BLOCK), value=-torch.inf)
-        blocks = blocks.view(len(raw), -1, BLOCK)
-        sums = torch.logsumexp(blocks, dim=-1)
-        uniforms = self.numbers.draw(blocks.shape[1] + BLOCK)
+        uniforms = self.numbers.draw(-(-scores.shape[1] // BLOCK) + BLOCK)
         # The logarithm of exponential random numbers. A uniform number may be 0, which has none: hence the clamp.
         times = (-torch.log1p(-uniforms.clamp_(min=2.0**-54))).log_()
-        block = (sums - times[:, : blocks.shape[1]]).argmax(dim=1, keepdim=True)
-        inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1)
-        token = block * BLOCK + (inside - times[:, blocks.shape[1] :]).argmax(dim=1, keepdim=True)
-        total = torch.logsumexp(sums if warped is raw else raw, dim=-1)
-        token_logp = raw.gather(1, token).squeeze(1) - total
+        at_once = LOGITS_AT_ONCE if scores.device.type == "cpu" else LOGITS_AT_ONCE_GPU
+        rows = max(1, at_once // scores.shape[1])
+        parts = [
+            self._race(*part) for part in zip(input_ids.split(rows), scores.split(rows), times.split(rows), strict=True)
+        ]
+        token, token_logp = (torch.cat(part) for part in zip(*parts, strict=True))
         self.logp += torch.where(self.alive, token_logp, torch.zeros_like(token_logp))
         # Not `isin`, which sorts if there are many stop tokens, and then the host waits for a GPU.
         self.alive &= (token != self.stops).all(dim=1)
         self.steps += 1
         return token
+
+    def _race(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, 1) int64 tokens, and their (rows,) raw log-probabilities, for some rows of `draw`."""
+        raw = scores.float()
+        warped = self.warpers(input_ids, raw)  # None of the three writes into its input.
+        blocks = warped
+        if padding := -raw.shape[1] % BLOCK:
+            blocks = torch.nn.functional.pad(blocks, (0, padding), value=-torch.inf)
+        blocks = blocks.view(len(raw), -1, BLOCK)
+        sums = torch.logsumexp(blocks, dim=-1)
+        block = (sums - times[:, :-BLOCK]).argmax(dim=1, keepdim=True)
+        inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1)
+        token = block * BLOCK + (inside - times[:, -BLOCK:]).argmax(dim=1, keepdim=True)
+        total = torch.logsumexp(sums if warped is raw else raw, dim=-1)
+        return token, raw.gather(1, token).squeeze(1) - total
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         """(rows, tokens so far), (rows, vocabulary) → scores with one finite entry per row."""
@@ -117,28 +131,6 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
 
-def can_select_rows(model: PreTrainedModel, state: dict[str, Any]) -> bool:
-    """True if a batch's rows can be copied and dropped, because everything that a forward leaves behind is known.
-
-    Known are a cache of full and sliding attention layers, a mask and positions. Recurrent layers, custom caches and
-    inputs other than tokens are not.
-    """
-    cache: Any = state.get("past_key_values")
-    positions = state.get("position_ids")
-    return (
-        type(cache) is DynamicCache
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-        and set(state) <= _KNOWN_STATE
-        and (positions is None or positions.dim() == 2)
-        and type(model)._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
-    )
-
-
-def can_join(cache: DynamicCache) -> bool:
-    """True if two batches can become one. Sliding layers cannot: they keep one length for all rows."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
 class Rows:
     """Rows that are decoded together. Their last tokens are drawn, but not in the cache yet.
 
@@ -147,7 +139,10 @@ class Rows:
         limits: for each row, the most tokens of its prompt and response.
         sampling: of the same rows.
         state: the model's inputs, as `generate` prepared them and the prefill left them.
-        tokens: (rows, max_new_tokens) int64; the first `sampling.steps` of each row are drawn.
+        tokens: (rows, max_new_tokens) int64; the first `steps` of each row are drawn.
+
+    Attributes:
+        steps: for each row, the tokens drawn: as `sampling.steps`, but known without asking a device.
     """
 
     def __init__(
@@ -164,6 +159,7 @@ class Rows:
         self.state = state
         self.tokens = tokens
         self.last = tokens[:, :0]
+        self.steps = [0] * len(sample_ids)
         self.reported = [False] * len(sample_ids)
 
     def __len__(self) -> int:
@@ -181,6 +177,7 @@ class Rows:
         column = self.sampling.steps.clamp(max=self.tokens.shape[1] - 1)[:, None]
         self.last = self.sampling.draw(self.tokens, logits)
         self.tokens.scatter_(1, column, self.last)
+        self.steps = [steps + 1 for steps in self.steps]
 
     def advance(self, model: PreTrainedModel) -> None:
         """Runs one forward, and draws one more token for each row."""
@@ -198,19 +195,20 @@ class Rows:
     def move_finished(self, finished: dict[SampleId, Sample]) -> None:
         """Moves the samples that ended into `finished`; their rows are removed once there are enough of them."""
         limit = self.tokens.shape[1]
-        unfinished, full = [], False
-        progress = zip(self.sampling.alive.tolist(), self.sampling.steps.tolist(), strict=True)
-        for row, (alive, steps) in enumerate(progress):
-            full = full or steps >= limit
+        unfinished, ended = [], []
+        for row, (alive, steps) in enumerate(zip(self.sampling.alive.tolist(), self.steps, strict=True)):
             if alive and steps < limit:
                 unfinished.append(row)
             elif not self.reported[row]:
                 self.reported[row] = True
-                reason = "length" if alive else "stop"
-                tokens = self.tokens[row, :steps].tolist()
-                finished[self.sample_ids[row]] = Sample(tokens, reason, float(self.sampling.logp[row]))
+                ended.append((row, steps, "length" if alive else "stop"))
+        if ended:
+            index = torch.tensor([row for row, _, _ in ended], device=self.tokens.device)
+            tokens, logp = self.tokens[index].tolist(), self.sampling.logp[index].tolist()
+            for at, (row, steps, reason) in enumerate(ended):
+                finished[self.sample_ids[row]] = Sample(tokens[at][:steps], reason, logp[at])
         # Decoded beyond its limit, a row could exceed the model's positions.
-        if len(unfinished) < len(self) * COMPACT_BELOW or full:
+        if len(unfinished) < len(self) * COMPACT_BELOW or max(self.steps) >= limit:
             self._select(unfinished)
 
     def _select(self, rows: list[int]) -> None:
@@ -219,6 +217,7 @@ class Rows:
         self.sample_ids = [self.sample_ids[row] for row in rows]
         self.limits = [self.limits[row] for row in rows]
         self.reported = [self.reported[row] for row in rows]
+        self.steps = [self.steps[row] for row in rows]
         self.tokens, self.last = self.tokens[index], self.last[index]
         self.sampling.select(index)
         select_state(self.state, index)
@@ -234,43 +233,37 @@ class Rows:
         mask = mask[:, -width:]
         self.state["attention_mask"] = None if bool(mask.all()) else mask
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, -width:], layer.values[:, :, -width:]
+            layer.keep_last(width)
 
     def join(self, other: Rows) -> None:
         """Appends the rows of `other`, right-aligned."""
-        width = max(rows.cache.get_seq_length() for rows in (self, other))
-
-        def padded_cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-            padded = []
-            for part in parts:
-                shape = list(part.shape)
-                shape[dim] = width - shape[dim]
-                padded.append(torch.cat([part.new_zeros(shape), part], dim=dim) if shape[dim] else part)
-            return torch.cat(padded)
-
         masks = []
+        width = max(rows.cache.get_seq_length() for rows in (self, other))
         for rows in (self, other):
+            length = rows.cache.get_seq_length()
             mask = rows.state.get("attention_mask")
-            masks.append(rows.tokens.new_ones(len(rows), rows.cache.get_seq_length()) if mask is None else mask)
-        mask = padded_cat(masks, 1)
+            mask = rows.tokens.new_ones(len(rows), length) if mask is None else mask
+            masks.append(torch.nn.functional.pad(mask, (width - length, 0)))
+        mask = torch.cat(masks)
         self.state["attention_mask"] = None if bool(mask.all()) else mask
         for mine, others in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = padded_cat([mine.keys, others.keys], 2)
-            mine.values = padded_cat([mine.values, others.values], 2)
+            mine.join(others)
         if self.state.get("position_ids") is not None:
             positions = [rows.state["position_ids"][:, -1:] for rows in (self, other)]
             self.state["position_ids"] = torch.cat(positions)
         self.sample_ids += other.sample_ids
         self.limits += other.limits
         self.reported += other.reported
+        self.steps += other.steps
         self.tokens = torch.cat([self.tokens, other.tokens])
         self.last = torch.cat([self.last, other.last])
         self.sampling.join(other.sampling)
 
 
 def select_state(state: dict[str, Any], index: torch.Tensor) -> None:
-    """Keeps the rows `index` (int64, possibly with duplicates) of a state that `can_select_rows` accepts."""
-    state["past_key_values"].reorder_cache(index)
+    """Keeps the rows `index` (int64, possibly with duplicates) of a state whose cache grows in place."""
+    for layer in state["past_key_values"].layers:
+        layer.select(index)
     for name in ("attention_mask", "position_ids"):
         if state.get(name) is not None:
             state[name] = state[name][index]

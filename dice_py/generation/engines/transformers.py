@@ -19,7 +19,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.engines.base import Request, Sample, SampleId
-from dice_py.generation.engines.decoding import Rows, SeededSampling, can_join, can_select_rows, select_state
+from dice_py.generation.engines.cache import can_join, can_select_rows, grow_in_place, shared_heads_together
+from dice_py.generation.engines.decoding import Rows, SeededSampling, select_state
 from dice_py.generation.engines.random_numbers import numbers_for
 from dice_py.models.loading import load_model, release
 
@@ -112,7 +113,7 @@ class TransformersEngine:
     def step(self) -> list[tuple[SampleId, Sample]]:
         """Decodes until at least one response ends."""
         finished: dict[SampleId, Sample] = {}
-        with torch.inference_mode():
+        with torch.inference_mode(), shared_heads_together():
             while self.unfinished and not finished:
                 prompts = self._next_prompts()
                 if prompts:
@@ -192,6 +193,7 @@ class TransformersEngine:
             return
         prompt_of_row = [number for number, prompt in enumerate(prompts) for _ in prompt.requests]
         index = torch.tensor(prompt_of_row, device=logits.device)
+        grow_in_place(state["past_key_values"], max(prompt.limit for prompt in prompts))
         select_state(state, index)
         rows = Rows(
             [sample_id for sample_id, _ in requests],
