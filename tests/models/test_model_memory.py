@@ -8,10 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plan_data import GIB, SIZE, own, write_weights
-
-from dice_py.errors import DataError
-from dice_py.models.sizes import model_size
 from dice_py.planning.memory import (
     checkpoint_bytes,
     generate_memory,
@@ -20,6 +16,10 @@ from dice_py.planning.memory import (
     train_memory,
     train_state,
 )
+from plan_data import GIB, SIZE, own, write_weights
+
+from dice_py.errors import DataError
+from dice_py.models.sizes import model_size
 
 
 def test_a_models_size_from_headers_alone(tmp_path: Path) -> None:
