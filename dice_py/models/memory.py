@@ -161,14 +161,14 @@ class TrainingMemory:
 
     def peak(self) -> int:
         """With rows of `train.packed_tokens`, or padded batches."""
-        return self._memory(self._forward_tokens(split=False))
+        return self.train_at(self._forward_tokens(split=False))
 
     def least(self) -> int:
         """The memory without which training fails.
 
         One process splits rows that run out of memory, so that it needs room for one pair. Several do not.
         """
-        return self._memory(self._forward_tokens(split=self.processes == 1))
+        return self.train_at(self._forward_tokens(split=self.processes == 1))
 
     def remedy(self, available: int) -> str:
         """What to set for training to fit into `available` bytes of a device: only what suffices by itself."""
@@ -182,12 +182,19 @@ class TrainingMemory:
             remedies.append(f"set train.lora.r={lora.r}")
         if not self.train.gradient_checkpointing and fits(self.processes, self.shards, gradient_checkpointing=True):
             remedies.append("set train.gradient_checkpointing=true")
-        enough = next((count for count in range(self.processes + 1, _MOST_GPUS + 1) if fits(count, count)), None)
-        if self.cuda and self.train.lora is None and enough is not None:
-            remedies.append(f"train on {enough} GPUs or more, which share the states (train.strategy=fsdp2)")
+        if self.cuda and self.train.lora is None:
+            gpus = range(self.processes + 1, _MOST_GPUS + 1)
+            enough = next((count for count in gpus if fits(count, count)), None)
+            fewer = next((count for count in gpus if fits(count, count, gradient_checkpointing=True)), None)
+            share = "GPUs or more, which share the states (train.strategy=fsdp2)"
+            if fewer is not None and (enough is None or fewer < enough):
+                remedies.append(f"train with train.gradient_checkpointing=true on {fewer} {share}")
+            elif enough is not None:
+                remedies.append(f"train on {enough} {share}")
         return ", or ".join(remedies) or "use a smaller model, or a device with more memory"
 
-    def _memory(self, tokens: int) -> int:
+    def train_at(self, tokens: int) -> int:
+        """With forwards of `tokens` tokens."""
         return train_memory(self.size, self.train, self.dtype, tokens, shards=self.shards, cuda=self.cuda)
 
     def _forward_tokens(self, *, split: bool) -> int:

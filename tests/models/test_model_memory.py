@@ -6,9 +6,15 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from dice_py.planning.memory import (
+from plan_data import GIB, SIZE, own, write_weights
+
+from dice_py.config.training import TrainConfig
+from dice_py.errors import DataError
+from dice_py.models.memory import (
+    TrainingMemory,
     checkpoint_bytes,
     generate_memory,
     lora_parameters,
@@ -16,10 +22,7 @@ from dice_py.planning.memory import (
     train_memory,
     train_state,
 )
-from plan_data import GIB, SIZE, own, write_weights
-
-from dice_py.errors import DataError
-from dice_py.models.sizes import model_size
+from dice_py.models.sizes import ModelSize, model_size
 
 
 def test_a_models_size_from_headers_alone(tmp_path: Path) -> None:
@@ -52,7 +55,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
 def test_memory_by_hand() -> None:
     config = own(
         "generate.token_budget=100", "generate.max_new_tokens=10", "score.token_budget=64",
-        "train.per_device_train_batch_size=2", "train.batch_size=4", "generate.vllm.gpu_memory_utilization=0.5",
+        "generate.vllm.gpu_memory_utilization=0.5",
     )  # fmt: skip
     # 5 rows of 20 tokens, 16 values each in 4 bytes; 20 bytes for each of 50 logits.
     assert generate_memory(SIZE, config, "transformers", "float32", 10, None) == 4000 + 5 * 20 * 16 * 4 + 5 * 50 * 20
@@ -60,20 +63,89 @@ def test_memory_by_hand() -> None:
     assert generate_memory(SIZE, config, "vllm", "float32", 10, None) == 4000 + GIB
     larger = replace(SIZE, parameters=2000)
     assert score_memory([SIZE, larger], config, "float32", False) == 8000 + 64 * 4 * (64 + 64) + 8 * 2**20
-    activations = 17 * 4 * (2 * 2 * 15) * 8 * 2
-    assert train_memory(SIZE, config, "float32", 15, 1) == 16_000 + activations + 8 * 60 * 50
-    assert train_memory(SIZE, config, "float32", 15, 4) == 4_000 + activations + 8 * 60 * 50
-    checkpointed = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": True})})
-    assert train_memory(SIZE, checkpointed, "float32", 15, 1) < train_memory(SIZE, config, "float32", 15, 1)
+
+
+def train(*assignments: str) -> TrainConfig:
+    return own(*(f"train.{assignment}" for assignment in assignments)).train
+
+
+# A layer of SIZE: hidden size 8, inner width 16, queries of 8, keys of 4, in float32.
+LAYER = 25 * 8 + 4 * (4 * 16 + 3.2 * 12)
+
+
+def test_training_by_hand() -> None:
+    state, head = 16_000, 2 * 4 * 60 * 50
+    assert train_memory(SIZE, train(), "float32", 60, shards=1, cuda=False) == state + int(60 * 2 * LAYER) + head
+    assert train_memory(SIZE, train(), "float32", 60, shards=4, cuda=False) == 4_000 + int(60 * 2 * LAYER) + head
+    checkpointed = train_memory(SIZE, train("gradient_checkpointing=true"), "float32", 60, shards=1, cuda=False)
+    assert checkpointed == state + int(4 * 60 * 8 * 2 + 60 * LAYER) + head
+    # On a GPU in 16 bit: a copy of the weights, half of what depends on the dtype, a tile, the head's gradient.
+    layer = 25 * 8 + 2 * (4 * 16 + 3.2 * 12)
+    on_gpu = train_memory(SIZE, train(), "bfloat16", 60, shards=1, cuda=True)
+    assert on_gpu == 18_000 + int(60 * 2 * layer) + 2 * 60 * 50 + 4 * 50 * 8
+    # More logits than are kept on a CPU: tiles of 4,096 positions, or fewer.
+    wide = replace(SIZE, vocabulary=2**20)
+    for tokens, positions in ((60, 60), (64, 64), (65, 65), (9000, 4096)):
+        found = train_memory(wide, train(), "float32", tokens, shards=1, cuda=False) - state
+        tiles = 8 * tokens * 2**20 if tokens <= 64 else 16 * positions * 32768
+        assert found == int(tokens * 2 * LAYER) + tiles
+
+
+def forward(train: TrainConfig, **changed: Any) -> tuple[int, int]:
+    """Tokens of the longest forward: at the peak, and at least."""
+    headless = replace(SIZE, vocabulary=0)  # its logits do not grow with the tokens
+    needs = TrainingMemory(headless, train, "float32", prompt=10, response=5, **changed)
+    without = needs.train_at(0)
+    each = (needs.train_at(1000) - without) / 1000
+    return round((needs.peak() - without) / each), round((needs.least() - without) / each)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "changed", "tokens"),
+    [
+        ([], {}, (32 * 20, 20)),  # a pair has 10 + 2 × 5 tokens, a step 32 pairs
+        (["packed_tokens=100"], {}, (100, 20)),
+        (["packed_tokens=16"], {}, (20, 20)),
+        (["batch_size=1024"], {}, (1024, 20)),
+        (["batch_size=1024"], {"cuda": True}, (8192, 20)),
+        (["batch_size=1024", "packed=true"], {"processes": 2}, (1024, 1024)),  # which do not split their rows
+        (["max_length=12"], {}, (32 * 14, 14)),
+        (["packed=false"], {}, (2 * 4 * 15, 2 * 4 * 15)),
+        (["packed=false", "per_device_train_batch_size=2", "max_length=12"], {}, (2 * 2 * 12, 2 * 2 * 12)),
+    ],
+)
+def test_tokens_of_a_forward(assignments: list[str], changed: dict[str, Any], tokens: tuple[int, int]) -> None:
+    assert forward(train(*assignments), **changed) == tokens
+
+
+LLAMA3_8B = ModelSize(
+    parameters=8_030_261_248, stored_bytes=16 * 10**9, hidden=4096, layers=32, heads=32, kv_heads=8, head_size=128,
+    inner=14336, vocabulary=128256, shape="",
+)  # fmt: skip
+
+
+def test_what_lets_a_large_model_fit() -> None:
+    needs = TrainingMemory(LLAMA3_8B, train(), "bfloat16", 500, 500, cuda=True)
+    assert 18 * LLAMA3_8B.parameters < needs.least() < 165e9 < needs.peak()
+    said = needs.remedy(79 * GIB)
+    assert "set train.lora.r=16" in said
+    few = int(said.partition("train.gradient_checkpointing=true on ")[2].split()[0])
+    assert "fsdp2" in said
+    assert "set train.gradient_checkpointing" not in said  # which does not suffice
+    for count in (few - 1, few):
+        checkpointed = replace(needs, train=train("gradient_checkpointing=true"), processes=count, shards=count)
+        assert (checkpointed.least() <= 79 * GIB) == (count == few)
+    assert replace(needs, train=train("lora.r=16")).least() < 79 * GIB
+    assert "smaller model" in needs.remedy(GIB)
 
 
 def test_training_states() -> None:
-    config, lora = own(), own("train.lora.r=2")
-    assert train_state(SIZE, config, "float32", 1) == 16_000
-    assert train_state(SIZE, config, "bfloat16", 1) == 18_000
-    assert train_state(SIZE, config, "bfloat16", 4) == 4_500
+    assert train_state(SIZE, train(), "float32", 1) == 16_000
+    assert train_state(SIZE, train(), "bfloat16", 1) == 18_000
+    assert train_state(SIZE, train(), "bfloat16", 4) == 4_500
     # Seven matrices: queries and output 8 × 8, keys and values 8 × 4, three of 8 × 16.
     adapters = 2 * 2 * (2 * 16 + 2 * 12 + 3 * 24)
     assert lora_parameters(SIZE, 2) == adapters
-    assert train_state(SIZE, lora, "bfloat16", 1) == 2_000 + 16 * adapters
-    assert (checkpoint_bytes(SIZE, config), checkpoint_bytes(SIZE, lora)) == (12_000, 12 * adapters)
+    assert train_state(SIZE, train("lora.r=2"), "bfloat16", 1) == 2_000 + 16 * adapters
+    assert checkpoint_bytes(SIZE, train()) == 12_000
+    assert checkpoint_bytes(SIZE, train("lora.r=2")) == 12 * adapters
