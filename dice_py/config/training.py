@@ -43,7 +43,7 @@ class TrainConfig(Section):
     packed_tokens: Literal["auto"] | Positive = Field(
         default="auto",
         description="tokens of a packed row, which is one forward pass; a pair that is longer has a row of its own; "
-        "auto: 1024 on a CPU, 8192 on a GPU",
+        "auto: 512 on a CPU, 4096 on a GPU",
     )
     per_device_train_batch_size: Positive = Field(
         default=4, description="pairs per forward pass of one device, on padded rows"

@@ -286,7 +286,7 @@ def reads_shared_heads(device: torch.device) -> bool:
     heads of keys; with keys and values repeated it is 12.5 MB. To stack the queries of shared heads into one longer
     query needs a larger mask (9.0 MB) and is as fast.
     """
-    return device.type == "cpu"
+    return bool(device.type == "cpu")
 
 
 AttentionInterface.register(NAME, attend)

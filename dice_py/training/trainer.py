@@ -181,13 +181,13 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
 
 
 def packed_tokens(config: TrainConfig, models: ModelConfig) -> int:
-    """Tokens of a packed row, with "auto" resolved by the kind of device: 1,024 on a CPU, 8,192 on a GPU.
+    """Tokens of a packed row, with "auto" resolved by the kind of device: 512 on a CPU, 4,096 on a GPU.
 
     On a CPU, longer rows need more memory and are hardly faster (benches/real.py). A GPU needs them to be busy.
     """
     if config.packed_tokens != "auto":
         return config.packed_tokens
-    return 1024 if placement(models).device == "cpu" else 8192
+    return 512 if placement(models).device == "cpu" else 4096
 
 
 def build_trainer(
