@@ -35,7 +35,9 @@ class Traffic(TorchDispatchMode):
 class HostReads(TorchDispatchMode):
     """Collects, in `reads`, the operations that bring values to the host: of `item()`, or for a result's shape."""
 
-    NAMES = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"})
+    NAMES = frozenset(
+        {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
+    )
 
     def __init__(self) -> None:
         super().__init__()
