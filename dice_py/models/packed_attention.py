@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 
 from dice_py.models.packing import PackedLayout
 from dice_py.models.sequence_attention import MEAN_TOKENS, SequencePlan, sequence_attention
+from dice_py.models.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,8 +101,8 @@ class DeviceLayout:
                 parts += [np.arange(prefix_start, prefix_start + prefix), np.arange(start, start + length)]
             lengths = np.stack([sequences[:, 1], sequences[:, 1] + sequences[:, 3]])
             ends = np.pad(lengths.cumsum(axis=1), ((0, 0), (1, 0))).astype(np.int32)
-            keys = torch.from_numpy(np.concatenate(parts)).to(self.device)
-            q_ends, k_ends = (torch.from_numpy(end).to(self.device) for end in ends)
+            keys = to_device(np.concatenate(parts), self.device)
+            q_ends, k_ends = (to_device(end, self.device) for end in ends)
             self._varlen = (keys, q_ends, k_ends, int(lengths[0].max()), int(lengths[1].max()))
         return self._varlen
 
@@ -123,7 +124,7 @@ def _blocks(sequences: np.ndarray, window: int | None, device: torch.device) -> 
             for row, (start, length) in enumerate(part[:, :2].tolist()):
                 order[start : start + length] = end + row * queries + np.arange(length)
             end += len(part) * queries
-    return _Blocks(blocks, torch.from_numpy(order).to(device))
+    return _Blocks(blocks, to_device(order, device))
 
 
 def _block(sequences: np.ndarray, window: int | None, device: torch.device) -> _Block:
@@ -144,8 +145,8 @@ def _block(sequences: np.ndarray, window: int | None, device: torch.device) -> _
         if (prefixes != prefix).any():
             real_keys = np.concatenate([offset >= 0, np.ones((len(sequences), queries), dtype=bool)], axis=1)
             rows = causal[None] & real_keys[:, None]
-        mask = torch.from_numpy(rows[:, None].copy()).to(device)
-    return _Block(torch.from_numpy(query_at).to(device), torch.from_numpy(key_at).to(device), mask)
+        mask = to_device(rows[:, None].copy(), device)
+    return _Block(to_device(query_at, device), to_device(key_at, device), mask)
 
 
 _current: list[DeviceLayout] = []
@@ -286,7 +287,7 @@ def reads_shared_heads(device: torch.device) -> bool:
     heads of keys; with keys and values repeated it is 12.5 MB. To stack the queries of shared heads into one longer
     query needs a larger mask (9.0 MB) and is as fast.
     """
-    return device.type == "cpu"
+    return bool(device.type == "cpu")
 
 
 AttentionInterface.register(NAME, attend)

@@ -12,6 +12,7 @@ import torch
 
 from dice_py.models.packed_attention import use_packed_attention
 from dice_py.models.packing import Batch, Tokens
+from dice_py.models.transfer import to_device
 from dice_py.scoring.lm_head import LogitHead
 
 
@@ -24,7 +25,7 @@ def packed_logps(head: LogitHead, batch: Batch) -> torch.Tensor:
     """(response tokens,) float32 in nats, of all responses in the order of `batch.rows`, by one packed forward."""
     device = head.model.device
     ids, positions, predicting, targets = (
-        torch.from_numpy(part).to(device) for part in (batch.tokens, batch.positions, batch.predicting, batch.targets)
+        to_device(part, device) for part in (batch.tokens, batch.positions, batch.predicting, batch.targets)
     )
     with use_packed_attention(head.model, batch.layout):
         output = head.backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False)
@@ -51,13 +52,15 @@ def padded_logps(
     ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
     mask = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
     predicts = torch.zeros((len(rows), max(lengths)), dtype=torch.bool)
-    for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        ids[at, :length] = torch.from_numpy(np.concatenate([prompts[row], responses[row]]))
-        mask[at, :length] = 1
-        predicts[at, len(prompts[row]) - 1 : length - 1] = True
-    output = head.backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    targets = ids.roll(-1, dims=1)[predicts].to(device)
-    return head.token_logps(output.last_hidden_state[predicts.to(device)], targets)
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[number, :length] = torch.from_numpy(np.concatenate([prompts[row], responses[row]]))
+        mask[number, :length] = 1
+        predicts[number, len(prompts[row]) - 1 : length - 1] = True
+    # As indices: the number of true entries of a mask on a GPU would be read on the host.
+    at, targets = predicts.flatten().nonzero()[:, 0], ids.roll(-1, dims=1)[predicts]
+    ids, mask, at, targets = (to_device(part, device) for part in (ids, mask, at, targets))
+    output = head.backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+    return head.token_logps(output.last_hidden_state.flatten(0, 1)[at], targets)
 
 
 def _response_sums(logps: torch.Tensor, lengths: np.ndarray) -> list[float]:

@@ -4,6 +4,9 @@ After the loss, `DPOTrainer._compute_loss` computes entropy, mean logits and the
 copies some twelve numbers to the host in every forward. Nobody has asked for them, and on packed rows the head does
 not compute them. So the method is compiled again without that part. The loss itself stays TRL's code; what this relies
 on is pinned by tests/training/test_trl_contract.py.
+
+One expression of it is written otherwise: the mean of the tokens that a mask selects. Selecting by a mask makes the
+host wait for a GPU, since the number of tokens is the shape of the result.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ def loss_of_trl() -> Callable[..., tuple[Any, dict[str, Any]]]:
             f"this version of TRL computes its DPO loss in another way ({FIRST_METRIC} is assigned {len(ends)} times); "
             "install a version in the range of pyproject.toml"
         )
+    _MaskedMeans().visit(function)
     parts = ", ".join(f"{name!r}: {name}" for name in LOSS_PARTS)
     function.body[ends[0] :] = ast.parse(f"return loss, {{{parts}}}").body
     # Line numbers of the original, for tracebacks.
@@ -48,6 +52,27 @@ def loss_of_trl() -> Callable[..., tuple[Any, dict[str, Any]]]:
     exec(compile(ast.fix_missing_locations(tree), dpo_trainer.__file__, "exec"), names)
     compiled: Callable[..., tuple[Any, dict[str, Any]]] = names[function.name]
     return compiled
+
+
+class _MaskedMeans(ast.NodeTransformer):
+    """Writes `values[mask.bool()].mean()` as `(values * mask).sum() / mask.sum()`, which is the same mean."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        match node:
+            case ast.Call(
+                func=ast.Attribute(
+                    value=ast.Subscript(
+                        value=values, slice=ast.Call(func=ast.Attribute(value=mask, attr="bool"), args=[])
+                    ),
+                    attr="mean",
+                ),
+                args=[],
+            ):
+                selected, each = ast.unparse(values), ast.unparse(mask)
+                mean = f"(({selected}) * ({each})).sum() / ({each}).sum()"
+                return ast.copy_location(ast.parse(mean, mode="eval").body, node)
+        return node
 
 
 def _assigned(statement: ast.stmt) -> set[str]:

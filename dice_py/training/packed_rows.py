@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dice_py.models.packing import Batch, PackedLayout, group_rows
+from dice_py.models.transfer import to_device
 
 Pair = dict[str, Any]
 """A row of the training set (training/dataset.py): lists of token ids, and two reference log-probabilities."""
@@ -91,17 +92,14 @@ def pack(pairs: Sequence[Pair], device: torch.device) -> PackedRow:
     sequences = np.repeat(np.array(batch.rows, dtype=np.int64), lengths)
     columns = np.concatenate([len(prompts[row]) - 1 + np.arange(len(responses[row])) for row in batch.rows])
 
-    def there(part: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(part).to(device, non_blocking=True)
-
     return PackedRow(
         batch.layout,
-        tokens=there(batch.tokens),
-        positions=there(batch.positions),
-        predicting=there(batch.predicting),
-        targets=there(batch.targets),
-        sequences=there(sequences),
-        columns=there(columns),
+        tokens=to_device(batch.tokens, device),
+        positions=to_device(batch.positions, device),
+        predicting=to_device(batch.predicting, device),
+        targets=to_device(batch.targets, device),
+        sequences=to_device(sequences, device),
+        columns=to_device(columns, device),
         pairs=len(pairs),
         width=max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)) - 1,
     )

@@ -24,6 +24,7 @@ from trl import DPOTrainer
 from dice_py.compute.failures import is_out_of_memory
 from dice_py.events import Report, no_report
 from dice_py.models.packed_attention import use_packed_attention
+from dice_py.models.transfer import to_device
 from dice_py.training.loss import loss_of_trl
 from dice_py.training.packed_forward import add_packed_forward
 from dice_py.training.packed_rows import Pair, pack, row_tokens, split_step
@@ -110,7 +111,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
     def inputs_of(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         """TRL's inputs for a forward of these pairs on this process's device; `packed` is the packed row, if any."""
         device = self.accelerator.device
-        inputs = {name: value.to(device) for name, value in self.padded_collator(list(pairs)).items()}
+        inputs = {name: to_device(value, device) for name, value in self.padded_collator(list(pairs)).items()}
         if self.packed_tokens is not None:
             inputs["packed"] = pack(pairs, device)
         return inputs
@@ -235,7 +236,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         with torch.no_grad():
             parts = [self.token_logps(model, part) for part in inputs]
         whole = self.padded_collator([pair for row in rows[:number] for pair in row])
-        whole = {name: value.to(self.accelerator.device) for name, value in whole.items()}
+        whole = {name: to_device(value, self.accelerator.device) for name, value in whole.items()}
         width = whole["input_ids"].shape[1] - 1
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts[:number]]
         chosen, rejected = zip(*(part.chunk(2) for part in padded), strict=True)

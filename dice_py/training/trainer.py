@@ -168,6 +168,9 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
         save_steps=config.save_steps or 500,
         save_total_limit=2,
         logging_steps=config.logging_steps,
+        # It would read every step's loss on the host, to leave NaN out of the logged means. Here NaN is logged, and
+        # weights that are not finite are not saved.
+        logging_nan_inf_filter=False,
         report_to=config.report_to or "none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # Every weight is used, and a search takes time at each step.
