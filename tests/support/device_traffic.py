@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
+
 
 class Traffic(TorchDispatchMode):
     """Collects the copies from the host in `copies`, by the name of the operation; `blocking` ones wait for it."""
@@ -35,10 +37,6 @@ class Traffic(TorchDispatchMode):
 class HostReads(TorchDispatchMode):
     """Collects, in `reads`, the operations that bring values to the host: of `item()`, or for a result's shape."""
 
-    NAMES = frozenset(
-        {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
-    )
-
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[str] = []
@@ -47,6 +45,6 @@ class HostReads(TorchDispatchMode):
         selects = func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default) and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if func.name() in self.NAMES or selects:
+        if func.name() in _READS or selects:
             self.reads.append(func.name())
         return func(*args, **(kwargs or {}))
