@@ -15,7 +15,7 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-fast test-rust test-python test-vllm lint format docs bench bench-quick bench-peers \
-	bench-stream bench-scoring bench-generation bench-training bench-plan gpu-kit lock clean
+	bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -90,6 +90,9 @@ bench-generation: setup ## sampling: shared prefill, shards that overlap, both e
 
 bench-training: setup ## one epoch of DPO against a stock DPOTrainer: time and peak memory (minutes)
 	$(BIN)/python benches/training.py $(BENCH_ARGS)
+
+bench-real: setup ## a real chat model on a CPU: both engines, TRL, the plan (BENCH_ARGS="--model FOLDER --prompts FILE"; minutes)
+	$(BIN)/python benches/real.py $(BENCH_ARGS)
 
 bench-plan: setup ## the plan of the embedded default against a run of it (minutes)
 	$(BIN)/python benches/plan.py $(BENCH_ARGS)

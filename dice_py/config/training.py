@@ -43,7 +43,7 @@ class TrainConfig(Section):
     packed_tokens: Literal["auto"] | Positive = Field(
         default="auto",
         description="tokens of a packed row, which is one forward pass; a pair that is longer has a row of its own; "
-        "auto: 1024 on a CPU, 8192 on a GPU",
+        "auto: 512 on a CPU, 4096 on a GPU",
     )
     per_device_train_batch_size: Positive = Field(
         default=4, description="pairs per forward pass of one device, on padded rows"
@@ -88,11 +88,11 @@ class TrainConfig(Section):
     def row_tokens(self, *, cuda: bool) -> int:
         """Tokens of a packed row, with "auto" resolved by the kind of device.
 
-        On a CPU, longer rows need more memory and are hardly faster. A GPU needs them to be busy.
+        On a CPU, longer rows need more memory and are hardly faster (benches/real.py). A GPU needs them to be busy.
         """
         if self.packed_tokens != "auto":
             return self.packed_tokens
-        return 8192 if cuda else 1024
+        return 4096 if cuda else 512
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that decide the trained weights: all but how work is spread over processes."""

@@ -63,7 +63,7 @@ class PackedTrial:
             return f"{name} does not run with the packed attention ({type(error).__name__}: {first_line})"
         for row, ours in zip(rows, packed, strict=True):
             plain = forwards.padded_sums(self._head, [row], prompts, responses)[0]
-            if not abs(ours - plain) <= _tolerance(model.dtype, plain, len(responses[row])) and not (
+            if not abs(ours - plain) <= sum_tolerance(model.dtype, plain, len(responses[row])) and not (
                 model.dtype != torch.float32 and self._is_rounding(prompt, np.asarray(responses[row]))
             ):
                 return (
@@ -77,7 +77,7 @@ class PackedTrial:
 
         The measure is the plain forward with another attention kernel, which rounds in another order: the root mean
         square over the tokens may be `_SPREADS` times as large. Random weights, or weights with large logits, round
-        more than `_tolerance` assumes.
+        more than `sum_tolerance` assumes.
         """
         prompts, responses = [prompt] * 2, [response[:_ROUNDING_TOKENS]] * 2
         # Of two copies the second is read: the first stands right after the prompt, as in a row of its own.
@@ -99,7 +99,7 @@ class PackedTrial:
         return crosses_window or 2 * length > 3 * self.longest
 
 
-def _tolerance(dtype: torch.dtype, plain: float, tokens: int) -> float:
+def sum_tolerance(dtype: torch.dtype, plain: float, tokens: int) -> float:
     """Nats by which rounding may move a sum over `tokens` tokens; a wrong mask moves it further."""
     if dtype == torch.float32:
         return 1e-5 * (abs(plain) + tokens)

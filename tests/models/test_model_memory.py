@@ -103,13 +103,13 @@ def forward(train: TrainConfig, **changed: Any) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("assignments", "changed", "tokens"),
     [
-        ([], {}, (32 * 20, 20)),  # a pair has 10 + 2 × 5 tokens, a step 32 pairs
+        (["batch_size=8"], {}, (8 * 20, 20)),  # a pair has 10 + 2 × 5 tokens, a step 8 pairs
         (["packed_tokens=100"], {}, (100, 20)),
         (["packed_tokens=16"], {}, (20, 20)),
-        (["batch_size=1024"], {}, (1024, 20)),
-        (["batch_size=1024"], {"cuda": True}, (8192, 20)),
-        (["batch_size=1024", "packed=true"], {"processes": 2}, (1024, 1024)),  # which do not split their rows
-        (["max_length=12"], {}, (32 * 14, 14)),
+        (["batch_size=1024"], {}, (512, 20)),
+        (["batch_size=1024"], {"cuda": True}, (4096, 20)),
+        (["batch_size=1024", "packed=true"], {"processes": 2}, (512, 512)),  # which do not split their rows
+        (["batch_size=8", "max_length=12"], {}, (8 * 14, 14)),
         (["packed=false"], {}, (2 * 4 * 15, 2 * 4 * 15)),
         (["packed=false", "per_device_train_batch_size=2", "max_length=12"], {}, (2 * 2 * 12, 2 * 2 * 12)),
     ],

@@ -147,7 +147,7 @@ def large_logits(model: PreTrainedModel) -> PreTrainedModel:
 
 def test_rounding_of_large_logits_is_not_taken_for_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     # Any difference of two sums is looked at token by token.
-    monkeypatch.setattr(packed_trial, "_tolerance", lambda *_: 0.0)
+    monkeypatch.setattr(packed_trial, "sum_tolerance", lambda *_: 0.0)
     notes: list[str] = []
     ours = scorer(large_logits(build("Llama")), notes)
     ours.sums(*mixed())

@@ -1,4 +1,4 @@
-"""Finds where the host would wait for a device, without one.
+"""Finds where the host would wait for a device, without one; and the largest tensor that is made.
 
 On torch's `meta` device, whose tensors hold no values, reading a value on the host raises an error, as does an
 operation whose result's shape depends on values. `Traffic` lists the copies that are left. Where values are needed,
@@ -48,3 +48,17 @@ class HostReads(TorchDispatchMode):
         if func.name() in _READS or selects:
             self.reads.append(func.name())
         return func(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """Finds the entries of the largest tensor that is made, views not counted, in `entries`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(result, torch.Tensor):
+            self.entries = max(self.entries, result.numel())
+        return result

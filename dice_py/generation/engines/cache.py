@@ -45,21 +45,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.limit = limit
         self.dtype, self.device = layer.keys.dtype, layer.keys.device
         self.is_initialized = True
-        self._store(layer.keys, layer.values)
-
-    def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Takes over tensors as the storage, without room for more tokens."""
-        self._storage = (keys, values)
-        self._begin, self._end = 0, keys.shape[-2]
-        self.keys, self.values = keys, values
+        self._use([layer.keys, layer.values], layer.keys.shape[-2])
 
     def _allocate(self, like: torch.Tensor, rows: int, kept: int) -> torch.Tensor:
         """Storage for `kept` tokens of each of `rows` rows, with room for more."""
         room = GROWTH if self.window is not None else min(GROWTH, max(self.limit - kept, 1))
         return like.new_empty((rows, like.shape[1], kept + room, like.shape[3]))
 
-    def _move(self, parts: list[torch.Tensor], kept: int) -> None:
-        self._storage = (parts[0], parts[1])
+    def _use(self, storage: list[torch.Tensor], kept: int) -> None:
+        """Takes over storage of keys and values whose first `kept` tokens are written."""
+        self._storage = storage
         self._begin, self._end = 0, kept
         self._show()
 
@@ -77,7 +72,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
                 part = self._allocate(view, len(view), kept + added - 1)
                 part[:, :, :kept] = view
                 parts.append(part)
-            self._move(parts, kept)
+            self._use(parts, kept)
         for part, new in zip(self._storage, (key_states, value_states), strict=True):
             part[:, :, self._end : self._end + added] = new
         self._end += added
@@ -105,7 +100,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             part = self._allocate(view, len(rows), kept)
             torch.index_select(view, 0, rows, out=part[:, :, :kept])
             parts.append(part)
-        self._move(parts, kept)
+        self._use(parts, kept)
 
     def keep_last(self, tokens: int) -> None:
         """Drops all tokens but the last ones. For full attention only."""
@@ -127,7 +122,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
                 first += len(view)
             parts.append(part)
         self.tokens = kept
-        self._move(parts, kept)
+        self._use(parts, kept)
 
 
 def grow_in_place(cache: DynamicCache, limit: int) -> None:

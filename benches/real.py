@@ -1,0 +1,218 @@
+"""A real chat model, SmolLM2-135M-Instruct, on a CPU: `make bench-real` (`benches/real.py --help`).
+
+    generation   `dice generate` with the transformers engine and with vLLM, with their start: prompts × 8 × 128 tokens
+    scoring      the sampled responses: the scorer, and TRL's precompute of reference log-probabilities
+    training     an epoch of pairs: the train stage, and a stock DPOTrainer at batch sizes 1 and 8 (its default);
+                 forward, backward and steps, without the reference pass
+    plan         `dice plan` with a fresh calibration for a round, and that round run by `dice run`
+
+Every measurement is a process of its own, one after the other; all in one run, so that ratios count on a noisy machine.
+The model is the demo's (`make demo` makes it), or the folder of `--model`. Pairs are two sampled answers to a prompt.
+Results: a table, a plot, and real.json in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+from shapes import machine
+
+from dice_py.storage.files import write_json
+from dice_py.storage.parquet import write_parquet
+from dice_py.storage.schemas import TRAINING_SET
+
+HERE = Path(__file__).resolve().parent
+SAMPLES, NEW_TOKENS, PLANNED_PROMPTS = 8, 128, 16
+
+
+def run(command: list[str], cache: Path) -> tuple[str, float]:
+    """Runs a command with the package of this repository; returns its standard output and its seconds."""
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "DICE_CACHE": str(cache)}
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - began
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{(ended.stderr + ended.stdout)[-3000:]}")
+    return ended.stdout, seconds
+
+
+def way(name: str, folder: Path, number: int = 1) -> dict[str, Any]:
+    """Runs a way of real_ways.py."""
+    output, _ = run([str(HERE / "real_ways.py"), name, str(folder), str(number)], folder / "cache")
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return found
+
+
+def generate(folder: Path, prompts: Path, engine: str) -> float:
+    """Seconds of `dice generate`, with its start."""
+    settings = [f"generate.engine={engine}", f"generate.samples={SAMPLES}", f"generate.max_new_tokens={NEW_TOKENS}"]
+    command = ["-m", "cli.main", "generate", "--policy", str(folder / "model"), "--prompts", str(prompts)]
+    command += ["-o", str(folder / engine), *(f"--set={one}" for one in (*settings, "model.device=cpu"))]
+    return run(command, folder / "cache")[1]
+
+
+def prepare(folder: Path, pairs: int) -> None:
+    """Writes the responses, and `pairs` pairs of two answers to a prompt, as tokens and as texts."""
+    from transformers import AutoTokenizer
+
+    files = sorted((folder / "transformers").glob("generations-*.parquet"))
+    rows = pl.concat([pl.read_parquet(file) for file in files]).filter(pl.col("token_ids").list.len() > 1)
+    rows.select("prompt_token_ids", "token_ids").write_parquet(folder / "responses.parquet")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    end = tokenizer.eos_token_id
+    made: list[tuple[Any, ...]] = []
+    texts: list[tuple[str, str, str]] = []
+    # One pair for each prompt, then a second one.
+    for offset in range(0, SAMPLES - 1, 2):
+        for _, group in rows.group_by("prompt_id", maintain_order=True):
+            answers = group["token_ids"].to_list()[offset : offset + 2]
+            if len(made) < pairs and len(answers) == 2:
+                # TRL ends an answer with EOS, so ours do too.
+                closed = [[*(ids[:-1] if ids[-1] == end else ids), end] for ids in answers]
+                prompt = group["prompt_token_ids"][0].to_list()
+                made.append((prompt, *closed))
+                texts.append((tokenizer.decode(prompt), *(tokenizer.decode(ids[:-1]) for ids in closed)))
+    names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    frame = pl.DataFrame(made, schema={name: TRAINING_SET[name] for name in names}, orient="row")
+    pl.DataFrame(texts, schema=["prompt", "chosen", "rejected"], orient="row").write_parquet(folder / "texts.parquet")
+    frame.write_parquet(folder / "pairs.parquet")
+
+
+def add_reference(folder: Path) -> None:
+    """Writes the training set: the pairs with the model's own log-probabilities."""
+    from real_ways import CPU
+
+    from dice_py.config.stages import ScoreConfig
+    from dice_py.scoring.pairs import score_pairs
+
+    pairs = pl.read_parquet(folder / "pairs.parquet")
+    logps = score_pairs(ScoreConfig(), CPU, policy=folder / "model", pairs=pairs)
+    scored = pairs.with_columns(ref_chosen_logps=logps["chosen_logp"], ref_rejected_logps=logps["rejected_logp"])
+    write_parquet(folder / "training_set.parquet", scored, key="bench")
+
+
+def measure_plan(folder: Path, prompts: Path, policy: str) -> dict[str, float]:
+    """A plan with a fresh calibration, and the run that it plans."""
+    settings = [
+        f"generate.samples={SAMPLES}",
+        f"generate.max_new_tokens={NEW_TOKENS}",
+        f"data.prompts_per_round={PLANNED_PROMPTS}",
+        "model.device=cpu",
+        "replay.gamma=0",
+    ]
+    arguments = ["--rounds", "1", "--policy", policy, "--reference", str(folder / "model"), "--prompts", str(prompts)]
+    arguments += [f"--set={one}" for one in settings]
+    output, seconds = run(["-m", "cli.main", "plan", "--fresh", "--json", *arguments], folder / "cache")
+    planned = json.loads(output)["total_seconds"]
+    _, taken = run(["-m", "cli.main", "run", "--run-dir", str(folder / "run"), *arguments], folder / "cache-of-run")
+    return {
+        "seconds": seconds,
+        "planned_seconds": planned,
+        "taken_seconds": taken,
+        "planned_over_taken": planned / taken,
+    }
+
+
+def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+    """All parts; those whose figures others need come first."""
+    prompts = folder / "prompts.jsonl"
+    lines = [json.loads(line) for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    prompts.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in lines[: args.count]))
+    result: dict[str, Any] = {"model": args.name, "prompts": args.count}
+    console.print("[dim]generation[/dim]")
+    seconds = generate(folder, prompts, "transformers")
+    vllm = generate(folder, prompts, "vllm")
+    result["generation"] = {"seconds": seconds, "vllm_seconds": vllm, "time_over_vllm": seconds / vllm}
+    prepare(folder, args.pairs)
+    add_reference(folder)
+    show_part(result, "generation", console)
+    console.print("[dim]scoring[/dim]")
+    ours, trl = way("score", folder), way("score_trl", folder, 8)
+    apart = max(abs(one - other) for one, other in zip(ours["sums"], trl["sums"], strict=True))
+    result["scoring"] = {
+        "responses": len(ours["sums"]), "seconds": ours["seconds"], "trl_seconds": trl["seconds"],
+        "speedup_over_trl": trl["seconds"] / ours["seconds"], "largest_difference": apart,
+    }  # fmt: skip
+    show_part(result, "scoring", console)
+    console.print("[dim]training[/dim]")
+    train = way("train", folder)
+    stock = {size: way("train_trl", folder, size) for size in (1, 8)}
+    best = min(stock, key=lambda size: stock[size]["seconds"])
+    result["training"] = {
+        "pairs": args.pairs, "seconds": train["seconds"], "trl_best_seconds": stock[best]["seconds"],
+        "trl_default_seconds": stock[8]["seconds"], "trl_best_batch": best, "speedup_over_trl_best":
+        stock[best]["seconds"] / train["seconds"], "speedup_over_trl_default": stock[8]["seconds"] / train["seconds"],
+        "share_of_matrix_rate": train["share_of_matrix_rate"], "matmul_gflops": train["matmul_gflops"],
+        "peak_gb": train["peak_gb"], "trl_best_peak_gb": stock[best]["peak_gb"],
+        "trl_default_peak_gb": stock[8]["peak_gb"], "step0_loss": train["step0_loss"],
+        "losses": train["losses"], "trl_losses": stock[best]["losses"],
+    }  # fmt: skip
+    show_part(result, "training", console)
+    console.print("[dim]plan[/dim]")
+    result["plan"] = measure_plan(folder, prompts, train["model"])
+    return result
+
+
+def show_part(result: dict[str, Any], part: str, console: Console) -> None:
+    """Prints a part's figures at once: the run takes minutes, and may be interrupted."""
+    console.print(f"[dim]{json.dumps({part: result[part]})}[/dim]", highlight=False, soft_wrap=True)
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Prints the table: a line for each ratio."""
+    table = Table(title=f"{result['model']}: seconds", box=None)
+    for name in ("", "dice", "beside", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    generation, scoring, training, plan = (result[name] for name in ("generation", "scoring", "training", "plan"))
+    best, default = (training[f"trl_{name}_seconds"] for name in ("best", "default"))
+    rows = [
+        ("generation, over vLLM", generation["seconds"], generation["vllm_seconds"], generation["time_over_vllm"]),
+        ("scoring, TRL over", scoring["seconds"], scoring["trl_seconds"], scoring["speedup_over_trl"]),
+        ("training, TRL's best over", training["seconds"], best, training["speedup_over_trl_best"]),
+        ("training, TRL's default over", training["seconds"], default, training["speedup_over_trl_default"]),
+        ("a run, planned over taken", plan["taken_seconds"], plan["planned_seconds"], plan["planned_over_taken"]),
+    ]
+    for name, ours, other, ratio in rows:
+        table.add_row(name, f"{ours:.1f}", f"{other:.1f}", f"{ratio:.2f}")
+    console.print(table)
+    console.print(
+        f"training: {training['share_of_matrix_rate']:.2f} of the matrix rate, peak {training['peak_gb']:.1f} GB "
+        f"(TRL {training['trl_best_peak_gb']:.1f}); planning took {plan['seconds']:.0f} s",
+        highlight=False,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a model folder")
+    parser.add_argument("--name", default="SmolLM2-135M-Instruct")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
+    parser.add_argument("--count", type=int, default=24, help="prompts")
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args(arguments)
+    console = Console(width=max(Console().width, 110))
+    with tempfile.TemporaryDirectory(prefix="bench-real-") as temporary:
+        folder = Path(temporary)
+        (folder / "model").symlink_to(args.model.resolve(), target_is_directory=True)
+        result = measure(args, folder, console) | {"machine": machine()}
+    show(result, console)
+    write_json(args.out / "real.json", result)
+    console.print(f"written to {args.out}/real.json")
+
+
+if __name__ == "__main__":
+    main()
