@@ -89,7 +89,8 @@ def plan(
     room = _room(folder, probed)
     failure = first_failure(stages, room)
     for stage in stages.values():
-        stage.pop("lacking", None)
+        for name in ("lacking", "remedy"):
+            stage.pop(name, None)
     total = own_start + sum(stage["seconds"] for stage in stages.values())
     return {
         "total_seconds": total,
@@ -217,7 +218,7 @@ def _machine(config: RunConfig, probed: Probe, data: Data) -> Machine:
         groups=probed.groups,
         gpus=probed.gpus,
         processes=layout.processes,
-        shards=layout.processes if layout.strategy in ("fsdp2", "zero3") else 1,
+        shards=layout.shards,
         gpu_bytes=probed.gpu_bytes,
         base_memory=probed.base_memory_bytes,
         encode_seconds=probed.encode_seconds,
