@@ -82,16 +82,17 @@ def train_state(size: ModelSize, train: TrainConfig, dtype: str, shards: int) ->
     return size.parameters * (16 + copy) // max(1, shards)
 
 
-def _layer_bytes(size: ModelSize, train: TrainConfig, dtype: str) -> float:
+def _layer_bytes(size: ModelSize, train: TrainConfig, dtype: str, lean: bool) -> float:
     """Activations that a layer keeps for a token's backward pass.
 
     Fitted to the tensors that autograd keeps in seven shapes of Llama (hidden size 512 to 1,152), within 2 %:
     25 h + e·(4 i + 3.2 (q + k)) bytes for e bytes of the dtype, inner width i and widths q and k of queries and keys.
-    The first term does not depend on the dtype, since norms and residuals stay in float32; with LoRA it is 17 h.
+    The first term does not depend on the dtype, since norms and residuals stay in float32; with LoRA it is 17 h. With
+    lean layers (training/lean_layers.py) it is 17 h too, and the second 2 i.
     """
     queries, keys = size.heads * size.head_size, size.kv_heads * size.head_size
-    fixed = 25 if train.lora is None else 17
-    return fixed * size.hidden + DTYPE_BYTES[dtype] * (4 * size.inner + 3.2 * (queries + keys))
+    fixed, inner = (17, 2) if lean else (25, 4) if train.lora is None else (17, 4)
+    return fixed * size.hidden + DTYPE_BYTES[dtype] * (inner * size.inner + 3.2 * (queries + keys))
 
 
 def _head_bytes(size: ModelSize, dtype: str, tokens: int, cuda: bool) -> int:
@@ -104,7 +105,9 @@ def _head_bytes(size: ModelSize, dtype: str, tokens: int, cuda: bool) -> int:
     return 4 * 4 * min(tokens, _HEAD_TILE[0]) * min(size.vocabulary, _HEAD_TILE[1])
 
 
-def train_memory(size: ModelSize, train: TrainConfig, dtype: str, tokens: int, *, shards: int, cuda: bool) -> int:
+def train_memory(
+    size: ModelSize, train: TrainConfig, dtype: str, tokens: int, *, shards: int, cuda: bool, lean: bool = False
+) -> int:
     """Peak of training in one process: `train_state` + activations of a forward + the head's logits.
 
     With gradient checkpointing, a layer keeps its input alone (Korthikanti et al., arXiv 2205.05198, section 5), and
@@ -113,8 +116,9 @@ def train_memory(size: ModelSize, train: TrainConfig, dtype: str, tokens: int, *
     Args:
         tokens: of a forward.
         shards: processes that share the states (fsdp2, zero3); else 1.
+        lean: with lean layers.
     """
-    layer = tokens * _layer_bytes(size, train, dtype)
+    layer = tokens * _layer_bytes(size, train, dtype, lean)
     activations = layer * size.layers
     if train.gradient_checkpointing:
         activations = _CHECKPOINTED * tokens * size.hidden * size.layers + layer
@@ -195,7 +199,9 @@ class TrainingMemory:
 
     def train_at(self, tokens: int) -> int:
         """With forwards of `tokens` tokens."""
-        return train_memory(self.size, self.train, self.dtype, tokens, shards=self.shards, cuda=self.cuda)
+        plain = self.dtype == "float32" and self.processes == 1 and not self.cuda
+        lean = plain and self.train.packed is not False and self.train.lora is None
+        return train_memory(self.size, self.train, self.dtype, tokens, shards=self.shards, cuda=self.cuda, lean=lean)
 
     def _forward_tokens(self, *, split: bool) -> int:
         """Tokens of the longest forward. `split`: after rows were split as far as possible, into rows of one pair."""

@@ -19,6 +19,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from dice_py.models.logits import logit_transform
+from dice_py.training.lean_layers import add_gradient, adds_in_place
 from dice_py.training.packed_rows import PackedRow
 
 if TYPE_CHECKING:
@@ -35,9 +36,17 @@ class KeptLogits(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        in_place: bool,
     ) -> torch.Tensor:
-        """(positions, hidden), (vocabulary, hidden), (vocabulary,), (positions,) int64 → (positions,) float32."""
+        """(positions, hidden), (vocabulary, hidden), (vocabulary,), (positions,) int64 → (positions,) float32.
+
+        `in_place`: the weight's gradient is added as lean layers do (training/lean_layers.py).
+        """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
@@ -47,7 +56,7 @@ class KeptLogits(torch.autograd.Function):  # type: ignore[misc]
         normalizer = logits.logsumexp(dim=-1)
         logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
         ctx.save_for_backward(hidden, weight, targets, logits, normalizer)
-        ctx.dtype, ctx.has_bias = dtype, bias is not None
+        ctx.dtype, ctx.has_bias, ctx.in_place = dtype, bias is not None, in_place
         return logps
 
     @staticmethod
@@ -58,11 +67,16 @@ class KeptLogits(torch.autograd.Function):  # type: ignore[misc]
         gradient = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
         gradient.scatter_add_(1, targets[:, None], grad[:, None])
         gradient = gradient.to(ctx.dtype)
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        of_weight = None
+        if needs_weight:
+            states = hidden.to(ctx.dtype)
+            of_weight = add_gradient(weight, gradient, states) if ctx.in_place else gradient.T @ states
         return (
             (gradient @ weight.to(ctx.dtype)).to(hidden.dtype) if needs_hidden else None,
-            (gradient.T @ hidden.to(ctx.dtype)).to(weight.dtype) if needs_weight else None,
+            None if of_weight is None else of_weight.to(weight.dtype),
             gradient.sum(dim=0, dtype=torch.float32).to(weight.dtype) if ctx.has_bias and needs_bias else None,
+            None,
             None,
         )
 
@@ -86,7 +100,7 @@ def response_logps(
     scale, cap = logit_transform(model.config)
     small = hidden.device.type == "cpu" and len(targets) * len(weight) <= _KEPT_LOGITS
     if small and scale == 1.0 and cap is None and outputs == ("log_probs",):
-        logps: torch.Tensor = KeptLogits.apply(hidden, weight, bias, targets)
+        logps: torch.Tensor = KeptLogits.apply(hidden, weight, bias, targets, adds_in_place(head))
         return logps, None
     logps, _, squares, _, _ = ChunkedLogProbFunction.apply(
         hidden, weight, bias, targets, 1.0, _TILE, cap, scale, outputs

@@ -25,6 +25,7 @@ from dice_py.compute.failures import is_out_of_memory
 from dice_py.events import Report, no_report
 from dice_py.models.packed_attention import use_packed_attention
 from dice_py.models.transfer import to_device
+from dice_py.training.lean_layers import use_lean_layers
 from dice_py.training.loss import loss_of_trl
 from dice_py.training.packed_forward import add_packed_forward
 from dice_py.training.packed_rows import Pair, pack, row_tokens, split_step
@@ -76,6 +77,14 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         self.padded_collator = self.data_collator
         if packed_tokens is not None:
             self.data_collator = lambda pairs: {"step": Step(pairs)}
+            if self._can_be_lean():
+                use_lean_layers(self.base_model)
+
+    def _can_be_lean(self) -> bool:
+        """Whether training is in float32, on a CPU, in one process (training/lean_layers.py)."""
+        alone = self.accelerator.num_processes == 1 and not self.is_fsdp_enabled
+        plain = self.base_model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        return alone and plain and self.accelerator.device.type == "cpu"
 
     # --- hooks of TRL that do nothing here --------------------------------------------------------------------
 

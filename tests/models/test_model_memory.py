@@ -77,6 +77,8 @@ def test_training_by_hand() -> None:
     state, head = 16_000, 2 * 4 * 60 * 50
     assert train_memory(SIZE, train(), "float32", 60, shards=1, cuda=False) == state + int(60 * 2 * LAYER) + head
     assert train_memory(SIZE, train(), "float32", 60, shards=4, cuda=False) == 4_000 + int(60 * 2 * LAYER) + head
+    lean = train_memory(SIZE, train(), "float32", 60, shards=1, cuda=False, lean=True)
+    assert lean == state + int(60 * 2 * (LAYER - 8 * SIZE.hidden - 4 * 2 * SIZE.inner)) + head
     checkpointed = train_memory(SIZE, train("gradient_checkpointing=true"), "float32", 60, shards=1, cuda=False)
     assert checkpointed == state + int(4 * 60 * 8 * 2 + 60 * LAYER) + head
     # On a GPU in 16 bit: a copy of the weights, half of what depends on the dtype, a tile, the head's gradient.

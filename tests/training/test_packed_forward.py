@@ -28,7 +28,7 @@ def test_kept_logits_are_a_log_softmax(bias: bool, frozen: bool) -> None:
     leaves = [part for part in (hidden, weight, offset) if part is not None and part.requires_grad]
     plain = torch.nn.functional.linear(hidden, weight, offset).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     wanted = torch.autograd.grad((plain * upstream).sum(), leaves)
-    logps = KeptLogits.apply(hidden, weight, offset, targets)
+    logps = KeptLogits.apply(hidden, weight, offset, targets, False)
     torch.testing.assert_close(logps, plain.float(), rtol=1e-6, atol=1e-6)
     found = torch.autograd.grad((logps * upstream).sum(), leaves)
     for one, other in zip(found, wanted, strict=True):
@@ -43,7 +43,7 @@ def test_kept_logits_round_as_trls_tiles_under_autocast() -> None:
     for head in ("kept", "tiles"):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if head == "kept":
-                logps = KeptLogits.apply(hidden, weight, None, targets)
+                logps = KeptLogits.apply(hidden, weight, None, targets, False)
             else:
                 logps = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 16, None, 1.0, ("log_probs",))[
                     0
