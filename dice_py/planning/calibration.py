@@ -17,7 +17,8 @@ from dice_py.config.run import RunConfig
 from dice_py.events import Report
 from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.planning.calibrate_generation import GENERATED, Probe, probe
-from dice_py.planning.calibrate_training import TRAINING_PAIRS, measure_score, measure_train
+from dice_py.planning.calibrate_scoring import TRAINING_PAIRS, measure_score
+from dice_py.planning.calibrate_training import measure_train
 from dice_py.runs.inputs import Inputs
 from dice_py.runs.measured_costs import GenerateCosts, ScoreCosts, StageCosts, TrainCosts
 from dice_py.stages.registry import REGISTRY
@@ -83,7 +84,7 @@ def sampled_file(runner: SubprocessRunner) -> Path:
 def calibrate(config: RunConfig, inputs: Inputs, probed: Probe, runner: SubprocessRunner) -> StageCosts:
     """The costs of all stages: of sampling from `probed`, of scoring and training measured now."""
     assert probed.generate is not None
-    score = runner.run(
+    score, size = runner.run(
         "score",
         partial(
             measure_score,
@@ -95,6 +96,7 @@ def calibrate(config: RunConfig, inputs: Inputs, probed: Probe, runner: Subproce
             offline=inputs.offline,
             gpus=probed.gpu_names,
             threads=probed.threads,
+            layout=probed.layout,
             out=runner.folder / "score",
         ),
     )
@@ -105,6 +107,7 @@ def calibrate(config: RunConfig, inputs: Inputs, probed: Probe, runner: Subproce
             config=config,
             policy=inputs.policy,
             training_set=runner.folder / "score" / TRAINING_PAIRS,
+            size=size,
             out=runner.folder / "train",
         ),
     )

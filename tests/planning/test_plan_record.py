@@ -18,8 +18,10 @@ from dice_py.data import Message, Pair, pairs_frame, prompts_frame
 from dice_py.planning import calibration
 from dice_py.planning import plan as plan_module
 from dice_py.planning.calibrate_generation import Probe
+from dice_py.planning.calibration_sizes import Training
 from dice_py.planning.plan import plan
 from dice_py.runs.inputs import Inputs
+from dice_py.runs.measured_costs import COSTS as COSTS_KIND
 from dice_py.runs.measured_costs import EvaluateCosts, recall_costs, remember_costs
 from dice_py.runs.throughput import costs_key, lengths_key, remember_run
 from dice_py.storage.cache import remember
@@ -57,7 +59,7 @@ def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
         state["calls"].append((work.func.__name__, given.get("measure")))
         self.startup[stage] = 3.0
         if stage == "score":
-            return COSTS.score
+            return COSTS.score, Training(4, 6, 1)
         if stage == "train":
             return COSTS.train
         if given["measure"] != "nothing":
@@ -97,10 +99,19 @@ def test_costs_of_another_version_are_not_read(tmp_path: Path, monkeypatch: pyte
     stored = COSTS.model_dump(mode="json")
     remember("throughput", "key", stored)
     assert recall_costs("key") is None
-    for changes in ({"starts": 1.0}, {"train": {"load": 1.0}}):
-        remember("stage costs", "key", stored | changes)
+    step = {
+        "load": 1.0,
+        "fixed": 2.0,
+        "per_step": 0.5,
+        "step_tokens": 120.0,
+        "save": 0.25,
+        "checkpoint_bytes": 700,
+        "peak_bytes": 0,
+    }  # of version 0.9
+    for changes in ({"starts": 1.0}, {"train": {"load": 1.0}}, {"train": step}):
+        remember(COSTS_KIND, "key", stored | changes)
         assert recall_costs("key") is None
-    remember("stage costs", "key", stored)
+    remember(COSTS_KIND, "key", stored)
     assert recall_costs("key") == COSTS
 
 
@@ -147,17 +158,18 @@ def test_a_full_disk_and_a_small_memory(
 def test_the_key_of_costs(remembering: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config, policy = remembering["config"], remembering["inputs"].policy
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    key = costs_key(config, policy)
+    key = costs_key(config, policy, "transformers")
 
     def other(*assignments: str) -> str:
-        return costs_key(own("generate.samples=2", "train.batch_size=4", "model.device=cpu", *assignments), policy)
+        config = own("generate.samples=2", "train.batch_size=4", "model.device=cpu", *assignments)
+        return costs_key(config, policy, "transformers")
 
     # Settings that only change counts are not part of it.
     assert other("rounds=7", "data.prompts_per_round=3", "train.max_steps=9", "generate.temperature=0.5") == key
     changed = ["train.batch_size=8", "model.dtype=bfloat16", "train.lora.r=2", "generate.token_budget=77"]
     keys = {key, *map(other, changed)}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert len(keys | {costs_key(config, policy)}) == 6
+    assert len(keys | {costs_key(config, policy, "transformers")}) == 6
 
 
 TOOK = {"generate": 4.0, "score": 3.0, "mine": 0.5, "replay": 2.0, "train": 6.0, "evaluate": 5.0}
@@ -195,7 +207,7 @@ def made_run(folder: Path, remembering: dict[str, Any], **changes: Any) -> Path:
     write_json(base / "train" / "model" / "train_log.json", [{"loss": 0.5}, {"train_runtime": 3.0}])
     gate = {"responses": 256, "passed": True}
     counts: dict[str, Any] = {
-        "generate": {"prompts": count, "responses": 2 * count},
+        "generate": {"prompts": count, "responses": 2 * count, "engine": "transformers"},
         "score": {"policy_logps_gate": gate},
         "train": {"steps": 6},
         "evaluate": {"eval_prompts": 7, "eval_samples": 1, "eval_pairs": 3},
@@ -229,7 +241,7 @@ def test_a_run_leaves_its_costs(remembering: dict[str, Any], tmp_path: Path) -> 
     config, policy = remembering["config"], remembering["inputs"].policy
     folder = made_run(tmp_path / "run", remembering)
     assert remember_run(folder) is True
-    costs = recall_costs(costs_key(config, policy))
+    costs = recall_costs(costs_key(config, policy, "transformers"))
     assert costs is not None
     assert costs.source == "run"
     # Score's process was ready 5 s after generate began, replay's 4 s after score, training's 4 s after replay.
@@ -245,22 +257,31 @@ def test_a_run_leaves_its_costs(remembering: dict[str, Any], tmp_path: Path) -> 
     assert score.token_ratio == pytest.approx(1.0)
     assert score.fixed == pytest.approx(1.0 - (3000 + 256 * 10) * 1e-4)
     assert score.per_pair == pytest.approx((1.0 - 2 * 30 * 1e-4) / 2)
-    assert (train.per_step, train.fixed, train.step_tokens) == pytest.approx((0.5, 0.5, 4 * 30))
+    assert (train.per_token, train.per_update, train.fixed) == pytest.approx((0.5 / (4 * 30), 0.0, 0.5))
+    assert train.check_per_token == 0.0  # part of `fixed`
     assert costs.evaluate == EvaluateCosts(workload=(7, 1, 3), work=[4.0], load=[1.0])
     # The next plan measures nothing.
     planned = plan(config, tmp_path / "next")
     assert [planned["calibration"]["of"], remembering["calls"]] == ["run", [("probe", "nothing")]]
 
 
+def test_a_step_has_no_more_pairs_than_the_training_set(remembering: dict[str, Any], tmp_path: Path) -> None:
+    remembering["config"] = own("rounds=1", "generate.samples=2", "train.batch_size=8", "model.device=cpu")
+    assert remember_run(made_run(tmp_path / "run", remembering)) is True
+    costs = recall_costs(costs_key(remembering["config"], remembering["inputs"].policy, "transformers"))
+    assert costs is not None
+    assert costs.train.per_token == pytest.approx(0.5 / (4 * 30))  # four pairs
+
+
 def test_a_run_does_not_replace_a_calibration(remembering: dict[str, Any], tmp_path: Path) -> None:
     plan(remembering["config"], tmp_path / "next")
     assert remember_run(made_run(tmp_path / "run", remembering)) is False
-    key = costs_key(remembering["config"], remembering["inputs"].policy)
+    key = costs_key(remembering["config"], remembering["inputs"].policy, "transformers")
     assert recall_costs(key).source == "calibration"
 
 
 def test_a_later_run_replaces_the_costs_of_an_earlier_one(remembering: dict[str, Any], tmp_path: Path) -> None:
-    key = costs_key(remembering["config"], remembering["inputs"].policy)
+    key = costs_key(remembering["config"], remembering["inputs"].policy, "transformers")
     assert remember_run(made_run(tmp_path / "first", remembering)) is True
     assert remember_run(made_run(tmp_path / "second", remembering, prompts=300)) is True
     costs = recall_costs(key)
