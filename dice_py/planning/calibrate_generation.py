@@ -46,7 +46,7 @@ _MIN_RESPONSES = 64  # of the small measurement
 _MAX_PROMPTS = 512
 _FEW_TOKENS = 5  # of the first responses
 _FEW_PROMPT_TOKENS = 512  # of their prompts
-_FEWER_SAMPLES = 2  # of a prompt, where complete responses are not cheap
+_FEWER_SAMPLES = 1  # of a prompt, where complete responses are not cheap: lengths depend on the prompt
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class Measured:
     runs: tuple[SamplingRun, SamplingRun]
     """The runs that separate the costs of steps and tokens."""
     first: SamplingRun | None
-    """The first tokens alone of the first of `runs`: what its prompts cost. None: prompts are not separated."""
+    """First tokens alone: what prompts cost. None: prompts are not separated."""
     cut_at: int | None
     """Tokens at which the last of `runs` was cut; None: at generate.max_new_tokens."""
 
@@ -332,7 +332,10 @@ class Sampler:
         spread = self.prompts[:: max(1, len(self.prompts) // size.prompts)][: size.prompts]
         self._note(_FEWER_SAMPLES, len(spread), f", at most {size.tokens} tokens" if size.tokens < tokens else "")
         long = self.run(spread, _FEWER_SAMPLES, size.tokens)
-        return Measured(cold, (warm, long), first, size.tokens if size.tokens < tokens else None)
+        # Steps and tokens are separated by runs with different numbers of rows.
+        rows = [len(run.samples) for run in (fewer, warm, long)]
+        other = warm if abs(rows[1] - rows[2]) > abs(rows[0] - rows[2]) else fewer
+        return Measured(cold, (other, long), first, size.tokens if size.tokens < tokens else None)
 
     def _others(self, number: int, count: int) -> list[Prompt]:
         """The `number`th `count` prompts, counted in a circle."""

@@ -1,4 +1,4 @@
-"""The second process of `dice plan`: measures scoring and the tokenization of offline pairs, and makes pairs.
+"""Measures scoring and the tokenization of offline pairs, and makes pairs.
 
 A first pass over a few responses shows how many can be scored in the time there is.
 """
@@ -72,22 +72,22 @@ def measure_score(
         peak = peak_memory()
         pairs = _tokenized_pairs(models, policy, measured.shard, prompts, offline)
         size = _training_size(config, layout, models, pairs.frame, measured.per_token)
-        used = _training_pairs(pairs.frame, size.batch * size.steps)
+        # Of smaller steps, all have the same pairs: each further one would have to be scored.
+        reduced = size.batch < config.train.batch_size
+        used = _training_pairs(pairs.frame, size.batch * (1 if reduced else size.steps))
         training_set = _training_set(both, models, policy, used)
         file = write_parquet(out / "set.parquet", training_set, key="set", schema=TRAINING_SET)
         _write_training_pairs(training_set, size.batch * size.steps, out / TRAINING_PAIRS)
     large, cold = measured.large, measured.cold
     fixed, per_response = measured.fixed, measured.per_response
-    cold_tokens = cold.tokens
-    if cold.gate_passed is not None:  # The gate's pass is not among them.
-        cold_tokens += _shared_tokens(measured.shard.head(min(cold.responses, config.score.gate_responses)))
+    expected = fixed + measured.per_token * (cold.tokens + cold.gate_tokens) + per_response * cold.responses
     costs = ScoreCosts(
         load=cold.load / 2,
-        warm_up=max(0.0, cold.seconds - fixed - measured.per_token * cold_tokens - per_response * cold.responses),
+        warm_up=max(0.0, cold.seconds - expected),
         fixed=fixed,
         per_token=measured.per_token,
         per_response=per_response,
-        token_ratio=large.tokens / 2 / _shared_tokens(measured.shard.head(large.responses)),
+        token_ratio=large.tokens / large.passes / _shared_tokens(measured.shard.head(large.responses)),
         gate_passed=measured.gate_passed,
         bytes_per_response=large.bytes / large.responses,
         bytes_per_pair=file.stat().st_size / training_set.height,
@@ -109,6 +109,10 @@ class _ScoringRun:
     """Seconds of the forward passes, without the gate's."""
     tokens: int
     """Tokens of the forward passes."""
+    passes: int
+    """Passes over all responses."""
+    gate_tokens: int
+    """Tokens of the gate's pass."""
     bytes: int
     """Of the scores' file."""
     responses: int
@@ -116,8 +120,8 @@ class _ScoringRun:
 
     @property
     def beyond(self) -> float:
-        """Seconds beside the forward passes."""
-        return self.seconds - self.forward
+        """Seconds beside the forward passes, and beside the gate's, which takes as long for a token."""
+        return self.seconds - self.forward * (1 + self.gate_tokens / max(1, self.tokens))
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,10 @@ def _measure_scoring(
     out: Path,
     report: Report,
 ) -> _Scoring:
-    """Scores a few responses cold; then as the seconds allow, at most all, and half as many."""
+    """Scores a few responses cold; then as the seconds allow, at most all, and half as many.
+
+    Where not many more could be scored than the first ones, these are the measurement.
+    """
     both = config.score.model_copy(update={"policy_logps": "recompute"})
 
     def score(name: str, responses: int, settings: ScoreConfig) -> _ScoringRun:
@@ -177,6 +184,8 @@ def _measure_scoring(
         small = score("small", shard.height // 2, both)
         return _Scoring(shard, cold, small, score("large", shard.height, both), gate_passed)
     count = scored_responses(shard.height, each, 2)
+    if count < 2 * first:
+        return _Scoring(shard, cold, None, cold, cold.gate_passed)
     report("note", text=f"calibrating: scoring {count} responses")
     return _Scoring(shard, cold, None, score("large", count, both), cold.gate_passed)
 
@@ -207,11 +216,14 @@ def _timed_scoring(
     seconds = time.monotonic() - began
     load = timed_seconds().get("load", 0.0) - loaded
     gate = scored.counts["policy_logps_gate"]
+    gate_tokens = 0 if gate is None else _shared_tokens(read_parquet(generations).head(gate["responses"]))
     return _ScoringRun(
         seconds=seconds - load,
         load=load,
         forward=sum(shard["seconds"] for shard in shards),
         tokens=sum(shard["tokens"] for shard in shards),
+        passes=len(shards),
+        gate_tokens=gate_tokens,
         bytes=scored.files[0][0].stat().st_size,
         responses=scored.counts["responses"],
         gate_passed=None if gate is None else bool(gate["passed"]),

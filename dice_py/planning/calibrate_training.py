@@ -1,4 +1,4 @@
-"""The third process of `dice plan`: measures training, with steps as long as there is time for.
+"""The second process of `dice plan`: measures scoring, and then training, with steps as long as there is time for.
 
 Clipping and the update of the weights cost the same whatever a step's tokens, and are timed apart from the forward and
 backward passes, so that a small step shows what a large one costs.
@@ -18,11 +18,46 @@ import polars as pl
 from dice_py.config.run import RunConfig
 from dice_py.config.training import TrainConfig
 from dice_py.events import Report, no_report
-from dice_py.models.loading import placement
+from dice_py.models.loading import placement, release_held
+from dice_py.planning.calibrate_scoring import TRAINING_PAIRS, measure_score
 from dice_py.planning.calibration_sizes import Training, per_device_pairs
-from dice_py.runs.measured_costs import TrainCosts
+from dice_py.runs.measured_costs import ScoreCosts, TrainCosts
 from dice_py.storage.parquet import read_parquet
 from dice_py.timing import timed_seconds
+from dice_py.training.parallelism import ProcessLayout
+
+
+def measure_score_and_train(
+    *,
+    config: RunConfig,
+    policy: Path,
+    reference: Path,
+    generations: Path,
+    prompts: Path,
+    offline: Path | None,
+    gpus: tuple[str, ...],
+    threads: int | None,
+    layout: ProcessLayout,
+    out: Path,
+    report: Report = no_report,
+) -> tuple[ScoreCosts, TrainCosts]:
+    """The costs of both, in one process, since the start of another would take longer than what it measures.
+
+    Args: as of `measure_score`.
+    """
+    import torch
+
+    trained_on = torch.get_num_threads()
+    score, size = measure_score(
+        config=config, policy=policy, reference=reference, generations=generations, prompts=prompts, offline=offline,
+        gpus=gpus, threads=threads, layout=layout, out=out, report=report,
+    )  # fmt: skip
+    torch.set_num_threads(trained_on)
+    release_held()
+    train = measure_train(
+        config=config, policy=policy, training_set=out / TRAINING_PAIRS, size=size, out=out / "stage", report=report
+    )
+    return score, train
 
 
 def measure_train(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SAMPLING_SECONDS = 12.0
+SAMPLING_SECONDS = 13.0
 """For all samples of a calibration."""
 SCORING_SECONDS = 4.0
 """For all scoring passes but the first ones."""
@@ -19,7 +19,7 @@ STEPS = 6
 """Optimizer steps of a calibration's training."""
 _LEAST_STEPS = 3
 _FULL_ROW_FACTOR = 1.5  # seconds that full rows may take over the budget: a pair alone shows twice the cost of a token
-_LEAST_PROMPTS = 8  # of the sampling: further rows take little of a step's seconds
+_LEAST_PROMPTS = 16  # of the sampling: further rows take little of a step's seconds
 _LEAST_TOKENS = 8  # of a response
 _LEAST_RESPONSES = 4  # of the scoring
 _BACKWARD = 3  # forward and backward passes take three times the seconds of a forward

@@ -1,8 +1,9 @@
 """Lengths of a calibration's responses, where it sampled fewer of a prompt than the run will, or cut them.
 
 A cut response is censored: it would have gone on. That it ends at its next token has the probability (responses that
-stopped) / (tokens sampled), the maximum likelihood of a geometric distribution; half a stop is added, so that a sample
-without any gives lengths too.
+stopped) / (tokens sampled), the maximum likelihood of a geometric distribution. It is taken over the second half of the
+tokens before the cut, since those that are still going on there are the longer ones; half a stop is added, so that a
+sample without any gives lengths too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def extend(responses: pl.DataFrame, cut_at: int, limit: int) -> tuple[pl.DataFra
     count = int(cut.sum())
     if not count:
         return responses, 0
-    stops, tokens = responses.height - count, int(responses["response_tokens"].sum())
+    late = responses["response_tokens"].cast(pl.Int64) - cut_at // 2
+    stops, tokens = int((late > 0).sum()) - count, int(late.clip(lower_bound=0).sum())
     hazard = min(1.0, (stops + 0.5) / max(1, tokens))
     more = np.zeros(responses.height, dtype=np.int64)
     more[cut.to_numpy()] = np.random.default_rng(0).geometric(hazard, count)

@@ -44,12 +44,12 @@ def test_prompts_are_as_many_as_can_be_answered_completely() -> None:
 
 
 def test_responses_are_cut_where_even_few_take_too_long() -> None:
-    # 8 prompts: 16 rows, 0.036 s a step, 0.8 s of prefill.
-    assert sampling(0.8 + 50.5 * 0.036) == Sampling(8, 50)
+    # 16 prompts: 32 rows, 0.052 s a step, 1.6 s of prefill.
+    assert sampling(1.6 + 50.5 * 0.052) == Sampling(16, 50)
     # A least number of tokens, of prompts that there are, but no more than the run samples.
-    assert sampling(-5.0) == Sampling(8, 8)
+    assert sampling(-5.0) == Sampling(16, 8)
     assert sampling(-5.0, prompts=1) == Sampling(1, 8)
-    assert sampling(-5.0, tokens=4) == Sampling(8, 4)
+    assert sampling(-5.0, tokens=4) == Sampling(16, 4)
 
 
 def test_steps_that_contradict_each_other_still_give_a_size() -> None:

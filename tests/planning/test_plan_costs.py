@@ -169,8 +169,8 @@ def test_later_rounds_than_the_runs_cost_as_its_last() -> None:
 
 
 def test_costs_of_a_calibration() -> None:
-    costs = calibrated_costs(COSTS.generate, COSTS.score, COSTS.train, {"generate": 5.0, "score": 4.0, "train": 6.0})
-    assert costs.startup == {"generate": 5.0, "score": 4.0, "replay": 4.0, "train": 6.0, "evaluate": 5.0}
+    costs = calibrated_costs(COSTS.generate, COSTS.score, COSTS.train, {"generate": 5.0, "train": 6.0})
+    assert costs.startup == {"generate": 5.0, "score": 5.0, "replay": 5.0, "train": 6.0, "evaluate": 5.0}
     assert (costs.source, costs.generate, costs.evaluate) == ("calibration", COSTS.generate, None)
 
 

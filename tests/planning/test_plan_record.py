@@ -18,7 +18,6 @@ from dice_py.data import Message, Pair, pairs_frame, prompts_frame
 from dice_py.planning import calibration
 from dice_py.planning import plan as plan_module
 from dice_py.planning.calibrate_generation import Probe
-from dice_py.planning.calibration_sizes import Training
 from dice_py.planning.plan import plan
 from dice_py.runs.inputs import Inputs
 from dice_py.runs.measured_costs import COSTS as COSTS_KIND
@@ -58,10 +57,8 @@ def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
         given = work.keywords
         state["calls"].append((work.func.__name__, given.get("measure")))
         self.startup[stage] = 3.0
-        if stage == "score":
-            return COSTS.score, Training(4, 6, 1)
         if stage == "train":
-            return COSTS.train
+            return COSTS.score, COSTS.train
         if given["measure"] != "nothing":
             sampled = pl.DataFrame(
                 {"prompt_id": [0, 0, 1, 1], "response_tokens": [5] * 4, "finish_reason": ["stop"] * 4}
@@ -82,7 +79,7 @@ def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
 
 ANSWER: Message = {"role": "assistant", "content": "yes"}
 OTHERS: list[list[Message]] = [[{"role": "user", "content": f"other {n}"}] for n in range(2)]
-EVERYTHING = [("probe", "costs"), ("measure_score", None), ("measure_train", None)]
+EVERYTHING = [("probe", "costs"), ("measure_score_and_train", None)]
 
 
 def test_costs_come_back_as_they_were_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
