@@ -184,7 +184,7 @@ def _measure_scoring(
         small = score("small", shard.height // 2, both)
         return _Scoring(shard, cold, small, score("large", shard.height, both), gate_passed)
     count = scored_responses(shard.height, each, 2)
-    if count < 2 * first:
+    if count < 4 * first:
         return _Scoring(shard, cold, None, cold, cold.gate_passed)
     report("note", text=f"calibrating: scoring {count} responses")
     return _Scoring(shard, cold, None, score("large", count, both), cold.gate_passed)

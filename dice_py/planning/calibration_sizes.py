@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SAMPLING_SECONDS = 13.0
+SAMPLING_SECONDS = 12.0
 """For all samples of a calibration."""
 SCORING_SECONDS = 4.0
 """For all scoring passes but the first ones."""
@@ -18,11 +18,11 @@ TRAINING_SECONDS = 7.0
 STEPS = 6
 """Optimizer steps of a calibration's training."""
 _LEAST_STEPS = 3
-_FULL_ROW_FACTOR = 1.5  # seconds that full rows may take over the budget: a pair alone shows twice the cost of a token
+_ROW_FACTOR = 1.5  # seconds that a row may take over the budget, since a short row shows a higher cost of a token
 _LEAST_PROMPTS = 16  # of the sampling: further rows take little of a step's seconds
 _LEAST_TOKENS = 8  # of a response
 _LEAST_RESPONSES = 4  # of the scoring
-_BACKWARD = 3  # forward and backward passes take three times the seconds of a forward
+_TRAINED = 4  # a forward and a backward pass, in forwards: three by their work, up to four on a CPU
 
 
 class Step(NamedTuple):
@@ -116,24 +116,24 @@ def training_size(
 ) -> Training:
     """The run's own batch where six steps fit; else fewer pairs, but a full row for each process; else fewer steps.
 
-    Where not even that fits, a step has one pair for each process.
+    Where not even that fits, a step has fewer pairs, but one for each process.
 
     Args:
         batch_size: of the run, a multiple of `processes`.
         pair_tokens: of a pair in a forward.
-        per_token: seconds of a token when it is scored; training takes three times as long.
+        per_token: seconds of a token when it is scored; training takes four times as long.
         row_tokens: of a packed row, which a short row would not represent.
     """
-    pair = _BACKWARD * per_token * pair_tokens / processes
+    pair = _TRAINED * per_token * pair_tokens / processes
     fitting = int(seconds / max(STEPS * pair, 1e-9)) // processes * processes
     if fitting >= batch_size:
         return Training(batch_size, STEPS, processes)
     full = min(batch_size, processes * max(1, int(row_tokens // max(1.0, pair_tokens))))
     batch = max(full, fitting)
     steps = max(_LEAST_STEPS, min(STEPS, int(seconds / (batch * pair))))
-    if _LEAST_STEPS * batch * pair > _FULL_ROW_FACTOR * seconds:
-        batch = processes
-        steps = max(_LEAST_STEPS, min(STEPS, int(seconds / (batch * pair))))
+    if _LEAST_STEPS * batch * pair > _ROW_FACTOR * seconds:
+        affordable = int(_ROW_FACTOR * seconds / (_LEAST_STEPS * pair)) // processes * processes
+        batch, steps = max(processes, affordable), _LEAST_STEPS
     return Training(batch, steps, processes)
 
 

@@ -69,7 +69,7 @@ def test_scored_responses() -> None:
 def training(seconds: float, processes: int = 1, batch_size: int = 32) -> Training:
     # 0.3 s a pair for forward and backward; 5 pairs in a row.
     return training_size(
-        batch_size, processes, pair_tokens=100.0, per_token=0.001, row_tokens=512, seconds=seconds * 1.0001
+        batch_size, processes, pair_tokens=100.0, per_token=0.00075, row_tokens=512, seconds=seconds * 1.0001
     )
 
 
@@ -78,7 +78,7 @@ def test_steps_of_the_training() -> None:
     assert training(6 * 20 * 0.3) == Training(20, 6, 1)  # fewer pairs
     assert training(4 * 5 * 0.3) == Training(5, 4, 1)  # a full row, fewer steps
     assert training(2.2 * 5 * 0.3) == Training(5, 3, 1)  # a little more than the seconds
-    assert training(4 * 0.3) == Training(1, 4, 1)  # a pair
+    assert training(4 * 0.3) == Training(2, 3, 1)  # part of a row
     assert training(0.01) == Training(1, 3, 1)
     assert training(4 * 5 * 0.3, batch_size=2) == Training(2, 6, 1)  # never more than the run's
 
