@@ -152,6 +152,12 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"engine {calibration['engine']}; responses of {number(calibration['mean_response_tokens'])} tokens on "
         "average; pairs are an estimate"
     ]
+    if calibration["extrapolated_responses"]:
+        lines.append(
+            f"{calibration['extrapolated_responses']} of {calibration['responses']} responses of the calibration were "
+            f"cut at {calibration['cut_at_tokens']} tokens: their lengths are extrapolated, and so are the times of "
+            "all stages"
+        )
     if not plan["gpu_hours"]:
         lines.append(f"no GPU is used: {number(plan['cpu_hours'])} core hours")
     free = f"{size(plan['free_disk_bytes'])} of disk and {size(plan['free_memory_bytes'])} of memory are free"

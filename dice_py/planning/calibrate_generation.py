@@ -1,8 +1,11 @@
 """The first process of `dice plan`: reads the prompts as the run will, and measures sampling.
 
-Sampling is measured cold and warm, and with a small and a large number of responses, which separates fixed costs from
-the costs of a step and of a token. planning/calibrate_training.py then scores these responses, makes pairs of them, and
-trains on the pairs. All files are written into a folder that the caller removes.
+A cold run of a few tokens shows what a step takes. Where complete responses are cheap, they are sampled for a small and
+a large number of prompts, which separates the costs of a step and of a token. Else (planning/calibration_sizes.py)
+many rows are decoded for a few tokens, and few rows for complete responses, or up to a limit of tokens.
+
+planning/calibrate_scoring.py then scores these responses and makes pairs of them, and planning/calibrate_training.py
+trains. All files are written into a folder that the caller removes.
 """
 
 from __future__ import annotations
@@ -22,6 +25,13 @@ from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.generation.shard import Prompt, ShardWriter
 from dice_py.models.loading import placement
 from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.planning.calibration_sizes import (
+    SAMPLING_SECONDS,
+    Step,
+    complete_sampling_fits,
+    first_prompts,
+    reduced_sampling,
+)
 from dice_py.planning.decoding import decode_steps, fit_decoding
 from dice_py.runs.measured_costs import GenerateCosts
 from dice_py.storage.keys import seed_for
@@ -34,6 +44,9 @@ GENERATED = "generations-00000.parquet"
 _TARGET_SECONDS = 3.0  # of the large measurement
 _MIN_RESPONSES = 64  # of the small measurement
 _MAX_PROMPTS = 512
+_FEW_TOKENS = 5  # of the first responses
+_FEW_PROMPT_TOKENS = 512  # of their prompts
+_FEWER_SAMPLES = 1  # of a prompt, where complete responses are not cheap: lengths depend on the prompt
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Probe:
     """For tokenizing one prompt."""
     generate: GenerateCosts | None = None
     """None: not measured."""
+    cut_at: int | None = None
+    """Tokens at which sampled responses were cut; None: at generate.max_new_tokens."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +105,28 @@ class _Tokenized:
 
 
 @dataclass(frozen=True)
-class _SamplingRun:
+class SamplingRun:
     """Samples of some prompts, and the seconds that they took."""
 
     prompts: Sequence[Prompt]
     samples: list[Sample]
     """Prompt by prompt."""
     seconds: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt counted once."""
+        return sum(len(ids) for _, ids in self.prompts)
+
+    @property
+    def step(self) -> Step:
+        """The mean step, with its share of the prompts' prefill."""
+        return Step(len(self.samples), self.seconds / max(len(sample.token_ids) for sample in self.samples))
+
+    def step_without(self, per_prompt_token: float) -> Step:
+        """The mean step but for the first, whose tokens come from the prefill at these seconds a token."""
+        steps = max(len(sample.token_ids) for sample in self.samples) - 1
+        return Step(len(self.samples), max(0.0, self.seconds - per_prompt_token * self.prompt_tokens) / max(1, steps))
 
     def decoding(self, rows: int, continuous: bool) -> tuple[int, int, float]:
         """(steps, tokens, seconds)."""
@@ -171,8 +201,8 @@ def probe(
         )
         if measure == "nothing":
             return probed
-        costs = _sample(config, engine, policy, tokenized, out, measure == "costs", report)
-    return replace(probed, generate=costs)
+        costs, cut_at = _sample(config, engine, policy, tokenized, out, report)
+    return replace(probed, generate=costs if measure == "costs" else None, cut_at=cut_at)
 
 
 def _tokenize(config: RunConfig, policy: Path, prompts: Path) -> _Tokenized:
@@ -197,71 +227,150 @@ def _encode(tokenizer: Any, file: Path) -> list[Prompt]:
 
 
 def _sample(
-    config: RunConfig,
-    engine_name: str,
-    policy: Path,
-    tokenized: _Tokenized,
-    out: Path,
-    measure_costs: bool,
-    report: Report,
-) -> GenerateCosts | None:
-    """Samples responses and writes them into `out`; their costs, or None without `measure_costs`."""
+    config: RunConfig, engine_name: str, policy: Path, tokenized: _Tokenized, out: Path, report: Report
+) -> tuple[GenerateCosts, int | None]:
+    """Samples responses and writes them into `out`; returns their costs, and the tokens at which they were cut."""
     from dice_py.compute.memory import peak_memory
     from dice_py.generation.engines.factory import build_engine
 
-    samples, longest = config.generate.samples, tokenized.longest
     loaded = timed_seconds().get("load", 0.0)
     engine = build_engine(
-        engine_name, config.generate, device_in_group(config.model), policy, tokenized.stops, longest,
+        engine_name, config.generate, device_in_group(config.model), policy, tokenized.stops, tokenized.longest,
         int(tokenized.tokenizer.pad_token_id),
     )  # fmt: skip
     load = timed_seconds().get("load", 0.0) - loaded
-    prompts = tokenized.kept[:: max(1, len(tokenized.kept) // _MAX_PROMPTS)][:_MAX_PROMPTS]
-    few = prompts[: max(1, min(len(prompts), -(-_MIN_RESPONSES // samples)))]
-    report("note", text=f"calibrating: sampling {samples} responses to each of {len(few)} prompts")
-    cold = _timed_sampling(engine, config, few)
-    small = large = _timed_sampling(engine, config, few) if measure_costs else cold
-    count = min(len(prompts), max(2 * len(few), int(len(few) * _TARGET_SECONDS / max(small.seconds, 1e-3))))
-    if count > len(few):
-        report("note", text=f"calibrating: sampling {samples} responses to each of {count} prompts")
-        large = _timed_sampling(engine, config, prompts[:count])
+    measured = Sampler(engine, config, tokenized.kept, report).measure()
     peak = peak_memory()
     rows, continuous = engine.max_rows, engine.drops_finished_rows
     engine.close()
     began = time.monotonic()
-    file = _write(large, tokenized.tokenizer, samples, out)
+    kept = measured.kept
+    file = _write(kept, tokenized.tokenizer, len(kept.samples) // len(kept.prompts), out)
     written = time.monotonic() - began
-    if not measure_costs:
-        return None
-    per_step, per_token = fit_decoding([run.decoding(rows, continuous) for run in (small, large)])
+    per_step, per_token = fit_decoding(measured.decoding(rows, continuous))
+    steps, tokens, seconds = measured.cold.decoding(rows, continuous)
+    warm = per_step * steps + per_token * tokens + measured.per_prompt_token * measured.cold.prompt_tokens
     return GenerateCosts(
         load=load,
-        warm_up=max(0.0, cold.seconds - small.seconds),
+        warm_up=max(0.0, seconds - warm),
+        per_prompt_token=measured.per_prompt_token,
         per_step=per_step,
         per_token=per_token,
-        per_response=written / len(large.samples),
+        per_response=written / len(kept.samples),
         rows=rows,
         continuous=continuous,
-        bytes_per_response=file.stat().st_size / len(large.samples),
+        bytes_per_response=file.stat().st_size / len(kept.samples),
         peak_bytes=peak,
-    )
+    ), measured.cut_at
 
 
-def _timed_sampling(engine: Engine, config: RunConfig, prompts: Sequence[Prompt]) -> _SamplingRun:
-    """Samples generate.samples responses to each prompt."""
-    count = config.generate.samples
-    began = time.monotonic()
-    for at, (prompt_id, ids) in enumerate(prompts):
-        seeds = [seed_for(config.seed, "plan", prompt_id, number) for number in range(count)]
-        engine.add([((0, at * count + number), Request(ids, seed)) for number, seed in enumerate(seeds)])
-    samples: dict[SampleId, Sample] = {}
-    while engine.unfinished:
-        samples.update(engine.step())
-    seconds = time.monotonic() - began
-    return _SamplingRun(prompts, [samples[0, row] for row in range(len(prompts) * count)], seconds)
+@dataclass(frozen=True)
+class Measured:
+    """The samples of a calibration."""
+
+    cold: SamplingRun
+    runs: tuple[SamplingRun, SamplingRun]
+    """The runs that separate the costs of steps and tokens."""
+    first: SamplingRun | None
+    """First tokens alone: what prompts cost. None: prompts are not separated."""
+    cut_at: int | None
+    """Tokens at which the last of `runs` was cut; None: at generate.max_new_tokens."""
+
+    @property
+    def kept(self) -> SamplingRun:
+        """The responses that are scored, and whose lengths count."""
+        return self.runs[-1]
+
+    def decoding(self, rows: int, continuous: bool) -> list[tuple[int, int, float]]:
+        """(steps, tokens, seconds) of `runs`; where prompts are separate, without the first tokens, which they give."""
+        counts = [run.decoding(rows, continuous) for run in self.runs]
+        if self.first is None:
+            return counts
+        return [
+            (steps - 1, tokens - len(run.samples), seconds - self.per_prompt_token * run.prompt_tokens)
+            for run, (steps, tokens, seconds) in zip(self.runs, counts, strict=True)
+        ]
+
+    @property
+    def per_prompt_token(self) -> float:
+        """Seconds; 0: part of the tokens' cost."""
+        return 0.0 if self.first is None else self.first.seconds / max(1, self.first.prompt_tokens)
 
 
-def _write(run: _SamplingRun, tokenizer: Any, samples: int, out: Path) -> Path:
+class Sampler:
+    """Samples with an engine, as much as fits into the seconds of a calibration."""
+
+    def __init__(self, engine: Engine, config: RunConfig, kept: Sequence[Prompt], report: Report) -> None:
+        self.engine, self.config, self.report = engine, config, report
+        self.prompts = kept[:: max(1, len(kept) // _MAX_PROMPTS)][:_MAX_PROMPTS]
+
+    def measure(self) -> Measured:
+        """The cold run, and what it leaves time for."""
+        samples, tokens = self.config.generate.samples, self.config.generate.max_new_tokens
+        began = time.monotonic()
+        lengths = [len(ids) for _, ids in self.prompts]
+        few = self.prompts[: first_prompts(lengths, samples, _MIN_RESPONSES, _FEW_PROMPT_TOKENS)]
+        brief = min(tokens, _FEW_TOKENS)
+        cold = self.run(few, samples, brief)
+        if complete_sampling_fits(cold.step, tokens):
+            return self._complete(cold, few)
+        # Other prompts each time where there are enough, since an engine may keep a prompt's cache.
+        warm = self.run(self._others(1, len(few)), samples, brief)
+        if complete_sampling_fits(warm.step, tokens):
+            return self._complete(cold, few)
+        first = self.run(self._others(2, len(few)), samples, 1)
+        fewer = self.run(self._others(3, len(few)), _FEWER_SAMPLES, brief)
+        prefill = first.seconds / max(1, first.prompt_tokens)
+        size = reduced_sampling(
+            [fewer.step_without(prefill), warm.step_without(prefill)],
+            first.seconds / len(few),
+            tokens,
+            _FEWER_SAMPLES,
+            min(len(self.prompts), _MIN_RESPONSES // _FEWER_SAMPLES),
+            SAMPLING_SECONDS - (time.monotonic() - began),
+        )
+        spread = self.prompts[:: max(1, len(self.prompts) // size.prompts)][: size.prompts]
+        self._note(_FEWER_SAMPLES, len(spread), f", at most {size.tokens} tokens" if size.tokens < tokens else "")
+        long = self.run(spread, _FEWER_SAMPLES, size.tokens)
+        # Steps and tokens are separated by runs with different numbers of rows.
+        rows = [len(run.samples) for run in (fewer, warm, long)]
+        other = warm if abs(rows[1] - rows[2]) > abs(rows[0] - rows[2]) else fewer
+        return Measured(cold, (other, long), first, size.tokens if size.tokens < tokens else None)
+
+    def _others(self, number: int, count: int) -> list[Prompt]:
+        """The `number`th `count` prompts, counted in a circle."""
+        return [self.prompts[(number * count + at) % len(self.prompts)] for at in range(count)]
+
+    def _complete(self, cold: SamplingRun, few: Sequence[Prompt]) -> Measured:
+        """Complete responses to few prompts, and to more."""
+        samples, tokens = self.config.generate.samples, self.config.generate.max_new_tokens
+        self._note(samples, len(few))
+        small = large = self.run(few, samples, tokens)
+        count = max(2 * len(few), int(len(few) * _TARGET_SECONDS / max(small.seconds, 1e-3)))
+        count = min(len(self.prompts), count)
+        if count > len(few):
+            self._note(samples, count)
+            large = self.run(self.prompts[:count], samples, tokens)
+        return Measured(cold, (small, large), None, None)
+
+    def _note(self, samples: int, prompts: int, limit: str = "") -> None:
+        self.report("note", text=f"calibrating: sampling {samples} responses to each of {prompts} prompts{limit}")
+
+    def run(self, prompts: Sequence[Prompt], samples: int, tokens: int) -> SamplingRun:
+        """Samples `samples` responses to each prompt, of at most `tokens` tokens."""
+        self.engine.max_new_tokens = tokens
+        began = time.monotonic()
+        for at, (prompt_id, ids) in enumerate(prompts):
+            seeds = [seed_for(self.config.seed, "plan", prompt_id, number) for number in range(samples)]
+            self.engine.add([((0, at * samples + number), Request(ids, seed)) for number, seed in enumerate(seeds)])
+        done: dict[SampleId, Sample] = {}
+        while self.engine.unfinished:
+            done.update(self.engine.step())
+        seconds = time.monotonic() - began
+        return SamplingRun(prompts, [done[0, row] for row in range(len(prompts) * samples)], seconds)
+
+
+def _write(run: SamplingRun, tokenizer: Any, samples: int, out: Path) -> Path:
     """Writes the samples as a shard of generations."""
     file = out / GENERATED
     file.parent.mkdir(parents=True, exist_ok=True)

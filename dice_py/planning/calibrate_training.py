@@ -1,36 +1,33 @@
-"""The second and third process of `dice plan`: measure scoring, the tokenization of offline pairs, and training."""
+"""The second process of `dice plan`: measures scoring, and then training, with steps as long as there is time for.
+
+Clipping and the update of the weights cost the same whatever a step's tokens, and are timed apart from the forward and
+backward passes, so that a small step shows what a large one costs.
+"""
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from dice_py.compute.devices import Group, device_in_group, only_these_gpus
 from dice_py.config.run import RunConfig
-from dice_py.config.shared import ModelConfig
-from dice_py.config.stages import ScoreConfig
-from dice_py.errors import DataError
+from dice_py.config.training import TrainConfig
 from dice_py.events import Report, no_report
-from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.models.loading import placement, release_held
+from dice_py.planning.calibrate_scoring import TRAINING_PAIRS, measure_score
+from dice_py.planning.calibration_sizes import Training, per_device_pairs
 from dice_py.runs.measured_costs import ScoreCosts, TrainCosts
-from dice_py.storage.parquet import read_parquet, write_parquet
-from dice_py.storage.schemas import TRAINING_SET
+from dice_py.storage.parquet import read_parquet
 from dice_py.timing import timed_seconds
-
-TRAINING_PAIRS = "training_set.parquet"
-"""The file of the pairs that `measure_score` wrote, to train on."""
-_STEPS = 6  # of the training
-_MAX_PAIRS = 512  # offline pairs that are tokenized
-_PAIR_COLUMNS = ("prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids")
+from dice_py.training.parallelism import ProcessLayout
 
 
-def measure_score(
+def measure_score_and_train(
     *,
     config: RunConfig,
     policy: Path,
@@ -40,242 +37,114 @@ def measure_score(
     offline: Path | None,
     gpus: tuple[str, ...],
     threads: int | None,
+    layout: ProcessLayout,
     out: Path,
     report: Report = no_report,
-) -> ScoreCosts:
-    """Costs of scoring, and of tokenizing and scoring offline pairs; writes `out/training_set.parquet`.
+) -> tuple[ScoreCosts, TrainCosts]:
+    """The costs of both, in one process, since the start of another would take longer than what it measures.
 
-    Args:
-        generations: the responses that `probe` sampled.
-        prompts: their prompts, Parquet with `prompt_id` and `messages`.
-        offline: offline pairs; None: there are none.
-        gpus: the GPUs to use, as CUDA_VISIBLE_DEVICES names them.
-        threads: threads to use; None: torch's default.
+    Args: as of `measure_score`.
     """
     import torch
 
-    from dice_py.compute.memory import peak_memory
-
-    models = device_in_group(config.model)
-    both = config.score.model_copy(update={"policy_logps": "recompute"})
-    with only_these_gpus(Group(1, gpus)):
-        if threads is not None:
-            torch.set_num_threads(threads)
-        shard = read_parquet(generations)
-        half = write_parquet(out / "half.parquet", shard.head(max(1, shard.height // 2)), key="half")
-
-        def score(name: str, file: Path, settings: ScoreConfig) -> _ScoringRun:
-            return _timed_scoring(config, settings, models, policy, reference, file, out / name)
-
-        report("note", text=f"calibrating: scoring {shard.height} responses")
-        cold, small, large = (
-            score("cold", generations, config.score), score("small", half, both), score("large", generations, both),
-        )  # fmt: skip
-        per_token = large.forward / max(1, large.tokens)
-        beyond, beyond_small = large.seconds - large.forward, small.seconds - small.forward
-        per_response = max(0.0, (beyond - beyond_small) / max(1, shard.height - shard.height // 2))
-        fixed = max(0.0, beyond - per_response * shard.height)
-        peak = peak_memory()
-        pairs = _tokenized_pairs(models, policy, shard, prompts, offline)
-        training_set = _training_set(both, models, policy, pairs.frame)
-        file = write_parquet(out / "set.parquet", training_set, key="set", schema=TRAINING_SET)
-        _write_training_pairs(training_set, config.train.batch_size * _STEPS, out / TRAINING_PAIRS)
-    return ScoreCosts(
-        load=cold.load / 2,
-        warm_up=max(0.0, cold.seconds - fixed - per_token * cold.tokens - per_response * shard.height),
-        fixed=fixed,
-        per_token=per_token,
-        per_response=per_response,
-        token_ratio=large.tokens / 2 / _shared_tokens(shard),
-        gate_passed=cold.gate_passed,
-        bytes_per_response=cold.bytes / shard.height,
-        bytes_per_pair=file.stat().st_size / training_set.height,
-        per_pair=pairs.per_pair,
-        pair_tokens=pairs.tokens,
-        peak_bytes=peak,
-    )
-
-
-@dataclass(frozen=True)
-class _ScoringRun:
-    """A score stage over one shard of generations."""
-
-    seconds: float
-    """Without `load`."""
-    load: float
-    forward: float
-    """Seconds of the forward passes."""
-    tokens: int
-    """Tokens of the forward passes."""
-    bytes: int
-    """Of the scores' file."""
-    gate_passed: bool | None
-
-
-def _timed_scoring(
-    config: RunConfig,
-    settings: ScoreConfig,
-    models: ModelConfig,
-    policy: Path,
-    reference: Path,
-    generations: Path,
-    out: Path,
-) -> _ScoringRun:
-    from dice_py.stages.score import ScoreJob
-
-    shards: list[dict[str, Any]] = []
-
-    def on_event(event: str, **fields: Any) -> None:
-        if event == "throughput":
-            shards.append(fields)
-
-    job = ScoreJob(
-        config=settings, models=models, policy=policy, reference=reference, generations=[generations],
-        generation_keys=[out.name], out=out, beta=config.beta, sampled=(True,),
+    trained_on = torch.get_num_threads()
+    score, size = measure_score(
+        config=config, policy=policy, reference=reference, generations=generations, prompts=prompts, offline=offline,
+        gpus=gpus, threads=threads, layout=layout, out=out, report=report,
     )  # fmt: skip
-    loaded, began = timed_seconds().get("load", 0.0), time.monotonic()
-    scored = job.run(on_event)
-    seconds = time.monotonic() - began
-    load = timed_seconds().get("load", 0.0) - loaded
-    gate = scored.counts["policy_logps_gate"]
-    return _ScoringRun(
-        seconds=seconds - load,
-        load=load,
-        forward=sum(shard["seconds"] for shard in shards),
-        tokens=sum(shard["tokens"] for shard in shards),
-        bytes=scored.files[0][0].stat().st_size,
-        gate_passed=None if gate is None else bool(gate["passed"]),
+    torch.set_num_threads(trained_on)
+    release_held()
+    train = measure_train(
+        config=config, policy=policy, training_set=out / TRAINING_PAIRS, size=size, out=out / "stage", report=report
     )
-
-
-def _shared_tokens(shard: pl.DataFrame) -> int:
-    """Tokens of prompts and responses, each prompt counted once."""
-    prompts = int(shard.unique("prompt_id")["prompt_token_ids"].list.len().sum())
-    return int(shard["response_tokens"].sum()) + prompts
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Pairs to train on, and the costs and lengths of offline ones."""
-
-    frame: pl.DataFrame
-    """`_PAIR_COLUMNS` and `source`."""
-    per_pair: float = 0.0
-    """Seconds for one offline pair."""
-    tokens: tuple[float, float, float] | None = None
-    """Mean tokens of an offline pair's prompt, chosen and rejected."""
-
-
-def _tokenized_pairs(
-    models: ModelConfig, policy: Path, shard: pl.DataFrame, prompts: Path, offline: Path | None
-) -> _Pairs:
-    """Pairs of sampled responses and, where there are any, of offline ones."""
-    tokenizer = load_tokenizer(policy, models)
-    mined = _mined(shard, read_parquet(prompts, ["prompt_id", "messages"]))
-    if offline is None:
-        return _Pairs(mined)
-    stored = read_parquet(offline).head(_MAX_PAIRS)
-    stops = stop_token_ids(policy, tokenizer)
-    encode_pairs(stored.head(1), tokenizer, stops)  # warms up
-    began = time.monotonic()
-    encoded = encode_pairs(stored, tokenizer, stops).with_columns(source=pl.lit("replay"))
-    per_pair = (time.monotonic() - began) / stored.height
-    prompt, chosen, rejected = map(float, encoded.select(pl.col(_PAIR_COLUMNS[3:]).list.len()).mean().row(0))
-    frame = pl.concat([part.select(*_PAIR_COLUMNS, "source") for part in (mined, encoded)])
-    return _Pairs(frame, per_pair, (prompt, chosen, rejected))
-
-
-def _training_set(settings: ScoreConfig, models: ModelConfig, policy: Path, pairs: pl.DataFrame) -> pl.DataFrame:
-    """The pairs with the policy's log-probabilities."""
-    from dice_py.scoring.pairs import score_pairs
-
-    logps = score_pairs(settings, models, policy=policy, pairs=pairs)
-    return pairs.hstack(logps).rename({"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"})
-
-
-def _write_training_pairs(training_set: pl.DataFrame, count: int, file: Path) -> None:
-    """Writes `count` pairs, repeated where there are fewer."""
-    repeated = pl.concat([training_set] * -(-count // training_set.height))
-    shuffled = repeated.sample(fraction=1.0, shuffle=True, seed=0)
-    write_parquet(file, shuffled.head(count), key="set", schema=TRAINING_SET)
-
-
-def _mined(shard: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
-    """Pairs of the first and the last response of each prompt: about as long as mined ones."""
-    sides = shard.filter(pl.col("response_tokens") > 0).group_by("prompt_id", maintain_order=True)
-    picked = sides.agg(
-        pl.col("prompt_token_ids").first().alias("prompt_ids"),
-        pl.col("token_ids").first().alias("chosen_ids"),
-        pl.col("token_ids").last().alias("rejected_ids"),
-        pl.col("response").first().alias("chosen"),
-        pl.col("response").last().alias("rejected"),
-    ).join(prompts, on="prompt_id")
-    if picked.is_empty():
-        raise DataError(
-            "every sampled response is empty, so that no pair could be mined; check that the policy answers the prompts"
-        )
-
-    def message(name: str) -> pl.Expr:
-        return pl.concat_list(pl.struct(role=pl.lit("assistant"), content=pl.col(name))).alias(name)
-
-    return picked.select(
-        pl.col("messages").alias("prompt"), message("chosen"), message("rejected"), "prompt_ids", "chosen_ids",
-        "rejected_ids", source=pl.lit("mined"),
-    )  # fmt: skip
+    return score, train
 
 
 def measure_train(
-    *, config: RunConfig, policy: Path, training_set: Path, out: Path, report: Report = no_report
+    *, config: RunConfig, policy: Path, training_set: Path, size: Training, out: Path, report: Report = no_report
 ) -> TrainCosts:
-    """Costs of training, from six optimizer steps.
+    """Costs of training, from a few optimizer steps.
 
     Args:
-        training_set: the pairs that `measure_score` wrote.
+        training_set: the pairs that `measure_score` wrote, as many as `size` needs.
     """
     from dice_py.compute.memory import peak_memory
     from dice_py.stages.train import TrainJob
 
-    saves = config.train.save_steps is not None
-    settings = config.train.model_copy(
-        update={"max_steps": _STEPS, "save_steps": _STEPS // 2 if saves else None, "max_length": None, "report_to": []}
-    )
-    report("note", text=f"calibrating: training {_STEPS} steps of {settings.batch_size} pairs")
+    settings = training_settings(config, size)
+    report("note", text=f"calibrating: training {size.steps} steps of {size.batch} pairs")
     step_ends: list[float] = []
-    checkpoint_bytes = 0
+    updates: list[float] = []
+    save, checkpoint_bytes = 0.0, 0
 
     def on_event(event: str, **fields: Any) -> None:
-        nonlocal checkpoint_bytes
+        nonlocal save, checkpoint_bytes
         if event == "progress" and fields.get("unit") == "steps":
             step_ends.append(time.monotonic())
-            checkpoint = out / "checkpoints" / f"checkpoint-{_STEPS // 2}"
-            if checkpoint.exists():
-                checkpoint_bytes = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        elif event == "update":
+            updates.append(fields["seconds"])
+        elif event == "checkpoint":
+            save = fields["seconds"]
+            files = (out / "checkpoints" / f"checkpoint-{size.steps}").rglob("*")
+            checkpoint_bytes = sum(file.stat().st_size for file in files if file.is_file())
 
     job = TrainJob(
         config=settings, models=config.model, policy=policy, training_set=training_set, training_set_key="calibration",
-        out=out, beta=config.beta, seed=config.seed, devices=config.devices,
+        out=out, beta=config.beta, seed=config.seed, devices=config.devices, time_updates=True,
     )  # fmt: skip
     loaded, began = timed_seconds().get("load", 0.0), time.monotonic()
     job.run(on_event)
     total = time.monotonic() - began
     load = timed_seconds().get("load", 0.0) - loaded
-    gaps = [after - before for before, after in itertools.pairwise(step_ends)]
-    without_save = sorted(gap for at, gap in enumerate(gaps) if not (saves and at == _STEPS // 2 - 1))
-    step = without_save[len(without_save) // 2]
-    save = max(0.0, gaps[_STEPS // 2 - 1] - step) if saves else 0.0
+    step, update = step_costs(step_ends, updates)
+    pair_tokens = _sequence_tokens(training_set)
+    per_token = max(0.0, step - update) / (size.batch * pair_tokens)
+    # The check is one forward, in 16 bit two; forward and backward are three.
+    check = per_token * (1 if placement(config.model).dtype == "float32" else 2) / 3
+    checked = check * settings.step0_pairs * pair_tokens
     return TrainCosts(
         load=load,
-        fixed=max(0.0, total - load - _STEPS * step - 2 * save),  # the last step writes a checkpoint too
-        per_step=step,
-        step_tokens=_step_tokens(training_set, settings.batch_size),
+        fixed=max(0.0, total - load - size.steps * step - save - checked),
+        per_token=per_token,
+        per_update=update,
+        check_per_token=check,
         save=save,
         checkpoint_bytes=checkpoint_bytes,
         peak_bytes=peak_memory(),
     )
 
 
-def _step_tokens(training_set: Path, batch_size: int) -> float:
-    """Mean tokens of a step's sequences."""
+def training_settings(config: RunConfig, size: Training) -> TrainConfig:
+    """The run's settings with steps of `size`, and at most one checkpoint, at the end."""
+    train = config.train
+    per_device = per_device_pairs(size.batch, size.processes, train.per_device_train_batch_size)
+    return train.model_copy(
+        update={
+            "batch_size": size.batch,
+            "processes": size.processes,  # "auto" would be fewer for a smaller batch
+            "per_device_train_batch_size": per_device,
+            "max_steps": size.steps,
+            "save_steps": None if train.save_steps is None else size.steps,
+            "step0_pairs": min(train.step0_pairs, size.batch),
+            "logging_steps": 1,  # reads the loss, so that a step's end is that of the device
+            "max_length": None,
+            "report_to": [],
+        }
+    )
+
+
+def step_costs(step_ends: Sequence[float], updates: Sequence[float]) -> tuple[float, float]:
+    """Seconds of (a step, of these its update), from the times at which steps ended.
+
+    Args:
+        updates: seconds of each step's update; the first one also allocates the optimizer's states.
+    """
+    step = statistics.median(after - before for before, after in itertools.pairwise(step_ends))
+    return step, min(step, statistics.median(updates[1:]))
+
+
+def _sequence_tokens(training_set: Path) -> float:
+    """Mean tokens of a pair's two sequences."""
     frame = read_parquet(training_set, ["prompt_ids", "chosen_ids", "rejected_ids"])
     tokens: Sequence[float] = frame.select(pl.all().list.len().mean()).row(0)
-    return batch_size * (2 * tokens[0] + tokens[1] + tokens[2])
+    return 2 * tokens[0] + tokens[1] + tokens[2]

@@ -1,6 +1,6 @@
-"""Measures the costs of the stages in three short processes: sampling, scoring, training.
+"""Measures the costs of the stages in two short processes: one samples, the other scores and trains.
 
-Each imports what its stage's process imports, so that the start-up times of the stages are measured too.
+They import what the processes of these stages import, so that start-up times are measured too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dice_py.config.run import RunConfig
 from dice_py.events import Report
 from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.planning.calibrate_generation import GENERATED, Probe, probe
-from dice_py.planning.calibrate_training import TRAINING_PAIRS, measure_score, measure_train
+from dice_py.planning.calibrate_training import measure_score_and_train
 from dice_py.runs.inputs import Inputs
 from dice_py.runs.measured_costs import GenerateCosts, ScoreCosts, StageCosts, TrainCosts
 from dice_py.stages.registry import REGISTRY
@@ -83,10 +83,10 @@ def sampled_file(runner: SubprocessRunner) -> Path:
 def calibrate(config: RunConfig, inputs: Inputs, probed: Probe, runner: SubprocessRunner) -> StageCosts:
     """The costs of all stages: of sampling from `probed`, of scoring and training measured now."""
     assert probed.generate is not None
-    score = runner.run(
-        "score",
+    score, train = runner.run(
+        "train",
         partial(
-            measure_score,
+            measure_score_and_train,
             config=config,
             policy=inputs.policy,
             reference=inputs.reference,
@@ -95,16 +95,7 @@ def calibrate(config: RunConfig, inputs: Inputs, probed: Probe, runner: Subproce
             offline=inputs.offline,
             gpus=probed.gpu_names,
             threads=probed.threads,
-            out=runner.folder / "score",
-        ),
-    )
-    train = runner.run(
-        "train",
-        partial(
-            measure_train,
-            config=config,
-            policy=inputs.policy,
-            training_set=runner.folder / "score" / TRAINING_PAIRS,
+            layout=probed.layout,
             out=runner.folder / "train",
         ),
     )
@@ -117,18 +108,15 @@ def calibrated_costs(
     """The costs of a calibration.
 
     Args:
-        startup: seconds to start the processes of generate, score and train.
+        startup: seconds to start the processes of generate and train.
     """
     return StageCosts(
         source="calibration",
         when=time.time(),
-        # Replay imports what score does, and evaluation what generate and score do.
+        # Most of a start is the import of torch and transformers, which all have in common; training also imports TRL.
         startup={
-            "generate": startup["generate"],
-            "score": startup["score"],
-            "replay": startup["score"],
+            **dict.fromkeys(("generate", "score", "replay", "evaluate"), startup["generate"]),
             "train": startup["train"],
-            "evaluate": max(startup["generate"], startup["score"]),
         },
         generate=generate,
         score=score,

@@ -101,10 +101,11 @@ class Estimator:
 
     # --- parts that stages share
 
-    def _decoding(self, lengths: list[int]) -> float:
+    def _decoding(self, lengths: list[int], prompt_tokens: float) -> float:
         costs = self.costs.generate
         steps = decode_steps(lengths, max(1, costs.rows), costs.continuous)
-        return costs.per_step * steps + costs.per_token * sum(lengths) + costs.per_response * len(lengths)
+        prefill = costs.per_prompt_token * prompt_tokens
+        return prefill + costs.per_step * steps + costs.per_token * sum(lengths) + costs.per_response * len(lengths)
 
     def _scoring(self, tokens: float, responses: float) -> float:
         return self.costs.score.per_token * tokens + self.costs.score.per_response * responses
@@ -134,13 +135,15 @@ class Estimator:
         config, costs, machine = self.config, self.costs.generate, self.machine
         groups = self._groups(counts.shards)
         shards = math.ceil(counts.shards / groups)
-        responses = min(counts.prompts, shards * config.generate.shard_prompts) * config.generate.samples
+        prompts = min(counts.prompts, shards * config.generate.shard_prompts)
+        prompt_tokens = counts.prompt_tokens * prompts / max(1, counts.prompts)
+        decoding = self._decoding(counts.lengths[: prompts * config.generate.samples], prompt_tokens)
         encoding = self.tokenizer + self.encode * (counts.prompts + counts.prompts_too_long)
         formula = generate_memory(
             self.policy, config, machine.engine, machine.dtype, self._longest_prompt(), machine.gpu_bytes
         )
         return _Estimate(
-            work=encoding + costs.warm_up + self._decoding(counts.lengths[:responses]) + self._group_startup(groups),
+            work=encoding + costs.warm_up + decoding + self._group_startup(groups),
             load=costs.load,
             tokens=counts.prompt_tokens + counts.response_tokens,
             disk=costs.bytes_per_response * counts.responses,
@@ -228,7 +231,8 @@ class Estimator:
         config, costs, machine = config or self.config, self.costs.train, self.machine
         train = config.train
         batch = min(train.batch_size, counts.pairs) if counts.pairs else train.batch_size
-        step = costs.per_step * counts.pair_tokens * batch / max(1.0, costs.step_tokens)
+        step = costs.per_token * counts.pair_tokens * batch + costs.per_update
+        checked = min(train.step0_pairs, counts.pairs) * counts.pair_tokens
         saves = 0
         if train.save_steps is not None:
             saves = counts.steps // train.save_steps + (counts.steps % train.save_steps > 0)
@@ -243,7 +247,7 @@ class Estimator:
                 "remedy": "raise generate.max_new_tokens or generate.samples, or loosen the mine.* filters",
             }
         return _Estimate(
-            work=costs.fixed + step * counts.steps + costs.save * saves,
+            work=costs.fixed + costs.check_per_token * checked + step * counts.steps + costs.save * saves,
             load=costs.load,
             tokens=round(counts.pair_tokens * batch * counts.steps),
             disk=self.policy.stored_bytes,
@@ -306,7 +310,7 @@ class Estimator:
         responses = len(prompts) * config.evaluate.samples
         lengths = draw_lengths(self.data.lengths, responses)
         draws = 2 if number == 1 else 1
-        each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths)
+        each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths, sum(prompts))
         intervals = 4 if config.is_world else 1
         stage.work += costs.warm_up + draws * each + self.machine.bootstrap_seconds * intervals
         stage.load += draws * costs.load

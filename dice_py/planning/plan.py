@@ -38,6 +38,7 @@ from dice_py.planning.costs import Estimator, Machine
 from dice_py.planning.counts import Data, count_rounds
 from dice_py.planning.decoding import draw_lengths
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
+from dice_py.planning.response_lengths import calibrated_lengths
 from dice_py.runs.folder import Run
 from dice_py.runs.inputs import Inputs, prepare, round_prompts
 from dice_py.runs.measured_costs import (
@@ -49,7 +50,7 @@ from dice_py.runs.measured_costs import (
     remember_lengths,
 )
 from dice_py.runs.profile import read_events
-from dice_py.runs.throughput import costs_key, lengths_key, response_lengths, run_engine
+from dice_py.runs.throughput import costs_key, lengths_key, run_engine
 from dice_py.stages.preflight import PreflightJob
 from dice_py.storage.parquet import parquet_rows, read_parquet
 
@@ -110,6 +111,8 @@ def plan(
             "dtype": probed.dtype,
             "engine": probed.engine,
             "responses": len(data.lengths),
+            "extrapolated_responses": measured.lengths.extrapolated,
+            "cut_at_tokens": measured.lengths.cut_at,
             "mean_response_tokens": sum(data.lengths) / max(1, len(data.lengths)),
             "usable_prompt_share": data.usable,
         },
@@ -128,6 +131,7 @@ class _Measured:
     source: Literal["measured", "stored"]
     """Of `costs`."""
     data: Data
+    lengths: ResponseLengths
     policy: ModelSize
     reference: ModelSize
     check_seconds: float | None
@@ -159,7 +163,7 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
     measure = "costs" if costs is None else "lengths" if lengths is None else "nothing"
     probed = run_probe(config, inputs, runner, measure, workload)
     if measure != "nothing":
-        lengths = response_lengths(config, read_parquet(sampled_file(runner)))
+        lengths = calibrated_lengths(config, read_parquet(sampled_file(runner)), probed.cut_at)
         remember_lengths(key_of_lengths, lengths)
     assert lengths is not None  # kept, or measured now
     if costs is None:
@@ -170,6 +174,7 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
         costs=costs,
         source=source,
         data=_data(config, inputs, prompts, probed, costs, lengths),
+        lengths=lengths,
         policy=model_size(inputs.policy),
         reference=model_size(inputs.reference),
         check_seconds=_check_seconds(run.folder / "events.jsonl"),

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dice_py.storage.cache import recall, remember
 
-COSTS = "stage costs"
-"""The cache's name for `StageCosts`. Change it together with the fields."""
+COSTS = "stage costs, 2"
+"""The cache's name for `StageCosts`. Change it when a field gets another meaning."""
 LENGTHS = "response lengths"
 """The cache's name for `ResponseLengths`."""
 
@@ -34,6 +34,8 @@ class GenerateCosts(_Costs):
     """Extra time of the first batch, over a later one."""
     per_prompt: float | None = None
     """From a run: all but the decoding. From a calibration: None, since each plan measures the tokenization."""
+    per_prompt_token: float = 0.0
+    """For the prefill of a prompt. 0: it is part of `per_token`."""
     per_step: float
     """For a decoding step, whatever its batch."""
     per_token: float
@@ -77,9 +79,13 @@ class TrainCosts(_Costs):
 
     load: float
     fixed: float
-    per_step: float
-    step_tokens: float
-    """Mean tokens of an optimizer step's sequences."""
+    """For each stage, whatever its size. From a calibration: without the check at step 0, which has the pairs' size."""
+    per_token: float
+    """For forward and backward of a token of a pair's two sequences."""
+    per_update: float
+    """For each optimizer step, whatever its tokens: clipping, and the update of the weights. From a run: 0."""
+    check_per_token: float
+    """For a token of the pairs that are checked at step 0. From a run: 0, part of `fixed`."""
     save: float
     """For a checkpoint."""
     checkpoint_bytes: int
@@ -122,6 +128,10 @@ class ResponseLengths(_Costs):
     """Share of the prompts with enough usable responses (mine.min_responses)."""
     cut_off: float
     """Share of the responses that the token limit cut off."""
+    extrapolated: int = 0
+    """Responses of `lengths` that a calibration cut before the token limit, and whose lengths are extrapolated."""
+    cut_at: int | None = None
+    """Their tokens before that; None: none was cut."""
 
 
 def recall_costs(key: str) -> StageCosts | None:

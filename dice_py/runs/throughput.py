@@ -88,16 +88,21 @@ def lengths_key(config: RunConfig, policy: Path, prompts: Path) -> str:
     return digest(model_identity(policy), parquet_key(prompts), sampling)
 
 
+def usable_responses(config: RunConfig) -> pl.Expr:
+    """Whether mining can use a response: it was not cut off, and is neither too short nor too long."""
+    usable = (pl.col("finish_reason") == "stop") & (pl.col("response_tokens") >= (config.mine.min_length or 0))
+    if config.mine.max_length is not None and config.mine.length == "tokens":
+        usable &= pl.col("response_tokens") <= config.mine.max_length
+    return usable
+
+
 def response_lengths(config: RunConfig, responses: pl.DataFrame) -> ResponseLengths:
     """The lengths of responses, and the shares of usable prompts and cut-off responses.
 
     Args:
         responses: `prompt_id`, `response_tokens`, `finish_reason`.
     """
-    usable = (pl.col("finish_reason") == "stop") & (pl.col("response_tokens") >= (config.mine.min_length or 0))
-    if config.mine.max_length is not None and config.mine.length == "tokens":
-        usable &= pl.col("response_tokens") <= config.mine.max_length
-    by_prompt = responses.group_by("prompt_id").agg(usable.sum().alias("usable"))
+    by_prompt = responses.group_by("prompt_id").agg(usable_responses(config).sum().alias("usable"))
     step = max(1, responses.height // _MAX_LENGTHS)
     return ResponseLengths(
         lengths=responses["response_tokens"].gather_every(step)[:_MAX_LENGTHS].to_list(),
@@ -255,7 +260,8 @@ class _Totals:
             self.replayed_tokens = prompt, chosen, rejected
         self.replayed += replayed.height
         prompt, chosen, rejected = lengths.select(_SIDES).mean().row(0)
-        self.step_tokens.append(config.train.batch_size * (2 * prompt + chosen + rejected))
+        pairs = min(config.train.batch_size, lengths.height)
+        self.step_tokens.append(pairs * (2 * prompt + chosen + rejected))
 
 
 def _mean_seconds(rounds: _Rounds, stage: str, part: str) -> float:
@@ -288,8 +294,9 @@ def _costs(config: RunConfig, folder: Path, manifest: Manifest, rounds: _Rounds)
         train=TrainCosts(
             load=_mean_seconds(rounds, "train", "load"),
             fixed=max(0.0, _sum_seconds(rounds, "train", "work") - totals.train_seconds) / len(rounds),
-            per_step=totals.train_seconds / totals.steps,
-            step_tokens=sum(totals.step_tokens) / len(rounds),
+            per_token=totals.train_seconds / totals.steps / max(1.0, sum(totals.step_tokens) / len(rounds)),
+            per_update=0.0,
+            check_per_token=0.0,
             save=0.0,  # part of the steps
             checkpoint_bytes=0,
             peak_bytes=0,

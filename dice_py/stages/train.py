@@ -69,6 +69,8 @@ class TrainJob(Job):
     seed: int
     devices: DevicesConfig | None = None
     """GPUs to use; None: train.processes "auto" is one."""
+    time_updates: bool = False
+    """Whether each optimizer step's update is timed and reported (training/update_timer.py). For `dice plan`."""
 
     def key(self) -> str:
         """A digest of the training set, the config, the policy, the seed and versions; not of the processes."""
@@ -119,6 +121,7 @@ class TrainJob(Job):
             key=key,
             layout=layout,
             checkpoint=checkpoint,
+            time_updates=self.time_updates,
         )
         if layout.strategy == "none":
             with only_these_gpus(Group(1, layout.gpus)) if layout.gpus else contextlib.nullcontext():

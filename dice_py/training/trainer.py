@@ -47,6 +47,7 @@ from dice_py.training.dataset import COLUMNS, load_training_set
 from dice_py.training.methods.registry import METHODS
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.step0 import Step0, check_step0, measure_step0
+from dice_py.training.update_timer import update_timer
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -273,6 +274,7 @@ def train_rank(
     key: str,
     layout: ProcessLayout,
     checkpoint: Path | None,
+    time_updates: bool = False,
     report: Report = no_report,
 ) -> dict[str, Any]:
     """Trains in this process, alone or as one of several ranks, and saves `out/model`.
@@ -285,6 +287,7 @@ def train_rank(
         key: of the training, for the stamps of its checkpoints and its model.
         layout: the processes of the training. This process's rank is in the environment.
         checkpoint: to resume from.
+        time_updates: reports the seconds of each update (training/update_timer.py).
 
     Returns:
         Counts, the same on every rank but for `forwards`: `pairs`, `pairs_too_long`, `steps`, `forwards` (packed rows;
@@ -306,6 +309,8 @@ def train_rank(
     _check_strategy(trainer, layout.strategy, config)
     callback = _callback(trainer, config, checkpoint_stamp(key, layout), report)
     trainer.add_callback(callback)
+    if time_updates:
+        trainer.add_callback(update_timer(trainer, report))
     if checkpoint is not None:
         trainer.packing = read_json(checkpoint / PACKING_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -43,7 +43,8 @@ def made_plan(**changes: Any) -> dict[str, Any]:
         "first_failure": failure,
         "calibration": {
             "source": "stored", "of": "calibration", "device": "a CPU", "dtype": "float32", "engine": "transformers",
-            "responses": 8, "mean_response_tokens": 5.0, "usable_prompt_share": 1.0,
+            "responses": 8, "extrapolated_responses": 0, "cut_at_tokens": None, "mean_response_tokens": 5.0,
+            "usable_prompt_share": 1.0,
         },
         "start_seconds": 0.5,
         "rounds": 1,
@@ -85,6 +86,14 @@ def test_what_a_user_sees(dice, faked) -> None:
     ]
     config, folder, options = faked["given"]
     assert (config.rounds, config.seed, folder, options["fresh"]) == (1, 7, Path("runs"), False)
+
+
+def test_extrapolated_lengths_are_reported(dice, faked) -> None:
+    assert "extrapolated" not in dice("plan")[1]
+    faked["found"]["calibration"] |= {"extrapolated_responses": 3, "cut_at_tokens": 30}
+    assert (
+        "\n3 of 8 responses of the calibration were cut at 30 tokens: their lengths are extrapolated" in dice("plan")[1]
+    )
 
 
 def test_a_plan_that_does_not_fit_is_a_plan(dice, faked) -> None:

@@ -34,9 +34,9 @@ def test_estimates_by_hand() -> None:
     assert replay["tokens"] == 120
     assert replay["work_seconds"] == pytest.approx(0.2 + 0.25 + 0.04 + 0.12)
     assert replay["disk_bytes"] == 8 * 20
-    # 8 pairs in 2 steps as long as the calibration's, a checkpoint each.
+    # 8 pairs of 30 tokens are checked, then 2 steps of 4 pairs with an update, a checkpoint each.
     assert (train["steps"], train["checkpoints"], train["tokens"]) == (2, 2, 240)
-    assert train["work_seconds"] == pytest.approx(2.0 + 2 * 0.5 + 2 * 0.25)
+    assert train["work_seconds"] == pytest.approx(2.0 + 0.24 + 2 * (0.36 + 0.14) + 2 * 0.25)
     assert (train["disk_bytes"], train["transient_disk_bytes"]) == (4200, 1400)
     # Two draws of 2 responses; 6 pairs of 30 tokens under the new policy, the first one and the reference.
     assert evaluate["tokens"] == 2 * (20 + 10) + 3 * 6 * 30
@@ -69,10 +69,29 @@ def test_later_rounds_reuse_what_is_stored_of_the_start() -> None:
     assert found["round-02/evaluate"]["startup_seconds"] == 1.0 + 1.0
 
 
-def test_a_step_costs_by_its_tokens() -> None:
+def test_a_step_costs_by_its_tokens_and_an_update_whatever_they_are() -> None:
+    def work(batch: int) -> float:
+        config, run_data = small("train.save_steps=null", f"train.batch_size={batch}")
+        seconds: float = estimated(config, run_data)["round-01/train"]["work_seconds"]
+        return seconds
+
+    # 8 pairs in one step or in two: as many tokens, one update more.
+    assert work(4) - work(8) == pytest.approx(0.14)
+
+
+def test_only_so_many_pairs_are_checked_at_step_zero() -> None:
+    config, run_data = small("train.step0_pairs=3")
+    fewer = estimated(config, run_data)["round-01/train"]["work_seconds"]
+    assert estimated(*small())["round-01/train"]["work_seconds"] - fewer == pytest.approx(5 * 30 * 0.001)
+
+
+def test_a_separate_cost_of_prompts() -> None:
     config, run_data = small()
-    half = changed(COSTS, "train", step_tokens=60.0)
-    assert estimated(config, run_data, half)["round-01/train"]["work_seconds"] == pytest.approx(2.0 + 2 * 1.0 + 0.5)
+    found = [estimated(config, run_data, changed(COSTS, "generate", per_prompt_token=cost)) for cost in (0.0, 0.01)]
+    generate, evaluate = ([stages[f"round-01/{name}"]["work_seconds"] for stages in found] for name in
+                          ("generate", "evaluate"))  # fmt: skip
+    assert generate[1] - generate[0] == pytest.approx(40 * 0.01)
+    assert evaluate[1] - evaluate[0] == pytest.approx(2 * 20 * 0.01)  # held-out prompts under two policies
 
 
 def test_without_checkpoints_only_the_model_needs_disk() -> None:
@@ -150,8 +169,8 @@ def test_later_rounds_than_the_runs_cost_as_its_last() -> None:
 
 
 def test_costs_of_a_calibration() -> None:
-    costs = calibrated_costs(COSTS.generate, COSTS.score, COSTS.train, {"generate": 5.0, "score": 4.0, "train": 6.0})
-    assert costs.startup == {"generate": 5.0, "score": 4.0, "replay": 4.0, "train": 6.0, "evaluate": 5.0}
+    costs = calibrated_costs(COSTS.generate, COSTS.score, COSTS.train, {"generate": 5.0, "train": 6.0})
+    assert costs.startup == {"generate": 5.0, "score": 5.0, "replay": 5.0, "train": 6.0, "evaluate": 5.0}
     assert (costs.source, costs.generate, costs.evaluate) == ("calibration", COSTS.generate, None)
 
 
@@ -168,5 +187,5 @@ def test_round_zero_scores_and_trains_on_all_offline_pairs() -> None:
     assert replay["startup_seconds"] == 1.0 + 4.0  # the check comes first
     # Three steps an epoch, three epochs.
     assert (train["pairs"], train["steps"]) == (10, 9)
-    assert train["work_seconds"] == pytest.approx(2.0 + 9 * 0.5)
+    assert train["work_seconds"] == pytest.approx(2.0 + 0.3 + 9 * 0.5)
     assert found["round-01/train"]["steps"] == 2  # as in a run without it

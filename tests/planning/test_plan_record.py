@@ -20,6 +20,7 @@ from dice_py.planning import plan as plan_module
 from dice_py.planning.calibrate_generation import Probe
 from dice_py.planning.plan import plan
 from dice_py.runs.inputs import Inputs
+from dice_py.runs.measured_costs import COSTS as COSTS_KIND
 from dice_py.runs.measured_costs import EvaluateCosts, recall_costs, remember_costs
 from dice_py.runs.throughput import costs_key, lengths_key, remember_run
 from dice_py.storage.cache import remember
@@ -56,10 +57,8 @@ def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
         given = work.keywords
         state["calls"].append((work.func.__name__, given.get("measure")))
         self.startup[stage] = 3.0
-        if stage == "score":
-            return COSTS.score
         if stage == "train":
-            return COSTS.train
+            return COSTS.score, COSTS.train
         if given["measure"] != "nothing":
             sampled = pl.DataFrame(
                 {"prompt_id": [0, 0, 1, 1], "response_tokens": [5] * 4, "finish_reason": ["stop"] * 4}
@@ -80,7 +79,7 @@ def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
 
 ANSWER: Message = {"role": "assistant", "content": "yes"}
 OTHERS: list[list[Message]] = [[{"role": "user", "content": f"other {n}"}] for n in range(2)]
-EVERYTHING = [("probe", "costs"), ("measure_score", None), ("measure_train", None)]
+EVERYTHING = [("probe", "costs"), ("measure_score_and_train", None)]
 
 
 def test_costs_come_back_as_they_were_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +96,19 @@ def test_costs_of_another_version_are_not_read(tmp_path: Path, monkeypatch: pyte
     stored = COSTS.model_dump(mode="json")
     remember("throughput", "key", stored)
     assert recall_costs("key") is None
-    for changes in ({"starts": 1.0}, {"train": {"load": 1.0}}):
-        remember("stage costs", "key", stored | changes)
+    step = {
+        "load": 1.0,
+        "fixed": 2.0,
+        "per_step": 0.5,
+        "step_tokens": 120.0,
+        "save": 0.25,
+        "checkpoint_bytes": 700,
+        "peak_bytes": 0,
+    }  # of version 0.9
+    for changes in ({"starts": 1.0}, {"train": {"load": 1.0}}, {"train": step}):
+        remember(COSTS_KIND, "key", stored | changes)
         assert recall_costs("key") is None
-    remember("stage costs", "key", stored)
+    remember(COSTS_KIND, "key", stored)
     assert recall_costs("key") == COSTS
 
 
@@ -150,8 +158,8 @@ def test_the_key_of_costs(remembering: dict[str, Any], monkeypatch: pytest.Monke
     key = costs_key(config, policy, "transformers")
 
     def other(*assignments: str) -> str:
-        settings = own("generate.samples=2", "train.batch_size=4", "model.device=cpu", *assignments)
-        return costs_key(settings, policy, "transformers")
+        config = own("generate.samples=2", "train.batch_size=4", "model.device=cpu", *assignments)
+        return costs_key(config, policy, "transformers")
 
     # Settings that only change counts are not part of it.
     assert other("rounds=7", "data.prompts_per_round=3", "train.max_steps=9", "generate.temperature=0.5") == key
@@ -246,11 +254,20 @@ def test_a_run_leaves_its_costs(remembering: dict[str, Any], tmp_path: Path) -> 
     assert score.token_ratio == pytest.approx(1.0)
     assert score.fixed == pytest.approx(1.0 - (3000 + 256 * 10) * 1e-4)
     assert score.per_pair == pytest.approx((1.0 - 2 * 30 * 1e-4) / 2)
-    assert (train.per_step, train.fixed, train.step_tokens) == pytest.approx((0.5, 0.5, 4 * 30))
+    assert (train.per_token, train.per_update, train.fixed) == pytest.approx((0.5 / (4 * 30), 0.0, 0.5))
+    assert train.check_per_token == 0.0  # part of `fixed`
     assert costs.evaluate == EvaluateCosts(workload=(7, 1, 3), work=[4.0], load=[1.0])
     # The next plan measures nothing.
     planned = plan(config, tmp_path / "next")
     assert [planned["calibration"]["of"], remembering["calls"]] == ["run", [("probe", "nothing")]]
+
+
+def test_a_step_has_no_more_pairs_than_the_training_set(remembering: dict[str, Any], tmp_path: Path) -> None:
+    remembering["config"] = own("rounds=1", "generate.samples=2", "train.batch_size=8", "model.device=cpu")
+    assert remember_run(made_run(tmp_path / "run", remembering)) is True
+    costs = recall_costs(costs_key(remembering["config"], remembering["inputs"].policy, "transformers"))
+    assert costs is not None
+    assert costs.train.per_token == pytest.approx(0.5 / (4 * 30))  # four pairs
 
 
 def test_a_run_does_not_replace_a_calibration(remembering: dict[str, Any], tmp_path: Path) -> None:

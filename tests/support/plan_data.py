@@ -52,7 +52,8 @@ COSTS = StageCosts(
         bytes_per_response=8.0, per_pair=0.01, pair_tokens=None, bytes_per_pair=20.0, peak_bytes=0,
     ),
     train=TrainCosts(
-        load=1.0, fixed=2.0, per_step=0.5, step_tokens=120.0, save=0.25, checkpoint_bytes=700, peak_bytes=0
+        load=1.0, fixed=2.0, per_token=0.003, per_update=0.14, check_per_token=0.001, save=0.25, checkpoint_bytes=700,
+        peak_bytes=0,
     ),
     evaluate=None,
 )  # fmt: skip

@@ -41,7 +41,12 @@ class Engine(Protocol):
     """Holds the model from its creation until `close`.
 
     A request's seed alone decides its random numbers, whatever other requests are in the batch.
+
+    Attributes:
+        max_new_tokens: most tokens of a response, from the config. `dice plan` lowers it while nothing is unfinished.
     """
+
+    max_new_tokens: int
 
     @property
     def unfinished(self) -> int:

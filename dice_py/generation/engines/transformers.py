@@ -64,6 +64,7 @@ class TransformersEngine:
         longest_prompt: int,
     ) -> None:
         self.config = config
+        self.max_new_tokens = config.max_new_tokens
         self.stops = stops
         self.pad = pad
         self.longest_prompt = longest_prompt
@@ -202,7 +203,7 @@ class TransformersEngine:
             [prompt.limit for prompt in prompts for _ in prompt.requests],
             self._sampling(requests),
             state,
-            torch.full((len(requests), self.config.max_new_tokens), self.pad, device=logits.device),
+            torch.full((len(requests), self.max_new_tokens), self.pad, device=logits.device),
         )
         rows.draw(logits[index])
         rows.move_finished(finished)
@@ -235,6 +236,7 @@ class TransformersEngine:
     def _generate_batch(self, requests: list[tuple[SampleId, Request]]) -> list[tuple[SampleId, Sample]]:
         """Samples through `generate`: every row with a prefill of its own, until the longest row ends."""
         sampling = self._sampling(requests)
+        self.generation.max_new_tokens = self.max_new_tokens
         inputs = self._inputs([request.prompt_token_ids for _, request in requests])
         output = self.model.generate(**inputs, logits_processor=LogitsProcessorList([sampling]))
         samples = []

@@ -185,6 +185,7 @@ class VllmEngine:
         del pad
         self.policy = policy
         self.config = config
+        self.max_new_tokens = config.max_new_tokens
         self.stops = stops
         self.where = placement(models)
         check_settings(config, self.where)
@@ -307,7 +308,7 @@ class VllmEngine:
                         temperature=self.config.temperature,
                         top_p=self.config.top_p,
                         top_k=self.config.top_k,
-                        max_tokens=self.config.max_new_tokens,
+                        max_tokens=self.max_new_tokens,
                         # If the model's EOS is a stop token, it is in `stops`.
                         ignore_eos=True,
                         stop_token_ids=self.stops,
