@@ -11,6 +11,7 @@ The prompts are in our own words; each row has a `prompt` and the `form` of answ
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,7 @@ HELD_OUT_PROMPTS = _FOLDER / "held_out_prompts.jsonl"
 PAIRS = _FOLDER / "pairs.jsonl"
 HELD_OUT_PAIRS = _FOLDER / "held_out_pairs.jsonl"
 
+PAIRS_PER_PROMPT = 2
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 96}
 """How answers are sampled, for the pairs and in the demo."""
 
@@ -81,10 +83,11 @@ def with_rule(generations: pl.DataFrame, prompts: list[DemoPrompt]) -> pl.DataFr
 
 
 def label_pairs(answers: pl.DataFrame) -> list[DemoPair]:
-    """One pair for each prompt that has an answer that keeps the rule and one that does not, in order of prompts.
+    """Pairs of an answer that keeps the rule and one to the same prompt that does not, in order of prompts.
 
-    Answers that were cut off are left out, as in mining. Of all pairs of a prompt, the one whose lengths in words
-    differ least is taken, so that length alone tells little; then the first in the order of samples.
+    A prompt gives at most two pairs, and no answer is in two of them. Of all pairs, the one whose lengths in words
+    differ least is taken first, so that length alone tells little; then the first in the order of samples. Answers that
+    were cut off are left out, as in mining.
 
     Args:
         answers: of `with_rule`.
@@ -92,16 +95,13 @@ def label_pairs(answers: pl.DataFrame) -> list[DemoPair]:
     pairs: list[DemoPair] = []
     ended = answers.filter(pl.col("finish_reason") == "stop")
     for _, group in ended.group_by("prompt_id", maintain_order=True):
-        rows = group.to_dicts()
+        distinct = group.unique("response", keep="first", maintain_order=True)
+        rows = [row for row in distinct.to_dicts() if words(row["response"])]
         kept, broken = ([row for row in rows if row["keeps"] is keeps] for keeps in (True, False))
-        candidates = [
-            (abs(len(words(chosen["response"])) - len(words(rejected["response"]))), chosen, rejected)
-            for chosen in kept
-            for rejected in broken
-            if words(rejected["response"])
-        ]
-        if candidates:
-            _, chosen, rejected = min(candidates, key=lambda candidate: candidate[0])
+        for _ in range(min(PAIRS_PER_PROMPT, len(kept), len(broken))):
+            chosen, rejected = min(itertools.product(kept, broken), key=_length_difference)
+            kept.remove(chosen)
+            broken.remove(rejected)
             pairs.append(
                 {
                     "form": chosen["form"],
@@ -111,3 +111,9 @@ def label_pairs(answers: pl.DataFrame) -> list[DemoPair]:
                 }
             )
     return pairs
+
+
+def _length_difference(pair: tuple[dict[str, Any], dict[str, Any]]) -> int:
+    """In words."""
+    chosen, rejected = pair
+    return abs(len(words(chosen["response"])) - len(words(rejected["response"])))

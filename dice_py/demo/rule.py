@@ -27,7 +27,7 @@ from collections.abc import Callable
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _ITEM = re.compile(r"\s*(?:[-*•]|\d+[.)])\s+\S")
-_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]*]*(?:\s+|$)")
+_SENTENCE_END = re.compile(r"(?<!\bSt)(?<!\bMr)(?<!\bMs)(?<!\bMrs)(?<!\bDr)[.!?]+[\"'”’)\]*]*(?:\s+|$)")
 _QUOTES = " \n\"'“”‘’*"
 _REPEATED = 4  # words in a row
 

@@ -118,7 +118,7 @@ def result_lines(results: dict[str, Any]) -> list[str]:
     low, high = results["rule_gain_ci95"]
     lines.append(
         f"change of the share that keeps the rule: {100 * results['rule_gain']:+.1f} points (95 % interval over "
-        f"prompts: {100 * low:+.1f} to {100 * high:+.1f}); length alone agrees with the rule in "
+        f"prompts: {100 * low:+.1f} to {100 * high:+.1f}); the longer answer is the one that keeps the rule in "
         f"{100 * results['length_only_accuracy']:.1f} % of the held-out pairs"
     )
     return lines

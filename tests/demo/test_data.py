@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +15,7 @@ from dice_py.demo.data import (
     HELD_OUT_PROMPTS,
     PAIR_PROMPTS,
     PAIRS,
+    PAIRS_PER_PROMPT,
     ROUND_PROMPTS,
     DemoPrompt,
     label_pairs,
@@ -66,13 +68,15 @@ def test_of_each_pair_only_the_chosen_answer_keeps_the_rule(file: Path) -> None:
         assert keeps_rule(row["form"], row["prompt"], row["chosen"], ended=True)
         assert not keeps_rule(row["form"], row["prompt"], row["rejected"], ended=True)
     assert read_pairs(file).height == len(rows)
-    assert len(set(asked(file))) == len(rows)
+    assert max(Counter(asked(file)).values()) <= PAIRS_PER_PROMPT
+    said = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    assert len(set(said)) == len(said)
 
 
 def test_length_alone_tells_little_of_the_pairs() -> None:
     differences = [len(words(row["chosen"])) - len(words(row["rejected"])) for row in read_jsonl(PAIRS)]
     shorter = sum(difference < 0 for difference in differences) / len(differences)
-    assert 0.3 < shorter < 0.75
+    assert shorter < 0.7
 
 
 def answers(*rows: tuple[int, str, str]) -> pl.DataFrame:
@@ -85,7 +89,7 @@ def answers(*rows: tuple[int, str, str]) -> pl.DataFrame:
 
 
 def test_pairs_of_nearest_length() -> None:
-    labeled = answers(
+    rows = (
         (0, " Small and red.", "stop"),
         (0, "Red.", "stop"),
         (0, "A boat that is very, very red.", "stop"),
@@ -93,10 +97,15 @@ def test_pairs_of_nearest_length() -> None:
         (1, "Boats float.", "stop"),
         (1, "Boats sink.", "stop"),
     )
+    labeled = answers(*rows)
     assert labeled["keeps"].to_list() == [True, True, False, False, True, True]
     pairs = label_pairs(labeled)  # the second prompt has no answer that breaks the rule
-    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("Small and red.", "It is a red boat.")]
     assert pairs[0]["form"] == "words 3"
+    # The nearest ones first; no answer is used twice, and a prompt gives two pairs at most.
+    nearest = [("Small and red.", "It is a red boat."), ("Red.", "A boat that is very, very red.")]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == nearest
+    third = answers(*rows, (0, "Blue.", "stop"), (0, "No boat is red or blue.", "stop"))
+    assert len(label_pairs(third)) == PAIRS_PER_PROMPT
 
 
 def test_answers_that_were_cut_off_make_no_pair() -> None:

@@ -69,3 +69,4 @@ def test_words_and_sentences() -> None:
     assert sentences("One. Two! Three?") == 3
     assert sentences("No mark at the end") == 1
     assert sentences("It costs 3.50 today.") == 1
+    assert sentences("Dr. Reed and Mrs. Poe met at St. Mary's. They talked.") == 2
