@@ -27,7 +27,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _devices() -> tuple[list[str], str | None, str]:
-    """(GPUs, the engine that `auto` selects, the reason)."""
+    """(GPUs, the engine that `auto` selects, on a CPU for a small workload, and the reason)."""
     try:
         import torch
         import transformers  # noqa: F401
@@ -38,7 +38,7 @@ def _devices() -> tuple[list[str], str | None, str]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             gpus.append(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-        return gpus, *choose_engine(GenerateConfig(), ModelConfig())
+        return gpus, *choose_engine(GenerateConfig(), ModelConfig(), workload=None)
     except DiceError as error:
         return [], None, str(error)
     except Exception as error:  # a broken installation can raise anything, and is what this command is for

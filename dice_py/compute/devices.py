@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,6 +125,14 @@ def _visible_gpus() -> list[str]:
         return [str(number) for number in range(count)]
     # CUDA stops reading at the first entry that it does not know.
     return [entry.strip() for entry in named.split(",")][:count]
+
+
+def free_gpu_memory(gpus: Sequence[str]) -> int:
+    """Free bytes of the fullest of these GPUs, which are named as in a `Group`. Makes a CUDA context on each."""
+    import torch
+
+    visible = _visible_gpus()
+    return min(int(torch.cuda.mem_get_info(visible.index(gpu))[0]) for gpu in gpus)
 
 
 def _used_gpus(devices: DevicesConfig, device: str, visible: int) -> list[int]:

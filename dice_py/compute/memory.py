@@ -27,10 +27,11 @@ def free_host_memory() -> int:
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    limit, used = (_lines(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    limit, used, parts = (_lines(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current", "stat"))
     if limit and used and limit[0].isdigit():
-        # The page cache counts as used here, though the kernel can free it: an error on the safe side.
-        available = min(available, max(int(limit[0]) - int(used[0]), 0))
+        # Cached files count as used here, but the kernel frees them when memory is needed.
+        cached = sum(int(line.split()[1]) for line in parts if line.startswith(("inactive_file ", "active_file ")))
+        available = min(available, max(int(limit[0]) - max(int(used[0]) - cached, 0), 0))
     return available
 
 

@@ -31,7 +31,9 @@ class GenerateConfig(Section):
     """Sampling of K responses per prompt from the current policy."""
 
     engine: Literal["auto", "transformers", "vllm"] = Field(
-        default="auto", description="auto: vllm if it is installed and a GPU is used, else transformers"
+        default="auto",
+        description="auto: vllm if it is installed and a GPU is used, or on a CPU if it is faster for the model and "
+        "the number and length of responses; else transformers",
     )
     samples: Annotated[int, Field(ge=2, le=65535)] = Field(default=16, description="K, responses per prompt")
     temperature: Annotated[float, Field(gt=0.0)] = Field(default=0.9, description="sampling temperature")

@@ -85,6 +85,15 @@ class TrainConfig(Section):
         default=None, description="a config file of accelerate (YAML), used unchanged instead of processes and strategy"
     )
 
+    def row_tokens(self, *, cuda: bool) -> int:
+        """Tokens of a packed row, with "auto" resolved by the kind of device.
+
+        On a CPU, longer rows need more memory and are hardly faster (benches/real.py). A GPU needs them to be busy.
+        """
+        if self.packed_tokens != "auto":
+            return self.packed_tokens
+        return 4096 if cuda else 512
+
     def key_fields(self) -> dict[str, Any]:
         """The settings that decide the trained weights: all but how work is spread over processes."""
         return self.model_dump(exclude={"processes", "strategy", "accelerate_config"})

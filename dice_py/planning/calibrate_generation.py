@@ -18,6 +18,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.generation.engines.base import Engine, Request, Sample, SampleId
+from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.generation.shard import Prompt, ShardWriter
 from dice_py.models.loading import placement
 from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
@@ -109,6 +110,7 @@ def probe(
     policy: Path,
     prompts: Path,
     eval_prompts: Path | None,
+    workload: Workload,
     out: Path,
     measure: Literal["costs", "lengths", "nothing"],
     report: Report = no_report,
@@ -117,6 +119,7 @@ def probe(
 
     Args:
         prompts, eval_prompts: Parquet with `prompt_id` and `messages`.
+        workload: what a round samples; `generate.engine=auto` follows from it.
         measure: "costs": samples, and measures the costs; "lengths": only samples, for the lengths of responses;
             "nothing": does not sample.
 
@@ -131,7 +134,7 @@ def probe(
     from dice_py.models.flops import device_name
 
     base_memory = resident_memory("VmRSS")
-    engine, _ = choose_engine(config.generate, config.model)
+    engine, _ = choose_engine(config.generate, config.model, workload)
     groups = find_groups(
         config.devices, config.model, size=config.generate.vllm.tensor_parallel_size if engine == "vllm" else 1
     )

@@ -15,6 +15,7 @@ from dice_py.compute.stage_process import run_in_subprocess
 from dice_py.compute.worker import Worker, work_name
 from dice_py.config.run import RunConfig
 from dice_py.events import Report
+from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.planning.calibrate_generation import GENERATED, Probe, probe
 from dice_py.planning.calibrate_training import TRAINING_PAIRS, measure_score, measure_train
 from dice_py.runs.inputs import Inputs
@@ -54,7 +55,11 @@ class SubprocessRunner:
 
 
 def run_probe(
-    config: RunConfig, inputs: Inputs, runner: SubprocessRunner, measure: Literal["costs", "lengths", "nothing"]
+    config: RunConfig,
+    inputs: Inputs,
+    runner: SubprocessRunner,
+    measure: Literal["costs", "lengths", "nothing"],
+    workload: Workload,
 ) -> Probe:
     """`probe` in a process of its own; the responses that it samples are in the runner's folder."""
     work = partial(
@@ -63,6 +68,7 @@ def run_probe(
         policy=inputs.policy,
         prompts=inputs.prompts,
         eval_prompts=inputs.eval_prompts,
+        workload=workload,
         out=runner.folder / "generate",
         measure=measure,
     )

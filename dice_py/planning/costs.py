@@ -6,14 +6,16 @@ Arithmetic only: nothing is measured here. Seconds are wall clock; the costs are
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dice_py.config.run import RunConfig
+from dice_py.config.training import TrainConfig
+from dice_py.models.memory import TrainingMemory, checkpoint_bytes, generate_memory, host_memory, score_memory
 from dice_py.models.sizes import ModelSize
 from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
-from dice_py.planning.memory import checkpoint_bytes, generate_memory, score_memory, train_memory
 from dice_py.planning.timeline import Task, timeline
 from dice_py.runs.measured_costs import StageCosts
 
@@ -66,6 +68,10 @@ class _Estimate:
     """Further bytes on the disk while the stage works."""
     memory: int = 0
     """Peak bytes of one GPU, or of the host."""
+    least_memory: int | None = None
+    """Bytes that it can do with; None: its peak."""
+    remedy: Callable[[int], str] | None = None
+    """What to set if fewer bytes than these are free; None: the stage's remedy (stages/registry.py)."""
     devices: int = 0
     """GPUs in use."""
     counts: dict[str, Any] = field(default_factory=dict)
@@ -107,8 +113,8 @@ class Estimator:
         """Peak bytes of one GPU, or of the host: all processes that hold a model, and the one started ahead."""
         if self.machine.cuda:
             return max(formula, measured)
-        each = max(formula + self.machine.base_memory, measured)
-        return each * copies + self.machine.base_memory
+        base = self.machine.base_memory
+        return host_memory(max(formula, measured - base), base, copies)
 
     def _groups(self, shards: int) -> int:
         return max(1, min(self.machine.groups, shards))
@@ -227,9 +233,6 @@ class Estimator:
         if train.save_steps is not None:
             saves = counts.steps // train.save_steps + (counts.steps % train.save_steps > 0)
         kept = min(saves, 2) + (saves > 2)  # two are kept, and the next is written before the oldest is removed
-        longest = self._longest_prompt() + max(self.data.lengths, default=1)
-        longest = min(longest, train.max_length or longest)
-        formula = train_memory(self.policy, config, machine.dtype, longest, machine.shards)
         lacking = None
         if not counts.pairs:
             lacking = {
@@ -244,12 +247,26 @@ class Estimator:
             load=costs.load,
             tokens=round(counts.pair_tokens * batch * counts.steps),
             disk=self.policy.stored_bytes,
-            transient=(costs.checkpoint_bytes or checkpoint_bytes(self.policy, config)) * kept,
-            memory=self._memory(formula, costs.peak_bytes, 1 if machine.cuda else machine.processes),
+            transient=(costs.checkpoint_bytes or checkpoint_bytes(self.policy, train)) * kept,
+            **self._training_memory(train),
             devices=machine.processes if machine.cuda else 0,
             counts={"pairs": counts.pairs, "steps": counts.steps, "checkpoints": saves},
             lacking=lacking,
         )
+
+    def _training_memory(self, train: TrainConfig) -> dict[str, Any]:
+        """The fields of an estimate that are about the memory of training."""
+        machine = self.machine
+        needs = TrainingMemory(
+            self.policy, train, machine.dtype, self._longest_prompt(), max(self.data.lengths, default=1),
+            machine.processes, machine.shards, machine.cuda,
+        )  # fmt: skip
+        copies = 1 if machine.cuda else machine.processes
+        return {
+            "memory": self._memory(needs.peak(), self.costs.train.peak_bytes, copies),
+            "least_memory": self._memory(needs.least(), 0, copies),
+            "remedy": needs.remedy,
+        }
 
     def evaluate(self, number: int) -> _Estimate:
         """Samples of held-out prompts (in round 1 also the start's), rewards, and held-out pairs under three models."""
@@ -363,5 +380,7 @@ class Estimator:
             "transient_disk_bytes": round(stage.transient),
             "peak_memory_bytes": stage.memory,
             **stage.counts,
+            **({} if stage.least_memory is None else {"least_memory_bytes": stage.least_memory}),
+            **({"remedy": stage.remedy} if stage.remedy else {}),
             **({"lacking": stage.lacking} if stage.lacking else {}),
         }

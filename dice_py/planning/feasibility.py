@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dice_py.models.memory import gib, shortage_text
 from dice_py.stages.registry import REGISTRY
 
 _SETTINGS = {
@@ -13,7 +14,7 @@ _SETTINGS = {
     "score": "score.token_budget",
     "mine": "data.prompts_per_round",
     "replay": "score.token_budget",
-    "train": "train.per_device_train_batch_size",
+    "train": "train.lora",
     "evaluate": "generate.token_budget",
 }
 
@@ -28,17 +29,14 @@ class Room:
     """"GPU memory" or "memory"."""
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:,.2f} GiB"
-
-
 def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str, Any] | None:
     """The first check that fails, or None.
 
     Args:
         stages: in order of work, by name ("round-01/generate"): `peak_memory_bytes`, `disk_bytes`, which stay, and
             `transient_disk_bytes`, further bytes while it works. A stage that lacks something other than
-            memory and disk has `lacking`: `setting`, `needed`, `available`, `text`, `remedy`.
+            memory and disk has `lacking`: `setting`, `needed`, `available`, `text`, `remedy`. A stage that can do with
+            less memory than its peak has `least_memory_bytes`, and `remedy`, a function of the memory that is free.
 
     Returns:
         `stage`, `what` ("memory", "disk" or "data"), `setting`, `needed`, `available` (bytes; for "data" a count),
@@ -50,16 +48,19 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
         if stage.get("lacking"):
             return {"stage": name, "what": "data", **stage["lacking"]}
         # Mining needs no model: its memory is the host's, also where the models are on a GPU.
-        needed = 0 if kind == "mine" and room.memory_name == "GPU memory" else stage["peak_memory_bytes"]
+        needed = stage.get("least_memory_bytes", stage["peak_memory_bytes"])
+        if kind == "mine" and room.memory_name == "GPU memory":
+            needed = 0
         if needed > room.memory:
+            remedy = REGISTRY[kind].remedy or "lower data.prompts_per_round or mine.pool_rounds"
             return {
                 "stage": name,
                 "what": "memory",
                 "setting": "generate.vllm.gpu_memory_utilization" if stage.get("engine") == "vllm" else _SETTINGS[kind],
                 "needed": needed,
                 "available": room.memory,
-                "text": f"{name} needs {_gib(needed)} of {room.memory_name}, and {_gib(room.memory)} are free",
-                "remedy": REGISTRY[kind].remedy or "lower data.prompts_per_round or mine.pool_rounds",
+                "text": shortage_text(name, needed, room.memory, room.memory_name),
+                "remedy": stage["remedy"](room.memory) if "remedy" in stage else remedy,
             }
         needed = written + stage["disk_bytes"] + stage["transient_disk_bytes"]
         if needed > room.disk:
@@ -70,7 +71,7 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
                 "setting": "train.save_steps" if saves else "rounds",
                 "needed": needed,
                 "available": room.disk,
-                "text": f"up to {name} the run needs {_gib(needed)} of disk, and {_gib(room.disk)} are free",
+                "text": f"up to {name} the run needs {gib(needed)} of disk, and {gib(room.disk)} are free",
                 "remedy": "free some space, put the run on a larger disk (--run-dir)"
                 + (", or set train.save_steps=null" if saves else ", or lower rounds"),
             }

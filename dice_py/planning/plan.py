@@ -29,6 +29,7 @@ from dice_py.config.run import RunConfig
 from dice_py.data import prompt_key
 from dice_py.evaluation.metrics import bootstrap_ci95
 from dice_py.events import Report, no_report
+from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.mining.pairs import mine_pairs
 from dice_py.models.sizes import ModelSize, model_size
 from dice_py.planning.calibrate_generation import Probe
@@ -48,7 +49,7 @@ from dice_py.runs.measured_costs import (
     remember_lengths,
 )
 from dice_py.runs.profile import read_events
-from dice_py.runs.throughput import costs_key, lengths_key, response_lengths
+from dice_py.runs.throughput import costs_key, lengths_key, response_lengths, run_engine
 from dice_py.stages.preflight import PreflightJob
 from dice_py.storage.parquet import parquet_rows, read_parquet
 
@@ -89,7 +90,8 @@ def plan(
     room = _room(folder, probed)
     failure = first_failure(stages, room)
     for stage in stages.values():
-        stage.pop("lacking", None)
+        for name in ("lacking", "remedy"):
+            stage.pop(name, None)
     total = own_start + sum(stage["seconds"] for stage in stages.values())
     return {
         "total_seconds": total,
@@ -145,7 +147,9 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
     finally:
         run.close()
     runner = SubprocessRunner(base, report)
-    key, key_of_lengths = costs_key(config, inputs.policy), lengths_key(config, inputs.policy, inputs.prompts)
+    workload = Workload.of(inputs.policy, read_parquet(prompts[0], ["messages"]))
+    key = costs_key(config, inputs.policy, run_engine(config, workload))
+    key_of_lengths = lengths_key(config, inputs.policy, inputs.prompts)
     costs = None if fresh else recall_costs(key)
     lengths = None if fresh else recall_lengths(key_of_lengths)
     source: Literal["measured", "stored"] = "measured" if costs is None else "stored"
@@ -153,7 +157,7 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
         note_load(report)
     measure: Literal["costs", "lengths", "nothing"]
     measure = "costs" if costs is None else "lengths" if lengths is None else "nothing"
-    probed = run_probe(config, inputs, runner, measure)
+    probed = run_probe(config, inputs, runner, measure, workload)
     if measure != "nothing":
         lengths = response_lengths(config, read_parquet(sampled_file(runner)))
         remember_lengths(key_of_lengths, lengths)
@@ -217,7 +221,7 @@ def _machine(config: RunConfig, probed: Probe, data: Data) -> Machine:
         groups=probed.groups,
         gpus=probed.gpus,
         processes=layout.processes,
-        shards=layout.processes if layout.strategy in ("fsdp2", "zero3") else 1,
+        shards=layout.shards,
         gpu_bytes=probed.gpu_bytes,
         base_memory=probed.base_memory_bytes,
         encode_seconds=probed.encode_seconds,

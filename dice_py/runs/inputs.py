@@ -20,6 +20,8 @@ from dice_py.errors import DataError
 from dice_py.models.gguf import find_converted, gguf_file
 from dice_py.models.loading import require
 from dice_py.models.sources import resolve_model
+from dice_py.runs.measured_costs import recall_lengths
+from dice_py.runs.throughput import lengths_key
 from dice_py.stages.convert import ConvertJob
 from dice_py.stages.preflight import PreflightJob
 from dice_py.stages.world import WorldJob
@@ -135,8 +137,10 @@ def _model(run: Run, name: str, revision: str | None, role: str) -> Path:
 
 def _check(run: Run, inputs: Inputs, data_key: str) -> None:
     """Checks models and data together, once. Its errors would otherwise come after hours."""
+    sampled = recall_lengths(lengths_key(run.config, inputs.policy, inputs.prompts))
     job = PreflightJob(
         config=run.config,
+        longest_response=max(sampled.lengths, default=1) if sampled else 1,
         policy=inputs.policy,
         reference=inputs.reference,
         prompts=[file for file in (inputs.prompts, inputs.eval_prompts) if file],

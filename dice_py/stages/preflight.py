@@ -1,7 +1,7 @@
 """Checks a run's models and data together, before anything is made from them, in a process of its own.
 
 It finds errors that would otherwise stop a run after hours: a tokenizer without a template, a template that refuses a
-prompt or an offline pair, a model that lacks a token, an unknown scheduler.
+prompt or an offline pair, a model that lacks a token, an unknown scheduler, a model that is too large to train here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dice_py.models.tokenization import encode_pairs, encode_prompt, load_tokeni
 from dice_py.stages.job import Job, StageResult
 from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import read_parquet
+from dice_py.training.memory_check import check_training_memory
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class PreflightJob(Job):
     Raises, when run:
         DataError: a tokenizer, template or vocabulary that cannot serve, naming the row.
         UsageError: a name in the config that transformers does not know, or a device that this machine lacks.
+        OutOfMemoryError: training does not fit into the memory that is free.
     """
 
     config: RunConfig
@@ -37,6 +39,8 @@ class PreflightJob(Job):
     pairs: list[Path]
     data_key: str
     """A key of the files' content."""
+    longest_response: int = 1
+    """Tokens of the longest response that a plan has sampled to these prompts."""
 
     def key(self) -> str:
         """A digest of the data, the models, the complete config and versions."""
@@ -44,12 +48,17 @@ class PreflightJob(Job):
         return digest("check", self.data_key, models, self.config.model_dump(), versions("transformers"))
 
     def run(self, report: Report = no_report) -> StageResult:
-        """Checks names, then prompts and pairs, then vocabularies."""
+        """Checks names, then prompts and pairs, then vocabularies, then memory."""
         placement(self.config.model)
         self._check_names()
-        largest = self._largest_token(report)
+        largest, longest_prompt = self._read(report)
         for folder in (self.policy, self.reference):
             self._check_vocabulary(folder, largest)
+        config = self.config
+        check_training_memory(
+            config.train, config.model, config.devices, self.policy,
+            prompt=longest_prompt, response=self.longest_response,
+        )  # fmt: skip
         return StageResult([], {})
 
     def _check_names(self) -> None:
@@ -66,21 +75,24 @@ class PreflightJob(Job):
             if name not in known:
                 raise UsageError(f"{key} is {name!r}, which transformers does not know; it knows {', '.join(known)}")
 
-    def _largest_token(self, report: Report) -> int:
-        """The largest token id of all prompts, pairs and stop tokens."""
+    def _read(self, report: Report) -> tuple[int, int]:
+        """The largest token id of all prompts, pairs and stop tokens, and the tokens of the longest prompt in use."""
         tokenizer = load_tokenizer(self.policy, self.config.model)
         stops = stop_token_ids(self.policy, tokenizer)
-        largest = max(stops)
+        largest, longest = max(stops), 1
         for file in self.prompts:
             for row, messages in read_parquet(file, ["prompt_id", "messages"]).iter_rows():
-                largest = max(largest, *encode_prompt(tokenizer, messages, f"prompt {row}"))
+                token_ids = encode_prompt(tokenizer, messages, f"prompt {row}")
+                largest = max(largest, *token_ids)
+                if len(token_ids) <= self.config.data.max_prompt_tokens:
+                    longest = max(longest, len(token_ids))
             report("note", text=f"checked: {file.name}")
         for file in self.pairs:
             encoded = encode_pairs(read_parquet(file), tokenizer, stops)
             for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
                 largest = max(largest, int(encoded[name].explode().max()))  # type: ignore[arg-type]
             report("note", text=f"checked: {file.name}")
-        return largest
+        return largest, longest
 
     def _check_vocabulary(self, folder: Path, largest: int) -> None:
         from transformers import AutoConfig

@@ -55,8 +55,8 @@ _TABLE = (
         "train",
         TrainJob,
         ("dice_py.stages.train", "datasets", "trl.trainer.dpo_trainer"),
-        "lower train.per_device_train_batch_size, set train.gradient_checkpointing=true or train.lora.r=16, "
-        "or add GPUs",
+        "lower train.packed_tokens (on padded rows: train.per_device_train_batch_size), set "
+        "train.gradient_checkpointing=true or train.lora.r=16, or add GPUs",
         "evaluate",
     ),
     Stage(

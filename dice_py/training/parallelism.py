@@ -51,6 +51,11 @@ class ProcessLayout:
     """The user's accelerate file."""
 
     @property
+    def shards(self) -> int:
+        """Processes that share weights, gradients and optimizer states; 1 if each has its own."""
+        return self.processes if self.strategy in ("fsdp2", "zero3") else 1
+
+    @property
     def checkpoints(self) -> str:
         """The layout of a checkpoint's files. Layouts with the same value can resume from each other's checkpoints.
 

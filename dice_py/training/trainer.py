@@ -183,16 +183,6 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
     return arguments
 
 
-def packed_tokens(config: TrainConfig, models: ModelConfig) -> int:
-    """Tokens of a packed row, with "auto" resolved by the kind of device: 512 on a CPU, 4,096 on a GPU.
-
-    On a CPU, longer rows need more memory and are hardly faster (benches/real.py). A GPU needs them to be busy.
-    """
-    if config.packed_tokens != "auto":
-        return config.packed_tokens
-    return 512 if placement(models).device == "cpu" else 4096
-
-
 def build_trainer(
     config: TrainConfig,
     models: ModelConfig,
@@ -230,7 +220,7 @@ def build_trainer(
     if config.packed is not False:
         reason = why_padded(model, pairs, arguments)
         if reason is None:
-            tokens = packed_tokens(config, models)
+            tokens = config.row_tokens(cuda=placement(models).device != "cpu")
             # A batch of Trainer's is a step; the trainer splits it into rows.
             arguments.per_device_train_batch_size = config.batch_size // world_size()
             arguments.gradient_accumulation_steps = 1

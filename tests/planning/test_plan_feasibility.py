@@ -30,7 +30,7 @@ def entries() -> dict[str, dict[str, Any]]:
         (89, 80, ("round-02/train", "disk", 90, 89, "train.save_steps")),
         (59, 80, ("round-01/train", "disk", 60, 59, "train.save_steps")),
         (9, 80, ("round-01/generate", "disk", 10, 9, "rounds")),
-        (90, 79, ("round-01/train", "memory", 80, 79, "train.per_device_train_batch_size")),
+        (90, 79, ("round-01/train", "memory", 80, 79, "train.lora")),
         # The first in order of work is named.
         (9, 49, ("round-01/generate", "memory", 50, 49, "generate.token_budget")),
     ],
@@ -45,6 +45,17 @@ def test_the_first_stage_that_would_fail(disk: int, memory: int, want: tuple[Any
         assert found["remedy"]
         assert want[0] in found["text"]
     assert peak_disk(entries()) == 90
+
+
+def test_training_can_do_with_less_than_its_peak() -> None:
+    stages = entries()
+    stages["round-01/train"] |= {"least_memory_bytes": 60, "remedy": lambda free: f"there are {free}"}
+    assert first_failure(stages, Room(90, 79, "memory")) is not None  # round 2's, which has no such figure
+    stages["round-02/train"] |= {"least_memory_bytes": 60}
+    assert first_failure(stages, Room(90, 60, "memory")) is None
+    found = first_failure(stages, Room(90, 59, "memory"))
+    assert found is not None
+    assert [found[name] for name in ("stage", "needed", "remedy")] == ["round-01/train", 60, "there are 59"]
 
 
 def test_vllm_has_another_setting() -> None:

@@ -269,6 +269,15 @@ def test_a_fixed_number_is_halved_and_not_cached(memory: Memory, folder: Path, d
         ({"meminfo": ["MemTotal: 9000 kB", "MemAvailable:    7000 kB"]}, 7000 * 1024),
         ({"meminfo": ["MemAvailable: 7000 kB"], "memory.max": ["max"], "memory.current": ["5"]}, 7000 * 1024),
         ({"meminfo": ["MemAvailable: 7000 kB"], "memory.max": ["3000"], "memory.current": ["1000"]}, 2000),
+        (
+            {
+                "meminfo": ["MemAvailable: 7000 kB"],
+                "memory.max": ["3000"],
+                "memory.current": ["2500"],
+                "memory.stat": ["anon 700", "file 1800", "inactive_file 900", "active_file 800", "shmem 100"],
+            },
+            3000 - 800,
+        ),
         ({"meminfo": ["MemAvailable: 1 kB"], "memory.max": ["3000"], "memory.current": ["1000"]}, 1024),
         ({"meminfo": ["MemAvailable: 1 kB"], "memory.max": ["3000"], "memory.current": ["4000"]}, 0),
         ({}, 10 * 4096),

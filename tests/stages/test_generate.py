@@ -11,18 +11,16 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from tiny_generation import CONFIG, CPU, Stage, questions, shard
+from tiny_generation import CONFIG, Stage, questions, shard
 from tiny_models import MAX_POSITIONS, make_llama, make_mistral, make_tokenizer
 from transformers import LlamaConfig
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, UsageError
-from dice_py.generation.engines.factory import choose_engine
 from dice_py.generation.engines.transformers import TransformersEngine
 from dice_py.generation.limits import positions_limit
 from dice_py.generation.shard import ShardWriter
-from dice_py.models.loading import Placement
 from dice_py.storage.parquet import parquet_key
 from dice_py.storage.schemas import GENERATIONS
 
@@ -282,28 +280,6 @@ def test_vllm_is_configured_but_not_installed(run: Stage, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match=r"pip install 'dice-align\[vllm\]'.*generate\.engine=transformers"):
         run(CONFIG.model_copy(update={"engine": "vllm"}))
     assert not run.out.exists()
-
-
-@pytest.mark.parametrize(
-    ("device", "installed", "engine", "why"),
-    [
-        ("cuda:0", True, "vllm", "a GPU and vLLM are available"),
-        ("cuda:0", False, "transformers", "vLLM is not installed"),
-        ("cpu", True, "transformers", "no GPU"),
-        ("cpu", False, "transformers", "no GPU"),
-    ],
-)
-def test_auto_engine(monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, engine: str, why: str) -> None:
-    spec = importlib.util.find_spec("json") if installed else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: spec)
-    monkeypatch.setattr("dice_py.generation.engines.factory.placement", lambda _: Placement(device, "float32"))
-    chosen, reason = choose_engine(GenerateConfig(), ModelConfig())
-    assert chosen == engine
-    assert why in reason
-
-
-def test_configured_engine_is_used() -> None:
-    assert choose_engine(GenerateConfig(engine="transformers"), CPU) == ("transformers", "as configured")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

