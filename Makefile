@@ -99,7 +99,7 @@ bench-generation: setup ## sampling: shared prefill, shards that overlap, both e
 bench-training: setup ## one epoch of DPO against a stock DPOTrainer: time and peak memory (minutes)
 	$(BIN)/python benches/training.py $(BENCH_ARGS)
 
-bench-real: setup ## a real chat model on a CPU: both engines, TRL, the plan (BENCH_ARGS="--model FOLDER --prompts FILE"; minutes)
+bench-real: setup $(VENV)/.demo ## the demo's model: both engines, TRL, the plan (a quarter of an hour; BENCH_ARGS="--model FOLDER")
 	$(BIN)/python benches/real.py $(BENCH_ARGS)
 
 bench-plan: setup ## the plan of the embedded default against a run of it (minutes)
