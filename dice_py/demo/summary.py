@@ -18,7 +18,7 @@ from dice_py.storage.files import read_json
 from dice_py.storage.parquet import read_parquet
 
 SHOWN_PAIRS = 3
-_MOST_WORDS = 60  # of an answer that is shown
+_READABLE = range(4, 61)  # words of an answer that is shown
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -77,12 +77,12 @@ def _policy(answers: pl.DataFrame, reward_accuracy: float) -> dict[str, Any]:
 
 
 def _shown(mined: pl.DataFrame) -> list[dict[str, Any]]:
-    """The pairs of largest margin, each of another kind of form, and with answers that are short enough to read."""
+    """The pairs of largest margin, each of another kind of form, and with answers of 4 to 60 words."""
     shown: dict[str, dict[str, Any]] = {}
     for row in mined.sort("margin", descending=True, maintain_order=True).iter_rows(named=True):
         kind = row["form"].partition(" ")[0]
-        short = all(len(words(row[side])) <= _MOST_WORDS for side in ("chosen", "rejected"))
-        if kind not in shown and short and len(shown) < SHOWN_PAIRS:
+        readable = all(len(words(row[side])) in _READABLE for side in ("chosen", "rejected"))
+        if kind not in shown and readable and len(shown) < SHOWN_PAIRS:
             shown[kind] = {name: row[name] for name in ("prompt", "chosen", "rejected", "margin")}
     return list(shown.values())
 

@@ -78,10 +78,10 @@ def finished(tmp_path: Path) -> Path:
     one, again, other = forms.index("words 10"), forms.index("words 15"), forms.index("sentences 1")
     third = next(number for number, form in enumerate(forms) if form.startswith("starts"))
     answers = [
-        *[(one, "A boat floats.", "stop"), (one, *LONG)],
-        *[(again, "A ship.", "stop"), (again, READABLE, "stop")],
-        *[(other, "1. A list\n2. of boats", "stop"), (other, "It floats", "stop")],
-        *[(third, "Hm.", "stop"), (third, "Oh.", "stop")],
+        *[(one, "A boat floats by.", "stop"), (one, *LONG)],
+        *[(again, "A ship sails by.", "stop"), (again, READABLE, "stop")],
+        *[(other, "1. A list\n2. of boats", "stop"), (other, "It floats on water", "stop")],
+        *[(third, "Hm, this is odd.", "stop"), (third, "Oh, this is odd.", "stop")],
     ]
     write_answers(tmp_path / "round-01/generate", answers)
     mine = tmp_path / "round-01/mine"
