@@ -16,8 +16,9 @@ _SETTINGS: dict[str, Any] = {
     "rounds": 1,
     "generate": {"engine": "transformers", "samples": 8, "shard_prompts": 25, **SAMPLING},
     "replay": {"gamma": 0.3},
+    "mine": {"debias": "bucket"},  # π_1 prefers short answers, which a penalty on length would not mend
+    "round0": {"num_train_epochs": 2.0},
     "train": {
-        "num_train_epochs": 2.0,
         "learning_rate": 1e-5,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
