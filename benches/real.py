@@ -7,8 +7,8 @@
     plan         `dice plan` with a fresh calibration for a round, and that round run by `dice run`
 
 Every measurement is a process of its own, one after the other; all in one run, so that ratios count on a noisy machine.
-The model is the demo's (`make demo` makes it), or the folder of `--model`. Pairs are two sampled answers to a prompt.
-Results: a table, a plot, and real.json in `--out`.
+The model and the prompts are the demo's (docs/demo.md): the GGUF file is converted if it was not before. Pairs are two
+sampled answers to a prompt. Results: a table, and real.json and real.png in `--out`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from real_report import draw, show
 from rich.console import Console
-from rich.table import Table
 from shapes import machine
 
+from dice_py.demo.data import PAIR_PROMPTS
+from dice_py.demo.model import demo_model
+from dice_py.models.sources import resolve_model
 from dice_py.storage.files import write_json
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import TRAINING_SET
@@ -170,36 +173,12 @@ def show_part(result: dict[str, Any], part: str, console: Console) -> None:
     console.print(f"[dim]{json.dumps({part: result[part]})}[/dim]", highlight=False, soft_wrap=True)
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """Prints the table: a line for each ratio."""
-    table = Table(title=f"{result['model']}: seconds", box=None)
-    for name in ("", "dice", "beside", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
-    generation, scoring, training, plan = (result[name] for name in ("generation", "scoring", "training", "plan"))
-    best, default = (training[f"trl_{name}_seconds"] for name in ("best", "default"))
-    rows = [
-        ("generation, over vLLM", generation["seconds"], generation["vllm_seconds"], generation["time_over_vllm"]),
-        ("scoring, TRL over", scoring["seconds"], scoring["trl_seconds"], scoring["speedup_over_trl"]),
-        ("training, TRL's best over", training["seconds"], best, training["speedup_over_trl_best"]),
-        ("training, TRL's default over", training["seconds"], default, training["speedup_over_trl_default"]),
-        ("a run, planned over taken", plan["taken_seconds"], plan["planned_seconds"], plan["planned_over_taken"]),
-    ]
-    for name, ours, other, ratio in rows:
-        table.add_row(name, f"{ours:.1f}", f"{other:.1f}", f"{ratio:.2f}")
-    console.print(table)
-    console.print(
-        f"training: {training['share_of_matrix_rate']:.2f} of the matrix rate, peak {training['peak_gb']:.1f} GB "
-        f"(TRL {training['trl_best_peak_gb']:.1f}); planning took {plan['seconds']:.0f} s",
-        highlight=False,
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a model folder")
-    parser.add_argument("--name", default="SmolLM2-135M-Instruct")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
+    parser.add_argument("--model", help="a model folder or a GGUF file; default: the demo's")
+    parser.add_argument("--name", default="SmolLM2-135M-Instruct", help="the model's name in the results")
+    parser.add_argument("--prompts", type=Path, default=PAIR_PROMPTS, help="JSON lines with `prompt`")
     parser.add_argument("--count", type=int, default=24, help="prompts")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -207,11 +186,13 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=max(Console().width, 110))
     with tempfile.TemporaryDirectory(prefix="bench-real-") as temporary:
         folder = Path(temporary)
-        (folder / "model").symlink_to(args.model.resolve(), target_is_directory=True)
+        model = resolve_model(args.model or str(demo_model()), None, role="--model")
+        (folder / "model").symlink_to(model, target_is_directory=True)
         result = measure(args, folder, console) | {"machine": machine()}
     show(result, console)
     write_json(args.out / "real.json", result)
-    console.print(f"written to {args.out}/real.json")
+    draw(result, args.out / "real.png")
+    console.print(f"written to {args.out}/real.json and real.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from cli.demo import demo
 from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
@@ -49,7 +50,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (run, resume, status, plan):
+for command in (run, resume, status, plan, demo):
     app.command()(command)
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
