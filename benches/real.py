@@ -4,6 +4,8 @@
     scoring      the sampled responses: the scorer, and TRL's precompute of reference log-probabilities
     training     an epoch of pairs: the train stage, and a stock DPOTrainer at batch sizes 1 and 8 (its default);
                  forward, backward and steps, without the reference pass
+    allocator    generate, score and train with the settings of the C allocator that a stage's process gets, and with
+                 glibc's own: seconds, system time and peak of memory
     plan         `dice plan` with a fresh calibration for a round, and that round run by `dice run`
 
 Every measurement is a process of its own, one after the other; all in one run, so that ratios count on a noisy machine.
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from real_report import draw, show
 from rich.console import Console
 from shapes import machine
 
+from dice_py.compute.allocator import allocator_settings
 from dice_py.demo.data import PAIR_PROMPTS
 from dice_py.demo.model import demo_model
 from dice_py.models.sources import resolve_model
@@ -39,31 +43,60 @@ HERE = Path(__file__).resolve().parent
 SAMPLES, NEW_TOKENS, PLANNED_PROMPTS = 8, 128, 16
 
 
-def run(command: list[str], cache: Path) -> tuple[str, float]:
-    """Runs a command with the package of this repository; returns its standard output and its seconds."""
+DEFAULTS_OF_GLIBC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""Where a user has set these, `dice` leaves them as they are."""
+
+
+@dataclass
+class Ended:
+    """What a command printed, and what it and its processes took."""
+
+    output: str
+    seconds: float
+    system_seconds: float
+    peak_gb: float
+    """Of the largest process."""
+
+    @property
+    def costs(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("seconds", "system_seconds", "peak_gb")}
+
+
+def run(command: list[str], cache: Path, variables: dict[str, str] | None = None) -> Ended:
+    """Runs a command with the package of this repository, and further environment variables."""
     paths = os.pathsep.join([str(HERE.parent), str(HERE)])
     environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "DICE_CACHE": str(cache)}
-    began = time.monotonic()
-    ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - began
-    if ended.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{(ended.stderr + ended.stdout)[-3000:]}")
-    return ended.stdout, seconds
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment | (variables or {}), stdout=output, stderr=errors
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        printed = output.read()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{(errors.read() + printed)[-3000:]}")
+    return Ended(printed, seconds, usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
-def way(name: str, folder: Path, number: int = 1) -> dict[str, Any]:
-    """Runs a way of real_ways.py."""
-    output, _ = run([str(HERE / "real_ways.py"), name, str(folder), str(number)], folder / "cache")
-    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return found
+def way(name: str, folder: Path, number: int = 1, variables: dict[str, str] | None = None) -> dict[str, Any]:
+    """Runs a way of real_ways.py. Ours get the allocator's settings that a stage's process gets."""
+    if variables is None:
+        variables = {} if name.endswith("_trl") else allocator_settings(os.environ)
+    ended = run([str(HERE / "real_ways.py"), name, str(folder), str(number)], folder / "cache", variables)
+    found: dict[str, Any] = json.loads(ended.output.strip().splitlines()[-1])
+    return found | {"process": ended.costs}
 
 
-def generate(folder: Path, prompts: Path, engine: str) -> float:
-    """Seconds of `dice generate`, with its start."""
+def generate(folder: Path, prompts: Path, engine: str, out: str, variables: dict[str, str] | None = None) -> Ended:
+    """`dice generate`, with its start."""
     settings = [f"generate.engine={engine}", f"generate.samples={SAMPLES}", f"generate.max_new_tokens={NEW_TOKENS}"]
     command = ["-m", "cli.main", "generate", "--policy", str(folder / "model"), "--prompts", str(prompts)]
-    command += ["-o", str(folder / engine), *(f"--set={one}" for one in (*settings, "model.device=cpu"))]
-    return run(command, folder / "cache")[1]
+    command += ["-o", str(folder / out), *(f"--set={one}" for one in (*settings, "model.device=cpu"))]
+    return run(command, folder / "cache", variables)
 
 
 def prepare(folder: Path, pairs: int) -> None:
@@ -117,11 +150,12 @@ def measure_plan(folder: Path, prompts: Path, policy: str) -> dict[str, float]:
     ]
     arguments = ["--rounds", "1", "--policy", policy, "--reference", str(folder / "model"), "--prompts", str(prompts)]
     arguments += [f"--set={one}" for one in settings]
-    output, seconds = run(["-m", "cli.main", "plan", "--fresh", "--json", *arguments], folder / "cache")
-    planned = json.loads(output)["total_seconds"]
-    _, taken = run(["-m", "cli.main", "run", "--run-dir", str(folder / "run"), *arguments], folder / "cache-of-run")
+    planning = run(["-m", "cli.main", "plan", "--fresh", "--json", *arguments], folder / "cache")
+    planned = json.loads(planning.output)["total_seconds"]
+    running = ["-m", "cli.main", "run", "--run-dir", str(folder / "run"), *arguments]
+    taken = run(running, folder / "cache-of-run").seconds
     return {
-        "seconds": seconds,
+        "seconds": planning.seconds,
         "planned_seconds": planned,
         "taken_seconds": taken,
         "planned_over_taken": planned / taken,
@@ -135,9 +169,11 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
     prompts.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in lines[: args.count]))
     result: dict[str, Any] = {"model": args.name, "prompts": args.count}
     console.print("[dim]generation[/dim]")
-    seconds = generate(folder, prompts, "transformers")
-    vllm = generate(folder, prompts, "vllm")
-    result["generation"] = {"seconds": seconds, "vllm_seconds": vllm, "time_over_vllm": seconds / vllm}
+    sampled = generate(folder, prompts, "transformers", "transformers")
+    vllm = generate(folder, prompts, "vllm", "vllm").seconds
+    result["generation"] = {
+        "seconds": sampled.seconds, "vllm_seconds": vllm, "time_over_vllm": sampled.seconds / vllm,
+    }  # fmt: skip
     prepare(folder, args.pairs)
     add_reference(folder)
     show_part(result, "generation", console)
@@ -152,6 +188,7 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
     console.print("[dim]training[/dim]")
     train = way("train", folder)
     stock = {size: way("train_trl", folder, size) for size in (1, 8)}
+    tuned = way("train_trl", folder, 1, allocator_settings(os.environ))
     best = min(stock, key=lambda size: stock[size]["seconds"])
     result["training"] = {
         "pairs": args.pairs, "seconds": train["seconds"], "trl_best_seconds": stock[best]["seconds"],
@@ -160,9 +197,20 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
         "share_of_matrix_rate": train["share_of_matrix_rate"], "matmul_gflops": train["matmul_gflops"],
         "peak_gb": train["peak_gb"], "trl_best_peak_gb": stock[best]["peak_gb"],
         "trl_default_peak_gb": stock[8]["peak_gb"], "step0_loss": train["step0_loss"],
-        "losses": train["losses"], "trl_losses": stock[best]["losses"],
+        "trl_batch_1_same_allocator_seconds": tuned["seconds"], "losses": train["losses"],
+        "trl_losses": stock[best]["losses"],
     }  # fmt: skip
     show_part(result, "training", console)
+    console.print("[dim]the allocator[/dim]")
+    result["allocator"] = {
+        "generate": {
+            "set": sampled.costs,
+            "glibc": generate(folder, prompts, "transformers", "glibc", DEFAULTS_OF_GLIBC).costs,
+        },
+        "score": {"set": ours["process"], "glibc": way("score", folder, 1, DEFAULTS_OF_GLIBC)["process"]},
+        "train": {"set": train["process"], "glibc": way("train", folder, 1, DEFAULTS_OF_GLIBC)["process"]},
+    }
+    show_part(result, "allocator", console)
     console.print("[dim]plan[/dim]")
     result["plan"] = measure_plan(folder, prompts, train["model"])
     return result

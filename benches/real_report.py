@@ -32,6 +32,13 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, ours, other, ratio in rows:
         table.add_row(name, f"{ours:.1f}", f"{other:.1f}", f"{ratio:.2f}")
     console.print(table)
+    allocator = Table(title="with the allocator's settings, and with glibc's own", box=None)
+    for name in ("", "seconds", "glibc", "system", "glibc", "peak GB", "glibc"):
+        allocator.add_column(name, justify="left" if not name else "right")
+    for name, part in result["allocator"].items():
+        costs = ("seconds", "system_seconds", "peak_gb")
+        allocator.add_row(name, *(f"{part[of][cost]:.1f}" for cost in costs for of in ("set", "glibc")))
+    console.print(allocator)
     console.print(
         f"training: {training['share_of_matrix_rate']:.2f} of the matrix rate, peak {training['peak_gb']:.1f} GB "
         f"(TRL {training['trl_best_peak_gb']:.1f}); planning took {plan['seconds']:.0f} s",

@@ -26,6 +26,12 @@ RESULT: dict[str, Any] = {
         "speedup_over_trl_best": 2.0, "speedup_over_trl_default": 3.0, "share_of_matrix_rate": 0.5, "peak_gb": 4.0,
         "trl_best_peak_gb": 4.5,
     },
+    "allocator": {
+        "train": {
+            "set": {"seconds": 20.0, "system_seconds": 1.0, "peak_gb": 4.0},
+            "glibc": {"seconds": 27.5, "system_seconds": 9.0, "peak_gb": 3.5},
+        },
+    },
     "plan": {"seconds": 50.0, "planned_seconds": 90.0, "taken_seconds": 100.0, "planned_over_taken": 0.9},
 }  # fmt: skip
 
@@ -33,7 +39,7 @@ RESULT: dict[str, Any] = {
 def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(RESULT, Console(width=110))
     printed = capsys.readouterr().out
-    for line in ("generation, over vLLM", "30.0", "40.0", "0.75", "TRL's default over", "3.00", "peak 4.0 GB"):
+    for line in ("generation, over vLLM", "30.0", "40.0", "0.75", "TRL's default over", "3.00", "peak 4.0 GB", "27.5"):
         assert line in printed
     draw(RESULT, tmp_path / "real.png")
     assert (tmp_path / "real.png").read_bytes().startswith(b"\x89PNG")
@@ -50,12 +56,19 @@ def test_the_order_of_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         },
     }  # fmt: skip
     took = {1: 8.0, 8: 12.0}
+    calls: list[tuple[str, int, dict[str, str] | None]] = []
 
-    def way(name: str, folder: Path, number: int = 1) -> dict[str, Any]:
-        return found.get(name) or {"seconds": took[number], "peak_gb": float(number), "losses": [0.69]}
+    def way(name: str, folder: Path, number: int = 1, variables: dict[str, str] | None = None) -> dict[str, Any]:
+        calls.append((name, number, variables))
+        costs = {"seconds": took[number], "peak_gb": float(number), "losses": [0.69]}
+        return (found.get(name) or costs) | {"process": {"of": variables}}
+
+    def generate(folder: Path, prompts: Path, engine: str, out: str, variables: Any = None) -> real.Ended:
+        return real.Ended("", {"transformers": 3.0, "vllm": 4.0, "glibc": 9.0}[out], 1.0, 2.0)
 
     monkeypatch.setattr(real, "way", way)
-    monkeypatch.setattr(real, "generate", lambda folder, prompts, engine: {"transformers": 3.0, "vllm": 4.0}[engine])
+    monkeypatch.setattr(real, "generate", generate)
+    monkeypatch.setattr(real, "allocator_settings", lambda environment: {"of": "stages"})
     monkeypatch.setattr(real, "prepare", lambda folder, pairs: None)
     monkeypatch.setattr(real, "add_reference", lambda folder: None)
     monkeypatch.setattr(real, "measure_plan", lambda folder, prompts, policy: {"planned_over_taken": 1.0, "of": policy})
@@ -72,6 +85,10 @@ def test_the_order_of_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert result["scoring"]["speedup_over_trl"] == 3.0
     assert result["scoring"]["largest_difference"] == 0.5
     assert result["plan"]["of"] == "trained"
+    # Stock TRL with the settings of our processes, and our stages without them.
+    assert ("train_trl", 1, {"of": "stages"}) in calls
+    assert result["allocator"]["generate"]["glibc"]["seconds"] == 9.0
+    assert result["allocator"]["train"]["glibc"] == {"of": real.DEFAULTS_OF_GLIBC}
 
 
 @pytest.mark.slow
