@@ -24,7 +24,7 @@ from dice_py.models.sizes import ModelSize, model_size
 from dice_py.storage.files import read_json
 
 # In seconds of one core with AVX-512, fitted to the differences between the engines (torch 2.13, vLLM 0.32, float32),
-# which docs/figures.md lists with the command. vLLM starts ten seconds later, on any number of cores; four could have
+# some of which docs/figures.md lists. vLLM starts ten seconds later, on any number of cores; four could have
 # sampled meanwhile.
 _READING = 0.8e-9
 _REST = 20e-12
