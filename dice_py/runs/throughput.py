@@ -121,10 +121,11 @@ def remember_run(folder: Path) -> bool:
         return False
     policy = Path(manifest.data["policy"]["folder"])
     rounds = _complete_rounds(config, manifest, read_events(folder / "events.jsonl"))
-    engines = {(manifest.stage(f"{name}/generate") or {})["counts"]["engine"] for name in rounds}
-    if len(engines) != 1:
+    engines = {(manifest.stage(f"{name}/generate") or {}).get("counts", {}).get("engine") for name in rounds}
+    engine = engines.pop() if len(engines) == 1 else None
+    if engine is None:
         return False
-    key = costs_key(config, policy, engines.pop())
+    key = costs_key(config, policy, engine)
     known = recall_costs(key)
     if known is not None and known.source != "run":
         return False

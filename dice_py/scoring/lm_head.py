@@ -20,8 +20,8 @@ _TILE_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # fits a CPU core's cache; keeps a
 class LogitHead:
     """The language-model head of one model, applied to a tile of positions and vocabulary at a time.
 
-    Products of 16-bit states and weights are not rounded to 16 bits (models/head.py). The logits are then transformed as
-    the model's config declares: by a factor (`logit_scale`, `logits_scaling`) and by soft capping
+    Products of 16-bit states and weights are not rounded to 16 bits (models/head.py). The logits are then transformed
+    as the model's config declares: by a factor (`logit_scale`, `logits_scaling`) and by soft capping
     (`final_logit_softcapping`). `check` compares the result with the model's own logits, so a model that does anything
     else is refused instead of scored wrongly.
 

@@ -170,8 +170,8 @@ def test_a_real_calibration_is_kept_and_leaves_nothing_else(tmp_path: Path, monk
     assert list(temporary.iterdir()) == []
     assert not (tmp_path / "run").exists()
     assert sorted(os.listdir(tmp_path / "cache")) == ["remembered.json", "remembered.lock"]  # noqa: PTH208
-    assert recall_costs(costs_key(config, policy)) is not None
+    assert recall_costs(costs_key(config, policy, "transformers")) is not None
     # Another shape has other figures.
     shutil.rmtree(policy)
     make_llama(policy, seed=1, num_hidden_layers=1)
-    assert recall_costs(costs_key(config, policy)) is None
+    assert recall_costs(costs_key(config, policy, "transformers")) is None

@@ -147,17 +147,18 @@ def test_a_full_disk_and_a_small_memory(
 def test_the_key_of_costs(remembering: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config, policy = remembering["config"], remembering["inputs"].policy
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    key = costs_key(config, policy)
+    key = costs_key(config, policy, "transformers")
 
     def other(*assignments: str) -> str:
-        return costs_key(own("generate.samples=2", "train.batch_size=4", "model.device=cpu", *assignments), policy)
+        settings = own("generate.samples=2", "train.batch_size=4", "model.device=cpu", *assignments)
+        return costs_key(settings, policy, "transformers")
 
     # Settings that only change counts are not part of it.
     assert other("rounds=7", "data.prompts_per_round=3", "train.max_steps=9", "generate.temperature=0.5") == key
     changed = ["train.batch_size=8", "model.dtype=bfloat16", "train.lora.r=2", "generate.token_budget=77"]
     keys = {key, *map(other, changed)}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert len(keys | {costs_key(config, policy)}) == 6
+    assert len(keys | {costs_key(config, policy, "transformers")}) == 6
 
 
 TOOK = {"generate": 4.0, "score": 3.0, "mine": 0.5, "replay": 2.0, "train": 6.0, "evaluate": 5.0}
@@ -195,7 +196,7 @@ def made_run(folder: Path, remembering: dict[str, Any], **changes: Any) -> Path:
     write_json(base / "train" / "model" / "train_log.json", [{"loss": 0.5}, {"train_runtime": 3.0}])
     gate = {"responses": 256, "passed": True}
     counts: dict[str, Any] = {
-        "generate": {"prompts": count, "responses": 2 * count},
+        "generate": {"prompts": count, "responses": 2 * count, "engine": "transformers"},
         "score": {"policy_logps_gate": gate},
         "train": {"steps": 6},
         "evaluate": {"eval_prompts": 7, "eval_samples": 1, "eval_pairs": 3},
@@ -229,7 +230,7 @@ def test_a_run_leaves_its_costs(remembering: dict[str, Any], tmp_path: Path) -> 
     config, policy = remembering["config"], remembering["inputs"].policy
     folder = made_run(tmp_path / "run", remembering)
     assert remember_run(folder) is True
-    costs = recall_costs(costs_key(config, policy))
+    costs = recall_costs(costs_key(config, policy, "transformers"))
     assert costs is not None
     assert costs.source == "run"
     # Score's process was ready 5 s after generate began, replay's 4 s after score, training's 4 s after replay.
@@ -255,12 +256,12 @@ def test_a_run_leaves_its_costs(remembering: dict[str, Any], tmp_path: Path) -> 
 def test_a_run_does_not_replace_a_calibration(remembering: dict[str, Any], tmp_path: Path) -> None:
     plan(remembering["config"], tmp_path / "next")
     assert remember_run(made_run(tmp_path / "run", remembering)) is False
-    key = costs_key(remembering["config"], remembering["inputs"].policy)
+    key = costs_key(remembering["config"], remembering["inputs"].policy, "transformers")
     assert recall_costs(key).source == "calibration"
 
 
 def test_a_later_run_replaces_the_costs_of_an_earlier_one(remembering: dict[str, Any], tmp_path: Path) -> None:
-    key = costs_key(remembering["config"], remembering["inputs"].policy)
+    key = costs_key(remembering["config"], remembering["inputs"].policy, "transformers")
     assert remember_run(made_run(tmp_path / "first", remembering)) is True
     assert remember_run(made_run(tmp_path / "second", remembering, prompts=300)) is True
     costs = recall_costs(key)

@@ -155,7 +155,7 @@ def test_a_lost_policy_is_trained_again_alone(copy: Path) -> None:
 def test_the_plan_counts_round_zero(config: RunConfig, complete_run: Path, tmp_path: Path) -> None:
     # With costs that are kept, nothing is calibrated.
     sft = sft_folder(config)
-    remember_costs(costs_key(config, sft), COSTS)
+    remember_costs(costs_key(config, sft, "transformers"), COSTS)
     lengths = ResponseLengths(lengths=[5], usable=1.0, cut_off=0.0)
     remember_lengths(lengths_key(config, sft, complete_run / "inputs/prompts.parquet"), lengths)
     planned = plan(config, tmp_path / "run")

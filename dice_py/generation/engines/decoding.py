@@ -24,12 +24,12 @@ from transformers import (
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.engines.base import Sample, SampleId
 from dice_py.generation.engines.cache import can_join
+from dice_py.generation.engines.nucleus import TopP
 from dice_py.generation.engines.random_numbers import RandomNumbers, numbers_for
 
 BLOCK = 256
@@ -45,7 +45,7 @@ LOGITS_AT_ONCE_GPU = 2**25
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
     """Draws each row's next token with the row's own random numbers, and sums its raw log-probability.
 
-    Temperature, top-k and top-p are transformers' own warpers. As a logits processor it leaves one finite score per
+    Temperature and top-k are transformers' own warpers. As a logits processor it leaves one finite score per
     row, which greedy search then selects.
 
     Args:
@@ -78,7 +78,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         if config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))
         if config.top_p < 1.0:
-            self.warpers.append(TopPLogitsWarper(config.top_p))
+            self.warpers.append(TopP(config.top_p))
 
     def draw(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(rows, tokens so far) int64 and (rows, vocabulary) logits → (rows, 1) int64, the next tokens."""
