@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _MAGIC = b"GGUF"
 _STAMP = "gguf.json"
 """In a converted folder: the key, the file's digest, and what the file holds."""
+_OLDEST_TRANSFORMERS = (5, 19)
 _RECIPE = 1  # to be increased when a change of code makes another folder from the same file
 
 
@@ -178,11 +179,12 @@ def _load(file: Path, header: _Header) -> tuple[PreTrainedModel, Any]:
 
     logging.disable_progress_bar()
     version = importlib.metadata.version("transformers")
-    if not hasattr(transformers, "GgufConfig"):
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST_TRANSFORMERS:
+        newer = ".".join(map(str, _OLDEST_TRANSFORMERS))
         # 5.17 reads the tokenizer of SmolLM2 with the wrong end token, so that no response would end.
         raise UsageError(
             f"{file}: transformers {version} does not read every GGUF file's tokenizer as it is; install transformers "
-            "5.19 or newer, or give the model's folder in the Hugging Face layout"
+            f"{newer} or newer, or give the model's folder in the Hugging Face layout"
         )
     options: dict[str, Any] = {"dtype": getattr(torch, header.dtype), "output_loading_info": True}
     options["quantization_config"] = transformers.GgufConfig(dequantize=True)
