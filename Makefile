@@ -15,7 +15,9 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-fast test-rust test-python test-vllm lint format docs bench bench-quick \
+.PHONY: help setup run demo test test-fast test-rust test-python test-vllm test-oldest lint format docs bench \
+	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock \
+	clean
 	bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock clean
 
 help: ## this list
@@ -60,6 +62,16 @@ test-python: setup ## Python's tests, a file in one of TEST_JOBS processes
 
 test-vllm: setup ## Python's tests of the vLLM engine, alone; `make test` has them too (about two minutes)
 	$(PYTEST) -m vllm $(PYTEST_ARGS)
+
+# An environment of its own, beside .venv, with the extension that `make setup` built.
+$(VENV)-oldest/.requirements: requirements/oldest.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-oldest
+	$(UV) pip install --python $(VENV)-oldest/bin/python --no-deps --require-hashes -r requirements/oldest.txt
+	touch $@
+
+test-oldest: setup $(VENV)-oldest/.requirements ## tests with the oldest supported torch and transformers
+	$(VENV)-oldest/bin/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --dist=loadfile \
+		-m "not vllm and not gpu" tests/models tests/scoring tests/generation tests/training $(PYTEST_ARGS)
 
 lint: setup ## formats, clippy, ruff, import contracts, mypy, stubtest
 	cargo fmt --all --check
@@ -108,10 +120,13 @@ bench-plan: setup ## the plan of the embedded default against a run of it (minut
 gpu-kit: setup ## .gpukit/kit.tar.xz: what a GPU machine without network needs for benches/gpu/check.py
 	benches/gpu/build_kit.sh .gpukit $(GPU_KIT_WORLD)
 
-lock: $(UV) ## requirements/dev.txt from requirements/*.in
+lock: $(UV) ## requirements/dev.txt and oldest.txt from requirements/*.in
 	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/dev.in \
 		--override requirements/overrides.txt --python-version 3.11 --universal --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --quiet --output-file requirements/dev.txt
+	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/oldest.in \
+		--override requirements/oldest-overrides.txt --python-version 3.11 --universal --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --quiet --output-file requirements/oldest.txt
 
 clean: ## remove what was built (not the runs)
-	rm -rf $(VENV) target dice_py/_native*.so
+	rm -rf $(VENV) $(VENV)-oldest target dice_py/_native*.so

@@ -31,7 +31,7 @@ import torch
 from generation_ways import RUN, Way, check
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, long_tailed_lengths, machine, make_model, make_tokenizer
+from shapes import SHAPES, long_tailed_lengths, machine, write_model
 
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.shard import write_prompts
@@ -143,10 +143,7 @@ def skipped(way: str) -> str | None:
 
 def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Writes model, tokenizer and prompts; returns the task of the processes, as JSON values."""
-    model = make_model(options.shape, getattr(torch, options.dtype), options.device, options.seed)
-    model.save_pretrained(folder / "model")
-    vocabulary = model.config.vocab_size
-    make_tokenizer(vocabulary).save_pretrained(folder / "model")
+    vocabulary = write_model(folder / "model", options.shape, options.dtype, options.device, options.seed)
     random = np.random.default_rng(options.seed)
     lengths = long_tailed_lengths(
         options.prompts,

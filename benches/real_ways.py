@@ -21,6 +21,7 @@ from typing import Any
 
 import polars as pl
 import torch
+from stock_trl import weights_not_hashed
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
@@ -129,9 +130,10 @@ def train_trl(folder: Path, way: str, batch: int) -> dict[str, Any]:
         bf16=False,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    trainer = DPOTrainer(
-        model=model, args=arguments, train_dataset=Dataset(texts.to_arrow()), processing_class=tokenizer
-    )
+    with weights_not_hashed():
+        trainer = DPOTrainer(
+            model=model, args=arguments, train_dataset=Dataset(texts.to_arrow()), processing_class=tokenizer
+        )
     seen = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset)
     began = time.monotonic()
     trainer.train()

@@ -1,8 +1,9 @@
 """Scoring against TRL's precompute and the DICE authors' way: `make bench-scoring` (`benches/scoring.py --help`).
 
 The model has random weights in a named shape (shapes.py). Each prompt has K responses, and lengths have a long tail.
-Every way of scoring (scoring_ways.py) runs in a new process. The ways alternate within each repeat, so that noise of
-the machine affects them alike, and each has its own peak memory. Every sum is compared with a float32 forward of one
+The ways of scoring (scoring_ways.py) alternate within each repeat, so that noise of the machine affects them alike.
+With the tiny model each runs in a new process, and so has a peak of memory to itself. A large model is made once, and
+all ways run in one process. Every sum is compared with a float32 forward of one
 sequence at a time; a larger difference than rounding ends the bench with status 1. Prints a table and writes
 results/scoring.json (tiny) or results/scoring-SHAPE.json.
 """
@@ -10,12 +11,14 @@ results/scoring.json (tiny) or results/scoring-SHAPE.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama3-8b": {"prompts": 64, "samples": 16, "prompt_median": 200, "response_median": 300, "longest": 2048},
     "zephyr-7b": {"prompts": 64, "samples": 16, "prompt_median": 200, "response_median": 300, "longest": 2048},
 }
+REFERENCE = "one_at_a_time"
+"""The way that the sums of all others are compared with."""
 FLOAT32_TOLERANCE = 2e-6
 """Bounds the difference of two float32 sums, relative to the sum's absolute value plus its number of tokens."""
 
@@ -56,25 +61,45 @@ def draw_sequences(args: argparse.Namespace, vocabulary: int) -> tuple[list[list
     return prompts, [rng.integers(3, vocabulary, length).tolist() for length in answers]
 
 
-def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
-    """Runs one way once, in this process."""
-    import torch
-    from scoring_ways import WAYS
-    from shapes import SHAPES, make_model
+def measure(args: argparse.Namespace, ways: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Runs the ways `--repeats` times in this process, with one model; by way, what each repeat measured.
 
-    from dice_py.compute.memory import forget_peak, peak_memory, resident_memory
+    `one_at_a_time` comes last and runs once: it needs the weights in float32.
+    """
+    import torch
+    from shapes import make_model
+
     from dice_py.models.flops import matmul_rate
 
-    device = torch.device(args.device)
-    prompts, responses = draw_sequences(args, SHAPES[args.shape]["vocab_size"])
     model = make_model(args.shape, getattr(torch, args.dtype), args.device, args.seed)
-    if way == "one_at_a_time":
+    prompts, responses = draw_sequences(args, model.config.vocab_size)
+    rate = matmul_rate(torch.device(args.device), model.dtype)
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for _ in range(args.repeats):
+        for way in ways:
+            if way != REFERENCE:
+                runs[way].append(measure_once(model, way, prompts, responses) | {"matmul_flops_per_second": rate})
+    if REFERENCE in ways:
         model = model.float()  # exactly the weights that the other ways have in `dtype`
-    rate = matmul_rate(device, model.dtype)
+        runs[REFERENCE].append(measure_once(model, REFERENCE, prompts, responses))
+    return runs
+
+
+def measure_once(model: Any, way: str, prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Any]:
+    """Seconds, sums and peak memory of one way."""
+    import torch
+    from scoring_ways import WAYS
+
+    from dice_py.compute.memory import forget_peak, peak_memory, resident_memory
+
     # A warm-up, so that threads and kernels made at the first call are not counted.
     WAYS[way][1](model, prompts[:2], responses[:2])
-    forget_peak(device)
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else resident_memory("VmRSS")
+    on_gpu = model.device.type == "cuda"
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    forget_peak(model.device)
+    before = torch.cuda.memory_allocated() if on_gpu else resident_memory("VmRSS")
     outcome = WAYS[way][1](model, prompts, responses)
     peak = peak_memory()
     return {
@@ -82,28 +107,43 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, Any]:
         "sums": outcome.sums,
         "peak_memory_bytes": peak,
         "peak_memory_beyond_model_bytes": max(peak - before, 0),
-        "matmul_flops_per_second": rate,
         **outcome.extra,
     }
 
 
-def measure_in_subprocess(args: argparse.Namespace, way: str) -> dict[str, Any]:
+def measure_in_subprocess(
+    args: argparse.Namespace, ways: Sequence[str], repeats: int
+) -> dict[str, list[dict[str, Any]]]:
     """Runs `measure` in a new process."""
-    options = [
-        f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("way", "out")
-    ]
+    given = vars(args) | {"repeats": repeats, "measured": ",".join(ways)}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "out"]
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.run(
-            [sys.executable, __file__, *options, f"--way={way}"],
+            [sys.executable, __file__, *options],
             env=os.environ | {"HF_DATASETS_CACHE": folder, "HF_HUB_OFFLINE": "1", "DICE_CACHE": folder},
             capture_output=True,
             text=True,
             check=False,
         )
     if process.returncode:
-        raise SystemExit(f"{way} failed:\n{process.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+        raise SystemExit(f"{', '.join(ways)} failed:\n{process.stderr[-3000:]}")
+    result: dict[str, list[dict[str, Any]]] = json.loads(process.stdout.strip().splitlines()[-1])
     return result
+
+
+def run_ways(args: argparse.Namespace, console: Console) -> dict[str, list[dict[str, Any]]]:
+    """By way, what each repeat measured: a process for each of the tiny model, one for all of a large model."""
+    from scoring_ways import WAYS
+
+    if args.shape != "tiny":
+        console.print(f"[dim]{args.repeats} repeats of all ways, in one process[/dim]", highlight=False)
+        return measure_in_subprocess(args, list(WAYS), args.repeats)
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for repeat in range(args.repeats):
+        for way in WAYS:
+            console.print(f"[dim]{way}, {repeat + 1} of {args.repeats}[/dim]", highlight=False)
+            runs[way] += measure_in_subprocess(args, [way], 1)[way]
+    return runs
 
 
 def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -113,12 +153,8 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     prompts, responses = draw_sequences(args, SHAPES[args.shape]["vocab_size"])
     lengths = np.array([len(response) for response in responses])
-    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    for repeat in range(args.repeats):
-        for way in WAYS:
-            console.print(f"[dim]{way}, {repeat + 1} of {args.repeats}[/dim]", highlight=False)
-            runs[way].append(measure_in_subprocess(args, way))
-    expected = np.array(runs["one_at_a_time"][0]["sums"])
+    runs = run_ways(args, console)
+    expected = np.array(runs[REFERENCE][0]["sums"])
     ways: dict[str, dict[str, Any]] = {}
     for way, repeats in runs.items():
         abs_diff = np.abs(np.array(repeats[0]["sums"]) - expected)
@@ -201,14 +237,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--measured", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.shape].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    if args.way:
-        print(json.dumps(measure(args, args.way)))
+    if args.measured:
+        print(json.dumps(measure(args, args.measured.split(","))))
         return
     console = Console(width=max(Console().width, 130))
     results = compare(args, console)

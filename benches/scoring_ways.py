@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from stock_trl import weights_not_hashed
 from transformers import DynamicCache, PreTrainedModel
 
 from dice_py.config.stages import ScoreConfig
@@ -108,7 +109,7 @@ def trl_precompute(model: PreTrainedModel, prompts: list[list[int]], responses: 
         pad_token="<pad>",
         eos_token="<eos>",
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, weights_not_hashed():
         # On disk, since the pass caches its result in a file beside the data.
         Dataset.from_dict(rows).save_to_disk(f"{folder}/pairs")
         trainer = Timed(

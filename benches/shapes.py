@@ -7,6 +7,7 @@ language model's and a difference in the last bit of a logit changes no sample.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -100,6 +101,22 @@ def make_model(
         # After the last norm each hidden coordinate has a mean square of 1.
         head.normal_(0.0, LOGIT_DEVIATION / head.shape[1] ** 0.5)
     return model.eval()
+
+
+def write_model(folder: Path, shape: str, dtype: str, device: str = "cpu", seed: int = 0, **changes: Any) -> int:
+    """Makes a model as `make_model` does and writes it with a tokenizer; returns the size of the vocabulary.
+
+    Nothing of the model stays in memory, on a GPU either: the processes that load it need the room.
+    """
+    model = make_model(shape, getattr(torch, dtype), device, seed, **changes)
+    model.save_pretrained(folder)
+    vocabulary = int(model.config.vocab_size)
+    del model
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+    make_tokenizer(vocabulary).save_pretrained(folder)
+    return vocabulary
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

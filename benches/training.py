@@ -12,9 +12,10 @@ The model has a named shape and random weights; lengths have a long tail; all wa
 same order. Every way runs in a process of its own, and the ways take turns within each repeat. Figures are medians.
 Stock and ours do the same work while they train, so `same_work` is 1 on a quiet machine; if it is far from 1, the
 figures are noise. On a shared CPU, one thread (`--threads 1`, the default) has the least noise. Ours also checks the
-loss at step 0 (`check`), on a number of pairs that does not grow with the epoch. The peak of memory is that of the
-process (on a GPU, that of torch's allocator). The losses of all ways are compared at every step: if a difference
-exceeds `--tolerance`, the status is 1 and nothing is written. Results: a table, and training.json in `--out`.
+loss at step 0 (`check`), on a number of pairs that does not grow with the epoch. TRL's hash of all weights, which names
+a file of its cache, is left out (stock_trl.py). The peak of memory is that of the process (on a GPU, that of torch's
+allocator). The losses of all ways are compared at every step: if they differ by more than rounding explains
+(training_report.py), the status is 1 and nothing is written. Results: a table, and training.json in `--out`.
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ import argparse
 import contextlib
 import os
 import resource
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import polars as pl
 import torch
 from rich.console import Console
-from rich.table import Table
-from shapes import SHAPES, long_tailed_lengths, machine, make_model, make_tokenizer
+from shapes import SHAPES, long_tailed_lengths, write_model
+from stock_trl import weights_not_hashed
+from training_report import SPANS, TRAINING, WAYS, compare, loss_tolerance, show, summarize
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
@@ -47,12 +49,7 @@ from dice_py.storage.files import read_json, write_json
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import TRAINING_SET
 
-TRAINING = ("stock", "ours", "ours_checkpoint")
-WAYS = (*TRAINING, "score")
-SPANS = ("startup", "tokenize", "reference", "check", "training", "save")
 BETA, SEED, EOS = 0.1, 7, 2
-GAMMA = 0.5
-"""The default share of replayed pairs in a run."""
 SMOKE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
 
@@ -73,10 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
             for way in (*TRAINING[turn:], *TRAINING[:turn], *(["score"] if repeat else [])):
                 log.print(f"repeat {repeat + 1}: {way}")
                 runs[way].append(start(way, folder, options))
-    parity = compare(runs)
-    if not parity <= options.tolerance:
-        log.print(f"losses differ by up to {parity:.2g}, which is more than {options.tolerance:g}: nothing is written")
+    tolerance = loss_tolerance(options, [run["step0"] for way in TRAINING for run in runs[way] if run["step0"]])
+    difference = compare(runs)
+    if tolerance is None or not difference <= tolerance:
+        log.print(f"losses differ by up to {difference:.2g}, which is more than {tolerance}: nothing is written")
         return 1
+    parity = {"max_loss_difference": difference, "tolerance": tolerance}
     results = summarize(runs, lengths, parity, options)
     show(results, Console())
     write_json(options.out / "training.json", results)
@@ -99,7 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in every way")
-    parser.add_argument("--tolerance", type=float, help="of losses; default: 1e-4, in bfloat16 2e-2")
+    parser.add_argument("--tolerance", type=float, help="of losses; default: by training_report.py")
     parser.add_argument("--smoke", action="store_true", help="a model of a hundred thousand weights: for a test")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--scratch", default=None, help="folder for the models")
@@ -107,7 +106,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
-    options.tolerance = options.tolerance or (2e-2 if options.dtype == "bfloat16" else 1e-4)
     return options
 
 
@@ -117,11 +115,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Writes the model and the pairs, as texts and as tokens; returns statistics of the lengths."""
     changes = SMOKE if options.smoke else {}
-    model = make_model(options.shape, getattr(torch, options.dtype), options.device, **changes)
-    vocabulary = model.config.vocab_size
-    model.save_pretrained(folder / "model")
-    del model
-    make_tokenizer(vocabulary).save_pretrained(folder / "model")
+    vocabulary = write_model(folder / "model", options.shape, options.dtype, options.device, **changes)
     count = options.pairs
     drawn = {
         name: long_tailed_lengths(count, median=median, sigma=sigma, low=low, high=high, seed=SEED + number)
@@ -172,12 +166,19 @@ def start(way: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]
     command = [sys.executable, __file__, *arguments, "--child", way, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wall = time.time() - began
+    remove_made(folder)
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stdout[-4000:]}")
     measured: dict[str, Any] = read_json(folder / f"{way}.json")
     spans = {name: measured["spans"].get(name, 0.0) for name in SPANS}
     spans["startup"] = wall - sum(spans.values())  # the process, its imports, loading the model
     return {"wall_seconds": wall, "seconds": spans, **{k: v for k, v in measured.items() if k != "spans"}}
+
+
+def remove_made(folder: Path) -> None:
+    """Removes what a way made, its model above all: bytes for every weight. What `prepare` and `score` wrote stays."""
+    for made in [*folder.glob("tmp*"), *folder.glob("cache-*"), folder / "stock", folder / "stock-model"]:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def argument(name: str, value: Any) -> list[str]:
@@ -187,14 +188,21 @@ def argument(name: str, value: Any) -> list[str]:
     return [option] if value is True else [option, str(value)]
 
 
+class Trained(NamedTuple):
+    """What a way returns: the loss of each step, and `Step0` as a dict for our ways in training."""
+
+    losses: list[float]
+    step0: dict[str, Any] | None = None
+
+
 def child(way: str, folder: Path, options: argparse.Namespace) -> None:
     spans: dict[str, float] = {}
     before = peak("cpu")
     work = {"stock": stock, "score": score}.get(way, ours)
-    losses = work(folder, options, spans, way)
+    trained = work(folder, options, spans, way)
     measured = {
         "spans": spans,
-        "losses": losses,
+        **trained._asdict(),
         "peak_memory_bytes": peak(options.device),
         "peak_before_bytes": before,
     }
@@ -210,19 +218,21 @@ def peak(device: str) -> int:
 
 
 @contextlib.contextmanager
-def timed(spans: dict[str, float], owner: Any, name: str, span: str) -> Iterator[None]:
-    """Adds the seconds of each call of `owner.name` to `spans[span]`."""
+def timed(spans: dict[str, float], owner: Any, name: str, span: str) -> Iterator[list[Any]]:
+    """Adds the seconds of each call of `owner.name` to `spans[span]`; yields a list of what the calls return."""
     function = getattr(owner, name)
+    results: list[Any] = []
 
     def timed_function(*args: Any, **kwargs: Any) -> Any:
         began = time.monotonic()
         try:
-            return function(*args, **kwargs)
+            results.append(function(*args, **kwargs))
+            return results[-1]
         finally:
             spans[span] = spans.get(span, 0.0) + time.monotonic() - began
 
     with mock.patch.object(owner, name, timed_function):
-        yield
+        yield results
 
 
 def settings(options: argparse.Namespace, way: str) -> TrainConfig:
@@ -236,7 +246,6 @@ def settings(options: argparse.Namespace, way: str) -> TrainConfig:
         save_steps=None,
         logging_steps=1,
         step0_pairs=min(8, options.pairs),
-        step0_tolerance=1e-3 if options.dtype == "float32" else 2e-2,
     )
 
 
@@ -244,12 +253,11 @@ def models(options: argparse.Namespace) -> ModelConfig:
     return ModelConfig(device=options.device, dtype=options.dtype)
 
 
-def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
+def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> Trained:
     """TRL's own trainer. It has our arguments, so that batches, seeds and steps are the same."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOTrainer
-    from trl.trainer import dpo_trainer
 
     from dice_py.training.trainer import peft_config, trainer_arguments
 
@@ -259,7 +267,7 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
     with (
         timed(spans, DPOTrainer, "_prepare_dataset", "tokenize"),
         timed(spans, DPOTrainer, "_precompute_ref_logps", "reference"),
-        timed(spans, dpo_trainer, "hash_module", "reference"),  # the key of that pass's cache
+        weights_not_hashed(),
         timed(spans, DPOTrainer, "train", "training"),
         timed(spans, DPOTrainer, "save_model", "save"),
     ):
@@ -276,10 +284,10 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
     same = pl.read_parquet(folder / "pairs.parquet").equals(seen.cast(pl.List(pl.Int32)))
     if not same:
         raise SystemExit("the stock way trains on other tokens than ours")
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Trained([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
-def score(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
+def score(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> Trained:
     """Computes the reference log-probabilities of all pairs."""
     from dice_py.scoring import pairs as scoring
 
@@ -288,10 +296,10 @@ def score(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
         logps = scoring.score_pairs(ScoreConfig(), models(options), policy=folder / "model", pairs=pairs)
     scored = pairs.with_columns(ref_chosen_logps=logps["chosen_logp"], ref_rejected_logps=logps["rejected_logp"])
     write_parquet(folder / "training_set.parquet", scored, key="bench")
-    return []
+    return Trained([])
 
 
-def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> list[float]:
+def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way: str) -> Trained:
     """The train stage."""
     from trl import DPOTrainer
 
@@ -301,7 +309,7 @@ def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way
     out = Path(tempfile.mkdtemp(dir=folder))
     with (
         timed(spans, DPOTrainer, "train", "training"),
-        timed(spans, trainer, "measure_step0", "check"),
+        timed(spans, trainer, "measure_step0", "check") as measured,
         timed(spans, trainer, "save_model", "save"),
     ):
         job = TrainJob(
@@ -316,84 +324,8 @@ def ours(folder: Path, options: argparse.Namespace, spans: dict[str, float], way
         )
         job.run()
     spans["training"] -= spans["check"]  # which is part of it
-    return [entry["loss"] for entry in read_json(out / "model" / "train_log.json") if "loss" in entry]
-
-
-# --- results --------------------------------------------------------------------------------------------------
-
-
-def compare(runs: dict[str, list[dict[str, Any]]]) -> float:
-    """The largest difference of a step's loss from that of the first stock run."""
-    expected = runs["stock"][0]["losses"]
-    curves = [run["losses"] for way in TRAINING for run in runs[way]]
-    if not expected or any(len(curve) != len(expected) for curve in curves):
-        counts = sorted({len(curve) for curve in curves})
-        raise SystemExit(f"every way must log the same number of losses, and at least one; they logged {counts}")
-    return max(abs(a - b) for curve in curves for a, b in zip(curve, expected, strict=True))
-
-
-def summarize(
-    runs: dict[str, list[dict[str, Any]]], lengths: dict[str, Any], parity: float, options: argparse.Namespace
-) -> dict[str, Any]:
-    def median(way: str, name: str) -> float:
-        return statistics.median(run[name] for run in runs[way])
-
-    ways: dict[str, Any] = {
-        way: {
-            "wall_seconds": median(way, "wall_seconds"),
-            "peak_memory_bytes": int(median(way, "peak_memory_bytes")),
-            "peak_before_bytes": int(median(way, "peak_before_bytes")),
-            "seconds": {span: statistics.median(run["seconds"][span] for run in runs[way]) for span in SPANS},
-            "runs": [{"wall_seconds": run["wall_seconds"], "seconds": run["seconds"]} for run in runs[way]],
-        }
-        for way in WAYS
-    }
-    work = {way: ways[way]["wall_seconds"] - ways[way]["seconds"]["startup"] for way in WAYS}
-    shares = {"ours": 0.0, f"ours, {GAMMA:.0%} replayed": GAMMA, "ours, all replayed": 1.0}
-    extra = ways["score"]["seconds"]["reference"]
-    return {
-        "shape": "smoke" if options.smoke else options.shape,
-        "device": options.device,
-        "dtype": options.dtype,
-        "lora": options.lora,
-        "pairs": options.pairs,
-        "batch_size": options.batch_size,
-        "per_device_train_batch_size": options.per_device_train_batch_size,
-        "lengths": lengths,
-        "steps": len(runs["stock"][0]["losses"]),
-        "repeats": options.repeats,
-        "threads": options.threads,
-        "ways": ways,
-        # From this run's own figures. `work` excludes the start of the process, its imports and loading the model.
-        "speedup_over_stock": {
-            name: {
-                "wall": ways["stock"]["wall_seconds"] / (ways["ours"]["wall_seconds"] + share * extra),
-                "work": work["stock"] / (work["ours"] + share * extra),
-            }
-            for name, share in shares.items()
-        },
-        "same_work": ways["stock"]["seconds"]["training"] / ways["ours"]["seconds"]["training"],
-        "peak_memory_over_stock": {
-            way: ways[way]["peak_memory_bytes"] / ways["stock"]["peak_memory_bytes"] for way in TRAINING
-        },
-        "parity": {"max_loss_difference": parity, "tolerance": options.tolerance, "losses": runs["stock"][0]["losses"]},
-        "machine": machine(),
-    }
-
-
-def show(results: dict[str, Any], console: Console) -> None:
-    title = f"one epoch of {results['pairs']} pairs, {results['shape']}, {results['device']} {results['dtype']}"
-    table = Table(title=title)
-    for name in ("way", *SPANS, "wall, s", "peak, GB"):
-        table.add_column(name, justify="left" if name == "way" else "right")
-    for way, row in results["ways"].items():
-        spans = [f"{row['seconds'][span]:.2f}" for span in SPANS]
-        table.add_row(way, *spans, f"{row['wall_seconds']:.2f}", f"{row['peak_memory_bytes'] / 1e9:.2f}")
-    console.print(table)
-    for name, ratio in results["speedup_over_stock"].items():
-        console.print(f"{name}: {ratio['wall']:.2f} × as fast as stock, {ratio['work']:.2f} × without start-up")
-    console.print(f"training, the same work in both: stock {results['same_work']:.2f} × as long as ours")
-    console.print(f"largest difference of a step's loss: {results['parity']['max_loss_difference']:.2g}")
+    losses = [entry["loss"] for entry in read_json(out / "model" / "train_log.json") if "loss" in entry]
+    return Trained(losses, measured[0]._asdict())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,12 @@ from typing import Any
 
 SHARE_OF_MATMUL_RATE = 0.55
 SPEEDUP_OVER_AUTHORS = 8.0
-LOSS_TOLERANCE = 2e-2
-"""Of losses in bfloat16, as in benches/training.py."""
+"""The project's aims for scoring at the llama3-8b shape. An H100 gave 0.604 and 5.53 (results/gpu-h100.json)."""
+SPREADS = 3.0
+"""How far a way in bfloat16 may be from another, in what one sequence at a time is off from float32 by its own
+rounding. On an H100 packed rows were off by 1.301 nats in the mean, and one at a time by 1.247."""
+LEAST_NATS = 0.01
+"""Allowed on top, where one sequence at a time is not off at all."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +22,14 @@ class Criterion:
 
     Attributes:
         reached: None where its figure is missing.
-        speed: it is about a rate, which a dry run on a CPU does not show.
+        gpu_only: a dry run on a CPU does not show it: a rate, or what needs a GPU.
     """
 
     what: str
     value: str
     target: str
     reached: bool | None
-    speed: bool = False
+    gpu_only: bool = False
 
 
 Figures = dict[str, Any]
@@ -35,19 +39,32 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _least(what: str, value: float | None, target: float, *, speed: bool = False) -> Criterion:
-    return Criterion(what, _number(value), f"≥ {target:g}", None if value is None else value >= target, speed)
+def _least(what: str, value: float | None, target: float, *, gpu_only: bool = False) -> Criterion:
+    return Criterion(what, _number(value), f"≥ {target:g}", None if value is None else value >= target, gpu_only)
 
 
-def _most(what: str, value: float | None, target: float) -> Criterion:
-    return Criterion(what, _number(value), f"≤ {target:.4g}", None if value is None else value <= target)
+def _most(what: str, value: float | None, target: float | None) -> Criterion:
+    measured = value is not None and target is not None
+    return Criterion(what, _number(value), f"≤ {_number(target)}", value <= target if measured else None)
 
 
-def _equal(what: str, value: Any, target: Any) -> Criterion:
-    return Criterion(what, str(value), str(target), None if value is None else value == target)
+def _equal(what: str, value: Any, target: Any, *, gpu_only: bool = False) -> Criterion:
+    return Criterion(what, str(value), str(target), None if value is None else value == target, gpu_only)
+
+
+def _measured(what: str, value: float | None, *, gpu_only: bool = False) -> Criterion:
+    """The figure is there, whatever it is."""
+    return Criterion(what, _number(value), "measured", None if value is None else True, gpu_only)
+
+
+def _machine(figures: Figures) -> Iterator[Criterion]:
+    yield _measured("matrix rate in float32, TFLOP/s", figures.get("float32_tflops"))
+    yield _measured("matrix rate in bfloat16, TFLOP/s", figures.get("bfloat16_tflops"), gpu_only=True)
+    yield _measured("copying, TB/s", figures.get("copy_tb_per_s"), gpu_only=True)
 
 
 def _attention(figures: Figures) -> Iterator[Criterion]:
+    yield _least("cases", figures.get("cases"), 1)
     for part in ("forward", "backward"):
         bad = figures.get(f"bad_{part}")
         yield _equal(f"cases of {part} that are off", None if bad is None else len(bad), 0)
@@ -55,20 +72,24 @@ def _attention(figures: Figures) -> Iterator[Criterion]:
 
 def _parity(figures: Figures) -> Iterator[Criterion]:
     yield _equal("scoring is packed", figures.get("packs"), True)
-    packed, alone = (figures.get(f"{way}_bf16", {}).get("mean") for way in ("packed", "one_at_a_time"))
-    what = "packed bf16 from float32, nats (3 × what one at a time is off, + 0.01)"
-    yield _most(what, packed, 0.01 + 3 * (alone or 0.0))
+    names = ("packed_bf16", "halved_from_packed", "one_at_a_time_bf16")
+    packed, halved, alone = (figures.get(name, {}).get("mean") for name in names)
+    limit = None if alone is None else LEAST_NATS + SPREADS * alone
+    yield _most("packed bf16 from float32, nats (3 × what one at a time is off, + 0.01)", packed, limit)
+    yield _most("after memory ran out, from packed before, nats (the same limit)", halved, limit)
+    yield _equal("the batch was halved when memory ran out", figures.get("halved"), True, gpu_only=True)
 
 
 def _scoring(figures: Figures) -> Iterator[Criterion]:
-    yield _least("share of the matrix rate", figures.get("share_of_matmul_rate"), SHARE_OF_MATMUL_RATE, speed=True)
+    yield _least("share of the matrix rate", figures.get("share_of_matmul_rate"), SHARE_OF_MATMUL_RATE, gpu_only=True)
     times = figures.get("speedup_over", {}).get("authors")
-    yield _least("times the authors' way", times, SPEEDUP_OVER_AUTHORS, speed=True)
+    yield _least("times the authors' way", times, SPEEDUP_OVER_AUTHORS, gpu_only=True)
 
 
 def _training(figures: Figures) -> Iterator[Criterion]:
-    what = "largest difference of a step's loss between the ways"
-    yield _most(what, figures.get("largest_loss_difference"), LOSS_TOLERANCE)
+    what = "largest difference of a step's loss between the ways (by the measured spread)"
+    yield _most(what, figures.get("largest_loss_difference"), figures.get("loss_tolerance"))
+    yield _measured("times stock TRL", figures.get("speedup_over_stock", {}).get("ours"))
 
 
 def _run(figures: Figures) -> Iterator[Criterion]:
@@ -76,15 +97,26 @@ def _run(figures: Figures) -> Iterator[Criterion]:
 
 
 def _fsdp(figures: Figures) -> Iterator[Criterion]:
-    if "skipped" not in figures:
-        yield _equal("exit code with one rank of FSDP2", figures.get("exit_code"), 0)
+    yield _equal("exit code with one rank of FSDP2", figures.get("exit_code"), 0, gpu_only=True)
 
 
 def _gpu_tests(figures: Figures) -> Iterator[Criterion]:
     yield _equal("exit code of pytest -m gpu", figures.get("exit_code"), 0)
+    yield _least("tests that passed", figures.get("passed"), 1, gpu_only=True)
+
+
+def _generation(figures: Figures) -> Iterator[Criterion]:
+    # Kernels sum in an order that depends on the batch, so tokens in bfloat16 may differ: they are not compared.
+    yield _measured("times transformers' generate", figures.get("speedup_over_generate"))
+
+
+def _draw(figures: Figures) -> Iterator[Criterion]:
+    steps = [value["step_ms"] for value in figures.values() if "step_ms" in value]
+    yield _measured("milliseconds of the slowest draw", max(steps, default=None))
 
 
 CRITERIA: dict[str, Callable[[Figures], Iterator[Criterion]]] = {
+    "machine": _machine,
     "attention": _attention,
     "parity": _parity,
     "scoring": _scoring,
@@ -93,17 +125,20 @@ CRITERIA: dict[str, Callable[[Figures], Iterator[Criterion]]] = {
     "run": _run,
     "fsdp": _fsdp,
     "gpu_tests": _gpu_tests,
+    "generation": _generation,
+    "draw": _draw,
 }
+"""Every part of part.py has one at least, so that a part without figures is not taken for one that is well."""
 
 
 def evaluate(name: str, figures: Figures) -> list[dict[str, Any]]:
     """The part's criteria with what was measured, ready for JSON."""
-    return [asdict(criterion) for criterion in CRITERIA.get(name, lambda _: iter(()))(figures)]
+    return [asdict(criterion) for criterion in CRITERIA[name](figures)]
 
 
 def is_met(result: dict[str, Any], cpu: bool) -> bool:
-    """True if the part ended well and reached all that it must; on a CPU, rates do not count."""
-    counted = [criterion for criterion in result["criteria"] if not (cpu and criterion["speed"])]
+    """True if the part ended well and reached all that it must; on a CPU, what needs a GPU does not count."""
+    counted = [criterion for criterion in result["criteria"] if not (cpu and criterion["gpu_only"])]
     return bool(result["ok"]) and all(criterion["reached"] for criterion in counted)
 
 
@@ -152,7 +187,7 @@ HEADLINES: dict[str, Callable[[Figures], str]] = {
         f"{f.get('shape')}: {_ways(f, 'tokens_per_second', ' tokens/s')}; times generate: "
         f"{f.get('speedup_over_generate')}; mismatches {f.get('mismatches')}"
     ),
-    "draw": lambda f: "; ".join(f"{n}: {v['step_ms']} ms, on the host {v['host_ms']}" for n, v in f.items()),
+    "draw": lambda f: "; ".join(f"{n}: {v.get('step_ms')} ms, on the host {v.get('host_ms')}" for n, v in f.items()),
     "fsdp": lambda f: f.get("skipped") or f"{f.get('steps')} steps, loss at step 0 {f.get('step0_loss')}",
     "gpu_tests": lambda f: f"{f.get('passed', 0)} passed, {f.get('failed', 0)} failed, {f.get('skipped', 0)} skipped",
 }

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dice_py.errors import DataError
+from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import require
 from dice_py.storage.cache import cache_folder
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _MAGIC = b"GGUF"
 _STAMP = "gguf.json"
 """In a converted folder: the key, the file's digest, and what the file holds."""
+_OLDEST_TRANSFORMERS = (5, 19)
 _RECIPE = 1  # to be increased when a change of code makes another folder from the same file
 
 
@@ -81,7 +82,7 @@ def converted_model(file: Path, report: Report = no_report) -> Path:
     Of several processes one converts, and the others wait for it.
 
     Raises:
-        UsageError: gguf, torch or transformers is not installed.
+        UsageError: gguf, torch or transformers is not installed, or transformers is older than 5.19.
         DataError: a damaged file, one part of several, or a model that transformers cannot convert to a decoder.
     """
     found = find_converted(file)
@@ -177,10 +178,16 @@ def _load(file: Path, header: _Header) -> tuple[PreTrainedModel, Any]:
         from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": getattr(torch, header.dtype), "output_loading_info": True}
-    if hasattr(transformers, "GgufConfig"):  # older versions always dequantize
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     version = importlib.metadata.version("transformers")
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST_TRANSFORMERS:
+        newer = ".".join(map(str, _OLDEST_TRANSFORMERS))
+        # 5.17 reads the tokenizer of SmolLM2 with the wrong end token, so that no response would end.
+        raise UsageError(
+            f"{file}: transformers {version} does not read every GGUF file's tokenizer as it is; install transformers "
+            f"{newer} or newer, or give the model's folder in the Hugging Face layout"
+        )
+    options: dict[str, Any] = {"dtype": getattr(torch, header.dtype), "output_loading_info": True}
+    options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, local_files_only=True, **options

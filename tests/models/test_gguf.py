@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from own_run import Events
 from tiny_gguf import make_gguf, make_llama_for_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +24,11 @@ from dice_py.models.tokenization import stop_token_ids
 from dice_py.storage.files import read_json
 
 MESSAGES: list[Message] = [{"role": "user", "content": "Name 3 fruits, café & all."}]
+
+CONVERTS = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19),
+    reason="this version of transformers is refused for GGUF files",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,7 @@ def logits(folder: Path, tokens: list[int]) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([tokens])).logits[0]
 
 
+@CONVERTS
 def test_a_converted_file_is_the_same_model(tiny: Path, llama: Path, cache_folder: Path) -> None:
     events = Events()
     folder = resolve_model(str(tiny), None, role="--policy", report=events)
@@ -59,6 +67,7 @@ def test_a_converted_file_is_the_same_model(tiny: Path, llama: Path, cache_folde
     torch.testing.assert_close(logits(folder, tokens), logits(llama, tokens), rtol=1e-5, atol=1e-5)
 
 
+@CONVERTS
 def test_a_file_is_converted_once(
     tiny: Path, tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +83,7 @@ def test_a_file_is_converted_once(
     assert not list(cache_folder.rglob("*.tmp"))
 
 
+@CONVERTS
 def test_a_conversion_that_was_cut_short_is_done_again(tiny: Path, cache_folder: Path) -> None:
     folder = converted_model(tiny)
     (folder / "gguf.json").unlink()
@@ -84,6 +94,7 @@ def test_a_conversion_that_was_cut_short_is_done_again(tiny: Path, cache_folder:
     assert not left.exists()
 
 
+@CONVERTS
 def test_quantized_weights_are_dequantized(llama: Path, tmp_path: Path, cache_folder: Path) -> None:
     folder = converted_model(make_gguf(tmp_path / "q8.gguf", llama, quantized=True))
     assert read_json(folder / "gguf.json")["dtype"] == "float32"
@@ -95,6 +106,7 @@ def test_quantized_weights_are_dequantized(llama: Path, tmp_path: Path, cache_fo
     assert 0.0 < max(differences) < largest / 127  # half a step of the coarsest block, and float16 scales
 
 
+@CONVERTS
 def test_a_token_that_ends_a_turn_stops_a_response(llama: Path, tmp_path: Path, cache_folder: Path) -> None:
     file = make_gguf(tmp_path / "eot.gguf", llama, metadata={"tokenizer.ggml.eot_token_id": 2})
     folder = converted_model(file)
@@ -102,6 +114,7 @@ def test_a_token_that_ends_a_turn_stops_a_response(llama: Path, tmp_path: Path, 
     assert stop_token_ids(folder, tokenizer) == sorted({2, tokenizer.eos_token_id})
 
 
+@CONVERTS
 def test_weights_that_are_left_out_are_reported(llama: Path, tmp_path: Path, cache_folder: Path) -> None:
     events = Events()
     converted_model(make_gguf(tmp_path / "scaled.gguf", llama, extra="rope_freqs.weight"), events)
@@ -149,6 +162,7 @@ def test_a_damaged_file(tiny: Path, tmp_path: Path, cache_folder: Path) -> None:
     assert find_converted(cut) is None
 
 
+@CONVERTS
 def test_an_architecture_that_transformers_does_not_know(llama: Path, tmp_path: Path, cache_folder: Path) -> None:
     file = make_gguf(tmp_path / "other.gguf", llama, architecture="grok")
     text = refused(DataError, lambda: converted_model(file))
@@ -156,6 +170,7 @@ def test_an_architecture_that_transformers_does_not_know(llama: Path, tmp_path: 
     assert not list((cache_folder / "gguf").glob("*/*"))
 
 
+@CONVERTS
 def test_weights_that_the_file_lacks_are_not_made_up(llama: Path, tmp_path: Path, cache_folder: Path) -> None:
     file = make_gguf(tmp_path / "lacking.gguf", llama, leave_out="blk.1.ffn_up.weight")
     text = refused(DataError, lambda: converted_model(file))
@@ -175,3 +190,14 @@ def test_without_the_package_gguf(tiny: Path, cache_folder: Path, monkeypatch: p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     text = refused(UsageError, lambda: converted_model(tiny))
     assert text == "gguf is not installed; add it with: pip install 'dice-align[train]'"
+
+
+def test_an_older_transformers(tiny: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "5.18.1" if name == "transformers" else version(name)
+    )
+    text = refused(UsageError, lambda: converted_model(tiny))
+    assert "transformers 5.18.1 does not read" in text
+    assert "install transformers 5.19 or newer" in text
+    assert find_converted(tiny) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import traceback
 from typing import Any
-from unittest import mock
 
 from gpu.context import (
     Check,
@@ -52,36 +51,40 @@ def parity(check: Check) -> None:
     for name, sums in (("packed", packed), ("padded", padded), ("one_at_a_time", alone)):
         figures[f"{name}_bf16"] = differences(sums, exact, responses)
     figures["packed_bf16_from_one_at_a_time"] = differences(packed, alone, responses)
-    del exact_scorer, exact_model
+    del exact_scorer, exact_model, model
     check.save()
-    if not check.cpu:
-        _out_of_memory(check, model.to(torch.bfloat16), prompts, responses, packed)
+    _out_of_memory(check, prompts, responses, packed)
     if not figures["packs"]:
         raise PartError("the packed attention was refused")
     if "halving_error" in figures:
         raise PartError("scoring did not recover from memory that ran out")
 
 
-def _out_of_memory(
-    check: Check, model: Any, prompts: list[list[int]], responses: list[list[int]], packed: list[float]
-) -> None:
-    """Scores where two GiB are free with a budget that needs more: the batch is halved, and the sums stay."""
+def _out_of_memory(check: Check, prompts: list[list[int]], responses: list[list[int]], packed: list[float]) -> None:
+    """Scores where two GiB are free with a budget that needs more: the batch is halved, and the sums stay.
+
+    The model is made anew. One that was cast to float32 and back has its rotary frequencies in bfloat16, which moves
+    the sums by far more than rounding.
+    """
     import torch
+    from shapes import make_model
 
     from dice_py.config.stages import ScoreConfig
     from dice_py.scoring.scorer import Scorer
 
+    budget = 512 if check.cpu else 131072
     free_memory(check.cpu)
-    room, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(max(0, room - 2 * 2**30), dtype=torch.uint8, device="cuda")
-    scorer = Scorer(model, ScoreConfig(token_budget=131072), check.report)
+    model = make_model(check.small, torch.bfloat16, check.device)
+    room = 0 if check.cpu else torch.cuda.mem_get_info()[0]
+    ballast = torch.empty(max(0, room - 2 * 2**30), dtype=torch.uint8, device=check.device)
+    scorer = Scorer(model, ScoreConfig(token_budget=budget), check.report)
     try:
         sums = scorer.sums(prompts * 4, responses * 4)[: len(responses)]
         check.figures["halved_from_packed"] = differences(sums, packed, responses)
     except Exception as error:
         check.figures["halving_error"] = first_line(error)
         traceback.print_exc()
-    check.figures["halved_to"] = scorer.budget.tokens
+    check.figures |= {"halved_to": scorer.budget.tokens, "halved": scorer.budget.tokens < budget}
     del ballast
 
 
@@ -92,7 +95,6 @@ SCORING_ORDER = ("ours", "authors", "trl_precompute", "trl_precompute_1", "ours_
 def scoring(check: Check) -> None:
     """The ways of benches/scoring.py on one large model; each sum of some responses against float32."""
     import torch
-    import trl.trainer.dpo_trainer  # noqa: F401
     from scoring_ways import one_at_a_time
     from shapes import make_model
 
@@ -143,12 +145,10 @@ def _run_way(
 
     what, way = WAYS[name]
     try:
-        # TRL hashes all weights to name a cache file, for minutes, outside what is timed.
-        with mock.patch("trl.trainer.dpo_trainer.hash_module", return_value="bench"):
-            way(model, prompts[:2], responses[:2])
-            free_memory(check.cpu)
-            peak.start()
-            outcomes = [way(model, prompts, responses) for _ in range(3 if name == "ours" else 1)]
+        way(model, prompts[:2], responses[:2])
+        free_memory(check.cpu)
+        peak.start()
+        outcomes = [way(model, prompts, responses) for _ in range(3 if name == "ours" else 1)]
     except Exception as error:
         traceback.print_exc()
         free_memory(check.cpu)

@@ -45,6 +45,7 @@ def _raise_for_failures(check: Check) -> None:
 def _compare(check: Check, shape: str, sizes: dict[str, str], ways: tuple[str, ...] | None) -> None:
     """Prepares model and pairs, scores them, and runs each way once."""
     import training as bench
+    from training_report import TRAINING
 
     values = COMMON | (TINY | ({"lora": "4"} if "lora" in sizes else {}) if check.cpu else sizes)
     given = [item for name, value in values.items() for item in (f"--{name}", value)]
@@ -58,13 +59,13 @@ def _compare(check: Check, shape: str, sizes: dict[str, str], ways: tuple[str, .
         free_memory(check.cpu)
         figures["prepare_seconds"] = round(synchronized(check.cpu) - began, 1)
         losses: dict[str, list[float]] = {}
-        for way in ("score", *(ways or ordered(bench.TRAINING))):
+        for way in ("score", *(ways or ordered(TRAINING))):
             try:
                 figures["ways"][way] = _run_way(check, bench, way, folder, options, peak, losses)
             except Exception as error:
                 traceback.print_exc()
                 figures["ways"][way] = {"error": first_line(error)}
-            _clean(folder)
+            bench.remove_made(folder)
             free_memory(check.cpu)
             _ratios(figures, losses, options)
             check.save()
@@ -104,17 +105,15 @@ def _run_way(
     run = TrainJob.run
     peak.start()
     began = synchronized(check.cpu)
-    with (
-        # The key of TRL's cache of the reference pass: minutes of hashing that a user pays once.
-        mock.patch("trl.trainer.dpo_trainer.hash_module", return_value="bench"),
-        mock.patch.object(TrainJob, "run", lambda job, report=None: run(job, report or check.report)),
-    ):
-        curve = work(folder, options, spans, way)
+    with mock.patch.object(TrainJob, "run", lambda job, report=None: run(job, report or check.report)):
+        trained = work(folder, options, spans, way)
     measured: dict[str, Any] = {"seconds": round(synchronized(check.cpu) - began, 2), "peak_gb": peak.gb()}
     measured |= {f"{name}_seconds": round(value, 3) for name, value in spans.items()}
-    if curve:
-        losses[way] = curve
-        measured["losses"] = [round(loss, 6) for loss in curve]
+    if trained.losses:
+        losses[way] = trained.losses
+        measured["losses"] = [round(loss, 6) for loss in trained.losses]
+    if trained.step0:
+        measured["step0"] = trained.step0
     for stamp in folder.glob("tmp*/model/dice.json"):
         measured["counts"] = read_json(stamp)["counts"]
     release_held()
@@ -122,13 +121,12 @@ def _run_way(
     return measured
 
 
-def _clean(folder: Path) -> None:
-    """Removes the models that a way made: bytes of every weight for each."""
-    for made in [*folder.glob("tmp*"), folder / "stock-model", folder / "stock"]:
-        shutil.rmtree(made, ignore_errors=True)
-
-
 def _ratios(figures: dict[str, Any], losses: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """How far the losses of the ways measured so far are from one another, how far they may be, and their rates."""
+    from training_report import loss_tolerance
+
+    step0 = [way["step0"] for way in figures["ways"].values() if "step0" in way]
+    figures["loss_tolerance"] = loss_tolerance(options, step0)
     curves = list(losses.values())
     if len(curves) > 1:
         figures["largest_loss_difference"] = max(
