@@ -18,7 +18,6 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 .PHONY: help setup run demo test test-fast test-rust test-python test-vllm test-oldest lint format docs bench \
 	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock \
 	clean
-	bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
