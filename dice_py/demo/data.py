@@ -6,7 +6,7 @@ The prompts are in our own words; each row has a `prompt` and the `form` of answ
     round_prompts.jsonl       the round samples answers to them
     held_out_prompts.jsonl    no training sees them; SmolLM2's answers to them made the held-out pairs
 
-`examples/demo_pairs.py` makes both files of pairs, `pairs.jsonl` and `held_out_pairs.jsonl`.
+`dice_py/demo/make_pairs.py` makes both files of pairs, `pairs.jsonl` and `held_out_pairs.jsonl`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Makes the pairs that ship with the demo: SmolLM2's own answers to our prompts, labeled by a rule.
 
-    python examples/demo_pairs.py --model SmolLM2-135M-Instruct.Q4_1.gguf --work runs/demo-pairs
+    python -m dice_py.demo.make_pairs --model SmolLM2-135M-Instruct.Q4_1.gguf --work runs/demo-pairs
 
 It writes dice_py/demo/pairs.jsonl and held_out_pairs.jsonl. The prompts are dice_py/demo/pair_prompts.jsonl and
 held_out_prompts.jsonl, the rule is dice_py/demo/rule.py, the choice of pairs is `label_pairs` in dice_py/demo/data.py,
@@ -75,7 +75,9 @@ def main() -> None:
         answers = with_rule(sample(model, prompts, seed, args.work / use), prompts)
         pairs = label_pairs(answers)
         write_jsonl(file, pairs)
-        kept, ended = answers["keeps"].mean(), (answers["finish_reason"] == "stop").mean()
+        kept, ended = (
+            answers.filter(part).height / answers.height for part in ("keeps", pl.col("finish_reason") == "stop")
+        )
         print(
             f"{use}: {answers.height} answers, {ended:.0%} ended, {kept:.0%} keep the rule; {len(pairs)} pairs: {file}"
         )
