@@ -19,9 +19,9 @@ def demo(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the method on SmolLM2-135M-Instruct, with prompts and pairs of our own.
+    """Run the loop on a real chat model, SmolLM2-135M-Instruct.
 
-    Round 0 makes the policy by DPO, round 1 uses its own reward. It ends with three pairs to read, and with what
+    Prompts and pairs are our own. Round 0 makes the policy by DPO, round 1 uses its own reward. It ends with three pairs to read, and with what
     changed on held-out prompts.
     """
     from cli.progress import Display
