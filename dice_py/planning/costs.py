@@ -16,7 +16,7 @@ from dice_py.models.memory import TrainingMemory, checkpoint_bytes, generate_mem
 from dice_py.models.sizes import ModelSize
 from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
-from dice_py.planning.timeline import Task, timeline
+from dice_py.planning.timeline import Task, shared_speed, timeline
 from dice_py.runs.measured_costs import StageCosts
 
 _PAIR_BYTES = 64  # of a mined pair's row
@@ -358,7 +358,8 @@ class Estimator:
             prepares = kind != "mine" and name != f"round-{len(rounds):02d}/evaluate"
             startup = None if kind == "mine" else self.costs.startup[kind]
             tasks.append(Task(startup, stage.work + stage.load, prepares))
-        times = timeline(tasks)
+        alone = self.costs.source == "calibration" and not self.machine.cuda
+        times = timeline(tasks, shared_speed(self.machine.cores) if alone else 1.0)
         before = 0.0 if check is None else times.pop(0)[0]
         entries = {}
         for (name, stage), (seconds, wait) in zip(stages.items(), times, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dice_py.planning.decoding import decode_steps, draw_lengths, fit_decoding
-from dice_py.planning.timeline import Task, timeline
+from dice_py.planning.timeline import Task, shared_speed, timeline
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,14 @@ def test_a_stage_waits_for_the_rest_of_an_import_that_was_started_ahead() -> Non
     # The first: 4 s, while the second's process imports, which ends in its first second of work. The second does not
     # wait; the fourth's import has 1 s of the second's work and 0.5 s of the third's, so that 0.5 s are left.
     assert timeline(tasks) == [(7.0, 4.0), (1.0, 0.0), (0.5, 0.0), (1.5, 0.5)]
+
+
+def test_an_import_and_the_work_beside_it_share_the_cores() -> None:
+    assert shared_speed(2) == pytest.approx(2 / 3)
+    tasks = [Task(4.0, 3.0, True), Task(5.0, 1.0, True), Task(None, 0.5), Task(2.0, 1.0)]
+    # As above, but a second of work beside an import takes two. The first task waits 4 s while the import is alone,
+    # and its last second is beside a second of work; 1 s and 0.5 s of the next import are beside work.
+    assert timeline(tasks, speed=0.5) == [(8.0, 4.0), (2.0, 0.0), (1.0, 0.0), (1.5, 0.5)]
 
 
 def test_a_process_that_is_not_started_ahead_is_waited_for() -> None:
