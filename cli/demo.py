@@ -21,8 +21,8 @@ def demo(
 ) -> None:
     """Run the loop on a real chat model, SmolLM2-135M-Instruct.
 
-    Prompts and pairs are our own. Round 0 makes the policy by DPO, round 1 uses its own reward. It ends with three pairs
-    to read, and with what changed on held-out prompts.
+    Prompts and pairs are our own. Round 0 makes the policy by DPO, round 1 uses its own reward. It ends with three
+    pairs to read, and with what changed on held-out prompts.
     """
     from cli.progress import Display
     from dice_py.demo.model import demo_model
