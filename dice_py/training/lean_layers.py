@@ -61,20 +61,24 @@ class LeanLinear(torch.autograd.Function):  # type: ignore[misc]
 
 
 class LeanEmbedding(torch.autograd.Function):  # type: ignore[misc]
-    """The weight's rows of some tokens."""
+    """The weight's rows of some tokens. As in torch, the padding token's row gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor, padding: int | None) -> torch.Tensor:
         """(…) int64, (vocabulary, hidden) → (…, hidden)."""
         ctx.save_for_backward(tokens, weight)
+        ctx.padding = padding
         return torch.nn.functional.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, None]:
         tokens, weight = ctx.saved_tensors
+        if ctx.padding is not None:
+            # It can be a token of the text too: many models pad with EOS.
+            gradient = gradient.masked_fill((tokens == ctx.padding)[..., None], 0.0)
         into = torch.zeros_like(weight) if weight.grad is None else weight.grad
         into.index_add_(0, tokens.flatten(), gradient.flatten(0, -2))
-        return None, into if weight.grad is None else None
+        return None, into if weight.grad is None else None, None
 
 
 class LeanNorm(torch.autograd.Function):  # type: ignore[misc]
@@ -169,7 +173,7 @@ def _linear(module: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _embedding(module: torch.nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = LeanEmbedding.apply(tokens, module.weight)
+    result: torch.Tensor = LeanEmbedding.apply(tokens, module.weight, module.padding_idx)
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_sets import draw_ids
+from tiny_sets import FIRST, draw_ids
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -33,6 +33,7 @@ SHAPE: dict[str, Any] = {
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "llama, padding in the text": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, pad_token_id=FIRST)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),  # biases
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),  # norms of queries and keys
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SHAPE)),  # 1 + weight, and GELU
@@ -50,7 +51,7 @@ def make(family: str) -> PreTrainedModel:
 
 def row(seed: int) -> PackedRow:
     rng = random.Random(seed)
-    sides = [(draw_ids(rng, 4), draw_ids(rng, 9), draw_ids(rng, 6)) for _ in range(2)]
+    sides = [([FIRST, *draw_ids(rng, 4)], [*draw_ids(rng, 9), FIRST], draw_ids(rng, 6)) for _ in range(2)]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return pack([dict(zip(names, side, strict=True)) for side in sides], torch.device("cpu"))
 
