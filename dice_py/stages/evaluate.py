@@ -19,8 +19,13 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
 from dice_py.evaluation.judges.registry import JUDGES
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy
+from dice_py.evaluation.plausibility import mean_loss, random_warning, swap_warning
 from dice_py.events import Report, no_report
-from dice_py.models.loading import held_model, model_identity
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.comparison import check_distinct, warn_of_unrelated
+from dice_py.models.identity import model_identity
+from dice_py.models.loading import held_model
+from dice_py.models.sizes import model_size
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.scoring.pairs import score_pairs
 from dice_py.scoring.shards import token_arrays
@@ -89,6 +94,7 @@ class EvaluateJob(Job):
 
     def run(self, report: Report = no_report) -> StageResult:
         """Samples, judges and scores."""
+        self._check_models(report)
         metrics: dict[str, Any] = {}
         if self.prompts is not None and self.config.prompts:
             metrics |= self._sample_metrics(read_parquet(self.prompts).head(self.config.prompts), report)
@@ -97,6 +103,14 @@ class EvaluateJob(Job):
         file = self.out / "metrics.json"
         write_json(file, metrics)
         return StageResult([(file, file_digest(file))], metrics)
+
+    def _check_models(self, report: Report) -> None:
+        models = {"policy": self.policy, "start": self.start, "reference": self.reference}
+        for role, folder in (models | {"initial reference": self.initial_reference}).items():
+            check_checkpoint(folder, role, self.models)
+        # The policy may be the start, whose own accuracy is measured too.
+        check_distinct(self.policy, self.reference, allowed=self.score_config.allow_same_model, report=report)
+        warn_of_unrelated(self.policy, self.reference, report)
 
     def _sample_metrics(self, prompts: pl.DataFrame, report: Report) -> dict[str, Any]:
         """Lengths of the samples of both policies, and the judges' metrics."""
@@ -166,9 +180,22 @@ class EvaluateJob(Job):
             logps, ref_logps = (self._pair_logps(folder, encoded, content, report) for folder in (policy, reference))
             chosen, rejected = (logps[side] - ref_logps[side] for side in ("chosen_logp", "rejected_logp"))
             metrics[name] = reward_accuracy(chosen, rejected)
+        self._warn(metrics["implicit_reward_accuracy_initial_reference"], encoded, content, report)
         lengths = [encoded[side].list.len().cast(pl.Int64) for side in ("chosen_ids", "rejected_ids")]
         metrics["length_only_accuracy"] = reward_accuracy(*lengths)
         return metrics
+
+    def _warn(self, accuracy: float, encoded: pl.DataFrame, content: str, report: Report) -> None:
+        """Reports warnings where the rewards cannot be right. `accuracy` is of the initial reference, which the user
+        named."""
+        warnings = [swap_warning(accuracy, encoded.height)]
+        for role, folder in (("policy", self.policy), ("reference", self.initial_reference)):
+            logps = self._pair_logps(folder, encoded, content, report)["chosen_logp"]
+            loss = mean_loss(logps, encoded["chosen_ids"])
+            warnings.append(random_warning(role, loss, model_size(folder).vocabulary))
+        for text in warnings:
+            if text is not None:
+                report("note", text=text)
 
     def _pair_logps(self, model: Path, encoded: pl.DataFrame, content: str, report: Report) -> pl.DataFrame:
         identity, models = model_identity(model), self.models

@@ -17,7 +17,8 @@ from dice_py.config.stages import BufferConfig, ReplayConfig, RoundsBufferConfig
 from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.models.loading import model_identity
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.identity import model_identity
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import gather_mined
@@ -88,6 +89,7 @@ class ReplayJob(Job):
 
     def run(self, report: Report = no_report) -> StageResult:
         """Draws, tokenizes and scores the replayed pairs, and writes the training set."""
+        check_checkpoint(self.policy, "policy", self.models)
         pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number)
         mined, prompts = self._mined()
         gamma, total = self._share(pools, report)
