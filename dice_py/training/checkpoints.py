@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError
 from dice_py.models.loading import placement
+from dice_py.models.saving import share_weights
 from dice_py.storage.files import atomic, read_json, write_json
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 
@@ -107,6 +108,7 @@ def save_model(
             model.config.dtype = dtype
             model.config.save_pretrained(temporary)
         trainer.processing_class.save_pretrained(temporary)
+        share_weights(temporary)
         if (policy / "generation_config.json").is_file():
             shutil.copy(policy / "generation_config.json", temporary)
         write_json(temporary / "train_log.json", trainer.state.log_history)
