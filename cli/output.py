@@ -56,9 +56,10 @@ def model_folder(name: str, revision: str | None, role: str) -> Path:
     file = gguf_file(name, role)
     if file is not None and find_converted(file) is None:
         return run_job(ConvertJob(file), cache_folder() / "log").files[0][0]
-    return resolve_model(name, revision, role=role, report=_echo_note)
+    return resolve_model(name, revision, role=role, report=echo_note)
 
 
-def _echo_note(event: str, **fields: Any) -> None:
+def echo_note(event: str, **fields: Any) -> None:
+    """A `Report` that prints notes to stderr."""
     if event == "note":
         typer.echo(fields["text"], err=True)

@@ -17,11 +17,15 @@ import polars as pl
 
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
+from dice_py.errors import DataError
 from dice_py.evaluation.judges.registry import JUDGES
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy
 from dice_py.events import Report, no_report
+from dice_py.models.limits import model_positions
 from dice_py.models.loading import held_model, model_identity
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.scoring.pairs import score_pairs
 from dice_py.scoring.shards import token_arrays
 from dice_py.stages.generate import GenerateJob
@@ -66,6 +70,8 @@ class EvaluateJob(Job):
     judges: tuple[str, ...]
     """Names in evaluation/judges/registry.py; "oracle" if the prompts are the synthetic world's."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a prompt or a pair that the chat template refuses."""
 
     def key(self) -> str:
         """A digest of the models, the held-out data, the settings, the seed and versions."""
@@ -89,6 +95,8 @@ class EvaluateJob(Job):
 
     def run(self, report: Report = no_report) -> StageResult:
         """Samples, judges and scores."""
+        for folder in dict.fromkeys((self.reference, self.initial_reference, self.start)):
+            check_same_tokenizer(self.policy, folder, self.models, report)
         metrics: dict[str, Any] = {}
         if self.prompts is not None and self.config.prompts:
             metrics |= self._sample_metrics(read_parquet(self.prompts).head(self.config.prompts), report)
@@ -131,6 +139,7 @@ class EvaluateJob(Job):
             round_number=0,  # the same random numbers for both policies, in every round
             max_prompt_tokens=self.max_prompt_tokens,
             devices=self.devices,
+            bad_rows=self.bad_rows,
         )
         return pl.concat([read_parquet(file) for file, _ in job.run(report).files])
 
@@ -155,7 +164,17 @@ class EvaluateJob(Job):
         A model's log-probabilities of the pairs are kept under `shared`, so that each model is run over them once.
         """
         tokenizer = load_tokenizer(self.policy, self.models)
-        encoded = encode_pairs(pairs, tokenizer, stop_token_ids(self.policy, tokenizer))
+        folders = (self.policy, self.reference, self.start, self.initial_reference)
+        limits = [limit for folder in folders if (limit := model_positions(folder, self.models)) is not None]
+        stops = stop_token_ids(self.policy, tokenizer)
+        encoded = encode_pairs(
+            pairs, tokenizer, stops, positions=min(limits, default=None), rule=self.bad_rows, report=report
+        )
+        if encoded.is_empty():
+            raise DataError(
+                f"none of the {pairs.height} held-out pairs can be used: they are too long for the models, or chosen "
+                "and rejected have the same tokens"
+            )
         content = digest(*(encoded[name].to_list() for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
         metrics: dict[str, Any] = {"eval_pairs": encoded.height}
         for name, policy, reference in (

@@ -27,7 +27,8 @@ from dice_py.generation.limits import check_fits
 from dice_py.generation.sampler import SampleShards
 from dice_py.generation.shard import Prompt, journal_of, write_prompts
 from dice_py.models.loading import model_identity, placement
-from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.models.tokenization import encode_prompts, load_tokenizer, stop_token_ids
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.files import TEMPORARY
 from dice_py.storage.keys import digest, versions
@@ -63,6 +64,8 @@ class GenerateJob(Job):
     """Longer prompts are left out, and counted."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     """GPUs, or processes on the CPU, that share the shards; they change no sample."""
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a prompt that the chat template refuses."""
 
     def key(self) -> str:
         """A digest of the prompts, the sampling, the policy, the seed and versions. Each shard has its own key too."""
@@ -81,7 +84,7 @@ class GenerateJob(Job):
         """Samples the shards that are not complete."""
         prompts = self.prompts
         if isinstance(prompts, Path):
-            prompts = read_parquet(prompts, ["prompt_id", "messages"])
+            prompts = read_parquet(prompts)
         tokenizer = load_tokenizer(self.policy, self.models)
         stops = stop_token_ids(self.policy, tokenizer)
         engine, why = choose_engine(self.config, self.models, Workload.of(self.policy, prompts))
@@ -105,10 +108,7 @@ class GenerateJob(Job):
 
     def _encode(self, prompts: pl.DataFrame, tokenizer: Any, report: Report) -> tuple[list[Prompt], int]:
         """The prompts as token ids, and how many are too long and left out."""
-        encoded = [
-            (prompt_id, encode_prompt(tokenizer, messages, f"prompt {prompt_id}"))
-            for prompt_id, messages in prompts.select("prompt_id", "messages").iter_rows()
-        ]
+        encoded = encode_prompts(prompts, tokenizer, rule=self.bad_rows, report=report)
         limit = self.max_prompt_tokens
         kept = [(prompt_id, ids) for prompt_id, ids in encoded if len(ids) <= limit]
         if not kept:

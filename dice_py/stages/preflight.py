@@ -13,10 +13,10 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import model_identity, placement
-from dice_py.models.tokenization import encode_pairs, encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.stages.job import Job, StageResult
+from dice_py.stages.preflight_data import check_data
 from dice_py.storage.keys import digest, versions
-from dice_py.storage.parquet import read_parquet
 from dice_py.training.memory_check import check_training_memory
 
 
@@ -51,13 +51,21 @@ class PreflightJob(Job):
         """Checks names, then prompts and pairs, then vocabularies, then memory."""
         placement(self.config.model)
         self._check_names()
-        largest, longest_prompt = self._read(report)
-        for folder in (self.policy, self.reference):
-            self._check_vocabulary(folder, largest)
         config = self.config
+        check_same_tokenizer(self.policy, self.reference, config.model, report)
+        facts = check_data(
+            config,
+            policy=self.policy,
+            reference=self.reference,
+            prompts=self.prompts,
+            pairs=self.pairs,
+            report=report,
+        )
+        for folder in (self.policy, self.reference):
+            self._check_vocabulary(folder, facts.largest_id)
         check_training_memory(
             config.train, config.model, config.devices, self.policy,
-            prompt=longest_prompt, response=self.longest_response,
+            prompt=facts.longest_prompt, response=self.longest_response,
         )  # fmt: skip
         return StageResult([], {})
 
@@ -74,25 +82,6 @@ class PreflightJob(Job):
         ):
             if name not in known:
                 raise UsageError(f"{key} is {name!r}, which transformers does not know; it knows {', '.join(known)}")
-
-    def _read(self, report: Report) -> tuple[int, int]:
-        """The largest token id of all prompts, pairs and stop tokens, and the tokens of the longest prompt in use."""
-        tokenizer = load_tokenizer(self.policy, self.config.model)
-        stops = stop_token_ids(self.policy, tokenizer)
-        largest, longest = max(stops), 1
-        for file in self.prompts:
-            for row, messages in read_parquet(file, ["prompt_id", "messages"]).iter_rows():
-                token_ids = encode_prompt(tokenizer, messages, f"prompt {row}")
-                largest = max(largest, *token_ids)
-                if len(token_ids) <= self.config.data.max_prompt_tokens:
-                    longest = max(longest, len(token_ids))
-            report("note", text=f"checked: {file.name}")
-        for file in self.pairs:
-            encoded = encode_pairs(read_parquet(file), tokenizer, stops)
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-                largest = max(largest, int(encoded[name].explode().max()))  # type: ignore[arg-type]
-            report("note", text=f"checked: {file.name}")
-        return largest, longest
 
     def _check_vocabulary(self, folder: Path, largest: int) -> None:
         from transformers import AutoConfig

@@ -27,6 +27,7 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.events import Report, no_report
 from dice_py.models.loading import model_identity, release_held
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
 from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, write_scores
 from dice_py.stages.job import Job, StageResult, model_key_fields
@@ -83,6 +84,7 @@ class ScoreJob(Job):
 
     def run(self, report: Report = no_report) -> StageResult:
         """Scores the shards that have no scores under their key."""
+        check_same_tokenizer(self.policy, self.reference, self.models, report)
         scoring = _Scoring(self, report)
         gate = scoring.run()
         files = [shard.out for shard in scoring.shards]
