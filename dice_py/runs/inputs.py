@@ -69,7 +69,7 @@ def prepare(run: Run) -> Inputs:
     require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
     if config.is_world:
         world = _world(run)
-        return Inputs(
+        inputs = Inputs(
             policy=world.policy,
             reference=world.reference,
             prompts=world.prompts,
@@ -77,6 +77,8 @@ def prepare(run: Run) -> Inputs:
             eval_prompts=world.eval_prompts,
             eval_pairs=world.eval_pairs,
         )
+        _check(run, inputs, digest("world", config.world.model_dump()))
+        return inputs
     data = config.data
     columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
     buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}

@@ -6,18 +6,22 @@ prompt or an offline pair, a model that lacks a token, an unknown scheduler, a m
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from dice_py.config.run import RunConfig
-from dice_py.errors import DataError, UsageError
+from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import model_identity, placement
 from dice_py.models.tokenization import encode_pairs, encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.replay.mix import requested_counts
 from dice_py.stages.job import Job, StageResult
 from dice_py.storage.keys import digest, versions
-from dice_py.storage.parquet import read_parquet
+from dice_py.storage.parquet import parquet_rows, read_parquet
 from dice_py.training.memory_check import check_training_memory
+from dice_py.training.schedule import training_steps, warmup_warning
+from dice_py.training.settings_check import check_training_settings
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class PreflightJob(Job):
     def run(self, report: Report = no_report) -> StageResult:
         """Checks names, then prompts and pairs, then vocabularies, then memory."""
         placement(self.config.model)
-        self._check_names()
+        self._check_training(report)
         largest, longest_prompt = self._read(report)
         for folder in (self.policy, self.reference):
             self._check_vocabulary(folder, largest)
@@ -61,19 +65,27 @@ class PreflightJob(Job):
         )  # fmt: skip
         return StageResult([], {})
 
-    def _check_names(self) -> None:
-        from transformers import SchedulerType
-        from transformers.training_args import OptimizerNames
+    def _check_training(self, report: Report) -> None:
+        train, remote_code = self.config.train, self.config.model.trust_remote_code
+        trainings = [("train", train, self._most_steps())]
+        if self.config.has_round_zero:
+            trainings.append(("round0", self.config.round0.training(train), None))
+        for section, training, steps in trainings:
+            check_training_settings(training, self.policy, section=section, remote_code=remote_code)
+            warning = warmup_warning(training, steps, section=section) if steps else None
+            if warning is not None:
+                report("note", text=warning)
 
-        train = self.config.train
-        schedulers = [str(kind.value) for kind in SchedulerType]
-        for key, name, known in (
-            ("train.lr_scheduler_type", train.lr_scheduler_type, schedulers),
-            ("round0.lr_scheduler_type", self.config.round0.training(train).lr_scheduler_type, schedulers),
-            ("train.optim", train.optim, [str(kind.value) for kind in OptimizerNames]),
-        ):
-            if name not in known:
-                raise UsageError(f"{key} is {name!r}, which transformers does not know; it knows {', '.join(known)}")
+    def _most_steps(self) -> int | None:
+        """The optimizer steps of a round, if every prompt has all of its pairs; None if the data is not known."""
+        if not self.prompts:
+            return None
+        config = self.config
+        prompts = min(parquet_rows(self.prompts[0]), config.data.prompts_per_round or sys.maxsize)
+        mined, replayed = requested_counts(
+            prompts * config.most_pairs_per_prompt(), config.replay.gamma, config.replay.total
+        )
+        return training_steps(config.train, mined + replayed)
 
     def _read(self, report: Report) -> tuple[int, int]:
         """The largest token id of all prompts, pairs and stop tokens, and the tokens of the longest prompt in use."""

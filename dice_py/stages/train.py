@@ -33,6 +33,8 @@ from dice_py.training.checkpoints import STAMP, checkpoint_stamp, is_trained, la
 from dice_py.training.dataset import load_training_set
 from dice_py.training.launcher import launch
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
+from dice_py.training.schedule import training_steps, warmup_warning
+from dice_py.training.settings_check import check_training_settings
 from dice_py.training.trainer import train_rank
 
 
@@ -49,7 +51,8 @@ class TrainJob(Job):
     processes, its last step is filled up with pairs of its start. accelerate's config is `out/accelerate.yaml`.
 
     A model under the job's key is left as it is. Training resumes from checkpoints of the same key and kind of layout.
-    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`.
+    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`
+    (mean of the last train.logging_steps steps), `saved_dtype`, `update_rms` (root mean square of the weights' change).
 
     Raises, when run:
         DataError: an unusable training set, or a loss at step 0 that is not ln 2.
@@ -104,7 +107,14 @@ class TrainJob(Job):
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
         layout = lay_out(self.config, self.models, self.devices, report)
-        load_training_set(self.training_set, self.config.max_length)  # its errors come before processes start
+        check_training_settings(self.config, self.policy, remote_code=self.models.trust_remote_code)
+        pairs, _ = load_training_set(
+            self.training_set, self.config.max_length
+        )  # its errors come before processes start
+        steps = training_steps(self.config, pairs.height, layout.processes)
+        warning = warmup_warning(self.config, steps)
+        if warning is not None:
+            report("note", text=warning)
         checkpoints = self.out / "checkpoints"
         checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout)) if checkpoints.exists() else None
         if checkpoint is not None:
