@@ -20,7 +20,7 @@ from dice_py.stages.job import Job, StageResult
 from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import parquet_rows, read_parquet
 from dice_py.training.memory_check import check_training_memory
-from dice_py.training.schedule import training_steps, warmup_warning
+from dice_py.training.schedule import training_steps, warmup_note
 from dice_py.training.settings_check import check_training_settings
 
 
@@ -72,9 +72,9 @@ class PreflightJob(Job):
             trainings.append(("round0", self.config.round0.training(train), None))
         for section, training, steps in trainings:
             check_training_settings(training, self.policy, section=section, remote_code=remote_code)
-            warning = warmup_warning(training, steps, section=section) if steps else None
-            if warning is not None:
-                report("note", text=warning)
+            note = warmup_note(training, steps, section=section) if steps else None
+            if note is not None:
+                report("note", text=note)
 
     def _most_steps(self) -> int | None:
         """The optimizer steps of a round, if every prompt has all of its pairs; None if the data is not known."""

@@ -33,7 +33,7 @@ from dice_py.training.checkpoints import STAMP, checkpoint_stamp, is_trained, la
 from dice_py.training.dataset import load_training_set
 from dice_py.training.launcher import launch
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
-from dice_py.training.schedule import training_steps, warmup_warning
+from dice_py.training.schedule import training_steps, warmup_note
 from dice_py.training.settings_check import check_training_settings
 from dice_py.training.trainer import train_rank
 
@@ -112,9 +112,9 @@ class TrainJob(Job):
             self.training_set, self.config.max_length
         )  # its errors come before processes start
         steps = training_steps(self.config, pairs.height, layout.processes)
-        warning = warmup_warning(self.config, steps)
-        if warning is not None:
-            report("note", text=warning)
+        note = warmup_note(self.config, steps)
+        if note is not None:
+            report("note", text=note)
         checkpoints = self.out / "checkpoints"
         checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout)) if checkpoints.exists() else None
         if checkpoint is not None:

@@ -30,9 +30,14 @@ def warmup_steps(config: TrainConfig, steps: int) -> int:
     return int(config.warmup_steps * steps)
 
 
-def warmup_warning(config: TrainConfig, steps: int, *, section: str = "train") -> str | None:
-    """A sentence on a warm-up that takes more than a third of the steps; None if it does not."""
+def warmup_note(config: TrainConfig, steps: int, *, section: str = "train") -> str | None:
+    """A warning of a warm-up that takes more than a third of the steps, or a note on a share that is no step at all.
+
+    None: neither holds.
+    """
     warmup = warmup_steps(config, steps)
+    if config.warmup_steps and not warmup:
+        return f"{section}.warmup_steps is {config.warmup_steps} of {steps} step{'s' * (steps != 1)}: no warm-up"
     if config.lr_scheduler_type == "constant" or warmup <= steps * _LONG:
         return None
     reached = "never reached" if warmup >= steps else f"reached after {warmup / steps:.0%} of them"

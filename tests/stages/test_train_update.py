@@ -49,6 +49,7 @@ def test_a_warm_up_longer_than_the_run_is_warned_of_and_a_policy_that_stays_is_a
 def test_the_default_warm_up_trains_in_a_single_step(run: Stage, llama: Path) -> None:
     defaults = {"warmup_steps": TrainConfig().warmup_steps, "learning_rate": TrainConfig().learning_rate}
     counts = run(max_steps=1, lr_scheduler_type=TrainConfig().lr_scheduler_type, **defaults)
+    assert "no warm-up" in notes(run)
     assert counts["saved_dtype"] == "float32"
     assert 0 < counts["update_rms"] < 1e-6
     start = load_file(llama / "model.safetensors")

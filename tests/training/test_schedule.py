@@ -8,7 +8,7 @@ from plan_data import own
 from dice_py.config.loading import resolve
 from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
-from dice_py.training.schedule import training_steps, warmup_steps, warmup_warning
+from dice_py.training.schedule import training_steps, warmup_steps, warmup_note
 
 
 @pytest.mark.parametrize(
@@ -36,22 +36,23 @@ def test_a_share_is_rounded_down_and_a_number_is_taken_as_it_is(setting: float, 
 def test_the_default_warms_up_over_a_share_and_never_over_the_only_step() -> None:
     assert warmup_steps(TrainConfig(), 1) == 0
     assert warmup_steps(TrainConfig(), 100) == 10
-    assert all(warmup_warning(TrainConfig(), steps) is None for steps in range(1, 200))
+    assert all(warmup_note(TrainConfig(), steps) is None for steps in range(10, 200))
+    assert warmup_note(TrainConfig(), 1) == "train.warmup_steps is 0.1 of 1 step: no warm-up"
 
 
 def test_a_warm_up_of_more_than_a_third_of_the_steps_is_warned_of() -> None:
     config = TrainConfig(warmup_steps=50, learning_rate=5e-7)
-    assert warmup_warning(config, 150) is None
-    text = warmup_warning(config, 100, section="round0")
+    assert warmup_note(config, 150) is None
+    text = warmup_note(config, 100, section="round0")
     assert text is not None
     assert "round0.warmup_steps is 50" in text
     assert "100 steps" in text
     assert "reached after 50%" in text
-    text = warmup_warning(config, 20)
+    text = warmup_note(config, 20)
     assert text is not None
     assert "never reached" in text
     assert "5e-07" in text
-    assert warmup_warning(config.model_copy(update={"lr_scheduler_type": "constant"}), 20) is None
+    assert warmup_note(config.model_copy(update={"lr_scheduler_type": "constant"}), 20) is None
 
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "-0.1", "nan", "half"])
