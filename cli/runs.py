@@ -10,6 +10,7 @@ import typer
 from cli.options import (
     DEFAULT_RUNS,
     Config,
+    Force,
     Json,
     Prompts,
     Replay,
@@ -39,6 +40,7 @@ def run(
     seed: Seed = None,
     run_dir: RunDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost, as `dice plan` does.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Run the loop: on your model, or on a small synthetic world.
@@ -58,11 +60,13 @@ def run(
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
     with Display() as display:
         display.line(f"run folder: {folder}")
-        metrics = run_rounds(resolved, folder, display, after_round=write_report)
+        metrics = run_rounds(resolved, folder, display, after_round=write_report, force=force)
     _finish(folder, metrics, as_json)
 
 
-def resume(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")], force: Force = False, as_json: Json = False
+) -> None:
     """Resume a stopped run.
 
     Completed shards are kept. Nothing whose inputs changed is used again.
@@ -72,7 +76,7 @@ def resume(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_jso
     from dice_py.runs.loop import resume as resume_rounds
 
     with Display() as display:
-        metrics = resume_rounds(folder, display, after_round=write_report)
+        metrics = resume_rounds(folder, display, after_round=write_report, force=force)
     _finish(folder, metrics, as_json)
 
 

@@ -29,10 +29,18 @@ class Run:
     """One run folder: its config, manifest, events and stages."""
 
     def __init__(
-        self, folder: Path, config: RunConfig, report: Report = no_report, monitor: GpuMonitor | None = None
+        self,
+        folder: Path,
+        config: RunConfig,
+        report: Report = no_report,
+        monitor: GpuMonitor | None = None,
+        *,
+        force: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
+        self.force = force
+        """Whether what does not fit into memory is tried all the same."""
         self.manifest = Manifest(folder / "manifest.json")
         self._forward = report
         self._monitor = monitor

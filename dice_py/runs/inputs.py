@@ -148,6 +148,7 @@ def _check(run: Run, inputs: Inputs, data_key: str) -> None:
         prompts=[file for file in (inputs.prompts, inputs.eval_prompts) if file],
         pairs=[file for file in (inputs.offline, *inputs.buffers.values(), inputs.eval_pairs) if file],
         data_key=data_key,
+        force=run.force,
     )
     key = job.key()
     stamp = run.folder / "inputs" / "checked.json"

@@ -52,12 +52,18 @@ AfterRound = Callable[[Path], object]
 
 
 def run(
-    config: RunConfig, folder: Path, report: Report = no_report, *, after_round: AfterRound | None = None
+    config: RunConfig,
+    folder: Path,
+    report: Report = no_report,
+    *,
+    after_round: AfterRound | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Runs `config` in `folder`, keeping completed work; returns the metrics of each round.
 
     Args:
         after_round: the command line passes `dice_py.reporting.html.write_report`.
+        force: training that does not fit into memory is warned of, and tried all the same.
 
     Raises:
         UsageError: the folder holds a run of another config, or another process works in it.
@@ -69,7 +75,7 @@ def run(
     with locked(folder), terminate_as_interrupt(), GpuMonitor(usable_gpus(config.devices, config.model)) as monitor:
         remove_temporaries(folder)
         write_text(folder / "config.yaml", dump(config))
-        run = Run(folder, config, report, monitor)
+        run = Run(folder, config, report, monitor, force=force)
         try:
             end_torn_line(folder / "events.jsonl")
             run.report("started", pid=os.getpid())
@@ -108,15 +114,19 @@ def _write_profile_of_stopped(folder: Path) -> None:
         write_profile(folder)
 
 
-def resume(folder: Path, report: Report = no_report, *, after_round: AfterRound | None = None) -> dict[str, Any]:
+def resume(
+    folder: Path, report: Report = no_report, *, after_round: AfterRound | None = None, force: bool = False
+) -> dict[str, Any]:
     """Resumes the run in `folder`: redoes nothing that is complete, reuses nothing whose key differs.
+
+    Args: as of `run`.
 
     Raises:
         UsageError: no run is there.
     """
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"{folder} holds no run (no config.yaml); `dice status` lists runs, `dice run` starts one")
-    return run(load_resolved(folder / "config.yaml"), folder, report, after_round=after_round)
+    return run(load_resolved(folder / "config.yaml"), folder, report, after_round=after_round, force=force)
 
 
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:

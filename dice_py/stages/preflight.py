@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dice_py.config.run import RunConfig
-from dice_py.errors import DataError
+from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import model_identity, placement
 from dice_py.models.tokenization import encode_pairs, encode_prompt, load_tokenizer, stop_token_ids
@@ -33,7 +33,7 @@ class PreflightJob(Job):
     Raises, when run:
         DataError: a tokenizer, template or vocabulary that cannot serve, naming the row.
         UsageError: a name in the config that transformers does not know, or a device that this machine lacks.
-        OutOfMemoryError: training does not fit into the memory that is free.
+        OutOfMemoryError: training does not fit into the memory that is free, and `force` is not set.
     """
 
     config: RunConfig
@@ -45,6 +45,8 @@ class PreflightJob(Job):
     """A key of the files' content."""
     longest_response: int = 1
     """Tokens of the longest response that a plan has sampled to these prompts."""
+    force: bool = False
+    """Whether training that does not fit into memory is only warned of."""
 
     def key(self) -> str:
         """A digest of the data, the models, the complete config and versions."""
@@ -59,10 +61,15 @@ class PreflightJob(Job):
         for folder in (self.policy, self.reference):
             self._check_vocabulary(folder, largest)
         config = self.config
-        check_training_memory(
-            config.train, config.model, config.devices, self.policy,
-            prompt=longest_prompt, response=self.longest_response,
-        )  # fmt: skip
+        try:
+            check_training_memory(
+                config.train, config.model, config.devices, self.policy,
+                prompt=longest_prompt, response=self.longest_response,
+            )  # fmt: skip
+        except OutOfMemoryError as error:
+            if not self.force:
+                raise
+            report("note", text=f"warning: {error}. The run goes on, since --force was given")
         return StageResult([], {})
 
     def _check_training(self, report: Report) -> None:

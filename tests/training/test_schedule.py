@@ -8,7 +8,7 @@ from plan_data import own
 from dice_py.config.loading import resolve
 from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
-from dice_py.training.schedule import training_steps, warmup_steps, warmup_note
+from dice_py.training.schedule import training_steps, warmup_note, warmup_steps
 
 
 @pytest.mark.parametrize(
