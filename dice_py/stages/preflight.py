@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, UsageError
@@ -15,7 +16,7 @@ from dice_py.events import Report, no_report
 from dice_py.models.loading import model_identity, placement
 from dice_py.models.tokenization import encode_pairs, encode_prompt, load_tokenizer, stop_token_ids
 from dice_py.stages.job import Job, StageResult
-from dice_py.storage.keys import digest, versions
+from dice_py.storage.keys import versions
 from dice_py.storage.parquet import read_parquet
 from dice_py.training.memory_check import check_training_memory
 
@@ -42,10 +43,15 @@ class PreflightJob(Job):
     longest_response: int = 1
     """Tokens of the longest response that a plan has sampled to these prompts."""
 
-    def key(self) -> str:
-        """A digest of the data, the models, the complete config and versions."""
-        models = [model_identity(self.policy), model_identity(self.reference)]
-        return digest("check", self.data_key, models, self.config.model_dump(), versions("transformers"))
+    def key_fields(self) -> dict[str, Any]:
+        """The data, the models, the complete config and versions."""
+        return {
+            "data": self.data_key,
+            "policy": model_identity(self.policy),
+            "reference": model_identity(self.reference),
+            "config": self.config.model_dump(),
+            "versions": versions("transformers"),
+        }
 
     def run(self, report: Report = no_report) -> StageResult:
         """Checks names, then prompts and pairs, then vocabularies, then memory."""
