@@ -30,7 +30,7 @@ from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import atomic, read_sealed, write_sealed
 from dice_py.storage.integrity import is_kept, read_stamp, set_aside
 from dice_py.storage.keys import digest, file_digest, seed_for, versions
-from dice_py.storage.parquet import parquet_key, parquet_meta, read_parquet, write_parquet
+from dice_py.storage.parquet import intact_key, parquet_key, parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PROMPTS
 from dice_py.synthetic.world import WORLD_STAMP, World, find_world, world_key
 
@@ -155,9 +155,9 @@ def _own_copies(run: Run, outputs: dict[str, Path]) -> str:
 
 
 def _kept_sources(outputs: dict[str, Path]) -> dict[str, str]:
-    """The digests of the sources, as any of the run's copies keeps them."""
+    """The digests of the sources, as any of the run's copies that is whole keeps them."""
     for file in outputs.values():
-        meta = parquet_meta(file)
+        meta = parquet_meta(file) if intact_key(file) is not None else None
         if isinstance(meta, dict) and isinstance(meta.get("sources"), dict):
             return dict(meta["sources"])
     return {}
