@@ -169,6 +169,21 @@ def resolve(
         raise _usage_error(error, "config") from None
 
 
+def reassigned(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
+    """A resolved config with changed settings, "section.key=value".
+
+    Raises:
+        UsageError: as `resolve`.
+    """
+    settings = config.model_dump(mode="json")
+    for assignment in assignments:
+        _merge(settings, _parse_set(assignment))
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise _usage_error(error, "config") from None
+
+
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML, every key present."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -7,6 +7,7 @@ with keys; the synthetic world's stays in its cache.
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,12 @@ from dice_py.stages.convert import ConvertJob
 from dice_py.stages.preflight import PreflightJob
 from dice_py.stages.world import WorldJob
 from dice_py.storage.cache import cache_folder
-from dice_py.storage.files import read_json, write_json
+from dice_py.storage.files import atomic, read_sealed, write_sealed
+from dice_py.storage.integrity import is_kept, read_stamp, set_aside
 from dice_py.storage.keys import digest, file_digest, seed_for, versions
-from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
+from dice_py.storage.parquet import intact_key, parquet_key, parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PROMPTS
-from dice_py.synthetic.world import World, find_world
+from dice_py.synthetic.world import WORLD_STAMP, World, find_world, world_key
 
 if TYPE_CHECKING:
     from dice_py.runs.folder import Run
@@ -55,12 +57,20 @@ class Inputs:
 
 
 def _world(run: Run) -> World:
+    """The run's own copy of the world, so that it does not depend on what happens to the cache."""
+    own, key = World(run.folder / "inputs" / "world"), world_key(run.config.world)
+    if own.is_intact(key):
+        return own
+    stamp = read_stamp(own.folder, WORLD_STAMP)
+    if own.folder.exists() and (stamp is None or stamp.get("key") == key):
+        set_aside(own.folder, run.report)
     world = find_world(run.config.world)
-    if world is not None:
-        return world
-    run.report("note", text=f"making the synthetic world in {cache_folder()} (once)")
-    made = run.spawn(WorldJob(run.config.world), run.folder / "inputs")
-    return World(made.files[0][0])
+    if world is None:
+        run.report("note", text=f"making the synthetic world in {cache_folder()} (once)")
+        world = World(run.spawn(WorldJob(run.config.world), run.folder / "inputs").files[0][0])
+    with atomic(own.folder) as temporary:
+        shutil.copytree(world.folder, temporary)
+    return own
 
 
 def prepare(run: Run) -> Inputs:
@@ -79,17 +89,11 @@ def prepare(run: Run) -> Inputs:
         )
         _check(run, inputs, digest("world", config.world.model_dump()))
         return inputs
-    data = config.data
-    columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
-    buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}
-    named = [_prompts_file(config), data.replay, data.eval_prompts, data.eval_pairs, *buffers.values()]
-    files = [file_digest(Path(name)) if name else None for name in named]
-    key = digest("inputs", columns, files, list(buffers), config.seed, config.evaluate.model_dump(), versions("polars"))
+    buffers = list(config.replay.buffers)
     outputs = {name: folder / f"{name}.parquet" for name in ("prompts", "offline", "eval_prompts", "eval_pairs")}
     outputs |= {f"buffer {name}": folder / f"buffer-{name}.parquet" for name in buffers}
     # The data first: the models may be a long download.
-    if any(parquet_key(outputs[name]) != key for name in ("prompts", *(f"buffer {name}" for name in buffers))):
-        _split(run, outputs, key)
+    key = _own_copies(run, outputs)
 
     def made(name: str) -> Path | None:
         return outputs[name] if parquet_key(outputs[name]) == key else None
@@ -106,6 +110,59 @@ def prepare(run: Run) -> Inputs:
     )
     _check(run, inputs, key)
     return inputs
+
+
+def _own_copies(run: Run, outputs: dict[str, Path]) -> str:
+    """Brings the run's copies of the user's data up to date, and returns their key.
+
+    A source that is gone does not matter while the copies are whole, since they keep its digest.
+
+    Raises:
+        DataError: a source is gone, and a copy is not there or damaged.
+    """
+    config, data = run.config, run.config.data
+    buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}
+    sources = {
+        "prompts": _prompts_file(config),
+        "replay": data.replay,
+        "eval_prompts": data.eval_prompts,
+        "eval_pairs": data.eval_pairs,
+        **{f"buffer {name}": path for name, path in buffers.items()},
+    }
+    stored = _kept_sources(outputs)
+    contents: dict[str, str] = {}
+    for name, file in sources.items():
+        if file is not None:
+            gone = name in stored and not Path(file).is_file()
+            contents[name] = stored[name] if gone else file_digest(Path(file))
+    columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
+    held_out = [config.evaluate.prompts, config.evaluate.pairs]
+    key = digest("inputs", columns, contents, config.seed, held_out, versions("polars"))
+    # Every file is looked at, so that each damaged one is set aside.
+    kept = {name: is_kept(file, key, run.report) for name, file in outputs.items()}
+    listed = (parquet_meta(outputs["prompts"]) or {}).get("files", []) if kept["prompts"] else []
+    if kept["prompts"] and all(kept[name] for name in listed):
+        return key
+    changed = sorted(name for name, content in contents.items() if stored and stored.get(name) != content)
+    if changed:
+        run.report("note", text=f"the data of the run is read again: {', '.join(changed)} changed")
+    for name, file in sources.items():
+        if file is not None and not Path(file).is_file():
+            raise DataError(
+                f"{file} is gone, and the run's own copy of the data in {outputs['prompts'].parent} is damaged or not "
+                f"complete; bring {name} back to that place, and resume"
+            )
+    _split(run, outputs, key, contents)
+    return key
+
+
+def _kept_sources(outputs: dict[str, Path]) -> dict[str, str]:
+    """The digests of the sources, as any of the run's copies that is whole keeps them."""
+    for file in outputs.values():
+        meta = parquet_meta(file) if intact_key(file) is not None else None
+        if isinstance(meta, dict) and isinstance(meta.get("sources"), dict):
+            return dict(meta["sources"])
+    return {}
 
 
 def _prompts_file(config: RunConfig) -> str:
@@ -152,14 +209,18 @@ def _check(run: Run, inputs: Inputs, data_key: str) -> None:
     )
     key = job.key()
     stamp = run.folder / "inputs" / "checked.json"
-    if stamp.is_file() and read_json(stamp) == key:
+    if read_sealed(stamp, key) is not None:
         return
     run.spawn(job, stamp.parent, following="replay" if run.config.has_round_zero else None)
-    write_json(stamp, key)
+    write_sealed(stamp, {}, key)
 
 
-def _split(run: Run, outputs: dict[str, Path], key: str) -> None:
-    """Reads the user's files and writes `inputs/`; the prompts last, since their key marks all of them as complete."""
+def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]) -> None:
+    """Reads the user's files and writes `inputs/`; the prompts last, since their key marks all of them as complete.
+
+    Args:
+        sources: the digests of the user's files, which the copies keep.
+    """
     config, data = run.config, run.config.data
     prompts_file = Path(_prompts_file(config))
 
@@ -203,17 +264,20 @@ def _split(run: Run, outputs: dict[str, Path], key: str) -> None:
     prompts = prompts.filter(~keys.is_in(list(held)))
     if prompts.is_empty():
         raise DataError(f"{prompts_file}: all of its {before} prompts are held out; give more, or data.eval_prompts")
+    meta: dict[str, Any] = {"sources": sources}
     if offline is not None:
         offline = offline.filter(~pl.col("key").is_in(list(held)))
-        write_parquet(outputs["offline"], offline, key=key)
+        write_parquet(outputs["offline"], offline, key=key, meta=meta)
     for name, pairs in buffers.items():
         buffers[name] = pairs.filter(~pl.col("key").is_in(list(held)))
-        write_parquet(outputs[f"buffer {name}"], buffers[name], key=key)
+        write_parquet(outputs[f"buffer {name}"], buffers[name], key=key, meta=meta)
     if eval_prompts is not None:
-        write_parquet(outputs["eval_prompts"], eval_prompts, key=key, schema=PROMPTS)
+        write_parquet(outputs["eval_prompts"], eval_prompts, key=key, schema=PROMPTS, meta=meta)
     if eval_pairs is not None:
-        write_parquet(outputs["eval_pairs"], eval_pairs, key=key)
-    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS)
+        write_parquet(outputs["eval_pairs"], eval_pairs, key=key, meta=meta)
+    written = {"offline": offline, "eval_prompts": eval_prompts, "eval_pairs": eval_pairs}
+    files = [name for name, frame in written.items() if frame is not None] + [f"buffer {name}" for name in buffers]
+    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS, meta={**meta, "files": files})
     run.report(
         "note",
         text=f"{prompts.height} prompts for the rounds, {0 if offline is None else offline.height} offline pairs"
@@ -257,6 +321,6 @@ def round_prompts(run: Run, inputs: Inputs, number: int, folder: Path) -> tuple[
         prompts = prompts[rows]
     key = digest("prompts", prompts.to_dict(as_series=False))
     path = folder / "prompts.parquet"
-    if parquet_key(path) != key:
+    if not is_kept(path, key, run.report):
         write_parquet(path, prompts, key=key, schema=PROMPTS)
     return path, key

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dice_py.events import Report, no_report
 from dice_py.models.gguf import converted_model, find_converted, gguf_key
@@ -22,13 +23,17 @@ class ConvertJob(Job):
 
     file: Path
 
+    def key_fields(self) -> dict[str, Any]:
+        """The file's digest, with the versions that convert it."""
+        return {"file": gguf_key(self.file)}
+
     def key(self) -> str:
-        """A digest of the file and of the versions that convert it."""
+        """The key of the converted folder."""
         return gguf_key(self.file)
 
-    def is_complete(self, files: Sequence[StageFile]) -> bool:
-        """True when the folder is in the cache."""
-        return find_converted(self.file) is not None
+    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
+        """The folder, unless it is in the cache."""
+        return [] if find_converted(self.file) is not None else [file for file, _ in files]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Converts the file."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, OutOfMemoryError
@@ -17,7 +18,7 @@ from dice_py.models.loading import model_identity, placement
 from dice_py.models.tokenization import encode_pairs, encode_prompt, load_tokenizer, stop_token_ids
 from dice_py.replay.mix import requested_counts
 from dice_py.stages.job import Job, StageResult
-from dice_py.storage.keys import digest, versions
+from dice_py.storage.keys import versions
 from dice_py.storage.parquet import parquet_rows, read_parquet
 from dice_py.training.memory_check import check_training_memory
 from dice_py.training.schedule import training_steps, warmup_note
@@ -48,10 +49,15 @@ class PreflightJob(Job):
     force: bool = False
     """Whether training that does not fit into memory is only warned of."""
 
-    def key(self) -> str:
-        """A digest of the data, the models, the complete config and versions."""
-        models = [model_identity(self.policy), model_identity(self.reference)]
-        return digest("check", self.data_key, models, self.config.model_dump(), versions("transformers"))
+    def key_fields(self) -> dict[str, Any]:
+        """The data, the models, the complete config and versions."""
+        return {
+            "data": self.data_key,
+            "policy": model_identity(self.policy),
+            "reference": model_identity(self.reference),
+            "config": self.config.model_dump(),
+            "versions": versions("transformers"),
+        }
 
     def run(self, report: Report = no_report) -> StageResult:
         """Checks names, then prompts and pairs, then vocabularies, then memory."""

@@ -24,8 +24,9 @@ from dice_py.replay.mined import gather_mined
 from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, OfflineBuffer, mix_buffers
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageResult, model_key_fields
-from dice_py.storage.keys import digest, versions
-from dice_py.storage.parquet import read_parquet, write_parquet
+from dice_py.storage.integrity import check_intact, is_kept
+from dice_py.storage.keys import versions
+from dice_py.storage.parquet import parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
 
@@ -71,23 +72,28 @@ class ReplayJob(Job):
     round_number: int | None = None
     """The current round, from which ages are counted."""
 
-    def key(self) -> str:
-        """A digest of the inputs, the config, the policy that scores the pairs, the seed and versions."""
-        return digest(
-            "replay",
-            self.input_keys,
-            self.config.model_dump(),
-            self.score_config.model_dump(),
-            model_key_fields(self.models),
-            model_identity(self.policy),
-            [] if self.rounds_buffer is None else self.rounds_buffer.keys(self.round_number),
-            self.round_number,
-            self.seed,
-            versions("torch", "transformers", "vllm"),
-        )
+    def key_fields(self) -> dict[str, Any]:
+        """The inputs, the config, the policy that scores the pairs, the seed and versions."""
+        return {
+            "pairs": self.input_keys,
+            # A buffer is known by its content; where its file was makes no difference.
+            "replay": self.config.model_dump(exclude={"buffers": {"__all__": {"path"}}}),
+            "score": self.score_config.model_dump(),
+            "model": model_key_fields(self.models),
+            "policy": model_identity(self.policy),
+            "rounds buffer": [] if self.rounds_buffer is None else self.rounds_buffer.keys(self.round_number),
+            "round": self.round_number,
+            "seed": self.seed,
+            "versions": versions("torch", "transformers", "vllm"),
+        }
 
     def run(self, report: Report = no_report) -> StageResult:
-        """Draws, tokenizes and scores the replayed pairs, and writes the training set."""
+        """Draws, tokenizes and scores the replayed pairs, and writes the training set, unless it is there."""
+        file, key = self.out / "training_set.parquet", self.key()
+        if is_kept(file, key, report):
+            return StageResult([(file, key)], dict(parquet_meta(file)))
+        inputs = [self.policy, self.mined, self.prompts, *self.generations, *self.scores, self.offline]
+        check_intact([*inputs, *self.buffers.values(), *self._buffer_files()])
         pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number)
         mined, prompts = self._mined()
         gamma, total = self._share(pools, report)
@@ -117,9 +123,12 @@ class ReplayJob(Job):
         if any(mix.shortfall.values()):
             report("note", text=_shortfall_note(mix, gamma))
         training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
-        file, key = self.out / "training_set.parquet", self.key()
         write_parquet(file, training, key=key, schema=TRAINING_SET, meta=mix.summary())
         return StageResult([(file, key)], mix.summary())
+
+    def _buffer_files(self) -> list[Path]:
+        buffer = self.rounds_buffer
+        return [] if buffer is None else [buffer.path(number) for number in buffer.rounds(self.round_number)]
 
     def _mined(self) -> tuple[pl.DataFrame, pl.DataFrame]:
         """The mined pairs and their prompts; empty frames where nothing was mined."""

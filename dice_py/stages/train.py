@@ -19,17 +19,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dice_py.compute.devices import Group, device_in_group, only_these_gpus
 from dice_py.compute.worker import Work
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
+from dice_py.errors import DamagedError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import model_identity, require
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
-from dice_py.storage.files import read_json
-from dice_py.storage.keys import digest, versions
-from dice_py.training.checkpoints import STAMP, checkpoint_stamp, is_trained, last_checkpoint
+from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
+from dice_py.storage.keys import versions
+from dice_py.training.checkpoints import checkpoint_stamp, is_trained, keep_model, last_checkpoint
 from dice_py.training.dataset import load_training_set
 from dice_py.training.launcher import launch
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
@@ -75,34 +77,37 @@ class TrainJob(Job):
     time_updates: bool = False
     """Whether each optimizer step's update is timed and reported (training/update_timer.py). For `dice plan`."""
 
-    def key(self) -> str:
-        """A digest of the training set, the config, the policy, the seed and versions; not of the processes."""
-        return digest(
-            "train",
-            self.training_set_key,
-            self.config.key_fields(),
-            model_key_fields(self.models),
-            model_identity(self.policy),
-            self.beta,
-            self.seed,
-            versions("torch", "transformers", "trl", "accelerate", "peft"),
-        )
+    def key_fields(self) -> dict[str, Any]:
+        """The training set, the config, the policy, the seed and versions; not the processes."""
+        return {
+            "training set": self.training_set_key,
+            "train": self.config.key_fields(),
+            "model": model_key_fields(self.models),
+            "policy": model_identity(self.policy),
+            "beta": self.beta,
+            "seed": self.seed,
+            "versions": versions("torch", "transformers", "trl", "accelerate", "peft"),
+        }
 
     @property
     def target(self) -> Path:
         """The folder of the new policy."""
         return self.out / "model"
 
-    def is_complete(self, files: Sequence[StageFile]) -> bool:
-        """True when the new policy is there."""
-        return all(is_trained(folder, key) for folder, key in files)
+    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
+        """The folder of the new policy, if it is not there or not as it was written."""
+        return [folder for folder, key in files if not is_trained(folder, key)]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Trains, or returns the counts of the model that is there."""
         key = self.key()
-        if not is_trained(self.target, key):
+        if not keep_model(self.target, key, report):
+            check_intact([self.training_set, self.policy])
             self._train(key, report)
-        return StageResult([(self.target, key)], dict(read_json(self.target / STAMP)["counts"]))
+        stamp = read_stamp(self.target)
+        if stamp is None:
+            raise DamagedError(f"{self.target / MODEL_STAMP} is damaged: it is not as it was written")
+        return StageResult([(self.target, key)], dict(stamp["counts"]))
 
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
@@ -116,7 +121,9 @@ class TrainJob(Job):
         if note is not None:
             report("note", text=note)
         checkpoints = self.out / "checkpoints"
-        checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout)) if checkpoints.exists() else None
+        checkpoint = None
+        if checkpoints.exists():
+            checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout), report)
         if checkpoint is not None:
             report("note", text=f"training resumes from {checkpoint.name}")
         work = functools.partial(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,36 +10,74 @@ from typing import TYPE_CHECKING, Any
 from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError, DiceError
+from dice_py.events import Report
 from dice_py.models.loading import placement
-from dice_py.storage.files import atomic, read_json, write_json
+from dice_py.storage.files import atomic, read_json, read_sealed, write_json
+from dice_py.storage.integrity import MODEL_STAMP, damaged_in, read_stamp, set_aside, write_stamp
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.update import check_update, measure_update, start_weights
 
 if TYPE_CHECKING:
     from dice_py.training.pair_trainer import PairTrainer
 
-STAMP = "dice.json"
-"""Written last into the folder of a model or checkpoint: marks it as complete, and has the key of the training."""
-
 PACKING_FILE = "packing.json"
 """In a checkpoint and in a trained model: for each step, the pairs and tokens of the first rank's packed rows."""
 
 
+STEP0_FILE = "step0.json"
+"""The measurement at step 0, beside the checkpoints, for a training that resumes from one."""
+
+
 def is_trained(folder: Path, key: str) -> bool:
-    """True if `folder` has the complete model of the training with this key."""
-    stamp = folder / STAMP
-    return stamp.is_file() and read_json(stamp).get("key") == key
+    """True if `folder` has the complete model of the training with this key, every file as it was written.
+
+    It reads all files.
+    """
+    stamp = read_stamp(folder)
+    return stamp is not None and stamp.get("key") == key and not damaged_in(folder)
 
 
-def last_checkpoint(folder: Path, stamp: dict[str, Any]) -> Path | None:
-    """The latest complete checkpoint with exactly this stamp. All checkpoints with another stamp are deleted."""
+def keep_model(folder: Path, key: str, report: Report) -> bool:
+    """`is_trained`; a model with damaged files is set aside, and a note names the first of them."""
+    if not folder.exists():
+        return False
+    damaged = damaged_in(folder)
+    if damaged:
+        what = "is missing" if not damaged[0].exists() else "is damaged: not as it was written"
+        set_aside(folder, report, f"cannot be used: {damaged[0].name} {what}")
+        return False
+    stamp = read_stamp(folder)
+    return stamp is not None and stamp.get("key") == key
+
+
+def last_checkpoint(folder: Path, stamp: dict[str, Any], report: Report) -> Path | None:
+    """The latest complete checkpoint with exactly this stamp, every file as it was written.
+
+    All others are deleted, those with damaged files with a note. A checkpoint also needs the measurement at step 0.
+    """
     complete: list[tuple[int, Path]] = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / STAMP).is_file() and read_json(checkpoint / STAMP) == stamp:
+    has_step0 = read_sealed(folder / STEP0_FILE, stamp["key"]) is not None
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        stored = read_stamp(checkpoint)
+        belongs = stored is not None and {name: value for name, value in stored.items() if name != "files"} == stamp
+        damaged = damaged_in(checkpoint) if belongs or stored is None else []
+        if belongs and not damaged and has_step0:
             complete.append((int(checkpoint.name.rsplit("-", 1)[1]), checkpoint))
-        else:
-            shutil.rmtree(checkpoint)
+            continue
+        # Without a stamp, a kill has interrupted the save, which is no damage.
+        if damaged and (stored is not None or (checkpoint / MODEL_STAMP).exists()):
+            what = "is missing" if not damaged[0].exists() else "is damaged: not as it was written"
+            report("note", text=f"{checkpoint} is not used and deleted: {damaged[0].name} {what}")
+        shutil.rmtree(checkpoint)
+    if not has_step0:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / STEP0_FILE).unlink()
     return max(complete)[1] if complete else None
+
+
+def stamp_checkpoint(checkpoint: Path, stamp: dict[str, Any]) -> None:
+    """Marks a checkpoint as complete, after all of its files have reached the disk."""
+    write_stamp(checkpoint, stamp)
 
 
 def checkpoint_stamp(key: str, layout: ProcessLayout) -> dict[str, Any]:
@@ -146,4 +185,4 @@ def _save(
             shutil.copy(policy / "generation_config.json", temporary)
         write_json(temporary / "train_log.json", trainer.state.log_history)
         write_json(temporary / PACKING_FILE, trainer.packing)
-        write_json(temporary / STAMP, stamp)
+        write_stamp(temporary, stamp)

@@ -41,8 +41,8 @@ from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import load_model, placement, require
 from dice_py.models.tokenization import load_tokenizer
-from dice_py.storage.files import read_json, write_json
-from dice_py.training.checkpoints import PACKING_FILE, STAMP, checkpoint_stamp, save_model
+from dice_py.storage.files import read_json, read_sealed, write_json, write_sealed
+from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model, stamp_checkpoint
 from dice_py.training.dataset import COLUMNS, load_training_set
 from dice_py.training.methods.registry import METHODS
 from dice_py.training.parallelism import SHARDED, ProcessLayout
@@ -54,9 +54,6 @@ if TYPE_CHECKING:
     from trl import DPOTrainer
 
     from dice_py.training.pair_trainer import PairTrainer
-
-STEP0_FILE = "step0.json"
-"""The measurement at step 0, beside the checkpoints, for a training that resumes from one."""
 
 
 def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], report: Report) -> Any:
@@ -72,7 +69,7 @@ def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], 
                 return
             self.step0 = measure_step0(trainer, config.step0_pairs)
             if state.is_world_process_zero:
-                write_json(Path(args.output_dir) / STEP0_FILE, self.step0._asdict())
+                write_sealed(Path(args.output_dir) / STEP0_FILE, self.step0._asdict(), stamp["key"])
             check_step0(self.step0, config, float32=not (args.bf16 or args.fp16))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -86,7 +83,7 @@ def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], 
             if state.is_world_process_zero:
                 checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 write_json(checkpoint / PACKING_FILE, trainer.packing)
-                write_json(checkpoint / STAMP, stamp)
+                stamp_checkpoint(checkpoint, stamp)
 
     return StageCallback()
 
@@ -334,8 +331,9 @@ def train_rank(
         trainer.packing = read_json(checkpoint / PACKING_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step0: Step0 | None = callback.step0
-    if step0 is None and (folder / STEP0_FILE).exists():  # A resumed training did not measure again.
-        step0 = Step0(**read_json(folder / STEP0_FILE))
+    if step0 is None:  # A resumed training did not measure again.
+        stored = read_sealed(folder / STEP0_FILE, key)
+        step0 = None if stored is None else Step0(**stored)
     counts = {
         "pairs": pairs.height,
         "pairs_too_long": too_long,
