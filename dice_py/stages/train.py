@@ -27,7 +27,9 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DamagedError
 from dice_py.events import Report, no_report
-from dice_py.models.loading import model_identity, require
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.identity import model_identity
+from dice_py.models.loading import require
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
@@ -57,7 +59,7 @@ class TrainJob(Job):
     (mean of the last train.logging_steps steps), `saved_dtype`, `update_rms` (root mean square of the weights' change).
 
     Raises, when run:
-        DataError: an unusable training set, or a loss at step 0 that is not ln 2.
+        DataError: an unusable policy (`check_checkpoint`) or training set, or a loss at step 0 that is not ln 2.
         UsageError: a layout that this machine cannot have.
         OutOfMemoryError: on any rank.
     """
@@ -111,6 +113,7 @@ class TrainJob(Job):
 
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
+        check_checkpoint(self.policy, "policy", self.models)
         layout = lay_out(self.config, self.models, self.devices, report)
         check_training_settings(self.config, self.policy, remote_code=self.models.trust_remote_code)
         pairs, _ = load_training_set(
