@@ -25,6 +25,7 @@ from cli.options import (
 )
 from cli.output import print_json
 from cli.plan import show_plan
+from cli.terminal import say
 from dice_py.errors import DataError, UsageError
 
 
@@ -94,7 +95,7 @@ def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
 
     print_table(metrics_table(metrics))
     last = list(metrics)[-1]
-    typer.echo(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
+    say(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
 
 
 def status(
@@ -131,7 +132,7 @@ def status(
     if values["rounds"]:
         print_table(profile_table(values))
     for line in profile_lines(values):
-        typer.echo(line)
+        say(line)
 
 
 def _verify(folder: Path, as_json: bool) -> None:
@@ -144,14 +145,14 @@ def _verify(folder: Path, as_json: bool) -> None:
         print_json(found)
     else:
         for path in [*damaged, *missing]:
-            typer.echo(path)
+            say(path)
     if damaged or missing:
         raise DataError(
             f"{len(damaged)} files of {folder} are damaged, and {len(missing)} are missing (the last ones named); "
             f"`dice resume {folder}` makes them again"
         )
     if not as_json:
-        typer.echo(f"nothing is damaged: {found['files']} files ({found['bytes']:,} bytes) were read")
+        say(f"nothing is damaged: {found['files']} files ({found['bytes']:,} bytes) were read")
 
 
 def _list_runs(as_json: bool) -> None:
@@ -162,6 +163,6 @@ def _list_runs(as_json: bool) -> None:
         print_json(runs)
         return
     if not runs:
-        typer.echo(f"no runs under {DEFAULT_RUNS}/")
+        say(f"no runs under {DEFAULT_RUNS}/")
     for entry in runs:
-        typer.echo(f"{entry['run']}  {entry['state']}  {entry['done']}/{entry['stages']} stages")
+        say(f"{entry['run']}  {entry['state']}  {entry['done']}/{entry['stages']} stages")

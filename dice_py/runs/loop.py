@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
-from dice_py.compute.interrupts import terminate_as_interrupt
+from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
@@ -90,7 +90,7 @@ def run(
 def _run(
     config: RunConfig, folder: Path, report: Report, after_round: AfterRound | None, force: bool
 ) -> dict[str, Any]:
-    with locked(folder), terminate_as_interrupt(), GpuMonitor(usable_gpus(config.devices, config.model)) as monitor:
+    with locked(folder), stopped_by_signals(), GpuMonitor(usable_gpus(config.devices, config.model)) as monitor:
         remove_temporaries(folder)
         end_torn_line(folder / "events.jsonl")
         run = Run(folder, config, report, monitor, force=force)
