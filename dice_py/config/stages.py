@@ -53,6 +53,10 @@ class ScoreConfig(Section):
     token_budget: Literal["auto"] | Positive = Field(
         default="auto", description="tokens of one batch; auto: measured once per model and device, then cached"
     )
+    allow_same_model: bool = Field(
+        default=False,
+        description="allow a policy and a reference with the same weights, so that every reward is 0; else refused",
+    )
     logit_chunk: Positive = Field(default=1024, description="response positions whose logits are in memory at one time")
     policy_logps: Literal["reuse_if_equal", "recompute"] = Field(
         default="reuse_if_equal",

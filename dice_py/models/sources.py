@@ -6,8 +6,9 @@ from pathlib import Path
 
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
+from dice_py.models.folder_check import check_model_folder
 from dice_py.models.gguf import converted_model, gguf_file
-from dice_py.models.loading import check_model_folder, require
+from dice_py.models.loading import require
 
 
 def resolve_model(name: str, revision: str | None, *, role: str, report: Report = no_report) -> Path:

@@ -28,7 +28,7 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
 from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.models.loading import model_identity
+from dice_py.models.identity import model_identity
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
 from dice_py.runs.candidates import Candidates, candidates

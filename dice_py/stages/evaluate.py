@@ -18,8 +18,13 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
 from dice_py.evaluation.judges.registry import JUDGES
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy
+from dice_py.evaluation.plausibility import mean_loss, random_warning, swap_warning
 from dice_py.events import Report, no_report
-from dice_py.models.loading import held_model, model_identity
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.comparison import check_distinct, warn_of_unrelated
+from dice_py.models.identity import model_identity
+from dice_py.models.loading import held_model
+from dice_py.models.sizes import model_size
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.scoring.pairs import score_pairs
 from dice_py.scoring.shards import token_arrays
@@ -91,6 +96,7 @@ class EvaluateJob(Job):
         models = {self.reference, self.initial_reference} - ({self.policy, self.start} if samples else set())
         models |= set() if samples else {self.policy, self.start}
         check_intact([*sorted(models), self.prompts, self.pairs])
+        self._check_models(report)
         metrics: dict[str, Any] = {}
         made: list[StageFile] = []
         if self.prompts is not None and self.config.prompts:
@@ -100,6 +106,14 @@ class EvaluateJob(Job):
         file, key = self.out / "metrics.json", self.key()
         write_sealed(file, metrics, key)
         return StageResult([(file, key), *dict.fromkeys(made)], metrics)
+
+    def _check_models(self, report: Report) -> None:
+        models = {"policy": self.policy, "start": self.start, "reference": self.reference}
+        for role, folder in (models | {"initial reference": self.initial_reference}).items():
+            check_checkpoint(folder, role, self.models)
+        # The policy may be the start, whose own accuracy is measured too.
+        check_distinct(self.policy, self.reference, allowed=self.score_config.allow_same_model, report=report)
+        warn_of_unrelated(self.policy, self.reference, report)
 
     def _sample_metrics(self, prompts: pl.DataFrame, made: list[StageFile], report: Report) -> dict[str, Any]:
         """Lengths of the samples of both policies, and the judges' metrics. Adds the files of the samples to `made`."""
@@ -176,9 +190,24 @@ class EvaluateJob(Job):
             )
             chosen, rejected = (logps[side] - ref_logps[side] for side in ("chosen_logp", "rejected_logp"))
             metrics[name] = reward_accuracy(chosen, rejected)
+        self._warn(metrics["implicit_reward_accuracy_initial_reference"], encoded, content, made, report)
         lengths = [encoded[side].list.len().cast(pl.Int64) for side in ("chosen_ids", "rejected_ids")]
         metrics["length_only_accuracy"] = reward_accuracy(*lengths)
         return metrics
+
+    def _warn(
+        self, accuracy: float, encoded: pl.DataFrame, content: str, made: list[StageFile], report: Report
+    ) -> None:
+        """Reports warnings where the rewards cannot be right. `accuracy` is of the initial reference, which the user
+        named."""
+        warnings = [swap_warning(accuracy, encoded.height)]
+        for role, folder in (("policy", self.policy), ("reference", self.initial_reference)):
+            logps = self._pair_logps(folder, encoded, content, made, report)["chosen_logp"]
+            loss = mean_loss(logps, encoded["chosen_ids"])
+            warnings.append(random_warning(role, loss, model_size(folder).vocabulary))
+        for text in warnings:
+            if text is not None:
+                report("note", text=text)
 
     def _pair_logps(
         self, model: Path, encoded: pl.DataFrame, content: str, made: list[StageFile], report: Report

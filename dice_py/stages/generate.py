@@ -26,7 +26,9 @@ from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.generation.limits import check_fits
 from dice_py.generation.sampler import SampleShards
 from dice_py.generation.shard import Prompt, journal_of, write_prompts
-from dice_py.models.loading import model_identity, placement
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.identity import model_identity
+from dice_py.models.loading import placement
 from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.files import TEMPORARY
@@ -43,7 +45,8 @@ class GenerateJob(Job):
     `responses`, `cut_off`, `response_tokens`.
 
     Raises, when run:
-        DataError: no prompt is left, the template refuses one, or the model lacks a token.
+        DataError: an unusable policy (`check_checkpoint`), no prompt is left, the template refuses one, or the model
+            lacks a token.
         UsageError: the engine is not installed, or prompt and response are too long for the model.
         DiskFullError: no room left; the responses that were finished are kept.
     """
@@ -80,6 +83,7 @@ class GenerateJob(Job):
 
     def run(self, report: Report = no_report) -> StageResult:
         """Samples the shards that are not complete."""
+        check_checkpoint(self.policy, "policy", self.models)
         prompts = self.prompts
         check_intact([self.policy])
         if isinstance(prompts, Path):

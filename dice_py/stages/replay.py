@@ -17,7 +17,8 @@ from dice_py.config.stages import BufferConfig, ReplayConfig, RoundsBufferConfig
 from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.models.loading import model_identity
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.identity import model_identity
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import gather_mined
@@ -94,6 +95,7 @@ class ReplayJob(Job):
             return StageResult([(file, key)], dict(parquet_meta(file)))
         inputs = [self.policy, self.mined, self.prompts, *self.generations, *self.scores, self.offline]
         check_intact([*inputs, *self.buffers.values(), *self._buffer_files()])
+        check_checkpoint(self.policy, "policy", self.models)
         pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number)
         mined, prompts = self._mined()
         gamma, total = self._share(pools, report)

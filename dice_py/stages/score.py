@@ -26,7 +26,10 @@ from dice_py.compute.shard_queue import ShardWork
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.events import Report, no_report
-from dice_py.models.loading import model_identity, release_held
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.comparison import check_distinct, warn_of_unrelated
+from dice_py.models.identity import model_identity
+from dice_py.models.loading import release_held
 from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
 from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, write_scores
 from dice_py.stages.job import Job, StageResult, model_key_fields
@@ -45,7 +48,9 @@ class ScoreJob(Job):
     to be scored).
 
     Raises, when run:
-        DataError: a shard that lacks its columns or whose tokens the models do not know.
+        DataError: an unusable model (`check_checkpoint`), or a shard that lacks its columns or whose tokens the models
+            do not know.
+        UsageError: policy and reference are the same model, and `config.allow_same_model` is false.
     """
 
     config: ScoreConfig
@@ -86,6 +91,9 @@ class ScoreJob(Job):
     def run(self, report: Report = no_report) -> StageResult:
         """Scores the shards that have no scores under their key."""
         check_intact([*self.generations, self.policy, self.reference])
+        for role, folder in (("policy", self.policy), ("reference", self.reference)):
+            check_checkpoint(folder, role, self.models)
+        check_distinct(self.policy, self.reference, allowed=self.config.allow_same_model, report=report)
         scoring = _Scoring(self, report)
         gate = scoring.run()
         files = [shard.out for shard in scoring.shards]
@@ -137,6 +145,7 @@ class _Scoring:
         gate = self._known_gate(left) if reuses else None
         if not left:
             return gate
+        warn_of_unrelated(self.job.policy, self.job.reference, self.report)
         self.groups = find_groups(self.job.devices, self.job.models, report=self.report)
         self.rows = {number: parquet_rows(self.shards[number].generations) for number in left}
         halves = [(number, self.shards[number]) for number in left]

@@ -27,7 +27,9 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DamagedError
 from dice_py.events import Report, no_report
-from dice_py.models.loading import model_identity, require
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.identity import model_identity
+from dice_py.models.loading import require
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
@@ -54,7 +56,7 @@ class TrainJob(Job):
     The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`.
 
     Raises, when run:
-        DataError: an unusable training set, or a loss at step 0 that is not ln 2.
+        DataError: an unusable policy (`check_checkpoint`) or training set, or a loss at step 0 that is not ln 2.
         UsageError: a layout that this machine cannot have.
         OutOfMemoryError: on any rank.
     """
@@ -108,6 +110,7 @@ class TrainJob(Job):
 
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
+        check_checkpoint(self.policy, "policy", self.models)
         layout = lay_out(self.config, self.models, self.devices, report)
         load_training_set(self.training_set, self.config.max_length)  # its errors come before processes start
         checkpoints = self.out / "checkpoints"

@@ -157,8 +157,8 @@ def own(refused) -> Callable[..., str]:
 def stub_model(folder: Path) -> Path:
     """What looks like a model folder from outside."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"\0" * 16)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # a header of no tensors
     return folder
 
 

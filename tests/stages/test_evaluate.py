@@ -126,7 +126,7 @@ def accuracy(
     job = EvaluateJob(
         EvaluateConfig(pairs=20),
         GenerateConfig(),
-        ScoreConfig(),
+        ScoreConfig(allow_same_model=True),
         CPU,
         policy=policy,
         start=start or policy,
