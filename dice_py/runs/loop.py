@@ -287,12 +287,12 @@ def _round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path)
     )
     # In a pool of rounds, those of the earlier ones too: their responses are scored again.
     pool = candidates(run.folder, run.manifest, number, config.mine.pool_rounds, run.report)
-    scored = run.run_stage(number, _score_job(run, pool, number, policy, reference))
+    scored = _shards(run.run_stage(number, _score_job(run, pool, number, policy, reference)))
     mine_job = MineJob(
         config=config.mine,
         generations=pool.generations,
-        scores=[file for file, _ in scored.files],
-        score_keys=[key for _, key in scored.files],
+        scores=[file for file, _ in scored],
+        score_keys=[key for _, key in scored],
         rounds=pool.rounds,
         out=base / "mine",
         seed=seed_for(config.seed, number, "mine"),
@@ -315,6 +315,11 @@ def _round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path)
     return train_job.target
 
 
+def _shards(result: StageResult) -> list[StageFile]:
+    """The shards of a stage, without what it wrote beside them (the gate)."""
+    return [(file, key) for file, key in result.files if file.suffix == ".parquet"]
+
+
 def _score_job(run: Run, pool: Candidates, number: int, policy: Path, reference: Path) -> ScoreJob:
     config = run.config
     return ScoreJob(
@@ -333,12 +338,12 @@ def _score_job(run: Run, pool: Candidates, number: int, policy: Path, reference:
 
 
 def _replay_job(
-    run: Run, inputs: Inputs, number: int, pool: Candidates, scored: StageResult, mined: StageFile, policy: Path
+    run: Run, inputs: Inputs, number: int, pool: Candidates, scored: list[StageFile], mined: StageFile, policy: Path
 ) -> ReplayJob:
     """The replay of a round. Where a run keeps a buffer of its rounds, the mined pairs are appended to it first."""
     config = run.config
     mined_file, mined_key = mined
-    scores = [file for file, _ in scored.files]
+    scores = [file for file, _ in scored]
     buffer = None
     if config.replay.buffer is not None:
         # Not a stage: appending pairs that the buffer already has does nothing.

@@ -48,14 +48,13 @@ def stored_config(folder: Path) -> tuple[RunConfig, str | None]:
     if state == "absent" and copy is not None:
         return copy, None
     if copy is None:
-        config = load_resolved(path)  # its own errors say more
         if state == "damaged":
             raise DataError(
                 f"{path} is damaged: it is not as it was written, and {folder / 'manifest.json'} has no copy. Start "
                 f"the run again with its settings, as it was started: dice run … --run-dir {folder}. What is complete "
                 "is kept"
             )
-        return config, None  # written by an earlier version
+        return load_resolved(path), None  # written by an earlier version
     try:
         differing = changes(settings(copy), settings(load_resolved(path)))
     except DiceError:

@@ -21,7 +21,7 @@ from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageFile, StageResult
 from dice_py.stages.train import TrainJob
 from dice_py.storage.cache import cache_folder
-from dice_py.storage.files import atomic, remove_temporaries
+from dice_py.storage.files import atomic, make_folder, remove_temporaries
 from dice_py.storage.integrity import set_aside, write_stamp
 from dice_py.storage.lock import exclusive_lock
 from dice_py.storage.parquet import write_parquet
@@ -125,7 +125,7 @@ class WorldJob(Job):
     def _made(self, report: Report) -> World:
         key = self.key()
         final = cache_folder() / "world" / key
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         with exclusive_lock(final.parent / ".lock"):
             world = find_world(self.config)  # another process may have made it meanwhile
             if world is not None:

@@ -25,6 +25,7 @@ TEMPORARY = ".tmp"
 KEY_NAME = "dice.key"
 """The name of an artifact's key inside its file."""
 
+_TORCH_SAVE = ("PytorchStreamWriter failed writing", "unexpected pos ")
 _PATH_ERRORS = (
     errno.EACCES,
     errno.EPERM,
@@ -33,6 +34,8 @@ _PATH_ERRORS = (
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENXIO,
 )
 
 
@@ -62,12 +65,16 @@ def _fsync(path: Path) -> None:
 def is_disk_full(error: BaseException | None) -> bool:
     """True if `error`, or an error that caused it, means that the disk or the quota is full.
 
-    Libraries written in other languages report it only in the message.
+    Libraries written in other languages report it only in the message. torch.save says no more than how far its
+    writer came, which has no other cause in practice than a disk that took less than it was given.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):
+        text = str(error)
+        if "No space left on device" in text or "Disk quota exceeded" in text:
+            return True
+        if isinstance(error, RuntimeError) and any(phrase in text for phrase in _TORCH_SAVE):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import torch
 from own_run import KEPT, PROMPTS, SAMPLES, STAGE_NAMES, STEPS, Events, frames, no_worker
 from places import child_environment
 from polars.testing import assert_frame_equal
-from processes import PATIENCE, wait_for
+from processes import PATIENCE, left_in_session, wait_for
 from safetensors.torch import load_file
 
 from dice_py.compute.worker import work_name
@@ -220,17 +219,6 @@ main()
 """
 """`dice …`, whose whole process group is killed at the given event of the given stage (mine: when its files
 are written and the manifest does not name them yet)."""
-
-
-def left_in_session(session: int) -> list[int]:
-    """Processes of a session that are not yet gone."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, leader = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(leader) == session and state not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
 
 
 def session_ends(session: int) -> bool:
