@@ -43,19 +43,17 @@ def run_job(job: Job, folder: Path) -> StageResult:
 
 
 def model_folder(name: str, revision: str | None, role: str) -> Path:
-    """The local folder of a model that an option names. A GGUF file is converted in a process of its own.
+    """The local folder of a model that an option names. What has to be converted is so in a process of its own.
 
     Args:
         role: the option, for error messages.
     """
-    from dice_py.models.gguf import find_converted, gguf_file
-    from dice_py.models.sources import resolve_model
+    from dice_py.models.sources import needs_conversion, resolve_model
     from dice_py.stages.convert import ConvertJob
     from dice_py.storage.cache import cache_folder
 
-    file = gguf_file(name, role)
-    if file is not None and find_converted(file) is None:
-        return run_job(ConvertJob(file), cache_folder() / "log").files[0][0]
+    if needs_conversion(name, revision, role):
+        return run_job(ConvertJob(name, revision, role), cache_folder() / "log").files[0][0]
     return resolve_model(name, revision, role=role, report=_echo_note)
 
 

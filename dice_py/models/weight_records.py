@@ -108,6 +108,11 @@ def _stamp(file: Path) -> list[int]:
 _in_process: dict[str, tuple[list[int], dict[str, Any]]] = {}
 
 
+def forget() -> None:
+    """Drops what this process remembers; the cache folder keeps it."""
+    _in_process.clear()
+
+
 def _remembered(file: Path, make: Any) -> dict[str, Any]:
     """The result of `make` (JSON), which is kept by the file's path as long as its stamp holds."""
     path = os.path.realpath(file)

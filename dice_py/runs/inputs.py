@@ -18,9 +18,8 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
-from dice_py.models.gguf import find_converted, gguf_file
 from dice_py.models.loading import require
-from dice_py.models.sources import resolve_model
+from dice_py.models.sources import needs_conversion, resolve_model
 from dice_py.runs.measured_costs import recall_lengths
 from dice_py.runs.throughput import lengths_key
 from dice_py.stages.convert import ConvertJob
@@ -187,10 +186,9 @@ def _models(run: Run) -> tuple[Path, Path]:
 
 
 def _model(run: Run, name: str, revision: str | None, role: str) -> Path:
-    """The folder of a model. A GGUF file is converted in a process of its own, since that imports torch."""
-    file = gguf_file(name, role)
-    if file is not None and find_converted(file) is None:
-        return run.spawn(ConvertJob(file), run.folder / "inputs").files[0][0]
+    """The folder of a model. What has to be converted is so in a process of its own, since that imports torch."""
+    if needs_conversion(name, revision, role):
+        return run.spawn(ConvertJob(name, revision, role), run.folder / "inputs").files[0][0]
     return resolve_model(name, revision, role=role, report=run.report)
 
 

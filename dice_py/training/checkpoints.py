@@ -12,6 +12,7 @@ from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError, DiceError
 from dice_py.events import Report
 from dice_py.models.loading import placement
+from dice_py.models.saving import share_weights
 from dice_py.storage.files import atomic, read_json, read_sealed, write_json
 from dice_py.storage.integrity import MODEL_STAMP, damaged_in, read_stamp, set_aside, write_stamp
 from dice_py.training.parallelism import SHARDED, ProcessLayout
@@ -181,6 +182,7 @@ def _save(
             model.config.dtype = dtype
             model.config.save_pretrained(temporary)
         trainer.processing_class.save_pretrained(temporary)
+        share_weights(temporary)
         if (policy / "generation_config.json").is_file():
             shutil.copy(policy / "generation_config.json", temporary)
         write_json(temporary / "train_log.json", trainer.state.log_history)

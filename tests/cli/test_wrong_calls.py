@@ -216,7 +216,7 @@ def test_a_tokenizer_without_a_template(refused, command: str) -> None:
     prompts = jsonl(Path("prompts.jsonl"), *({"prompt": f"q{i}"} for i in range(20)))
     options = ["--policy", folder, "--prompts", prompts]
     if command == "run":
-        options += ["--reference", folder, "--set", "replay.gamma=0", "--run-dir", "run"]
+        options += ["--reference", make_llama(Path("other"), seed=1), "--set", "replay.gamma=0", "--run-dir", "run"]
     else:
         options += ["--out", "out"]
     said = refused(3, command, *options)
