@@ -54,9 +54,10 @@ def model_folder(name: str, revision: str | None, role: str) -> Path:
 
     if needs_conversion(name, revision, role):
         return run_job(ConvertJob(name, revision, role), cache_folder() / "log").files[0][0]
-    return resolve_model(name, revision, role=role, report=_echo_note)
+    return resolve_model(name, revision, role=role, report=echo_note)
 
 
-def _echo_note(event: str, **fields: Any) -> None:
+def echo_note(event: str, **fields: Any) -> None:
+    """A `Report` that prints notes to stderr."""
     if event == "note":
         say(fields["text"], err=True)

@@ -11,7 +11,7 @@ from dice_py.events import Report, no_report
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.storage.integrity import check_intact
 from dice_py.storage.parquet import read_parquet
-from dice_py.storage.schemas import PAIRS
+from dice_py.storage.schemas import PAIRS, fit
 
 BUFFER = pl.Schema(
     {
@@ -64,7 +64,7 @@ def append_mined(
         *(pairs[name] for name in ("margin", "chosen_length", "rejected_length")),
         pl.lit(f"round-{round_number:02d}").alias("source"),
     )
-    written = buffer.append(round_number, appended.select(BUFFER.names()).cast(dict(BUFFER)), key)  # type: ignore[arg-type]
+    written = buffer.append(round_number, fit(appended, BUFFER), key)
     report("note", text=f"replay buffer: {written} of {pairs.height} mined pairs written")
 
 

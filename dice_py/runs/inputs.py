@@ -30,7 +30,7 @@ from dice_py.storage.files import atomic, read_sealed, write_sealed
 from dice_py.storage.integrity import is_kept, read_stamp, set_aside
 from dice_py.storage.keys import digest, file_digest, seed_for, versions
 from dice_py.storage.parquet import intact_key, parquet_key, parquet_meta, read_parquet, write_parquet
-from dice_py.storage.schemas import PROMPTS
+from dice_py.storage.schemas import PLACE, PROMPTS, PROMPTS_READ
 from dice_py.synthetic.world import WORLD_STAMP, World, find_world, world_key
 
 if TYPE_CHECKING:
@@ -136,7 +136,8 @@ def _own_copies(run: Run, outputs: dict[str, Path]) -> str:
             contents[name] = stored[name] if gone else file_digest(Path(file))
     columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
     held_out = [config.evaluate.prompts, config.evaluate.pairs]
-    key = digest("inputs", columns, contents, config.seed, held_out, versions("polars"))
+    rows = [data.on_bad_row, data.max_bad_rows, data.ignored_keys]
+    key = digest("inputs", columns, contents, config.seed, held_out, rows, versions("polars"))
     # Every file is looked at, so that each damaged one is set aside.
     kept = {name: is_kept(file, key, run.report) for name, file in outputs.items()}
     listed = (parquet_meta(outputs["prompts"]) or {}).get("files", []) if kept["prompts"] else []
@@ -232,16 +233,18 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
             # The first round draws first, and a pair of a later round would stop it.
             current_round=1,
             **more,
+            **reading,
         )
 
     pools = pool_columns(config)
-    prompts = read_prompts(prompts_file, data.prompt_column)
+    reading: dict[str, Any] = {"rule": data.bad_rows, "ignored": data.ignored_keys, "report": run.report}
+    prompts = read_prompts(prompts_file, data.prompt_column, **reading)
     offline = pairs_of(data.replay, "replay") if data.replay else None
     buffers = {name: pairs_of(buffer.path, name) for name, buffer in config.replay.buffers.items()}
     rng = random.Random(seed_for(config.seed, "held out"))
     eval_prompts = eval_pairs = None
     if data.eval_prompts:
-        eval_prompts = read_prompts(Path(data.eval_prompts), data.prompt_column)
+        eval_prompts = read_prompts(Path(data.eval_prompts), data.prompt_column, **reading)
     elif config.evaluate.prompts:
         count = min(config.evaluate.prompts, int(prompts.height * _HELD_OUT))
         chosen = set(rng.sample(range(prompts.height), count))
@@ -252,37 +255,49 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
         count = min(config.evaluate.pairs, int(offline.height * _HELD_OUT))
         rows = sorted(rng.sample(range(offline.height), count))
         eval_pairs = offline[rows] if count else None
-    held = set()
-    if eval_prompts is not None:
-        held |= {prompt_key(messages) for messages in eval_prompts["messages"].to_list()}
+    held = set() if eval_prompts is None else set(_keys(eval_prompts))
     if eval_pairs is not None:
         held |= set(eval_pairs["key"])
     before = prompts.height
-    keys = pl.Series([prompt_key(messages) for messages in prompts["messages"].to_list()], dtype=pl.String)
-    prompts = prompts.filter(~keys.is_in(list(held)))
+    prompts = prompts.filter(~_keys(prompts).is_in(list(held)))
     if prompts.is_empty():
         raise DataError(f"{prompts_file}: all of its {before} prompts are held out; give more, or data.eval_prompts")
     meta: dict[str, Any] = {"sources": sources}
     if offline is not None:
-        offline = offline.filter(~pl.col("key").is_in(list(held)))
+        offline = _not_held_out(offline, held, f"data.replay ({data.replay})")
         write_parquet(outputs["offline"], offline, key=key, meta=meta)
     for name, pairs in buffers.items():
-        buffers[name] = pairs.filter(~pl.col("key").is_in(list(held)))
+        buffers[name] = _not_held_out(pairs, held, f"replay.buffers.{name}")
         write_parquet(outputs[f"buffer {name}"], buffers[name], key=key, meta=meta)
     if eval_prompts is not None:
-        write_parquet(outputs["eval_prompts"], eval_prompts, key=key, schema=PROMPTS, meta=meta)
+        write_parquet(outputs["eval_prompts"], eval_prompts, key=key, schema=PROMPTS_READ, meta=meta)
     if eval_pairs is not None:
         write_parquet(outputs["eval_pairs"], eval_pairs, key=key, meta=meta)
     written = {"offline": offline, "eval_prompts": eval_prompts, "eval_pairs": eval_pairs}
     files = [name for name, frame in written.items() if frame is not None] + [f"buffer {name}" for name in buffers]
-    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS, meta={**meta, "files": files})
-    run.report(
-        "note",
-        text=f"{prompts.height} prompts for the rounds, {0 if offline is None else offline.height} offline pairs"
-        + "".join(f", {pairs.height} in buffer {name}" for name, pairs in buffers.items())
-        + f"; held out: {0 if eval_prompts is None else eval_prompts.height} prompts, "
-        f"{0 if eval_pairs is None else eval_pairs.height} pairs",
-    )
+    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS_READ, meta={**meta, "files": files})
+    counts = [("prompts for the rounds", prompts), ("offline pairs", offline)]
+    text = ", ".join(f"{0 if frame is None else frame.height} {noun}" for noun, frame in counts)
+    text += "".join(f", {pairs.height} in buffer {name}" for name, pairs in buffers.items())
+    held_out = [("prompts", eval_prompts), ("pairs", eval_pairs)]
+    text += "; held out: " + ", ".join(f"{0 if frame is None else frame.height} {noun}" for noun, frame in held_out)
+    run.report("note", text=text)
+
+
+def _keys(prompts: pl.DataFrame) -> pl.Series:
+    return pl.Series([prompt_key(messages) for messages in prompts["messages"].to_list()], dtype=pl.String)
+
+
+def _not_held_out(pairs: pl.DataFrame, held: set[str], name: str) -> pl.DataFrame:
+    """The pairs on prompts that are not held out."""
+    kept = pairs.filter(~pl.col("key").is_in(list(held)))
+    if kept.is_empty():
+        raise DataError(
+            f"all {pairs.height} offline pairs of {name} are on prompts that are held out (data.eval_pairs, "
+            "data.eval_prompts), so none is left to replay: give other files, or leave data.eval_pairs out to have a "
+            "share held out"
+        )
+    return kept
 
 
 def pool_columns(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -309,7 +324,7 @@ def pool_columns(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def round_prompts(run: Run, inputs: Inputs, number: int, folder: Path) -> tuple[Path, str]:
     """The prompts of round `number` (from 1): all of them, or the next slice of the shuffled ones, cyclically."""
-    prompts = read_parquet(inputs.prompts, ["prompt_id", "messages"])
+    prompts = read_parquet(inputs.prompts)
     per_round = run.config.data.prompts_per_round
     if per_round is not None and per_round < prompts.height:
         order = list(range(prompts.height))
@@ -317,8 +332,8 @@ def round_prompts(run: Run, inputs: Inputs, number: int, folder: Path) -> tuple[
         start = (number - 1) * per_round
         rows = sorted(order[at % prompts.height] for at in range(start, start + per_round))
         prompts = prompts[rows]
-    key = digest("prompts", prompts.to_dict(as_series=False))
+    key = digest("prompts", prompts.select("prompt_id", "messages").to_dict(as_series=False))
     path = folder / "prompts.parquet"
     if not is_kept(path, key, run.report):
-        write_parquet(path, prompts, key=key, schema=PROMPTS)
+        write_parquet(path, prompts, key=key, schema=PROMPTS_READ if PLACE in prompts.columns else PROMPTS)
     return path, key

@@ -237,6 +237,7 @@ def _round_zero(run: Run, inputs: Inputs) -> Path:
         scores=[],
         prompts=None,
         offline=inputs.offline,
+        bad_rows=config.data.bad_rows,
         input_keys=[parquet_key(inputs.offline)],
         out=base / "replay",
         seed=seed_for(config.seed, 0, "replay"),
@@ -283,6 +284,7 @@ def _round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path)
             round_number=number,
             max_prompt_tokens=config.data.max_prompt_tokens,
             devices=config.devices,
+            bad_rows=config.data.bad_rows,
         ),
     )
     # In a pool of rounds, those of the earlier ones too: their responses are scored again.
@@ -368,6 +370,7 @@ def _replay_job(
         scores=scores,
         prompts=pool.prompts,
         offline=inputs.offline,
+        bad_rows=config.data.bad_rows,
         input_keys=[
             mined_key,
             parquet_key(inputs.offline) if inputs.offline else None,
@@ -401,5 +404,6 @@ def _evaluate(run: Run, inputs: Inputs, number: int, policy: Path, reference: Pa
         max_prompt_tokens=config.data.max_prompt_tokens,
         judges=("oracle",) if config.is_world else (),
         devices=config.devices,
+        bad_rows=config.data.bad_rows,
     )
     return dict(run.run_stage(number, job, is_last=number == config.rounds).counts)

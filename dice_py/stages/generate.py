@@ -29,7 +29,8 @@ from dice_py.generation.shard import Prompt, journal_of, write_prompts
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement
-from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.models.tokenization import encode_prompts, load_tokenizer, stop_token_ids
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.files import TEMPORARY
 from dice_py.storage.integrity import check_intact, is_kept
@@ -67,6 +68,8 @@ class GenerateJob(Job):
     """Longer prompts are left out, and counted."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     """GPUs, or processes on the CPU, that share the shards; they change no sample."""
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a prompt that the chat template refuses."""
 
     def key_fields(self) -> dict[str, Any]:
         """The prompts, the sampling, the policy, the seed and versions. Each shard has its own key too."""
@@ -88,7 +91,7 @@ class GenerateJob(Job):
         check_intact([self.policy])
         if isinstance(prompts, Path):
             check_intact([prompts])
-            prompts = read_parquet(prompts, ["prompt_id", "messages"])
+            prompts = read_parquet(prompts)
         tokenizer = load_tokenizer(self.policy, self.models)
         stops = stop_token_ids(self.policy, tokenizer)
         engine, why = choose_engine(self.config, self.models, Workload.of(self.policy, prompts))
@@ -112,10 +115,7 @@ class GenerateJob(Job):
 
     def _encode(self, prompts: pl.DataFrame, tokenizer: Any, report: Report) -> tuple[list[Prompt], int]:
         """The prompts as token ids, and how many are too long and left out."""
-        encoded = [
-            (prompt_id, encode_prompt(tokenizer, messages, f"prompt {prompt_id}"))
-            for prompt_id, messages in prompts.select("prompt_id", "messages").iter_rows()
-        ]
+        encoded = encode_prompts(prompts, tokenizer, rule=self.bad_rows, report=report)
         limit = self.max_prompt_tokens
         kept = [(prompt_id, ids) for prompt_id, ids in encoded if len(ids) <= limit]
         if not kept:

@@ -7,6 +7,7 @@ the rows; here the chosen pairs become a training set, with token ids and refere
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
+from dice_py.models.limits import model_positions
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import gather_mined
 from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, OfflineBuffer, mix_buffers
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.integrity import check_intact, is_kept
@@ -72,6 +75,8 @@ class ReplayJob(Job):
     """Pairs mined in earlier rounds (the buffer "rounds"); not used while it is empty."""
     round_number: int | None = None
     """The current round, from which ages are counted."""
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a pair that the chat template refuses."""
 
     def key_fields(self) -> dict[str, Any]:
         """The inputs, the config, the policy that scores the pairs, the seed and versions."""
@@ -96,7 +101,8 @@ class ReplayJob(Job):
         inputs = [self.policy, self.mined, self.prompts, *self.generations, *self.scores, self.offline]
         check_intact([*inputs, *self.buffers.values(), *self._buffer_files()])
         check_checkpoint(self.policy, "policy", self.models)
-        pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number)
+        tokens = _PairTokens(self, report)
+        pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number, tokens)
         mined, prompts = self._mined()
         gamma, total = self._share(pools, report)
         mix = mix_buffers(
@@ -115,8 +121,10 @@ class ReplayJob(Job):
         parts = []
         if mix.mined:
             parts.append(gather_mined(mined[mix.mined_rows], self.generations, self.scores, prompts))
-        if mix.replay:
-            parts.append(self._scored(_with_tokens(pools, mix, self.policy, self.models), report))
+        drawn = _with_tokens(pools, mix, tokens)
+        replayed = sum(part.height for part in drawn)
+        if replayed:
+            parts.append(self._scored(pl.concat(drawn, rechunk=True, how="vertical_relaxed"), report))
         if not parts:
             raise DataError(
                 "the training set is empty: no pair was mined and none replayed; lower replay.gamma, or give offline "
@@ -124,9 +132,12 @@ class ReplayJob(Job):
             )
         if any(mix.shortfall.values()):
             report("note", text=_shortfall_note(mix, gamma))
+        summary = mix.summary() | (
+            {"replay": replayed, "left_out": mix.replay - replayed} if replayed < mix.replay else {}
+        )
         training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
-        write_parquet(file, training, key=key, schema=TRAINING_SET, meta=mix.summary())
-        return StageResult([(file, key)], mix.summary())
+        write_parquet(file, training, key=key, schema=TRAINING_SET, meta=summary)
+        return StageResult([(file, key)], summary)
 
     def _buffer_files(self) -> list[Path]:
         buffer = self.rounds_buffer
@@ -178,6 +189,7 @@ def _pools(
     buffers: dict[str, Path],
     rounds_buffer: ReplayBuffer | None,
     round_number: int | None,
+    tokens: _PairTokens,
 ) -> list[OfflineBuffer]:
     """The buffers to replay from: data.replay, then the named ones, then the rounds' own."""
     # Pairs of a file are tokenized only after the draw.
@@ -195,27 +207,68 @@ def _pools(
             half_life=settings.half_life,
         )
 
-    pools = [] if offline is None else [pool(OFFLINE_BUFFER, read_parquet(offline), config, characters)]
-    pools += [pool(name, read_parquet(path), config.buffers[name], characters) for name, path in buffers.items()]
+    def read(path: Path) -> pl.DataFrame:
+        return tokens.without_equal(read_parquet(path))
+
+    pools = [] if offline is None else [pool(OFFLINE_BUFFER, read(offline), config, characters)]
+    pools += [pool(name, read(path), config.buffers[name], characters) for name, path in buffers.items()]
     if rounds_buffer is not None and config.buffer is not None and rounds_buffer.rounds(round_number):
         earlier = rounds_buffer.read(round_number)
         pools.append(pool(ROUNDS_BUFFER, earlier, config.buffer, pl.col("chosen_ids").list.len()))
     return pools
 
 
-def _with_tokens(pools: list[OfflineBuffer], mix: BufferMix, policy: Path, models: ModelConfig) -> pl.DataFrame:
+class _PairTokens:
+    """Token ids of offline pairs, with the policy's tokenizer, which is loaded once it is needed."""
+
+    def __init__(self, job: ReplayJob, report: Report) -> None:
+        self.job, self.report = job, report
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.job.policy, self.job.models)
+
+    def encode(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        """The pairs that the policy can be trained on, with their token ids."""
+        job = self.job
+        return encode_pairs(
+            pairs,
+            self._tokenizer,
+            stop_token_ids(job.policy, self._tokenizer),
+            positions=model_positions(job.policy, job.models),
+            rule=job.bad_rows,
+            report=self.report,
+        )
+
+    def without_equal(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        """The pairs without those whose responses have the same tokens, which must not be drawn.
+
+        Only pairs that differ in white space, case or forms of characters are tokenized for it.
+        """
+
+        def letters(side: str) -> pl.Expr:
+            content = pl.col(side).list.get(0).struct.field("content")
+            return content.str.normalize("NFKC").str.to_lowercase().str.replace_all(r"\s+", "")
+
+        alike = pairs.with_row_index("\0row").filter(letters("chosen") == letters("rejected"))
+        if alike.is_empty():
+            return pairs
+        different = self.encode(alike)["\0row"].to_list()
+        dropped = set(alike["\0row"].to_list()) - set(different)
+        return pairs[[row for row in range(pairs.height) if row not in dropped]]
+
+
+def _with_tokens(pools: list[OfflineBuffer], mix: BufferMix, tokens: _PairTokens) -> list[pl.DataFrame]:
     """The pairs that were drawn, as `PAIRS` and `source`. Stored tokens are kept; other pairs are tokenized."""
     drawn = []
-    tokenizer = None
     for pool in pools:
         pairs = pool.pairs[mix.draws[pool.name].rows]
         if pool.name != ROUNDS_BUFFER and pairs.height:
-            tokenizer = load_tokenizer(policy, models) if tokenizer is None else tokenizer
-            pairs = encode_pairs(pairs, tokenizer, stop_token_ids(policy, tokenizer))
+            pairs = tokens.encode(pairs)
         if pairs.height:
             label = OFFLINE_BUFFER if pool.name == OFFLINE_BUFFER else f"{OFFLINE_BUFFER}:{pool.name}"
             drawn.append(pairs.select(*PAIRS.names(), source=pl.lit(label)))
-    return pl.concat(drawn, rechunk=True)
+    return drawn
 
 
 def _shortfall_note(mix: BufferMix, gamma: float) -> str:

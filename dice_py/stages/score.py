@@ -30,6 +30,7 @@ from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import release_held
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
 from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, write_scores
 from dice_py.stages.job import Job, StageResult, model_key_fields
@@ -93,6 +94,7 @@ class ScoreJob(Job):
         check_intact([*self.generations, self.policy, self.reference])
         for role, folder in (("policy", self.policy), ("reference", self.reference)):
             check_checkpoint(folder, role, self.models)
+        check_same_tokenizer(self.policy, self.reference, self.models, report)
         check_distinct(self.policy, self.reference, allowed=self.config.allow_same_model, report=report)
         scoring = _Scoring(self, report)
         gate = scoring.run()
