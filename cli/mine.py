@@ -76,10 +76,10 @@ def _flag_type(annotation: Any, default: Any) -> Any:
 @contextlib.contextmanager
 def _interrupted() -> Iterator[None]:
     """Turns Ctrl-C and SIGTERM into an error, after temporary files are removed."""
-    from dice_py.compute.interrupts import terminate_as_interrupt
+    from dice_py.compute.interrupts import stopped_by_signals
 
     try:
-        with terminate_as_interrupt():
+        with stopped_by_signals():
             yield
     except KeyboardInterrupt:
         raise InterruptedRunError("interrupted; no pairs were written: start it again") from None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dice_py.config.shared import Positive, Probability, Section
-from dice_py.config.training import TrainConfig
+from dice_py.config.training import TrainConfig, Warmup
 
 
 class VllmConfig(Section):
@@ -52,6 +52,10 @@ class ScoreConfig(Section):
 
     token_budget: Literal["auto"] | Positive = Field(
         default="auto", description="tokens of one batch; auto: measured once per model and device, then cached"
+    )
+    allow_same_model: bool = Field(
+        default=False,
+        description="allow a policy and a reference with the same weights, so that every reward is 0; else refused",
     )
     logit_chunk: Positive = Field(default=1024, description="response positions whose logits are in memory at one time")
     policy_logps: Literal["reuse_if_equal", "recompute"] = Field(
@@ -140,8 +144,8 @@ class RoundZeroConfig(Section):
 
     learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(default=None, description="peak learning rate")
     lr_scheduler_type: str | None = Field(default=None, description="a scheduler of transformers")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="optimizer steps over which the learning rate rises"
+    warmup_steps: Warmup | None = Field(
+        default=None, description="optimizer steps over which the learning rate rises; below 1: a share of the steps"
     )
     num_train_epochs: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None, description="passes over the pairs; train.max_steps then does not apply"

@@ -1,7 +1,7 @@
-"""Checks, identifies and loads model folders, in this order below.
+"""Where models are placed, and how they are loaded.
 
 Importing this file imports neither torch nor transformers; its functions do. Tokenizers are in models/tokenization.py;
-models/sources.py finds the folder that a name means.
+models/sources.py finds the folder that a name means; models/checkpoint.py checks it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError, UsageError
-from dice_py.storage.keys import digest, file_digest
+from dice_py.models.folder_check import check_model_folder
+from dice_py.models.identity import model_identity
+from dice_py.models.weight_names import check_loaded
 from dice_py.timing import timed
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_HASHED_BYTES = 64 * 2**20  # files up to this size are identified by content, larger ones by name, size and mtime
 
 
 def require(*modules: str, extra: str) -> None:
@@ -34,32 +33,6 @@ def require(*modules: str, extra: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"{', '.join(missing)} is not installed; add it with: pip install 'dice-align[{extra}]'")
-
-
-def check_model_folder(folder: Path, *, role: str) -> None:
-    """Checks that the folder has weights, and config.json or adapter_config.json.
-
-    Raises:
-        DataError: the message names the file that is missing.
-    """
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise DataError(f"{role}: {folder} has no config.json; it is not a model folder in the Hugging Face layout")
-    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
-        raise DataError(
-            f"{role}: {folder} has a config but no weights ({' or '.join(_WEIGHTS)}); "
-            "was the download or the save interrupted?"
-        )
-
-
-def model_identity(folder: Path) -> str:
-    """A digest of the files in a model folder: small files by content, large ones by name, size and mtime."""
-    parts: list[Any] = []
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"):
-            stat = file.stat()
-            content = file_digest(file) if stat.st_size <= _HASHED_BYTES else [stat.st_size, stat.st_mtime_ns]
-            parts.append([file.name, content])
-    return digest(parts)
 
 
 @dataclass(frozen=True)
@@ -83,12 +56,29 @@ def placement(config: ModelConfig) -> Placement:
     device = config.device
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"model.device is {device!r}, but torch sees no GPU here; set model.device=cpu or auto")
+    _check_device(device)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
     return Placement(device, dtype)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"model.device is {name!r}, which is not a device of models; set it to auto, cpu or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"model.device is {name!r}, but torch sees no GPU here; set model.device=cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"model.device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs here, counted from 0; set "
+            "model.device=auto, or a smaller number"
+        )
 
 
 def load_model(folder: Path, config: ModelConfig, *, training: bool = False) -> PreTrainedModel:
@@ -100,26 +90,35 @@ def load_model(folder: Path, config: ModelConfig, *, training: bool = False) -> 
         training: leave the model on the CPU, since the trainer moves it.
 
     Raises:
-        DataError: the folder is incomplete, or transformers cannot load it.
+        DataError: the folder is incomplete, transformers cannot load it, or it lacks weights, which would be random.
     """
     with timed("import"):
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+    from safetensors import SafetensorError
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
     logging.disable_progress_bar()
     place = placement(config)
     check_model_folder(folder, role="model")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     with timed("load"):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, place.dtype), trust_remote_code=config.trust_remote_code, **options
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, place.dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with names
+                **options,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             raise DataError(f"{folder}: transformers cannot load a causal language model from it: {error}") from None
+        if not is_deepspeed_zero3_enabled():  # it does not tell what it lacks
+            check_loaded(folder, type(model).__name__, loading, {})
         model.eval()
         return model if training else model.to(place.device)
 

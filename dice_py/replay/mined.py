@@ -9,6 +9,7 @@ import polars as pl
 from dice_py.data import prompt_key
 from dice_py.events import Report, no_report
 from dice_py.replay.buffer import ReplayBuffer
+from dice_py.storage.integrity import check_intact
 from dice_py.storage.parquet import read_parquet
 from dice_py.storage.schemas import PAIRS, fit
 
@@ -52,8 +53,9 @@ def append_mined(
     Raises:
         UsageError, DataError: as `ReplayBuffer.append`.
     """
-    if buffer.is_appended(round_number, key):
+    if buffer.is_appended(round_number, key, report):
         return
+    check_intact([mined, *generations, *scores, prompts])
     pairs = read_parquet(mined)
     gathered = gather_mined(pairs, generations, scores, read_parquet(prompts, ["prompt_id", "messages"]))
     keys = [prompt_key(messages) for messages in gathered["prompt"].to_list()]

@@ -11,7 +11,7 @@ from typing import Any
 
 from dice_py.reporting.charts import gap_curve_svg
 from dice_py.reporting.formatting import mining_rows, number, seconds
-from dice_py.storage.files import Manifest, read_json, write_text
+from dice_py.storage.files import Manifest, read_sealed, write_sealed_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --accent: #2467c9; --muted: #777; }
@@ -49,7 +49,7 @@ def write_report(folder: Path) -> Path:
         parts += _round(folder, name, manifest["stages"])
     parts.append("</body></html>")
     path = folder / "report.html"
-    write_text(path, "\n".join(parts))
+    write_sealed_text(path, "\n".join(parts) + "\n", "<!-- {} -->")
     return path
 
 
@@ -67,7 +67,8 @@ def _head(name: str, manifest: dict[str, Any]) -> list[str]:
 def _evaluation(folder: Path, rounds: list[str]) -> list[str]:
     """The metrics of all rounds, side by side."""
     files = {name: folder / name / "evaluate" / "metrics.json" for name in rounds}
-    metrics = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    # A round that is still to be made again may have a damaged file.
+    metrics = {name: values for name, file in files.items() if (values := read_sealed(file)) is not None}
     if not metrics:
         return []
     names = list(dict.fromkeys(key for values in metrics.values() for key in values))
@@ -88,8 +89,8 @@ def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
         if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
             rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
             parts.append(_table(stage, ["", ""], rows))
-    mining = folder / name / "mine" / "mining.json"
-    return [*parts, *_mining(read_json(mining))] if mining.is_file() else parts
+    mining = read_sealed(folder / name / "mine" / "mining.json")
+    return parts if mining is None else [*parts, *_mining(mining)]
 
 
 def _mining(summary: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from dice_py.config.loading import load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.generation.engines.factory import auto_engine
 from dice_py.generation.engines.vllm_on_cpu import Workload
-from dice_py.models.loading import model_identity
+from dice_py.models.identity import model_identity
 from dice_py.models.sizes import model_size
 from dice_py.runs.measured_costs import (
     EvaluateCosts,

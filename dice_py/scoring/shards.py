@@ -69,6 +69,8 @@ class ScoreShards:
     shards: list[Shard]
     columns: Columns
     beta: float
+    gate: dict[str, Any] | None = None
+    """`key` and `figures` of the gate (scoring/gate.py), which the scores keep in their footer."""
 
     def __call__(self, shards: ShardQueue, *, report: Report) -> None:
         """Scores shards until `shards` has no more."""
@@ -85,7 +87,7 @@ class ScoreShards:
                 frame = pl.DataFrame({"ref_logp": logps}, schema=_REF_LOGPS)
                 write_parquet(shard.ref_logps_file, frame, key=shard.key)
             else:
-                write_scores(shard, pl.Series("logp", logps, dtype=pl.Float64), self.beta, report)
+                write_scores(shard, pl.Series("logp", logps, dtype=pl.Float64), self.beta, self.gate, report)
             report("throughput", stage="score", model=self.role, file=shard.out.name, **scorer.take_work())
             report("shard_complete", number=number)
 
@@ -110,12 +112,16 @@ def shard_logps(
     return sums.tolist()
 
 
-def write_scores(shard: Shard, logps: pl.Series, beta: float, report: Report) -> None:
-    """Writes a shard's scores from the reference's sums and the policy's (`logps`, f64)."""
+def write_scores(shard: Shard, logps: pl.Series, beta: float, gate: dict[str, Any] | None, report: Report) -> None:
+    """Writes a shard's scores from the reference's sums and the policy's (`logps`, f64).
+
+    A shard that the policy sampled keeps the figures of the gate, so that they are known as long as one of them is.
+    """
     frame = read_parquet(shard.ref_logps_file, ["ref_logp"]).with_columns(logps.cast(pl.Float64).alias("logp"))
     # The difference is taken before rounding to f32: two sums of -1000 share most of their digits.
     frame = frame.with_columns(reward=beta * (pl.col("logp") - pl.col("ref_logp")))
-    write_parquet(shard.out, frame, key=shard.key, schema=SCORES, meta={"beta": beta})
+    meta = {"beta": beta, **({"gate": gate} if shard.sampled and gate is not None else {})}
+    write_parquet(shard.out, frame, key=shard.key, schema=SCORES, meta=meta)
     shard.ref_logps_file.unlink()
     report("shard", file=shard.out.name, key=shard.key, rows=frame.height)
 

@@ -17,8 +17,9 @@ from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.mining.pairs import MinedPairs, mine_pairs
 from dice_py.stages.job import Job, StageResult
-from dice_py.storage.files import write_json
-from dice_py.storage.keys import digest, versions
+from dice_py.storage.files import write_sealed
+from dice_py.storage.integrity import check_intact
+from dice_py.storage.keys import versions
 from dice_py.storage.parquet import parquet_rows, write_parquet
 from dice_py.storage.schemas import MINED, MINED_LABELS
 
@@ -47,13 +48,19 @@ class MineJob(Job):
     seed: int
     """Of `pairing="max_random"`."""
 
-    def key(self) -> str:
-        """A digest of the scores, the options and the seed."""
-        return digest("mine", self.score_keys, self.config.model_dump(), self.seed, versions("polars"))
+    def key_fields(self) -> dict[str, Any]:
+        """The scores, the options and the seed."""
+        return {
+            "scores": self.score_keys,
+            "mine": self.config.model_dump(),
+            "seed": self.seed,
+            "versions": versions("polars"),
+        }
 
     def run(self, report: Report = no_report) -> StageResult:
         """Mines in this process; it takes seconds."""
         del report
+        check_intact([*self.generations, *self.scores])
         options = self.config.options(self.seed)
         mined = mine_pairs(self._frame(options), options)
         if mined.pairs.is_empty():
@@ -66,12 +73,12 @@ class MineJob(Job):
             **({} if config.pool_rounds == 1 else {"pooled_rounds": sorted(set(self.rounds))}),
             **mined.summary(),
         }
-        write_json(self.out / "mining.json", {**counts, "curve": mined.curve.to_dict(as_series=False)})
+        key, summary = self.key(), self.out / "mining.json"
+        write_sealed(summary, {**counts, "curve": mined.curve.to_dict(as_series=False)}, key)
         known = MINED | MINED_LABELS
         schema = pl.Schema({name: known[name] for name in mined.pairs.columns})
-        key = self.key()
         file = write_parquet(self.out / "mined.parquet", mined.pairs, key=key, schema=schema)
-        return StageResult([(file, key)], counts)
+        return StageResult([(file, key), (summary, key)], counts)
 
     def _frame(self, options: MiningOptions) -> pl.DataFrame:
         """The columns that the options name, of generations and scores side by side."""

@@ -26,6 +26,8 @@ class TokenFacts:
     """Of all prompts, pairs and stop tokens."""
     longest_prompt: int
     """Tokens of the longest prompt that is sampled on."""
+    offline: pl.DataFrame | None
+    """The pairs of the first file, as token ids."""
 
 
 def check_data(
@@ -59,21 +61,24 @@ def check_data(
             )
         lengths += kept
         report("note", text=f"checked: {file.name}")
-    largest = max([largest, *_check_pairs(config, policy, pairs, tokenizer, stops, report)])
+    encoded_pairs = _check_pairs(config, policy, pairs, tokenizer, stops, report)
+    for frame in encoded_pairs:
+        ids = frame.select(pl.col("prompt_ids", "chosen_ids", "rejected_ids").list.max().max())
+        largest = max([largest, *ids.row(0)])
     longest = max(lengths, default=1)
     if lengths:
         _check_max_length(config, min(lengths))
         for folder in (policy, reference):
             check_fits(folder, config.model, longest, 0, config.generate.max_new_tokens)
-    return TokenFacts(largest, longest)
+    return TokenFacts(largest, longest, encoded_pairs[0] if encoded_pairs else None)
 
 
 def _check_pairs(
     config: RunConfig, policy: Path, pairs: Sequence[Path], tokenizer: Any, stops: list[int], report: Report
-) -> list[int]:
-    """The largest token id of each file of pairs."""
+) -> list[pl.DataFrame]:
+    """The usable pairs of each file, as token ids."""
     positions = model_positions(policy, config.model)
-    largest = []
+    usable = []
     for file in pairs:
         stored = read_parquet(file)
         encoded = encode_pairs(stored, tokenizer, stops, positions=positions, rule=config.data.bad_rows, report=report)
@@ -82,10 +87,9 @@ def _check_pairs(
                 f"none of the {stored.height} offline pairs in {file.name} can be used: they are too long for the "
                 f"model in {policy}, or chosen and rejected have the same tokens"
             )
-        ids = encoded.select(pl.col("prompt_ids", "chosen_ids", "rejected_ids").list.max().max())
-        largest.append(max(ids.row(0)))
+        usable.append(encoded)
         report("note", text=f"checked: {file.name}")
-    return largest
+    return usable
 
 
 def _check_max_length(config: RunConfig, shortest: int) -> None:

@@ -18,8 +18,9 @@ from dice_py.config.stages import BufferConfig, ReplayConfig, RoundsBufferConfig
 from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.identity import model_identity
 from dice_py.models.limits import model_positions
-from dice_py.models.loading import model_identity
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import gather_mined
@@ -27,8 +28,9 @@ from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, Offline
 from dice_py.rows.bad_rows import BadRowRule
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageResult, model_key_fields
-from dice_py.storage.keys import digest, versions
-from dice_py.storage.parquet import read_parquet, write_parquet
+from dice_py.storage.integrity import check_intact, is_kept
+from dice_py.storage.keys import versions
+from dice_py.storage.parquet import parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
 
@@ -76,23 +78,29 @@ class ReplayJob(Job):
     bad_rows: BadRowRule = field(default_factory=BadRowRule)
     """What happens to a pair that the chat template refuses."""
 
-    def key(self) -> str:
-        """A digest of the inputs, the config, the policy that scores the pairs, the seed and versions."""
-        return digest(
-            "replay",
-            self.input_keys,
-            self.config.model_dump(),
-            self.score_config.model_dump(),
-            model_key_fields(self.models),
-            model_identity(self.policy),
-            [] if self.rounds_buffer is None else self.rounds_buffer.keys(self.round_number),
-            self.round_number,
-            self.seed,
-            versions("torch", "transformers", "vllm"),
-        )
+    def key_fields(self) -> dict[str, Any]:
+        """The inputs, the config, the policy that scores the pairs, the seed and versions."""
+        return {
+            "pairs": self.input_keys,
+            # A buffer is known by its content; where its file was makes no difference.
+            "replay": self.config.model_dump(exclude={"buffers": {"__all__": {"path"}}}),
+            "score": self.score_config.model_dump(),
+            "model": model_key_fields(self.models),
+            "policy": model_identity(self.policy),
+            "rounds buffer": [] if self.rounds_buffer is None else self.rounds_buffer.keys(self.round_number),
+            "round": self.round_number,
+            "seed": self.seed,
+            "versions": versions("torch", "transformers", "vllm"),
+        }
 
     def run(self, report: Report = no_report) -> StageResult:
-        """Draws, tokenizes and scores the replayed pairs, and writes the training set."""
+        """Draws, tokenizes and scores the replayed pairs, and writes the training set, unless it is there."""
+        file, key = self.out / "training_set.parquet", self.key()
+        if is_kept(file, key, report):
+            return StageResult([(file, key)], dict(parquet_meta(file)))
+        inputs = [self.policy, self.mined, self.prompts, *self.generations, *self.scores, self.offline]
+        check_intact([*inputs, *self.buffers.values(), *self._buffer_files()])
+        check_checkpoint(self.policy, "policy", self.models)
         tokens = _PairTokens(self, report)
         pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number, tokens)
         mined, prompts = self._mined()
@@ -128,9 +136,12 @@ class ReplayJob(Job):
             {"replay": replayed, "left_out": mix.replay - replayed} if replayed < mix.replay else {}
         )
         training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
-        file, key = self.out / "training_set.parquet", self.key()
         write_parquet(file, training, key=key, schema=TRAINING_SET, meta=summary)
         return StageResult([(file, key)], summary)
+
+    def _buffer_files(self) -> list[Path]:
+        buffer = self.rounds_buffer
+        return [] if buffer is None else [buffer.path(number) for number in buffer.rounds(self.round_number)]
 
     def _mined(self) -> tuple[pl.DataFrame, pl.DataFrame]:
         """The mined pairs and their prompts; empty frames where nothing was mined."""

@@ -157,8 +157,8 @@ def own(refused) -> Callable[..., str]:
 def stub_model(folder: Path) -> Path:
     """What looks like a model folder from outside."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"\0" * 16)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # a header of no tensors
     return folder
 
 
@@ -216,7 +216,7 @@ def test_a_tokenizer_without_a_template(refused, command: str) -> None:
     prompts = jsonl(Path("prompts.jsonl"), *({"prompt": f"q{i}"} for i in range(20)))
     options = ["--policy", folder, "--prompts", prompts]
     if command == "run":
-        options += ["--reference", folder, "--set", "replay.gamma=0", "--run-dir", "run"]
+        options += ["--reference", make_llama(Path("other"), seed=1), "--set", "replay.gamma=0", "--run-dir", "run"]
     else:
         options += ["--out", "out"]
     said = refused(3, command, *options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -267,9 +266,7 @@ def test_positions_of_scaled_rope(rope: dict[str, Any], positions: int) -> None:
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
-    policy = make_llama(tmp_path / "model")
-    config = json.loads((policy / "config.json").read_text())
-    (policy / "config.json").write_text(json.dumps({**config, "vocab_size": 80}))
+    policy = make_llama(tmp_path / "model", vocab_size=80)
     with pytest.raises(DataError, match="vocabulary has 80 entries"):
         Stage(policy, tmp_path / "out")()
 

@@ -83,7 +83,7 @@ def test_what_it_tells(run: Stage) -> None:
 
 
 def test_reward_is_zero_where_the_models_are_one(run: Stage) -> None:
-    run(reference=run.policy)
+    run({"allow_same_model": True}, reference=run.policy)
     assert [frame["reward"].to_list() for frame in run.scores()] == [[0.0] * 5, [0.0] * 4]
     assert all(frame["logp"].min() < -10.0 for frame in run.scores())
 
@@ -223,7 +223,7 @@ def test_each_model_is_read_once(run: Stage, loads: list[Path]) -> None:
 
 
 def test_one_model_in_both_roles_is_read_once(run: Stage, loads: list[Path]) -> None:
-    run(reference=run.policy)
+    run({"allow_same_model": True}, reference=run.policy)
     assert loads == [run.policy]
 
 

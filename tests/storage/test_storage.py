@@ -331,9 +331,32 @@ def test_manifest_survives_a_write_that_fails(tmp_path: Path, monkeypatch: pytes
             Manifest(path).record("round-01/score", status="running")
     assert path.read_bytes() == before
     assert names(tmp_path) == ["manifest.json"]
-    path.write_text("{")
-    with pytest.raises(DataError, match="is not valid JSON"):
-        Manifest(path)
+
+
+def test_a_damaged_manifest_reads_as_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    Manifest(path).record("round-01/generate", status="done")
+    assert not Manifest(path).is_damaged
+    whole = path.read_text()
+    for text in (
+        "{",
+        "",
+        "[]",
+        whole[:-20],
+        whole.replace("done", "dome"),
+        whole.replace("dice.digest", "dice.dagest"),
+    ):
+        path.write_text(text)
+        manifest = Manifest(path)
+        assert manifest.is_damaged
+        assert manifest.data["stages"] == {}
+
+
+def test_a_manifest_of_an_older_version_is_read(tmp_path: Path) -> None:
+    stages = {"round-01/generate": {"status": "done"}}
+    write_json(tmp_path / "manifest.json", {"version": 1, "created": 1.0, "stages": stages})
+    manifest = Manifest(tmp_path / "manifest.json")
+    assert (manifest.is_damaged, manifest.data["stages"]) == (False, stages)
 
 
 def test_files_are_readable_like_any_other(tmp_path: Path) -> None:

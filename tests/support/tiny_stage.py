@@ -87,8 +87,13 @@ class Stage:
             **changed,
         }
         job = KeyedJob(ScoreConfig(**{"token_budget": 60, **(config or {})}), CPU, **arguments)
-        result = job.run(lambda event, **fields: self.events.append((event, fields)))
+        result = job.run(self._on_event)
         return Scored([file for file, _ in result.files], result.counts["policy_logps_gate"])
+
+    def _on_event(self, event: str, **fields: Any) -> None:
+        # The two models are initialized apart, of which every call warns.
+        if "share no history" not in fields.get("text", ""):
+            self.events.append((event, fields))
 
     def of(self, event: str, field: str) -> list[Any]:
         """A field of each event of a kind, of the last call."""

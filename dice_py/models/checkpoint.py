@@ -1,0 +1,172 @@
+"""Checks that a folder holds a causal language model with all of its weights, before any work is done with it.
+
+Configs and headers come first (models/folder_check.py), then the model is built on the meta device and its weights'
+names and shapes are compared (models/weight_names.py), and last the weights are read once, for NaN
+(models/weight_records.py). What has passed is remembered under the model's content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dice_py.config.shared import ModelConfig
+from dice_py.errors import DataError, DiceError, UsageError
+from dice_py.models.bin_weights import non_finite_bin
+from dice_py.models.folder_check import check_model_folder, read_object
+from dice_py.models.identity import model_identity
+from dice_py.models.loading import placement, require
+from dice_py.models.weight_files import first_few, weight_files
+from dice_py.models.weight_names import compare_weights, error_line, stored_tensors
+from dice_py.models.weight_records import tensor_records
+from dice_py.storage.cache import recall, remember
+from dice_py.storage.keys import digest, versions
+from dice_py.timing import timed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_ENCODER = "which is no causal language model: it cannot generate text token by token"
+
+
+def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
+    """Checks the model in a folder for every engine: configs, names and shapes of its weights, and their values.
+
+    Args:
+        role: how error messages name the model, such as "policy".
+        config: device, attention implementation, whether code of the model may run.
+
+    Raises:
+        DataError: what the folder lacks or holds too much, naming file or tensor.
+        UsageError: a device, an attention implementation or a package that is not here, or code of the model's own
+            without model.trust_remote_code.
+    """
+    check_model_folder(folder, role=role)
+    placement(config)
+    require("accelerate", extra="train")
+    key = digest(
+        model_identity(folder),
+        config.model_dump(include={"device", "attn_implementation", "trust_remote_code"}),
+        versions("torch", "transformers"),
+    )
+    if recall("checkpoint", key):
+        return
+    try:
+        with timed("import"):
+            import transformers  # noqa: F401 (timed apart from the check)
+        with _quiet():
+            transformers_config = _read_config(folder, config)
+            _check_generation_config(folder)
+            compare_weights(folder, _build(folder, transformers_config, config))
+        _check_finite(folder)
+    except DiceError as error:
+        raise type(error)(f"{role}: {error}") from None
+    remember("checkpoint", key, True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and bars of transformers, whose findings are raised as errors."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _read_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    file = folder / "config.json"
+    content = read_object(file)
+    kind = content.get("model_type")
+    own_code = content.get("auto_map")
+    if kind not in CONFIG_MAPPING and own_code and not config.trust_remote_code:
+        raise UsageError(
+            f"{file}: the model needs code that comes with it (auto_map); if you trust that code, let it run with "
+            "--set model.trust_remote_code=true"
+        )
+    if kind not in CONFIG_MAPPING and not own_code:
+        known = versions("transformers")["transformers"]
+        raise DataError(
+            f"{file}: transformers {known} knows no model_type {kind!r}; a newer version may, or the name is wrong"
+        )
+    try:
+        read = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        layers = getattr(read.get_text_config(), "num_hidden_layers", None)
+    except Exception as error:  # each config class checks in its own way
+        raise _config_error(file, error) from None
+    # A model that was trained to fill masks attends both ways, unless its config says that it is a decoder.
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(read, "is_decoder", None) is False
+    if encoder or getattr(read, "is_encoder_decoder", False):
+        raise DataError(f"{file}: a model of type {kind!r}, {_ENCODER}")
+    stored = len(stored_tensors(folder))
+    if isinstance(layers, int) and layers > stored:
+        raise DataError(f"{file} says num_hidden_layers={layers}, but the folder holds only {stored} weights")
+    return read
+
+
+def _config_error(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: transformers cannot build the model that it describes: {error_line(error)}")
+
+
+def _check_generation_config(folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # raised for values by many kinds of checks
+            raise DataError(f"{file}: transformers does not accept it: {error_line(error)}") from None
+
+
+def _build(folder: Path, read: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device, with the attention implementation that is asked for."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def build(**options: Any) -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(read, trust_remote_code=config.trust_remote_code, **options)
+
+    try:
+        model = build()
+    except ImportError as error:
+        raise UsageError(f"{folder}: the model needs a package that is not installed: {error_line(error)}") from None
+    except Exception as error:  # sizes that do not go together fail anywhere in the constructor
+        if "Unrecognized configuration class" in str(error):
+            raise DataError(f"{folder / 'config.json'}: a model of type {read.model_type!r}, {_ENCODER}") from None
+        raise _config_error(folder / "config.json", error) from None
+    if config.attn_implementation is not None:
+        try:
+            model = build(attn_implementation=config.attn_implementation)
+        except Exception as error:  # a package, a GPU or a kernel that is missing, or a name that is not known
+            raise UsageError(
+                f"model.attn_implementation is {config.attn_implementation!r}, which cannot be used here: "
+                f"{error_line(error)}; leave it out (--set model.attn_implementation=sdpa), or install what it needs"
+            ) from None
+    return model
+
+
+def _check_finite(folder: Path) -> None:
+    for file in weight_files(folder):
+        if file.suffix == ".bin":
+            broken = non_finite_bin(file)
+        else:
+            broken = [name for name, record in tensor_records(file).items() if not record.finite]
+        if broken:
+            raise DataError(
+                f"{file}: {len(broken)} tensors hold NaN or infinite numbers ({first_few(broken)}); the training that "
+                "saved it diverged, or the file is damaged"
+            )
