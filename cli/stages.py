@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from dice_py.config.run import RunConfig
+    from dice_py.config.shared import ModelConfig
     from dice_py.stages.job import StageFile
 
 
@@ -50,7 +51,7 @@ def generate(
     key = digest(frame.drop(PLACE).to_dict(as_series=False))
     job = GenerateJob(
         config=resolved.generate,
-        models=resolved.model,
+        models=_models(resolved, folder, out),
         policy=folder,
         prompts=write_parquet(out / "prompts.parquet", frame, key=key, schema=PROMPTS_READ),
         prompts_key=key,
@@ -68,6 +69,13 @@ def generate(
 def _reading(resolved: RunConfig) -> dict[str, Any]:
     """How the rows of a user's file are read, as keywords of `read_prompts` and `read_pairs`."""
     return {"rule": resolved.data.bad_rows, "ignored": resolved.data.ignored_keys, "report": echo_note}
+
+
+def _models(resolved: RunConfig, policy: Path, out: Path) -> ModelConfig:
+    """The models' config, with the time that the policy's chat template prints, if it prints one."""
+    from dice_py.models.template_time import FILE, with_template_time
+
+    return with_template_time(resolved.model, policy, out / FILE, echo_note)
 
 
 def score(
@@ -236,7 +244,7 @@ def _replay(
     job = ReplayJob(
         config=resolved.replay,
         score_config=resolved.score,
-        models=resolved.model,
+        models=_models(resolved, folder, out),
         policy=folder,
         mined=mined,
         generations=generations,
@@ -328,7 +336,7 @@ def evaluate(
         config=resolved.evaluate,
         generate_config=resolved.generate,
         score_config=resolved.score,
-        models=resolved.model,
+        models=_models(resolved, policy_folder, out),
         policy=policy_folder,
         start=start_folder,
         reference=against,

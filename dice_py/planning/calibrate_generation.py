@@ -25,6 +25,7 @@ from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.generation.shard import Prompt, ShardWriter
 from dice_py.models.loading import placement
 from dice_py.models.tokenization import encode_prompts, load_tokenizer, stop_token_ids
+from dice_py.models.vocabulary import KnownTokens
 from dice_py.planning.calibration_sizes import (
     SAMPLING_SECONDS,
     Step,
@@ -235,7 +236,7 @@ def _sample(
     loaded = timed_seconds().get("load", 0.0)
     engine = build_engine(
         engine_name, config.generate, device_in_group(config.model), policy, tokenized.stops, tokenized.longest,
-        int(tokenized.tokenizer.pad_token_id),
+        int(tokenized.tokenizer.pad_token_id), KnownTokens.of(tokenized.tokenizer, tokenized.stops),
     )  # fmt: skip
     load = timed_seconds().get("load", 0.0) - loaded
     measured = Sampler(engine, config, tokenized.kept, report).measure()

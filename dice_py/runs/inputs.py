@@ -20,6 +20,7 @@ from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
 from dice_py.models.loading import require
 from dice_py.models.sources import needs_conversion, resolve_model
+from dice_py.models.template_time import FILE, with_template_time
 from dice_py.runs.measured_costs import recall_lengths
 from dice_py.runs.throughput import lengths_key
 from dice_py.stages.convert import ConvertJob
@@ -98,6 +99,8 @@ def prepare(run: Run) -> Inputs:
         return outputs[name] if parquet_key(outputs[name]) == key else None
 
     policy, reference = _models(run)
+    models = with_template_time(config.model, policy, folder / FILE, run.report)
+    run.config = config.model_copy(update={"model": models})
     inputs = Inputs(
         policy=policy,
         reference=reference,
