@@ -15,7 +15,8 @@ import polars as pl
 from dice_py.config.mining import MineConfig, MiningOptions
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.mining.pairs import MinedPairs, mine_pairs
+from dice_py.mining.no_pairs import explain_no_pairs
+from dice_py.mining.pairs import mine_pairs
 from dice_py.stages.job import Job, StageResult
 from dice_py.storage.files import write_sealed
 from dice_py.storage.integrity import check_intact
@@ -46,7 +47,7 @@ class MineJob(Job):
     """The round that sampled each shard; in a pool of rounds the greatest is the newest policy's."""
     out: Path
     seed: int
-    """Of `pairing="max_random"`."""
+    """Of `pairing="max_random"`, and of the choice among responses of equal reward."""
 
     def key_fields(self) -> dict[str, Any]:
         """The scores, the options and the seed."""
@@ -64,7 +65,7 @@ class MineJob(Job):
         options = self.config.options(self.seed)
         mined = mine_pairs(self._frame(options), options)
         if mined.pairs.is_empty():
-            raise _no_pairs(mined)
+            raise DataError(explain_no_pairs(mined.summary()))
         config = self.config
         counts: dict[str, Any] = {
             "length": config.length,
@@ -100,12 +101,3 @@ class MineJob(Job):
         shards = zip(self.generations, self.rounds, strict=True)
         sampled_in = [pl.repeat(number, parquet_rows(file), dtype=pl.UInt32, eager=True) for file, number in shards]
         return frame.with_columns(pl.concat(sampled_in).alias(options.policy_column))
-
-
-def _no_pairs(mined: MinedPairs) -> DataError:
-    pairs = f", pairs: {mined.dropped_pairs}" if any(mined.dropped_pairs.values()) else ""
-    return DataError(
-        f"no pair is left of {mined.rows} responses to {mined.prompts} prompts; dropped rows: {mined.dropped}, "
-        f"prompts: {mined.dropped_prompts}{pairs}. Raise generate.max_new_tokens if most were truncated, or loosen "
-        "the mine.* filters"
-    )
