@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,34 @@ def model_positions(folder: Path, models: ModelConfig) -> float | None:
     """Tokens that fit into the positions of the model in a folder; None if there is no limit, or it is not known."""
     config = read_config(folder, models)
     return None if config is None else positions_limit(config)
+
+
+def check_positions(
+    tokens: Iterable[int], limit: float | None, *, where: str, model: str, remedy: str, noun: str = "row"
+) -> None:
+    """Checks the lengths of sequences against the positions of a model.
+
+    Args:
+        tokens: of each sequence, prompt and response together.
+        limit: the model's positions; None: no limit.
+        where: the file, as the error names it.
+        model: the model, as the error names it.
+        remedy: what to do.
+        noun: what the sequences are.
+
+    Raises:
+        DataError: the first sequence that is too long; the message has its number and how many there are.
+    """
+    if limit is None:
+        return
+    too_long = [(row, count) for row, count in enumerate(tokens) if count > limit]
+    if too_long:
+        row, count = too_long[0]
+        more = "" if len(too_long) == 1 else f" ({len(too_long)} are too long)"
+        raise DataError(
+            f"{where}, {noun} {row}: prompt and response have {count} tokens, but {model} has {limit:.0f} "
+            f"positions{more}; {remedy}"
+        )
 
 
 def vocabulary_size(folder: Path, models: ModelConfig) -> int | None:

@@ -18,6 +18,7 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
 from dice_py.events import Report
+from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.loading import held_model
 from dice_py.storage.parquet import read_parquet, write_parquet
 from dice_py.storage.schemas import SCORES
@@ -90,6 +91,24 @@ class ScoreShards:
                 write_scores(shard, pl.Series("logp", logps, dtype=pl.Float64), self.beta, self.gate, report)
             report("throughput", stage="score", model=self.role, file=shard.out.name, **scorer.take_work())
             report("shard_complete", number=number)
+
+
+def check_lengths(file: Path, columns: Columns, model: Path, models: ModelConfig) -> None:
+    """Checks that each prompt with its response fits into a model's positions; from lengths alone, before any pass.
+
+    Raises:
+        DataError: with the file and the row.
+    """
+    limit = model_positions(model, models)
+    if limit is None:
+        return
+    frame = read_parquet(file, [columns.prompt, columns.response])
+    if not all(isinstance(dtype, pl.List) for dtype in frame.dtypes):
+        return  # `token_arrays` says what is wrong with it
+    lengths = frame.select(pl.col(columns.prompt).list.len() + pl.col(columns.response).list.len()).to_series()
+    check_positions(
+        lengths.fill_null(0).to_list(), limit, where=str(file), model=str(model), remedy="leave longer ones out"
+    )
 
 
 def shard_logps(

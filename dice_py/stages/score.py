@@ -32,7 +32,7 @@ from dice_py.models.identity import model_identity
 from dice_py.models.loading import release_held
 from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
-from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, write_scores
+from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, check_lengths, write_scores
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.files import write_sealed
 from dice_py.storage.integrity import check_intact, is_kept, kept_json
@@ -147,6 +147,9 @@ class _Scoring:
         gate = self._known_gate(left) if reuses else None
         if not left:
             return gate
+        for folder in (self.job.reference, self.job.policy):
+            for number in left:
+                check_lengths(self.shards[number].generations, self.columns, folder, self.job.models)
         warn_of_unrelated(self.job.policy, self.job.reference, self.report)
         self.groups = find_groups(self.job.devices, self.job.models, report=self.report)
         self.rows = {number: parquet_rows(self.shards[number].generations) for number in left}

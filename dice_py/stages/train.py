@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from dice_py.compute.devices import Group, device_in_group, only_these_gpus
 from dice_py.compute.worker import Work
 from dice_py.config.shared import DevicesConfig, ModelConfig
@@ -29,6 +31,7 @@ from dice_py.errors import DamagedError
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
+from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.loading import require
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
@@ -119,6 +122,16 @@ class TrainJob(Job):
         pairs, _ = load_training_set(
             self.training_set, self.config.max_length
         )  # its errors come before processes start
+        longer = pl.max_horizontal(pl.col("chosen_ids").list.len(), pl.col("rejected_ids").list.len())
+        limit = model_positions(self.policy, self.models)
+        check_positions(
+            pairs.select(pl.col("prompt_ids").list.len() + longer).to_series().to_list(),
+            limit,
+            where=str(self.training_set),
+            model=str(self.policy),
+            remedy=f"leave longer pairs out with train.max_length={limit or 0:.0f}",
+            noun="pair",
+        )
         steps = training_steps(self.config, pairs.height, layout.processes)
         note = warmup_note(self.config, steps)
         if note is not None:
