@@ -26,6 +26,7 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.events import Report, no_report
 from dice_py.models.loading import model_identity, require
+from dice_py.models.sizes import model_size
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.files import read_json
 from dice_py.storage.keys import digest, versions
@@ -104,7 +105,10 @@ class TrainJob(Job):
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
         layout = lay_out(self.config, self.models, self.devices, report)
-        load_training_set(self.training_set, self.config.max_length)  # its errors come before processes start
+        vocabulary = model_size(self.policy).vocabulary or None
+        load_training_set(
+            self.training_set, self.config.max_length, vocabulary
+        )  # its errors come before processes start
         checkpoints = self.out / "checkpoints"
         checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout)) if checkpoints.exists() else None
         if checkpoint is not None:
