@@ -165,9 +165,9 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     | "matched" | r | only pairs of nearly equal length |
 
     - "auto" is the alpha at which the mean length gap of each prompt's best and worst response is nearest zero,
-      whatever the `pairing`, over the prompts with different rewards. It is 0 if no penalty is best, else the middle of `alpha_low` and `alpha_high`; every
-      penalty between these two picks the same responses. If two penalties leave gaps of the same size on both sides of
-      zero, the lower one is used.
+      whatever the `pairing`, over the prompts with different rewards. It is 0 if no penalty is best, else the middle of
+      `alpha_low` and `alpha_high`; every penalty between these two picks the same responses. If two penalties leave
+      gaps of the same size on both sides of zero, the lower one is used.
     - "bucket": mean and population standard deviation over all usable responses in the same of `buckets` length
       quantiles. Cut j is the length of rank ceil(j * n / buckets), closed on the right, so equal lengths share a
       bucket. Responses of prompts with fewer than `min_responses` count here too. A bucket with std = 0 is not divided.
@@ -195,8 +195,8 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     | "all_pairs" | all, greatest margins first, at most `pairs_per_prompt` |
 
     If a penalty makes two responses of equal r the best and the worst, "max_min" takes the pair of the greatest margin
-    among those of different r. "max_sweet_spot" is from Xiao et al., arXiv 2502.16825; std is the population's. The number of "all_pairs" grows
-    with the square of a prompt's responses.
+    among those of different r. "max_sweet_spot" is from Xiao et al., arXiv 2502.16825; std is the population's. The
+    number of "all_pairs" grows with the square of a prompt's responses.
 
     - `policy_column`: the policy (or round) that sampled the response; a greater value is newer. `chosen_from` and
       `rejected_from` restrict that side to the "newest" or "oldest" policy among the prompt's usable responses.

@@ -21,6 +21,7 @@ from dice_py.stages.job import Job, StageResult
 from dice_py.storage.files import write_sealed
 from dice_py.storage.integrity import check_intact
 from dice_py.storage.keys import versions
+from dice_py.storage.lookup import check_row_aligned
 from dice_py.storage.parquet import parquet_rows, write_parquet
 from dice_py.storage.schemas import MINED, MINED_LABELS
 
@@ -88,13 +89,9 @@ class MineJob(Job):
             # As 64-bit hashes, which is all that the miner compares: token ids are the bulk of a shard.
             wanted.append(pl.col(options.duplicate_column).hash())
         rewards = dict.fromkeys([options.reward_column, options.second_reward_column or options.reward_column])
+        check_row_aligned(self.generations, self.scores)
         responses = pl.scan_parquet(self.generations, glob=False).select(wanted).collect()
         scored = pl.scan_parquet(self.scores, glob=False).select(list(rewards)).collect()
-        if responses.height != scored.height:
-            raise DataError(
-                f"{self.generations[0].parent} has {responses.height} responses, but {self.scores[0].parent} has "
-                f"{scored.height} scores: they are not of one round; score these generations"
-            )
         frame = responses.hstack(scored)
         if options.policy_column is None:
             return frame
