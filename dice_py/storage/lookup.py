@@ -55,14 +55,14 @@ def check_row_aligned(generations: list[Path], scores: list[Path]) -> None:
         rows, count = parquet_rows(generated), parquet_rows(its_scores)
         if rows != count:
             raise DataError(
-                f"{generated} has {rows} responses, but {its_scores} has {count} scores: they do not belong together; score "
-                "these generations, or give both in the same order"
+                f"{generated} has {rows} responses, but {its_scores} has {count} scores: they do not belong together; "
+                "score these generations, or give both in the same order"
             )
         meta = parquet_meta(its_scores)
         made_from = meta.get("generations_key") if isinstance(meta, dict) else None
         key = parquet_key(generated)
         if made_from is not None and key is not None and made_from != key:
             raise DataError(
-                f"{its_scores} has the scores of another file than {generated}: score these generations, or give both in "
-                "the same order"
+                f"{its_scores} has the scores of another file than {generated}: score these generations, or give both "
+                "in the same order"
             )
