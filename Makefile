@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-fast test-rust test-python test-vllm test-oldest lint format docs bench \
+.PHONY: help setup run demo test test-fast test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
 	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock \
 	clean
 
@@ -58,6 +58,10 @@ test-rust: setup ## Rust's tests
 
 test-python: setup ## Python's tests, a file in one of TEST_JOBS processes
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-kills: setup ## kills small runs at 100 random moments, and compares each with an undisturbed run (KILLS, KILLS_SEED)
+	DICE_KILLS=$(or $(KILLS),100) DICE_KILLS_SEED=$(or $(KILLS_SEED),0) $(BIN)/python -m pytest \
+		--numprocesses=$(TEST_JOBS) --maxprocesses=8 --dist=load tests/runs/test_kills.py $(PYTEST_ARGS)
 
 test-vllm: setup ## Python's tests of the vLLM engine, alone; `make test` has them too (about two minutes)
 	$(PYTEST) -m vllm $(PYTEST_ARGS)

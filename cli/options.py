@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Config = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="One config value: section.key=value.")]
+Force = Annotated[bool, typer.Option("--force", help="Start also where the check finds too little memory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
 # of a stage alone

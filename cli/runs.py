@@ -10,6 +10,7 @@ import typer
 from cli.options import (
     DEFAULT_RUNS,
     Config,
+    Force,
     Json,
     Prompts,
     Replay,
@@ -24,7 +25,8 @@ from cli.options import (
 )
 from cli.output import print_json
 from cli.plan import show_plan
-from dice_py.errors import UsageError
+from cli.terminal import say
+from dice_py.errors import DataError, UsageError
 
 
 def run(
@@ -39,6 +41,7 @@ def run(
     seed: Seed = None,
     run_dir: RunDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost, as `dice plan` does.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Run the loop: on your model, or on a small synthetic world.
@@ -58,21 +61,29 @@ def run(
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
     with Display() as display:
         display.line(f"run folder: {folder}")
-        metrics = run_rounds(resolved, folder, display, after_round=write_report)
+        metrics = run_rounds(resolved, folder, display, after_round=write_report, force=force)
     _finish(folder, metrics, as_json)
 
 
-def resume(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:
-    """Resume a stopped run.
+def resume(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="A changed setting: section.key=value.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Resume a stopped run, or go on with changed settings.
 
-    Completed shards are kept. Nothing whose inputs changed is used again.
+    Completed shards are kept. Nothing whose inputs changed is used again: with --set, the run goes on from the first
+    stage that the setting touches. What is damaged is set aside and made again.
     """
     from cli.progress import Display
     from dice_py.reporting.html import write_report
     from dice_py.runs.loop import resume as resume_rounds
 
     with Display() as display:
-        metrics = resume_rounds(folder, display, after_round=write_report)
+        metrics = resume_rounds(folder, display, assignments=assign or [], after_round=write_report, force=force)
     _finish(folder, metrics, as_json)
 
 
@@ -84,7 +95,7 @@ def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
 
     print_table(metrics_table(metrics))
     last = list(metrics)[-1]
-    typer.echo(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
+    say(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
 
 
 def status(
@@ -92,15 +103,22 @@ def status(
     profile: Annotated[
         bool, typer.Option("--profile", help="Where its time went: stages, start-up of processes, idle GPUs.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every artifact, and name those that are damaged or missing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the stages of a run, with their counts and times."""
     from dice_py.runs.status import run_profile, run_status
 
     if folder is None:
-        if profile:
-            raise UsageError("--profile is of one run: name its folder (dice status RUN --profile)")
+        if profile or verify:
+            name = "--profile" if profile else "--verify"
+            raise UsageError(f"{name} is of one run: name its folder (dice status RUN {name})")
         _list_runs(as_json)
+        return
+    if verify:
+        _verify(folder, as_json)
         return
     values = run_profile(folder) if profile else run_status(folder)
     if as_json:
@@ -114,7 +132,27 @@ def status(
     if values["rounds"]:
         print_table(profile_table(values))
     for line in profile_lines(values):
-        typer.echo(line)
+        say(line)
+
+
+def _verify(folder: Path, as_json: bool) -> None:
+    """Prints the paths that are damaged, then those that are missing, each on a line of its own."""
+    from dice_py.runs.verify import verify_run
+
+    found = verify_run(folder)
+    damaged, missing = found["damaged"], found["missing"]
+    if as_json:
+        print_json(found)
+    else:
+        for path in [*damaged, *missing]:
+            say(path)
+    if damaged or missing:
+        raise DataError(
+            f"{len(damaged)} files of {folder} are damaged, and {len(missing)} are missing (the last ones named); "
+            f"`dice resume {folder}` makes them again"
+        )
+    if not as_json:
+        say(f"nothing is damaged: {found['files']} files ({found['bytes']:,} bytes) were read")
 
 
 def _list_runs(as_json: bool) -> None:
@@ -125,6 +163,6 @@ def _list_runs(as_json: bool) -> None:
         print_json(runs)
         return
     if not runs:
-        typer.echo(f"no runs under {DEFAULT_RUNS}/")
+        say(f"no runs under {DEFAULT_RUNS}/")
     for entry in runs:
-        typer.echo(f"{entry['run']}  {entry['state']}  {entry['done']}/{entry['stages']} stages")
+        say(f"{entry['run']}  {entry['state']}  {entry['done']}/{entry['stages']} stages")

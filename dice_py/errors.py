@@ -23,6 +23,10 @@ class DataError(DiceError):
     exit_code = 3
 
 
+class DamagedError(DataError):
+    """An artifact of this program that is not as it was written (exit code 3). A run makes it again."""
+
+
 class OutOfMemoryError(DiceError):
     """The device or the host ran out of memory (exit code 4)."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dice_py.errors import (
+    DamagedError,
     DataError,
     DiceError,
     DiskFullError,
@@ -30,7 +31,7 @@ _OUT_OF_MEMORY = (
     "less than desired gpu memory utilization",
 )
 
-_KINDS = (DiceError, UsageError, DataError, OutOfMemoryError, DiskFullError, InterruptedRunError)
+_KINDS = (DiceError, UsageError, DataError, DamagedError, OutOfMemoryError, DiskFullError, InterruptedRunError)
 
 
 @dataclass(frozen=True)

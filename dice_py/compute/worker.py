@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 from dice_py.compute.allocator import check_allocator, worker_environment
 from dice_py.compute.devices import cuda_unstarted
 from dice_py.compute.failures import Failure, failure_fields
-from dice_py.errors import DiceError
+from dice_py.errors import DiceError, UsageError
+from dice_py.storage.files import make_folder
 from dice_py.timing import timed, timed_seconds
 
 if TYPE_CHECKING:
@@ -236,8 +237,13 @@ class Worker:
             name: of the work, in the event `process`; None: `work_name(work)`.
             environment: set (None: removed) before anything of the work is imported, on top of this process's own
                 environment as it is now.
+
+        Raises:
+            UsageError: the log cannot be there.
         """
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
+        if log.is_symlink():
+            raise UsageError(f"{log} is a symbolic link, through which the log would be written elsewhere: remove it")
         self._log = log
         with contextlib.suppress(OSError):
             self._log_start = log.stat().st_size

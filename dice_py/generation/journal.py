@@ -23,7 +23,7 @@ from pathlib import Path
 
 from dice_py.errors import DiskFullError
 from dice_py.generation.engines.base import Sample
-from dice_py.storage.files import is_disk_full
+from dice_py.storage.files import is_disk_full, make_folder
 
 _MAGIC = b"DICEJRN1"
 _RECORD = struct.Struct("<II")
@@ -58,8 +58,8 @@ class Journal:
         self._unflushed: list[bytes] = []
         self._synced = time.monotonic()
         with self._writing():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            make_folder(path.parent)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 self._end = self._recover(_header(key))
                 os.ftruncate(self._file, self._end)

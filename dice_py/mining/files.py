@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,6 +18,7 @@ from dice_py.mining.pairs import mine_pairs
 from dice_py.mining.parquet_input import ScoredFiles, narrow_batches
 from dice_py.mining.segments import SEGMENT_BYTES
 from dice_py.mining.streaming import StreamMiner
+from dice_py.storage.digests import bytes_digest
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import write_parquet
 
@@ -62,9 +64,9 @@ def mine_files(
         raise DataError(f"{', '.join(scored)}: there are no rows; pass files with at least one response")
     source = scored[0] if len(scored) == 1 else f"{scored[0]}, …"
     _check_out(files.files, out)
-    # Sizes and times stand for the contents: a digest of those would have to read the text, too.
-    stats = [(file, Path(file).stat()) for file in files.files]
-    key = digest("mine", [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], options.model_dump())
+    # Sizes and footers stand for the contents: a digest of those would have to read the text, too. Places and times do
+    # not count, so that two equal minings write equal files.
+    key = digest("mine", [_footer_digest(Path(file)) for file in files.files], options.model_dump())
     try:
         columns = wanted_columns(files.schema.names, options)
         if files.rows * ROW_BYTES <= memory_gib * 2**30:
@@ -77,6 +79,16 @@ def mine_files(
         return StreamMiner(files, columns, options, segment_rows, report).mine(out, key)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
+
+
+def _footer_digest(file: Path) -> list[Any]:
+    """A Parquet file's size, and the digest of its footer, which has counts and statistics of every column."""
+    with file.open("rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(max(0, size - 8))
+        footer = int.from_bytes(opened.read(4), "little")
+        opened.seek(max(0, size - 8 - footer))
+        return [size, bytes_digest(opened.read())]
 
 
 def _check_out(files: list[str], out: Path) -> None:

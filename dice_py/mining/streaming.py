@@ -40,7 +40,7 @@ from dice_py.mining.labels import (
 from dice_py.mining.options import native_keywords
 from dice_py.mining.parquet_input import ScoredFiles
 from dice_py.mining.segments import Segment, SegmentReader, read_segments
-from dice_py.storage.files import TEMPORARY, atomic
+from dice_py.storage.files import TEMPORARY, atomic, make_folder
 from dice_py.storage.parquet import ParquetStream
 
 
@@ -68,7 +68,7 @@ class StreamMiner:
             DataError: an unsuitable column or value.
             UsageError: rows in random order that need too many segments.
         """
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         _remove_leftovers(out)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=TEMPORARY, dir=out.parent))
         try:
@@ -95,8 +95,9 @@ class StreamMiner:
                 pairs = apply_margin_options(self._name_rows(pairs, segment), self.options)
                 totals.add(pairs)
                 writer.write(pairs)
-        dropped = {"below_min_margin": count - totals.pairs, "below_quantile": 0}
-        return self._finish(miner.summary(), unfiltered, totals, dropped, out, key)
+        mined = miner.summary()
+        dropped = {"tied": mined.tied_pairs, "below_min_margin": count - totals.pairs, "below_quantile": 0}
+        return self._finish(mined, unfiltered, totals, dropped, out, key)
 
     def _prepare(self, miner: _native.SegmentMiner, folder: Path) -> Callable[[], Iterator[Segment]]:
         """Scans the input, estimates the penalty from the sample, and returns how to read the segments."""

@@ -25,7 +25,8 @@ from dice_py.models.weight_files import check_is_weights, read_header
 from dice_py.models.weight_names import stored_tensors
 from dice_py.models.weight_records import file_content, tensor_records
 from dice_py.storage.cache import cache_folder
-from dice_py.storage.files import atomic, remove_temporaries, write_json
+from dice_py.storage.files import atomic, remove_temporaries
+from dice_py.storage.integrity import damaged_in, read_stamp, set_aside, write_stamp
 from dice_py.storage.keys import digest, versions
 from dice_py.storage.lock import exclusive_lock
 from dice_py.timing import timed
@@ -80,9 +81,9 @@ def _adapter_weights(adapter: Path) -> Path:
 
 
 def find_merged(adapter: Path, base: Path) -> Path | None:
-    """The folder that an adapter was merged into, if the cache has it; it was written completely."""
+    """The folder that an adapter was merged into, if the cache has it, every file as it was written; it reads all."""
     folder = _folder(adapter, base)
-    return folder if (folder / _STAMP).is_file() else None
+    return folder if read_stamp(folder, _STAMP) is not None and not damaged_in(folder, _STAMP) else None
 
 
 def merge_key(adapter: Path, base: Path) -> str:
@@ -117,6 +118,8 @@ def merged_model(adapter: Path, base: Path, report: Report = no_report) -> Path:
             found = find_merged(adapter, base)
             if found is None:
                 remove_temporaries(folder.parent)
+                if folder.exists():
+                    set_aside(folder, report)
                 report("note", text=f"merging the adapter {adapter} into its base model {base}, once: {folder}")
                 _merge(adapter, base, folder)
                 return folder
@@ -148,7 +151,7 @@ def _merge(adapter: Path, base: Path, folder: Path) -> None:
         for file in texts or _text_files(base):
             shutil.copy(file, temporary)
         share_weights(temporary)
-        write_json(temporary / _STAMP, {"key": folder.name, "adapter": str(adapter), "base": str(base)})
+        write_stamp(temporary, {"key": folder.name, "adapter": str(adapter), "base": str(base)}, _STAMP)
 
 
 def _check_finite(adapter: Path) -> None:

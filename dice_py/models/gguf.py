@@ -21,7 +21,8 @@ from dice_py.events import Report, no_report
 from dice_py.models.loading import require
 from dice_py.models.saving import share_weights
 from dice_py.storage.cache import cache_folder
-from dice_py.storage.files import atomic, read_json, remove_temporaries, write_json
+from dice_py.storage.files import atomic, read_json, remove_temporaries
+from dice_py.storage.integrity import damaged_in, read_stamp, set_aside, write_stamp
 from dice_py.storage.keys import digest, file_digest, versions
 from dice_py.storage.lock import exclusive_lock
 from dice_py.timing import timed
@@ -68,9 +69,9 @@ def gguf_key(file: Path) -> str:
 
 
 def find_converted(file: Path) -> Path | None:
-    """The folder that `file` was converted to, if the cache has it; it was written completely."""
+    """The folder that `file` was converted to, if the cache has it, every file as it was written. It reads them all."""
     folder = _folder(gguf_key(file))
-    return folder if (folder / _STAMP).is_file() else None
+    return folder if read_stamp(folder, _STAMP) is not None and not damaged_in(folder, _STAMP) else None
 
 
 def _folder(key: str) -> Path:
@@ -95,6 +96,8 @@ def converted_model(file: Path, report: Report = no_report) -> Path:
             found = find_converted(file)
             if found is None:
                 remove_temporaries(folder.parent)
+                if folder.exists():
+                    set_aside(folder, report)
                 _convert(file, folder, report)
                 return folder
     report("note", text=f"{file.name} ({_described(read_json(found / _STAMP))}) was converted before: {found}")
@@ -169,7 +172,7 @@ def _convert(file: Path, folder: Path, report: Report) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         share_weights(temporary)
-        write_json(temporary / _STAMP, {"key": folder.name, "file": file_digest(file), **described})
+        write_stamp(temporary, {"key": folder.name, "file": file_digest(file), **described}, _STAMP)
 
 
 def _load(file: Path, header: _Header) -> tuple[PreTrainedModel, Any]:

@@ -20,8 +20,10 @@ from pathlib import Path
 import polars as pl
 
 from dice_py.errors import DataError, UsageError
+from dice_py.events import Report, no_report
+from dice_py.storage.integrity import is_kept
 from dice_py.storage.keys import digest, seed_for
-from dice_py.storage.parquet import parquet_key, parquet_meta, parquet_rows, write_parquet
+from dice_py.storage.parquet import intact_key, parquet_key, parquet_meta, parquet_rows, write_parquet
 
 _RESERVED = {"round": pl.UInt32, "index": pl.UInt32, "priority": pl.UInt64}
 _BY_PRIORITY = ["priority", "round", "index"]
@@ -89,13 +91,13 @@ class ReplayBuffer:
             keys.append(file_key)
         return keys
 
-    def is_appended(self, round_number: int, key: str) -> bool:
-        """Whether `append` of this round with this key would do nothing.
+    def is_appended(self, round_number: int, key: str, report: Report = no_report) -> bool:
+        """Whether `append` of this round with this key would do nothing. A damaged file of the round is set aside.
 
         Raises:
             DataError: as `keys`, for the earlier rounds.
         """
-        return parquet_key(self.path(round_number)) == self._key(round_number, key, self.keys(round_number))
+        return is_kept(self.path(round_number), self._key(round_number, key, self.keys(round_number)), report)
 
     def append(self, round_number: int, pairs: pl.DataFrame, key: str) -> int:
         """Appends the pairs of a round; returns the number of pairs written, which the capacity limits.
@@ -119,7 +121,7 @@ class ReplayBuffer:
             raise UsageError(f"column '{reserved[0]}' is reserved by the replay buffer: rename it")
         path = self.path(round_number)
         full_key = self._key(round_number, key, self.keys(round_number))
-        if parquet_key(path) == full_key:
+        if intact_key(path) == full_key:
             return parquet_rows(path)
         earlier = [self.path(number) for number in self.rounds(round_number)]
         indices = range(pairs.height)

@@ -9,8 +9,10 @@ from pathlib import Path
 import polars as pl
 
 from dice_py.errors import DataError
+from dice_py.events import Report, no_report
 from dice_py.runs.folder import round_name
 from dice_py.storage.files import Manifest
+from dice_py.storage.integrity import is_kept
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
 from dice_py.storage.schemas import PROMPTS
@@ -29,7 +31,9 @@ class Candidates:
     """The prompts of all shards, each once."""
 
 
-def candidates(folder: Path, manifest: Manifest, number: int, pool_rounds: int) -> Candidates:
+def candidates(
+    folder: Path, manifest: Manifest, number: int, pool_rounds: int, report: Report = no_report
+) -> Candidates:
     """The shards of the last `pool_rounds` rounds up to round `number`; all of these have generated.
 
     The prompts of several rounds are written to `round-NN/mine/prompts.parquet`.
@@ -50,14 +54,16 @@ def candidates(folder: Path, manifest: Manifest, number: int, pool_rounds: int) 
         return Candidates(generations, keys, rounds, prompts[0])
     pooled = folder / round_name(number) / "mine" / "prompts.parquet"
     key = digest("pool", keys, [parquet_key(file) for file in prompts])
-    if parquet_key(pooled) != key:
+    if not is_kept(pooled, key, report):
         write_parquet(pooled, _same_prompts(prompts, generations), key=key, schema=PROMPTS)
     return Candidates(generations, keys, rounds, pooled)
 
 
 def _same_prompts(prompts: Iterable[Path], generations: list[Path]) -> pl.DataFrame:
     """The prompts of several rounds, each once. A pair's two responses must answer the same tokens."""
-    pooled = pl.concat([read_parquet(file, PROMPTS.names()) for file in prompts]).unique(maintain_order=True)
+    pooled = pl.concat([read_parquet(file, PROMPTS.names()) for file in prompts], how="vertical_relaxed").unique(
+        maintain_order=True
+    )
     repeated = pooled.filter(pl.col("prompt_id").is_duplicated())["prompt_id"]
     if len(repeated):
         raise DataError(

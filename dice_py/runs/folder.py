@@ -19,9 +19,12 @@ from dice_py.compute.stage_process import WarmPool, run_in_subprocess
 from dice_py.config.run import RunConfig
 from dice_py.errors import DiskFullError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.stages.job import Job, StageFile, StageResult
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES, ROUND_ZERO_STAGES, stage_of
+from dice_py.storage.digests import file_state, stored_digest
 from dice_py.storage.files import Manifest, is_disk_full
+from dice_py.storage.integrity import MODEL_STAMP, set_aside
 from dice_py.storage.lock import exclusive_lock, is_locked
 
 
@@ -29,14 +32,30 @@ class Run:
     """One run folder: its config, manifest, events and stages."""
 
     def __init__(
-        self, folder: Path, config: RunConfig, report: Report = no_report, monitor: GpuMonitor | None = None
+        self,
+        folder: Path,
+        config: RunConfig,
+        report: Report = no_report,
+        monitor: GpuMonitor | None = None,
+        *,
+        force: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
+        self.force = force
+        """Whether what does not fit into memory is tried all the same."""
         self.manifest = Manifest(folder / "manifest.json")
+        self.remade: list[str] = []
+        """The stages that are made again because their key differs from the manifest's, in order."""
         self._forward = report
         self._monitor = monitor
         self._warm = WarmPool()
+        if self.manifest.is_damaged:
+            set_aside(
+                self.manifest.path,
+                self.report,
+                "is damaged: not as it was written. Files that are whole are kept, by the keys that they carry",
+            )
 
     def close(self) -> None:
         """Ends the process that was started ahead, if one is left."""
@@ -81,16 +100,24 @@ class Run:
             following: the stage that follows, if it is not the one that the table of stages names.
         """
         stage = stage_of(job)
+        fields = job.key_fields()
         name, key = f"{round_name(number)}/{stage.name}", job.key()
         entry = self.manifest.stage(name)
         if entry is not None and entry.get("key") == key and entry.get("status") == "done":
             files = self._files(entry)
-            if job.is_complete(files):
+            incomplete = job.incomplete(files)
+            if not incomplete:
                 self.report("stage", stage=name, status="kept", seconds=entry["seconds"], counts=entry["counts"])
                 return StageResult(files, entry["counts"])
+            self._report_incomplete(name, incomplete)
+        elif entry is not None and entry.get("key") != key:
+            self._report_changed(name, entry, field_values(fields))
         self.report_gpus(None)
         started = time.time()
-        self.manifest.record(name, key=key, status="running", started=started, seconds=None, counts={}, files=[])
+        values = field_values(fields)
+        self.manifest.record(
+            name, key=key, inputs=values, status="running", started=started, seconds=None, counts={}, files=[]
+        )
         self.report("stage", stage=name, status="running")
         try:
             result = self._work(job, self.folder / name, is_last, following)
@@ -100,10 +127,30 @@ class Run:
             raise
         self.report_gpus(name)
         seconds = time.time() - started
-        files_named = [{"file": self._relative(file), "key": file_key} for file, file_key in result.files]
+        files_named = [
+            {"file": self._relative(file), "key": file_key, "digest": _digest_of(file)}
+            for file, file_key in result.files
+        ]
         self.manifest.record(name, status="done", seconds=seconds, files=files_named, counts=result.counts)
         self.report("stage", stage=name, status="done", seconds=seconds, counts=result.counts)
         return result
+
+    def _report_incomplete(self, name: str, incomplete: list[Path]) -> None:
+        """Notes, and sets aside, what is damaged of a stage that was done."""
+        for path in incomplete:
+            if not path.exists():
+                self.report("note", text=f"{name}: {path} is missing: made again")
+            elif path.is_file() and file_state(path) != "intact":
+                set_aside(path, self.report)
+            # A model is set aside by its stage, with the name of the file.
+
+    def _report_changed(self, name: str, entry: dict[str, Any], values: dict[str, Any]) -> None:
+        """Notes why a stage that has a key is made again."""
+        before = entry.get("inputs")
+        why = "an earlier version of dice made it" if before is None else listed(changes(before, values))
+        first = "" if self.remade else " (the first stage that is)"
+        self.remade.append(name)
+        self.report("note", text=f"{name} is made again{first}, because of: {why or 'the way its key is made'}")
 
     def _work(self, job: Job, folder: Path, is_last: bool, following: str | None) -> StageResult:
         if not stage_of(job).has_process:
@@ -134,6 +181,11 @@ class Run:
         return str(path.relative_to(self.folder))
 
 
+def _digest_of(path: Path) -> str | None:
+    """The digest that an artifact carries: in a model folder, that of its stamp, which has those of the files."""
+    return stored_digest(path / MODEL_STAMP if path.is_dir() else path)
+
+
 def round_name(number: int) -> str:
     """ "round-01" for round 1."""
     return f"round-{number:02d}"
@@ -161,14 +213,35 @@ def locked(folder: Path) -> Iterator[None]:
     """Locks the folder against any other process.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or it has links or devices, through which a run would write elsewhere.
     """
     with contextlib.ExitStack() as stack:
+        check_plain(folder)
         try:
             stack.enter_context(exclusive_lock(folder / ".lock", wait=False))
         except BlockingIOError:
             raise UsageError(f"{folder} is in use by another `dice` process; wait for it, or stop it") from None
         yield
+
+
+def check_plain(folder: Path) -> None:
+    """Checks that a run folder holds files and folders only. It may be a link itself.
+
+    Raises:
+        UsageError: naming the first link, pipe, socket or device.
+    """
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(Path(entry.path))
+                elif not entry.is_file(follow_symlinks=False):
+                    what = "a symbolic link" if entry.is_symlink() else "neither a file nor a folder"
+                    raise UsageError(
+                        f"{entry.path} is {what}; a run writes only inside its own folder. Remove it, or put the file "
+                        "or folder itself in its place"
+                    )
 
 
 def is_running(folder: Path) -> bool:

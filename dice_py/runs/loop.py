@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
-from dice_py.compute.interrupts import terminate_as_interrupt
-from dice_py.config.loading import dump, load_resolved
+from dice_py.compute.interrupts import stopped_by_signals
+from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
-from dice_py.errors import InterruptedRunError, UsageError
+from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.replay.buffer import ReplayBuffer
@@ -35,6 +35,16 @@ from dice_py.runs.candidates import Candidates, candidates
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
 from dice_py.runs.inputs import Inputs, prepare, round_prompts
 from dice_py.runs.profile import write_profile
+from dice_py.runs.reasons import changes, listed
+from dice_py.runs.stored_config import (
+    CONFIG_FILE,
+    has_config,
+    restore_config,
+    settings,
+    store_config,
+    stored_config,
+    with_absolute_paths,
+)
 from dice_py.runs.throughput import remember_run
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
@@ -43,7 +53,8 @@ from dice_py.stages.mine import MineJob
 from dice_py.stages.replay import ReplayJob
 from dice_py.stages.score import ScoreJob
 from dice_py.stages.train import TrainJob
-from dice_py.storage.files import Manifest, read_json, remove_temporaries, write_text
+from dice_py.storage.files import Manifest, make_folder, remove_temporaries
+from dice_py.storage.integrity import set_aside
 from dice_py.storage.keys import seed_for, versions
 from dice_py.storage.parquet import parquet_key
 
@@ -52,28 +63,41 @@ AfterRound = Callable[[Path], object]
 
 
 def run(
-    config: RunConfig, folder: Path, report: Report = no_report, *, after_round: AfterRound | None = None
+    config: RunConfig,
+    folder: Path,
+    report: Report = no_report,
+    *,
+    after_round: AfterRound | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Runs `config` in `folder`, keeping completed work; returns the metrics of each round.
 
     Args:
         after_round: the command line passes `dice_py.reporting.html.write_report`.
+        force: training that does not fit into memory is warned of, and tried all the same.
 
     Raises:
         UsageError: the folder holds a run of another config, or another process works in it.
         InterruptedRunError: Ctrl-C or SIGTERM; `dice resume` continues.
         DiceError: raised by a stage.
     """
+    config = with_absolute_paths(config)
     _check_folder(config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder), terminate_as_interrupt(), GpuMonitor(usable_gpus(config.devices, config.model)) as monitor:
+    make_folder(folder)
+    return _run(config, folder, report, after_round, force)
+
+
+def _run(
+    config: RunConfig, folder: Path, report: Report, after_round: AfterRound | None, force: bool
+) -> dict[str, Any]:
+    with locked(folder), stopped_by_signals(), GpuMonitor(usable_gpus(config.devices, config.model)) as monitor:
         remove_temporaries(folder)
-        write_text(folder / "config.yaml", dump(config))
-        run = Run(folder, config, report, monitor)
+        end_torn_line(folder / "events.jsonl")
+        run = Run(folder, config, report, monitor, force=force)
         try:
-            end_torn_line(folder / "events.jsonl")
             run.report("started", pid=os.getpid())
-            return _rounds(run, after_round)
+            _store(run)
+            return _checked_rounds(run, after_round)
         except KeyboardInterrupt:
             run.report("interrupted")
             _write_profile_of_stopped(folder)
@@ -89,15 +113,51 @@ def run(
             run.close()
 
 
+def _store(run: Run) -> None:
+    """Stores the config. One that is not as the run wrote it is set aside first; what changed is reported."""
+    file = run.folder / CONFIG_FILE
+    if file.exists():
+        try:
+            before = restore_config(run.folder, run.report)
+        except DiceError:
+            set_aside(file, run.report)
+        else:
+            changed = changes(settings(with_absolute_paths(before)), settings(run.config))
+            if changed:
+                run.report("note", text=f"settings changed: {listed(changed)}")
+    store_config(run.folder, run.config, run.manifest)
+
+
+def _checked_rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
+    """All rounds. When a stage meets a damaged artifact of the run, they begin again, so that its stage makes it."""
+    met: set[str] = set()
+    while True:
+        try:
+            return _rounds(run, after_round)
+        except DamagedError as error:
+            if str(error) in met:
+                raise
+            met.add(str(error))
+            run.report("note", text=f"{error}. The files of the run are checked again")
+
+
 def _check_folder(config: RunConfig, folder: Path) -> None:
-    stored = folder / "config.yaml"
+    stored = folder / CONFIG_FILE
     if stored.exists():
         # A run that failed before its first stage has nothing to lose: it may be started with another config.
         begun = Manifest(folder / "manifest.json").data["stages"] or any(folder.glob("round-*"))
-        if begun and load_resolved(stored) != config:
+        if not begun:
+            return
+        try:
+            before = with_absolute_paths(stored_config(folder)[0])
+        except DataError:
+            return  # It is damaged and has no copy, so the keys of the artifacts decide what is kept.
+        changed = changes(settings(before), settings(config))
+        if changed:
             raise UsageError(
-                f"{folder} holds a run of another config (see {stored}); give another --run-dir, or continue that "
-                f"run as it is with: dice resume {folder}"
+                f"{folder} holds a run of another config (see {stored}): {listed(changed)}. Give another --run-dir, "
+                f"continue that run as it is with: dice resume {folder}, or change it with: dice resume {folder} "
+                "--set section.key=value"
             )
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
@@ -108,15 +168,28 @@ def _write_profile_of_stopped(folder: Path) -> None:
         write_profile(folder)
 
 
-def resume(folder: Path, report: Report = no_report, *, after_round: AfterRound | None = None) -> dict[str, Any]:
+def resume(
+    folder: Path,
+    report: Report = no_report,
+    *,
+    assignments: Sequence[str] = (),
+    after_round: AfterRound | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
     """Resumes the run in `folder`: redoes nothing that is complete, reuses nothing whose key differs.
 
+    Args:
+        assignments: changed settings, "section.key=value". The run goes on from the first stage whose key has them;
+            notes say which stages are made again, and because of what.
+        after_round, force: as in `run`.
+
     Raises:
-        UsageError: no run is there.
+        UsageError: no run is there, or a setting is unknown or out of its range.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG_FILE).is_file() and not has_config(folder):
         raise UsageError(f"{folder} holds no run (no config.yaml); `dice status` lists runs, `dice run` starts one")
-    return run(load_resolved(folder / "config.yaml"), folder, report, after_round=after_round)
+    config = with_absolute_paths(reassigned(stored_config(folder)[0], assignments))
+    return _run(config, folder, report, after_round, force)
 
 
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
@@ -164,6 +237,7 @@ def _round_zero(run: Run, inputs: Inputs) -> Path:
         scores=[],
         prompts=None,
         offline=inputs.offline,
+        bad_rows=config.data.bad_rows,
         input_keys=[parquet_key(inputs.offline)],
         out=base / "replay",
         seed=seed_for(config.seed, 0, "replay"),
@@ -210,16 +284,17 @@ def _round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path)
             round_number=number,
             max_prompt_tokens=config.data.max_prompt_tokens,
             devices=config.devices,
+            bad_rows=config.data.bad_rows,
         ),
     )
     # In a pool of rounds, those of the earlier ones too: their responses are scored again.
-    pool = candidates(run.folder, run.manifest, number, config.mine.pool_rounds)
-    scored = run.run_stage(number, _score_job(run, pool, number, policy, reference))
+    pool = candidates(run.folder, run.manifest, number, config.mine.pool_rounds, run.report)
+    scored = _shards(run.run_stage(number, _score_job(run, pool, number, policy, reference)))
     mine_job = MineJob(
         config=config.mine,
         generations=pool.generations,
-        scores=[file for file, _ in scored.files],
-        score_keys=[key for _, key in scored.files],
+        scores=[file for file, _ in scored],
+        score_keys=[key for _, key in scored],
         rounds=pool.rounds,
         out=base / "mine",
         seed=seed_for(config.seed, number, "mine"),
@@ -242,6 +317,11 @@ def _round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path)
     return train_job.target
 
 
+def _shards(result: StageResult) -> list[StageFile]:
+    """The shards of a stage, without what it wrote beside them (the gate)."""
+    return [(file, key) for file, key in result.files if file.suffix == ".parquet"]
+
+
 def _score_job(run: Run, pool: Candidates, number: int, policy: Path, reference: Path) -> ScoreJob:
     config = run.config
     return ScoreJob(
@@ -260,12 +340,12 @@ def _score_job(run: Run, pool: Candidates, number: int, policy: Path, reference:
 
 
 def _replay_job(
-    run: Run, inputs: Inputs, number: int, pool: Candidates, scored: StageResult, mined: StageFile, policy: Path
+    run: Run, inputs: Inputs, number: int, pool: Candidates, scored: list[StageFile], mined: StageFile, policy: Path
 ) -> ReplayJob:
     """The replay of a round. Where a run keeps a buffer of its rounds, the mined pairs are appended to it first."""
     config = run.config
     mined_file, mined_key = mined
-    scores = [file for file, _ in scored.files]
+    scores = [file for file, _ in scored]
     buffer = None
     if config.replay.buffer is not None:
         # Not a stage: appending pairs that the buffer already has does nothing.
@@ -290,6 +370,7 @@ def _replay_job(
         scores=scores,
         prompts=pool.prompts,
         offline=inputs.offline,
+        bad_rows=config.data.bad_rows,
         input_keys=[
             mined_key,
             parquet_key(inputs.offline) if inputs.offline else None,
@@ -323,6 +404,6 @@ def _evaluate(run: Run, inputs: Inputs, number: int, policy: Path, reference: Pa
         max_prompt_tokens=config.data.max_prompt_tokens,
         judges=("oracle",) if config.is_world else (),
         devices=config.devices,
+        bad_rows=config.data.bad_rows,
     )
-    result = run.run_stage(number, job, is_last=number == config.rounds)
-    return dict(read_json(result.files[0][0]))
+    return dict(run.run_stage(number, job, is_last=number == config.rounds).counts)

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dice_py.storage.files import Manifest, write_json
+from dice_py.storage.files import Manifest, write_sealed
 
 Event = dict[str, Any]
 
@@ -101,7 +101,7 @@ def write_profile(folder: Path) -> None:
     """Writes `profile.json` into a run folder in which a stage has begun."""
     values = profile(folder)
     if values["rounds"]:
-        write_json(folder / "profile.json", values)
+        write_sealed(folder / "profile.json", values, "profile")
 
 
 def read_events(path: Path) -> list[Event]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dice_py.config.loading import load_resolved
-from dice_py.errors import DiceError, UsageError
+from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.runs.folder import is_running, stage_names
 from dice_py.runs.profile import profile
+from dice_py.runs.stored_config import stored_config
 from dice_py.storage.files import Manifest
 
 
@@ -20,11 +20,16 @@ def run_status(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: the folder holds no run.
+        DataError: its manifest is damaged.
     """
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"{folder} holds no run (no config.yaml)")
-    config = load_resolved(folder / "config.yaml")
+    config, _ = stored_config(folder)
     manifest = Manifest(folder / "manifest.json")
+    if manifest.is_damaged:
+        raise DataError(
+            f"{manifest.path} is damaged: it is not as it was written. `dice resume {folder}` makes it again"
+        )
     running = is_running(folder)
     entries = []
     for name in stage_names(config):

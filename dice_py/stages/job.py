@@ -14,7 +14,9 @@ from typing import Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.events import Report, no_report
-from dice_py.storage.parquet import parquet_key
+from dice_py.storage.files import read_sealed
+from dice_py.storage.keys import digest
+from dice_py.storage.parquet import intact_key
 
 StageFile = tuple[Path, str]
 """A file, or a model folder, that a stage has written, and its key."""
@@ -35,16 +37,34 @@ class Job(ABC):
     """
 
     @abstractmethod
+    def key_fields(self) -> dict[str, Any]:
+        """All that decides the stage's result, by name (JSON values): inputs, config, models, versions of libraries.
+
+        Names are those of config keys where there is one, so that a resume can say which of them changed. No value has
+        a path, a time, or anything else that differs between two equal runs.
+        """
+
     def key(self) -> str:
-        """A digest of all that decides the stage's result: inputs, config, models, and versions of libraries."""
+        """The digest of `key_fields`."""
+        return digest(type(self).__name__, self.key_fields())
 
     @abstractmethod
     def run(self, report: Report = no_report) -> StageResult:
-        """Does the work. A stage with several shards keeps those that already carry their key."""
+        """Does the work. A stage with several shards keeps those that already carry their key.
 
-    def is_complete(self, files: Sequence[StageFile]) -> bool:
-        """True when the files of an earlier run of this job are all there under their keys."""
-        return all(parquet_key(file) == key for file, key in files)
+        Raises:
+            DamagedError: an artifact that it reads is not as it was written.
+        """
+
+    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
+        """Those files of an earlier run of this job that are missing or not as they were written. It reads all."""
+        return [file for file, key in files if not _is_intact(file, key)]
+
+
+def _is_intact(file: Path, key: str) -> bool:
+    if file.suffix == ".json":
+        return read_sealed(file, key) is not None
+    return intact_key(file) == key
 
 
 def model_key_fields(models: ModelConfig) -> dict[str, Any]:

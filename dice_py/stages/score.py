@@ -30,11 +30,14 @@ from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import release_held
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
-from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, write_scores
+from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, check_lengths, write_scores
 from dice_py.stages.job import Job, StageResult, model_key_fields
+from dice_py.storage.files import write_sealed
+from dice_py.storage.integrity import check_intact, is_kept, kept_json
 from dice_py.storage.keys import digest, versions
-from dice_py.storage.parquet import parquet_key, parquet_rows, read_parquet
+from dice_py.storage.parquet import parquet_key, parquet_meta, parquet_rows, read_parquet
 
 
 @dataclass(frozen=True)
@@ -68,28 +71,30 @@ class ScoreJob(Job):
     prompt_column: str = "prompt_token_ids"
     response_column: str = "token_ids"
 
+    def key_fields(self) -> dict[str, Any]:
+        """The generations, the settings, both models and versions."""
+        return {
+            "generations": self.generation_keys,
+            "score": self.config.model_dump(),
+            "model": model_key_fields(self.models),
+            "policy": model_identity(self.policy),
+            "reference": model_identity(self.reference),
+            "beta": self.beta,
+            "columns": [self.prompt_column, self.response_column],
+            "versions": versions("torch", "transformers", "vllm"),
+        }
+
     def shard_keys(self) -> list[str]:
         """The key of each shard's scores."""
-        settings = [
-            self.config.model_dump(),
-            model_key_fields(self.models),
-            model_identity(self.policy),
-            model_identity(self.reference),
-            self.beta,
-            self.prompt_column,
-            self.response_column,
-            versions("torch", "transformers", "vllm"),
-        ]
+        settings = {name: value for name, value in self.key_fields().items() if name != "generations"}
         return [digest("score", key, settings) for key in self.generation_keys]
-
-    def key(self) -> str:
-        """A digest of the keys of all shards."""
-        return digest(self.shard_keys())
 
     def run(self, report: Report = no_report) -> StageResult:
         """Scores the shards that have no scores under their key."""
+        check_intact([*self.generations, self.policy, self.reference])
         for role, folder in (("policy", self.policy), ("reference", self.reference)):
             check_checkpoint(folder, role, self.models)
+        check_same_tokenizer(self.policy, self.reference, self.models, report)
         check_distinct(self.policy, self.reference, allowed=self.config.allow_same_model, report=report)
         scoring = _Scoring(self, report)
         gate = scoring.run()
@@ -102,7 +107,8 @@ class ScoreJob(Job):
             "reward_std": finite.std(),
             "policy_logps_gate": gate,
         }
-        return StageResult([(shard.out, shard.key) for shard in scoring.shards], counts)
+        made = [(shard.out, shard.key) for shard in scoring.shards]
+        return StageResult(made if gate is None else [*made, (scoring.gate_file, scoring.gate_key)], counts)
 
 
 class _Scoring:
@@ -137,14 +143,18 @@ class _Scoring:
     def run(self) -> dict[str, Any] | None:
         """All passes; the figures of the gate."""
         reuses = self.job.config.policy_logps == "reuse_if_equal"
-        gate = stored_gate(self.gate_file, self.gate_key) if reuses else None
-        left = [number for number in range(len(self.shards)) if not self.is_scored(number)]
+        left = [at for at, shard in enumerate(self.shards) if not is_kept(shard.out, shard.key, self.report)]
+        gate = self._known_gate(left) if reuses else None
         if not left:
             return gate
+        for folder in (self.job.reference, self.job.policy):
+            for number in left:
+                check_lengths(self.shards[number].generations, self.columns, folder, self.job.models)
         warn_of_unrelated(self.job.policy, self.job.reference, self.report)
         self.groups = find_groups(self.job.devices, self.job.models, report=self.report)
         self.rows = {number: parquet_rows(self.shards[number].generations) for number in left}
-        unread = [number for number in left if not self.has_ref_logps(number)]
+        halves = [(number, self.shards[number]) for number in left]
+        unread = [at for at, shard in halves if not is_kept(shard.ref_logps_file, shard.key, self.report)]
         self._advance(sum(self.rows[number] for number in left if number not in unread))
         self._pass("reference", self.job.reference, unread, self.has_ref_logps)
         trusted = [number for number in left if self.shards[number].sampled] if reuses else []
@@ -152,14 +162,34 @@ class _Scoring:
             gate = gate or self._measure_gate(trusted)
             self.report("note", text=gate_note(gate))
             if gate["passed"]:
-                left = [number for number in left if number not in trusted or not self._reuse(number)]
-        self._pass("policy", self.job.policy, left, self.is_scored)
+                left = [number for number in left if number not in trusted or not self._reuse(number, gate)]
+        self._pass("policy", self.job.policy, left, self.is_scored, gate)
         return gate
 
-    def _pass(self, role: Role, folder: Path, numbers: list[int], is_complete: Callable[[int], bool]) -> None:
+    def _known_gate(self, left: list[int]) -> dict[str, Any] | None:
+        """The gate that an earlier attempt measured: of its file, else of a shard that was scored after it."""
+        stored = kept_json(self.gate_file, self.gate_key, self.report)
+        if stored is not None:
+            return dict(stored["gate"])
+        for number, shard in enumerate(self.shards):
+            kept = (parquet_meta(shard.out) or {}).get("gate") if shard.sampled and number not in left else None
+            if kept is not None and kept["key"] == self.gate_key:
+                write_sealed(self.gate_file, {"gate": kept["figures"]}, self.gate_key)
+                return dict(kept["figures"])
+        return None
+
+    def _pass(
+        self,
+        role: Role,
+        folder: Path,
+        numbers: list[int],
+        is_complete: Callable[[int], bool],
+        gate: dict[str, Any] | None = None,
+    ) -> None:
         job = self.job
         models = device_in_group(job.models)
-        work = ScoreShards(job.config, models, folder, role, self.shards, self.columns, job.beta)
+        kept = None if gate is None else {"key": self.gate_key, "figures": gate}
+        work = ScoreShards(job.config, models, folder, role, self.shards, self.columns, job.beta, kept)
         self._dispatch(work, numbers, self.groups, is_complete)
 
     def _measure_gate(self, trusted: list[int]) -> dict[str, Any]:
@@ -182,12 +212,13 @@ class _Scoring:
         assert gate is not None
         return gate
 
-    def _reuse(self, number: int) -> bool:
+    def _reuse(self, number: int, gate: dict[str, Any]) -> bool:
         """Writes a shard's scores from its `sampled_logp`; does nothing and returns False where one is not finite."""
         sampled = read_parquet(self.shards[number].generations, ["sampled_logp"])["sampled_logp"]
         if not sampled.is_finite().fill_null(False).all():
             return False  # the gate saw only a sample of them
-        write_scores(self.shards[number], sampled.alias("logp"), self.job.beta, self.report)
+        kept = {"key": self.gate_key, "figures": gate}
+        write_scores(self.shards[number], sampled.alias("logp"), self.job.beta, kept, self.report)
         self._advance(self.rows[number])
         return True
 

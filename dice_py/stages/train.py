@@ -19,22 +19,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import polars as pl
 
 from dice_py.compute.devices import Group, device_in_group, only_these_gpus
 from dice_py.compute.worker import Work
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
+from dice_py.errors import DamagedError
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
+from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.loading import require
+from dice_py.models.sizes import model_size
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
-from dice_py.storage.files import read_json
-from dice_py.storage.keys import digest, versions
-from dice_py.training.checkpoints import STAMP, checkpoint_stamp, is_trained, last_checkpoint
+from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
+from dice_py.storage.keys import versions
+from dice_py.training.checkpoints import checkpoint_stamp, is_trained, keep_model, last_checkpoint
 from dice_py.training.dataset import load_training_set
 from dice_py.training.launcher import launch
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
+from dice_py.training.schedule import training_steps, warmup_note
+from dice_py.training.settings_check import check_training_settings
 from dice_py.training.trainer import train_rank
 
 
@@ -51,7 +59,8 @@ class TrainJob(Job):
     processes, its last step is filled up with pairs of its start. accelerate's config is `out/accelerate.yaml`.
 
     A model under the job's key is left as it is. Training resumes from checkpoints of the same key and kind of layout.
-    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`.
+    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`
+    (mean of the last train.logging_steps steps), `saved_dtype`, `update_rms` (root mean square of the weights' change).
 
     Raises, when run:
         DataError: an unusable policy (`check_checkpoint`) or training set, or a loss at step 0 that is not ln 2.
@@ -74,42 +83,64 @@ class TrainJob(Job):
     time_updates: bool = False
     """Whether each optimizer step's update is timed and reported (training/update_timer.py). For `dice plan`."""
 
-    def key(self) -> str:
-        """A digest of the training set, the config, the policy, the seed and versions; not of the processes."""
-        return digest(
-            "train",
-            self.training_set_key,
-            self.config.key_fields(),
-            model_key_fields(self.models),
-            model_identity(self.policy),
-            self.beta,
-            self.seed,
-            versions("torch", "transformers", "trl", "accelerate", "peft"),
-        )
+    def key_fields(self) -> dict[str, Any]:
+        """The training set, the config, the policy, the seed and versions; not the processes."""
+        return {
+            "training set": self.training_set_key,
+            "train": self.config.key_fields(),
+            "model": model_key_fields(self.models),
+            "policy": model_identity(self.policy),
+            "beta": self.beta,
+            "seed": self.seed,
+            "versions": versions("torch", "transformers", "trl", "accelerate", "peft"),
+        }
 
     @property
     def target(self) -> Path:
         """The folder of the new policy."""
         return self.out / "model"
 
-    def is_complete(self, files: Sequence[StageFile]) -> bool:
-        """True when the new policy is there."""
-        return all(is_trained(folder, key) for folder, key in files)
+    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
+        """The folder of the new policy, if it is not there or not as it was written."""
+        return [folder for folder, key in files if not is_trained(folder, key)]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Trains, or returns the counts of the model that is there."""
         key = self.key()
-        if not is_trained(self.target, key):
+        if not keep_model(self.target, key, report):
+            check_intact([self.training_set, self.policy])
             self._train(key, report)
-        return StageResult([(self.target, key)], dict(read_json(self.target / STAMP)["counts"]))
+        stamp = read_stamp(self.target)
+        if stamp is None:
+            raise DamagedError(f"{self.target / MODEL_STAMP} is damaged: it is not as it was written")
+        return StageResult([(self.target, key)], dict(stamp["counts"]))
 
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
         check_checkpoint(self.policy, "policy", self.models)
         layout = lay_out(self.config, self.models, self.devices, report)
-        load_training_set(self.training_set, self.config.max_length)  # its errors come before processes start
+        check_training_settings(self.config, self.policy, remote_code=self.models.trust_remote_code)
+        vocabulary = model_size(self.policy).vocabulary or None
+        # Its errors come before processes start.
+        pairs, _ = load_training_set(self.training_set, self.config.max_length, vocabulary)
+        longer = pl.max_horizontal(pl.col("chosen_ids").list.len(), pl.col("rejected_ids").list.len())
+        limit = model_positions(self.policy, self.models)
+        check_positions(
+            pairs.select(pl.col("prompt_ids").list.len() + longer).to_series().to_list(),
+            limit,
+            where=str(self.training_set),
+            model=str(self.policy),
+            remedy=f"leave longer pairs out with train.max_length={limit or 0:.0f}",
+            noun="pair",
+        )
+        steps = training_steps(self.config, pairs.height, layout.processes)
+        note = warmup_note(self.config, steps)
+        if note is not None:
+            report("note", text=note)
         checkpoints = self.out / "checkpoints"
-        checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout)) if checkpoints.exists() else None
+        checkpoint = None
+        if checkpoints.exists():
+            checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout), report)
         if checkpoint is not None:
             report("note", text=f"training resumes from {checkpoint.name}")
         work = functools.partial(

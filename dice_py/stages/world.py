@@ -22,13 +22,15 @@ from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageFile, StageResult
 from dice_py.stages.train import TrainJob
 from dice_py.storage.cache import cache_folder
-from dice_py.storage.files import atomic, write_json
+from dice_py.storage.files import atomic, make_folder, remove_temporaries
+from dice_py.storage.integrity import set_aside, write_stamp
+from dice_py.storage.lock import exclusive_lock
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import PROMPTS, TRAINING_SET
 from dice_py.synthetic.pairs import draw_prompts, offline_pairs, oracle_pairs
 from dice_py.synthetic.task import oracle, parse_prompt, sft_response
 from dice_py.synthetic.tokenizer import EOS, make_tokenizer
-from dice_py.synthetic.world import BETA, DPO, LLAMA, SFT, World, find_world, world_key
+from dice_py.synthetic.world import BETA, DPO, LLAMA, SFT, WORLD_STAMP, World, find_world, world_key
 
 
 def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, report: Report) -> None:
@@ -105,25 +107,38 @@ class WorldJob(Job):
 
     config: WorldConfig
 
+    def key_fields(self) -> dict[str, Any]:
+        """The config, the recipe, and the versions of the libraries that train it, as the world's key."""
+        return {"world": self.key()}
+
     def key(self) -> str:
-        """A digest of the config, the recipe, and the versions of the libraries that train it."""
+        """The key of the world."""
         return world_key(self.config)
 
-    def is_complete(self, files: Sequence[StageFile]) -> bool:
-        """True when the world is in the cache."""
-        return find_world(self.config) is not None
+    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
+        """The folder, unless the world is in the cache."""
+        return [] if find_world(self.config) is not None else [file for file, _ in files]
 
     def run(self, report: Report = no_report) -> StageResult:
-        """Makes the world, or returns the one in the cache."""
+        """Makes the world, or returns the one in the cache. Of several processes one makes it, and the others wait."""
+        world = find_world(self.config) or self._made(report)
+        return StageResult([(world.folder, self.key())], world.info())
+
+    def _made(self, report: Report) -> World:
         key = self.key()
-        world = find_world(self.config)
-        if world is None:
-            final = cache_folder() / "world" / key
+        final = cache_folder() / "world" / key
+        make_folder(final.parent)
+        with exclusive_lock(final.parent / ".lock"):
+            world = find_world(self.config)  # another process may have made it meanwhile
+            if world is not None:
+                return world
+            remove_temporaries(final.parent)
+            if final.exists():
+                set_aside(final, report)
             with atomic(final) as folder:
                 folder.mkdir(parents=True)
                 self._make(World(folder), key, report)
-            world = World(final)
-        return StageResult([(world.folder, key)], world.info())
+            return World(final)
 
     def _make(self, world: World, key: str, report: Report) -> None:
         config = self.config
@@ -140,8 +155,8 @@ class WorldJob(Job):
         texts = [(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in offline]
         agree = sum(win_rate([([oracle(x, a)[0]], [oracle(x, b)[0]]) for x, a, b in texts]))
         longer = sum(win_rate([([float(len(a))], [float(len(b))]) for _, a, b in texts]))
-        write_json(
-            world.folder / "world.json",
+        write_stamp(
+            world.folder,
             {
                 "key": key,
                 "config": config.model_dump(),
@@ -154,6 +169,7 @@ class WorldJob(Job):
                 "eval_pairs": len(held_out),
                 "dpo": counts,
             },
+            WORLD_STAMP,
         )
 
     def _train_dpo(self, world: World, offline: pl.DataFrame, key: str, report: Report) -> dict[str, Any]:

@@ -8,13 +8,12 @@ depends on it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from dice_py.errors import DiskFullError
-from dice_py.storage.files import write_json
+from dice_py.errors import DiskFullError, UsageError
+from dice_py.storage.files import read_sealed, write_sealed
 from dice_py.storage.lock import exclusive_lock
 
 
@@ -32,13 +31,8 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, dict[str, Any]]:
-    try:
-        content = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    # Anything of another form was not written by this program.
-    if not isinstance(content, dict):
-        return {}
+    # Anything of another form was not written by this program, or is damaged.
+    content = read_sealed(_file(), "remembered") or {}
     return {kind: values for kind, values in content.items() if isinstance(values, dict)}
 
 
@@ -49,10 +43,10 @@ def recall(kind: str, key: str) -> Any:
 
 def remember(kind: str, key: str, value: Any) -> None:
     """Stores `value` (JSON) under kind and key. Does nothing where the cache folder cannot be written."""
-    with contextlib.suppress(OSError, DiskFullError):
+    with contextlib.suppress(OSError, DiskFullError, UsageError):
         cache_folder().mkdir(parents=True, exist_ok=True)
         with exclusive_lock(_file().with_suffix(".lock")):
             content = _read()
             if content.get(kind, {}).get(key) != value:
                 content.setdefault(kind, {})[key] = value
-                write_json(_file(), content)
+                write_sealed(_file(), content, "remembered")

@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError, DiceError, DiskFullError, UsageError
+from dice_py.storage.digests import DIGEST_NAME, NO_DIGEST, embed_digest, file_state
 
 TEMPORARY = ".tmp"
 """Suffix of the hidden names under which files are written."""
 
+KEY_NAME = "dice.key"
+"""The name of an artifact's key inside its file."""
+
+_TORCH_SAVE = ("PytorchStreamWriter failed writing", "unexpected pos ")
 _PATH_ERRORS = (
     errno.EACCES,
     errno.EPERM,
@@ -29,7 +34,24 @@ _PATH_ERRORS = (
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENXIO,
 )
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it.
+
+    Raises:
+        UsageError: the system makes no folders there (as under /proc).
+        OSError: for another reason, which `path_error` knows.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if path_error(error) is not None:
+            raise
+        raise UsageError(f"{folder}: no folder can be made there ({error.strerror}); choose another place") from None
 
 
 def _fsync(path: Path) -> None:
@@ -43,12 +65,16 @@ def _fsync(path: Path) -> None:
 def is_disk_full(error: BaseException | None) -> bool:
     """True if `error`, or an error that caused it, means that the disk or the quota is full.
 
-    Libraries written in other languages report it only in the message.
+    Libraries written in other languages report it only in the message. torch.save says no more than how far its
+    writer came, which has no other cause in practice than a disk that took less than it was given.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):
+        text = str(error)
+        if "No space left on device" in text or "Disk quota exceeded" in text:
+            return True
+        if isinstance(error, RuntimeError) and any(phrase in text for phrase in _TORCH_SAVE):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -76,7 +102,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove(temporary)
         yield temporary
         for part in (*temporary.rglob("*"), temporary):
@@ -127,27 +153,84 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file that this program wrote.
+    """Reads a JSON file that this program wrote, without the key and the digest of `write_sealed`.
 
     Raises:
         DataError: the file is absent or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return _unsealed(value) if isinstance(value, dict) else value
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
+def write_sealed(path: Path, value: dict[str, Any], key: str) -> None:
+    """Writes a JSON object atomically, with `key` and its digest of itself (storage/digests.py) as its last members.
+
+    Raises:
+        ValueError: a value is NaN or infinite, which JSON cannot express.
+    """
+    sealed = {**value, KEY_NAME: key, DIGEST_NAME: NO_DIGEST}
+    text = json.dumps(sealed, indent=2, allow_nan=False) + "\n"
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        embed_digest(temporary)
+
+
+def write_sealed_text(path: Path, text: str, comment: str) -> None:
+    """Writes UTF-8 text atomically, and below it a comment with its digest of itself.
+
+    Args:
+        comment: a line of the file's own syntax, with "{}" for the digest ("# {}").
+    """
+    with atomic(path) as temporary:
+        temporary.write_text(text + comment.format(f"{DIGEST_NAME}: {NO_DIGEST}") + "\n", encoding="utf-8")
+        embed_digest(temporary)
+
+
+def read_sealed(path: Path, key: str | None = None) -> dict[str, Any] | None:
+    """The object that `write_sealed` wrote, under `key` if one is given; None if the file is absent or damaged."""
+    try:
+        if file_state(path) != "intact":
+            return None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(value, dict) or (key is not None and value.get(KEY_NAME) != key):
+        return None
+    return _unsealed(value)
+
+
+def _unsealed(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if name not in (KEY_NAME, DIGEST_NAME)}
+
+
 class Manifest:
-    """`manifest.json`: key, files, counts and seconds of each stage of each round. One process writes it."""
+    """`manifest.json`: key, files, counts and seconds of each stage of each round. One process writes it.
+
+    It carries its digest of itself. A damaged one reads as an empty one (`is_damaged`): the stages find their files by
+    the keys and digests that these carry.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data: dict[str, Any] = {"version": 1, "created": time.time(), "stages": {}}
-        if path.exists():
-            self.data = read_json(path)
+        stored = read_sealed(path, "manifest") or self._of_older_version()
+        self.is_damaged = stored is None and path.exists()
+        if stored is not None:
+            self.data = stored
+
+    def _of_older_version(self) -> dict[str, Any] | None:
+        """The content of a manifest without a digest, as version 0.3 wrote it."""
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        is_older = isinstance(stored, dict) and isinstance(stored.get("stages"), dict) and KEY_NAME not in stored
+        return stored if is_older else None
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """The entry of a stage such as "round-01/mine"; None before it is first recorded."""
@@ -161,4 +244,4 @@ class Manifest:
 
     def save(self) -> None:
         """Writes the manifest in its current state."""
-        write_json(self.path, self.data)
+        write_sealed(self.path, self.data, "manifest")

@@ -39,8 +39,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 @cache
-def _file_digest(path: str, size: int, mtime_ns: int) -> str:
-    del size, mtime_ns  # arguments only so that a changed file misses the cache
+def _file_digest(path: str, *stat: int) -> str:
+    del stat  # arguments only so that a changed file misses the cache of this process
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:24]
 
@@ -53,6 +53,7 @@ def file_digest(path: Path) -> str:
     """
     try:
         stat = path.stat()
-        return _file_digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+        # The time of the last change of the inode, which no program can set back as it can the time of modification.
+        return _file_digest(str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -10,9 +10,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from dice_py.errors import UsageError
 
 _RETRY_SECONDS = 0.002  # more than enough for `is_locked` to finish
 
@@ -26,11 +29,20 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process or thread holds the lock (only without `wait`).
+        UsageError: the path is a link, or no file.
         OSError: the file cannot be opened for writing.
     """
-    # Opened without truncating: the file may hold the pid of the process that has the lock now.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    # Opened without truncating: the file may hold the pid of the process that has the lock now. A link is not
+    # followed, since what it leads to would be overwritten.
     try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"{path} is a symbolic link, and a lock is a file of its own: remove it") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UsageError(f"{path} is no file, and a lock is one: remove it")
         if wait:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         else:
@@ -70,7 +82,12 @@ def is_locked(path: Path) -> bool:
         OSError: the file exists but cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return not _try(file.fileno(), fcntl.LOCK_SH)
-    except FileNotFoundError:
-        return False
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):  # absent, or no file that could be a lock
+            return False
+        raise
+    try:
+        return not _try(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)

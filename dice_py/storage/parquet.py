@@ -1,6 +1,7 @@
-"""Parquet files with a key in the footer: written atomically, read with errors that name the file.
+"""Parquet files with a key and a digest in the footer: written atomically, read with errors that name the file.
 
-A resume decides by the key whether a file is still valid, never by its time of modification.
+A resume decides by the key whether a file is still valid, never by its time of modification, and by the digest of its
+bytes (storage/digests.py) whether it is as it was written.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dice_py.errors import DataError
-from dice_py.storage.files import atomic
+from dice_py.storage.digests import DIGEST_NAME, NO_DIGEST, embed_digest, file_state
+from dice_py.storage.files import KEY_NAME, atomic
+from dice_py.storage.schemas import fit
 
-_KEY, _META = "dice.key", "dice.meta"  # names in a Parquet footer
+_META = "dice.meta"  # a name in a Parquet footer
 
 
 def write_parquet(
@@ -28,21 +31,24 @@ def write_parquet(
         path: the file to write or replace.
         frame: the rows.
         key: what `parquet_key` returns later.
-        schema: columns to select, and dtypes to cast them to; None: `frame` unchanged.
+        schema: columns to select, and dtypes to cast them to (`fit`); None: `frame` unchanged.
         meta: JSON value that `parquet_meta` returns later.
     """
     if schema is not None:
-        frame = frame.select(schema.names()).cast(dict(schema))  # type: ignore[arg-type]
+        frame = fit(frame, schema)
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-    footer = {_KEY: key, _META: json.dumps(meta)}
-    # The Arrow schema would declare Polars' large_string and large_list; without it, any reader gets the plain types.
-    with (
-        atomic(path) as temporary,
-        pq.ParquetWriter(temporary, table.schema, compression="zstd", store_schema=False) as writer,
-    ):
-        writer.write_table(table)
-        writer.add_key_value_metadata(footer)
+    with atomic(path) as temporary:
+        # The Arrow schema would declare Polars' large_string and large_list; without it, any reader gets plain types.
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd", store_schema=False) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata(_footer_of(key, meta))
+        embed_digest(temporary)
     return path
+
+
+def _footer_of(key: str, meta: Any) -> dict[str, str]:
+    # The digest comes last: it is searched for near the end of the file.
+    return {KEY_NAME: key, _META: json.dumps(meta), DIGEST_NAME: NO_DIGEST}
 
 
 class ParquetStream:
@@ -54,6 +60,7 @@ class ParquetStream:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._writer: pq.ParquetWriter | None = None
+        self._is_described = False
 
     def __enter__(self) -> ParquetStream:
         return self
@@ -61,6 +68,8 @@ class ParquetStream:
     def __exit__(self, *error: object) -> None:
         if self._writer is not None:
             self._writer.close()
+            if self._is_described and error[0] is None:
+                embed_digest(self._path)
 
     def write(self, frame: pl.DataFrame) -> None:
         """Appends rows; all parts have the columns of the first."""
@@ -73,22 +82,35 @@ class ParquetStream:
         self._writer.write_table(table)
 
     def describe(self, key: str, meta: Any) -> None:
-        """Sets the key and the metadata in the footer, as `write_parquet` does. Without any part it does nothing."""
+        """Sets the key and the metadata in the footer, as `write_parquet` does, and on exit the digest.
+
+        Without any part it does nothing.
+        """
         if self._writer is not None:
-            self._writer.add_key_value_metadata({_KEY: key, _META: json.dumps(meta)})
+            self._writer.add_key_value_metadata(_footer_of(key, meta))
+            self._is_described = True
 
 
 def _footer(path: Path, name: str) -> str | None:
     try:
         value = (pq.read_metadata(path).metadata or {}).get(name.encode())
-    except (OSError, pa.ArrowException):
+        return value.decode() if value is not None else None
+    except (OSError, pa.ArrowException, ValueError):  # ValueError: damaged text
         return None
-    return value.decode() if value is not None else None
 
 
 def parquet_key(path: Path) -> str | None:
-    """The key in the footer of `path`; None if the file is absent, damaged, or without a key."""
-    return _footer(path, _KEY)
+    """The key in the footer of `path`; None if the file is absent, unreadable, or without a key. It reads no rows."""
+    return _footer(path, KEY_NAME)
+
+
+def intact_key(path: Path) -> str | None:
+    """The key of a Parquet file that is as it was written; None for any other. It reads all of the file.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    return parquet_key(path) if file_state(path) == "intact" else None
 
 
 def parquet_rows(path: Path) -> int:
@@ -105,7 +127,10 @@ def parquet_rows(path: Path) -> int:
 
 def parquet_meta(path: Path) -> Any:
     """The `meta` value in the footer of `path`; None if there is none."""
-    return json.loads(_footer(path, _META) or "null")
+    try:
+        return json.loads(_footer(path, _META) or "null")
+    except ValueError:  # damaged text
+        return None
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:

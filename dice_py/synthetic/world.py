@@ -15,6 +15,7 @@ from dice_py.config.stages import WorldConfig
 from dice_py.config.training import TrainConfig
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import read_json
+from dice_py.storage.integrity import damaged_in, read_stamp
 from dice_py.storage.keys import digest, versions
 from dice_py.synthetic.task import CONFUSED, FILLERS, FREE_FILLERS, LETTERS, OPERATIONS, WORD_LENGTH
 from dice_py.synthetic.tokenizer import TEMPLATE
@@ -42,6 +43,8 @@ DPO = TrainConfig(
     save_steps=None,
 )
 BETA = 1.0
+WORLD_STAMP = "world.json"
+"""Written last: it has the key, statistics and digests of all files."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,13 @@ class World:
         return self.folder / "eval_pairs.parquet"
 
     def info(self) -> dict[str, Any]:
-        """Its counts and statistics: the contents of `world.json`."""
-        return dict(read_json(self.folder / "world.json"))
+        """Its counts and statistics: the contents of `world.json`, without the files."""
+        return {name: value for name, value in read_json(self.folder / WORLD_STAMP).items() if name != "files"}
+
+    def is_intact(self, key: str) -> bool:
+        """Whether it is complete under its key, every file as it was written. It reads all files."""
+        stamp = read_stamp(self.folder, WORLD_STAMP)
+        return stamp is not None and stamp.get("key") == key and not damaged_in(self.folder, WORLD_STAMP)
 
 
 def world_key(config: WorldConfig) -> str:
@@ -99,11 +107,13 @@ def world_key(config: WorldConfig) -> str:
         DPO.model_dump(),
         LLAMA,
         RECIPE,
+        "with digests",
     ]
     return digest("world", config.model_dump(), recipe, versions("torch", "transformers", "trl"))
 
 
 def find_world(config: WorldConfig) -> World | None:
-    """The world of this config if the cache has it complete, else None."""
-    world = World(cache_folder() / "world" / world_key(config))
-    return world if (world.folder / "world.json").is_file() else None
+    """The world of this config if the cache has it complete, every file as it was written, else None."""
+    key = world_key(config)
+    world = World(cache_folder() / "world" / key)
+    return world if world.is_intact(key) else None

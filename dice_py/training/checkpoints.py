@@ -2,42 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.config.shared import ModelConfig
-from dice_py.errors import DataError
+from dice_py.config.training import TrainConfig
+from dice_py.errors import DataError, DiceError
+from dice_py.events import Report
 from dice_py.models.loading import placement
 from dice_py.models.saving import share_weights
-from dice_py.storage.files import atomic, read_json, write_json
+from dice_py.storage.files import atomic, read_json, read_sealed, write_json
+from dice_py.storage.integrity import MODEL_STAMP, damaged_in, read_stamp, set_aside, write_stamp
 from dice_py.training.parallelism import SHARDED, ProcessLayout
+from dice_py.training.update import check_update, measure_update, start_weights
 
 if TYPE_CHECKING:
     from dice_py.training.pair_trainer import PairTrainer
-
-STAMP = "dice.json"
-"""Written last into the folder of a model or checkpoint: marks it as complete, and has the key of the training."""
 
 PACKING_FILE = "packing.json"
 """In a checkpoint and in a trained model: for each step, the pairs and tokens of the first rank's packed rows."""
 
 
+STEP0_FILE = "step0.json"
+"""The measurement at step 0, beside the checkpoints, for a training that resumes from one."""
+
+
 def is_trained(folder: Path, key: str) -> bool:
-    """True if `folder` has the complete model of the training with this key."""
-    stamp = folder / STAMP
-    return stamp.is_file() and read_json(stamp).get("key") == key
+    """True if `folder` has the complete model of the training with this key, every file as it was written.
+
+    It reads all files.
+    """
+    stamp = read_stamp(folder)
+    return stamp is not None and stamp.get("key") == key and not damaged_in(folder)
 
 
-def last_checkpoint(folder: Path, stamp: dict[str, Any]) -> Path | None:
-    """The latest complete checkpoint with exactly this stamp. All checkpoints with another stamp are deleted."""
+def keep_model(folder: Path, key: str, report: Report) -> bool:
+    """`is_trained`; a model with damaged files is set aside, and a note names the first of them."""
+    if not folder.exists():
+        return False
+    damaged = damaged_in(folder)
+    if damaged:
+        what = "is missing" if not damaged[0].exists() else "is damaged: not as it was written"
+        set_aside(folder, report, f"cannot be used: {damaged[0].name} {what}")
+        return False
+    stamp = read_stamp(folder)
+    return stamp is not None and stamp.get("key") == key
+
+
+def last_checkpoint(folder: Path, stamp: dict[str, Any], report: Report) -> Path | None:
+    """The latest complete checkpoint with exactly this stamp, every file as it was written.
+
+    All others are deleted, those with damaged files with a note. A checkpoint also needs the measurement at step 0.
+    """
     complete: list[tuple[int, Path]] = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / STAMP).is_file() and read_json(checkpoint / STAMP) == stamp:
+    has_step0 = read_sealed(folder / STEP0_FILE, stamp["key"]) is not None
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        stored = read_stamp(checkpoint)
+        belongs = stored is not None and {name: value for name, value in stored.items() if name != "files"} == stamp
+        damaged = damaged_in(checkpoint) if belongs or stored is None else []
+        if belongs and not damaged and has_step0:
             complete.append((int(checkpoint.name.rsplit("-", 1)[1]), checkpoint))
-        else:
-            shutil.rmtree(checkpoint)
+            continue
+        # Without a stamp, a kill has interrupted the save, which is no damage.
+        if damaged and (stored is not None or (checkpoint / MODEL_STAMP).exists()):
+            what = "is missing" if not damaged[0].exists() else "is damaged: not as it was written"
+            report("note", text=f"{checkpoint} is not used and deleted: {damaged[0].name} {what}")
+        shutil.rmtree(checkpoint)
+    if not has_step0:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / STEP0_FILE).unlink()
     return max(complete)[1] if complete else None
+
+
+def stamp_checkpoint(checkpoint: Path, stamp: dict[str, Any]) -> None:
+    """Marks a checkpoint as complete, after all of its files have reached the disk."""
+    write_stamp(checkpoint, stamp)
 
 
 def checkpoint_stamp(key: str, layout: ProcessLayout) -> dict[str, Any]:
@@ -58,50 +99,83 @@ def stored_dtype(policy: Path, models: ModelConfig) -> Any:
 def save_model(
     trainer: PairTrainer,
     *,
-    adapters: bool,
+    config: TrainConfig,
+    models: ModelConfig,
     policy: Path,
-    dtype: Any,
     target: Path,
     stamp: dict[str, Any],
 ) -> None:
-    """Saves the trained model and its tokenizer in the Hugging Face layout.
+    """Saves the trained model and its tokenizer in the Hugging Face layout, in the dtype of training/update.py.
 
     Every rank must call this, since gathering weights is collective. The main process writes.
 
     Args:
-        adapters: the model has LoRA adapters, which are merged.
         policy: the folder that training started from; its generation_config.json is copied.
-        dtype: torch dtype to save in.
         target: written atomically.
+        stamp: its `counts` receive `saved_dtype`, and the figures of the update.
 
     Raises:
         DataError: on every rank, if a weight is not finite.
+        UsageError: on every rank, if no weight changed.
     """
     import torch
 
     accelerator = trainer.accelerator
-    model = accelerator.unwrap_model(trainer.model)
-    weights: dict[str, Any] | None = None
+    gathered: dict[str, Any] | None = None
     if accelerator.distributed_type.value in SHARDED:
         # Collective. Only the main process receives the weights, in host memory.
-        weights = accelerator.get_state_dict(trainer.model_wrapped) or {}
+        gathered = accelerator.get_state_dict(trainer.model_wrapped) or {}
+    error: DiceError | None = None
+    if accelerator.is_main_process:
+        try:
+            _save(trainer, gathered, config, models, policy, target, stamp)
+        except DiceError as failure:
+            error = failure
+    failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device))
+    if error is not None:
+        raise error
+    if bool(failed.any()):
+        raise DataError("the main process could not save the trained policy, and says why")
+
+
+def _save(
+    trainer: PairTrainer,
+    weights: dict[str, Any] | None,
+    config: TrainConfig,
+    models: ModelConfig,
+    policy: Path,
+    target: Path,
+    stamp: dict[str, Any],
+) -> None:
+    import torch
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if weights is not None:
         for tied in model.all_tied_weights_keys:  # Gathered one by one, tied weights no longer share memory.
             weights.pop(tied, None)
-        for name, value in weights.items():
-            weights[name] = value.to(dtype=dtype) if value.is_floating_point() else value
-        values = list(weights.values())
+        values = weights
     else:
-        if adapters:
+        if config.lora is not None:
+            if model.dtype != torch.float32:  # Merged in 16 bits, the update would be rounded away.
+                model = model.to(device="cpu", dtype=torch.float32)
             model = model.merge_and_unload()
-        model = model.to(dtype=dtype)
-        values = list(model.parameters())
-    finite = torch.tensor([all(bool(value.isfinite().all()) for value in values)], device=accelerator.device)
-    if not bool(accelerator.gather(finite).all()):
+        values = dict(model.named_parameters())
+    if not all(bool(value.isfinite().all()) for value in values.values()):
         raise DataError(
             "training ended with weights that are not finite; lower train.learning_rate, or set train.max_grad_norm"
         )
-    if not accelerator.is_main_process:
-        return
+    stored = stored_dtype(policy, models)
+    update = measure_update(values.items(), start_weights(policy, values, models), stored)
+    dtype, note = check_update(update, config, stored, trainer.state.global_step)
+    if note is not None:
+        trainer.report("note", text=note)
+    stamp["counts"] |= {"saved_dtype": str(dtype).removeprefix("torch."), "update_rms": update.rms}
+    if weights is not None:
+        weights = {
+            name: value.to(dtype=dtype) if value.is_floating_point() else value for name, value in values.items()
+        }
+    else:
+        model = model.to(dtype=dtype)
     with atomic(target) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         if weights is not None:  # The model's config has the dtype of the float32 master weights.
@@ -113,4 +187,4 @@ def save_model(
             shutil.copy(policy / "generation_config.json", temporary)
         write_json(temporary / "train_log.json", trainer.state.log_history)
         write_json(temporary / PACKING_FILE, trainer.packing)
-        write_json(temporary / STAMP, stamp)
+        write_stamp(temporary, stamp)

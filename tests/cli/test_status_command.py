@@ -76,5 +76,5 @@ def test_status_of_all_runs(dice) -> None:
 def test_a_run_folder_that_was_damaged(refused, broken: str) -> None:
     folder = made_run(Path("runs/first"))
     (folder / broken).write_text("{")
-    code = 2 if broken == "config.yaml" else 3
-    assert f"runs/first/{broken} is not valid" in refused(code, "status", folder)
+    code, problem = (2, "is not valid YAML") if broken == "config.yaml" else (3, "is damaged")
+    assert f"runs/first/{broken} {problem}" in refused(code, "status", folder)

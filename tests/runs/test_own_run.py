@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import torch
 from own_run import KEPT, PROMPTS, SAMPLES, STAGE_NAMES, STEPS, Events, frames, no_worker
 from places import child_environment
 from polars.testing import assert_frame_equal
-from processes import PATIENCE, wait_for
+from processes import PATIENCE, left_in_session, wait_for
 from safetensors.torch import load_file
 
 from dice_py.compute.worker import work_name
@@ -168,21 +167,21 @@ def test_a_lost_shard_is_made_again_alone(copy: Path, complete_run: Path) -> Non
     assert_frame_equal(frames(copy, "score/*.parquet"), frames(complete_run, "score/*.parquet"), check_exact=True)
 
 
-def test_what_depends_on_a_changed_key_is_made_again(
-    config: RunConfig, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changed = config.model_copy(update={"mine": config.mine.model_copy(update={"debias": "none"})})
-    (copy / "config.yaml").write_text(dump(changed))
-
+def test_what_depends_on_a_changed_key_is_made_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def only_preflight(work: Any, **_: Any) -> Any:
         return StageResult([], {}) if "preflight" in work_name(work) else no_worker(work)
 
     monkeypatch.setattr(run_folder, "run_in_subprocess", only_preflight)
     events = Events()
     with pytest.raises(AssertionError, match="replay:ReplayJob"):
-        loop.resume(copy, events)
+        loop.resume(copy, events, assignments=["mine.debias=none"])
     redone = [("round-01/mine", "running"), ("round-01/mine", "done"), ("round-01/replay", "running")]
     assert events.stages() == [*KEPT[:2], *redone]
+    notes = [fields["text"] for event, fields in events.events if event == "note"]
+    assert "settings changed: mine.debias: linear → none" in notes
+    assert "round-01/mine is made again (the first stage that is), because of: mine.debias: linear → none" in notes
+    assert "round-01/replay is made again, because of: pairs" in notes
+    assert load_resolved(copy / "config.yaml").mine.debias == "none"
 
 
 # --- kills
@@ -220,17 +219,6 @@ main()
 """
 """`dice …`, whose whole process group is killed at the given event of the given stage (mine: when its files
 are written and the manifest does not name them yet)."""
-
-
-def left_in_session(session: int) -> list[int]:
-    """Processes of a session that are not yet gone."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, leader = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(leader) == session and state not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
 
 
 def session_ends(session: int) -> bool:

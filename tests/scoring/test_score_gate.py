@@ -17,6 +17,7 @@ from dice_py.scoring import shards
 from dice_py.scoring.gate import gate_rows
 from dice_py.scoring.shards import Columns, Shard
 from dice_py.stages import score as stage
+from dice_py.storage.files import read_sealed
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import parquet_key, write_parquet
 
@@ -76,7 +77,7 @@ POLICY_PASS = [("llama", 4), ("llama", 4)]
 
 def test_passes_with_the_scorers_own(run: Stage, own: list[pl.DataFrame], forwards: list[tuple[str, int]]) -> None:
     made = run(sampled=SAMPLED, config={"gate_responses": 3})
-    assert made.files == run.files
+    assert made.files == [*run.files, run.gate_file]
     assert made.gate is not None
     assert made.gate["passed"] is True
     assert made.gate["responses"] == 3
@@ -293,8 +294,8 @@ def test_resume_takes_the_gate_that_was_measured(run: Stage, monkeypatch: pytest
         with pytest.raises(KeyboardInterrupt):
             run(sampled=SAMPLED)
     assert sorted(run.out.iterdir()) == [run.gate_file, *run.halves]
-    measured = json.loads(run.gate_file.read_text())
-    assert measured["key"] == gate_key()
+    measured = read_sealed(run.gate_file, gate_key())
+    assert measured is not None
     with monkeypatch.context() as patch:
         interrupt(patch, "MeasureGate")
         made = run(sampled=SAMPLED)
@@ -304,6 +305,11 @@ def test_resume_takes_the_gate_that_was_measured(run: Stage, monkeypatch: pytest
     # And a call that finds all done still tells how it was done.
     assert run(sampled=SAMPLED).gate == measured["gate"]
     assert run.events == []
+    # Without the file, the scores know it.
+    before = run.gate_file.read_bytes()
+    run.gate_file.unlink()
+    assert run(sampled=SAMPLED).gate == measured["gate"]
+    assert run.gate_file.read_bytes() == before
 
 
 def test_a_gate_of_other_keys_is_measured_again(run: Stage, forwards: list[tuple[str, int]]) -> None:
@@ -315,7 +321,7 @@ def test_a_gate_of_other_keys_is_measured_again(run: Stage, forwards: list[tuple
     assert gate is not None
     assert (gate["passed"], gate["responses"]) == (False, 4)  # only what is not whole yet
     assert forwards == [("other", 4), ("llama", 4), ("llama", 4)]
-    assert json.loads(run.gate_file.read_text()) == {"key": gate_key(keys), "gate": gate}
+    assert read_sealed(run.gate_file, gate_key(keys)) == {"gate": gate}
 
 
 def test_the_draw_is_seeded(run: Stage) -> None:

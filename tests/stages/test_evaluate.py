@@ -143,7 +143,7 @@ def accuracy(
     )
     result = job.run()
     assert read_json(folder / "out" / "metrics.json") == result.counts
-    assert job.is_complete(result.files)
+    assert job.incomplete(result.files) == []
     return result.counts
 
 

@@ -18,8 +18,8 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.generation.engines.transformers import TransformersEngine
-from dice_py.generation.limits import positions_limit
 from dice_py.generation.shard import ShardWriter
+from dice_py.models.limits import positions_limit
 from dice_py.storage.parquet import parquet_key
 from dice_py.storage.schemas import GENERATIONS
 

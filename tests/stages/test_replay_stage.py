@@ -50,7 +50,7 @@ def run(config: ReplayConfig, policy: Path, out: Path, **inputs: Any) -> tuple[p
     job = ReplayJob(config, ScoreConfig(), CPU, policy=policy, out=out, seed=0, input_keys=key, **inputs)
     result = job.run(report)
     assert result.files == [(out / "training_set.parquet", job.key())]
-    assert job.is_complete(result.files)
+    assert job.incomplete(result.files) == []
     return pl.read_parquet(out / "training_set.parquet"), result.counts, notes
 
 
@@ -168,7 +168,13 @@ def test_first_round_has_no_earlier_round_to_replay(llama: Path, tmp_path: Path,
     # With offline pairs, they get the share of the rounds' buffer.
     offline = offline_pairs(tmp_path, "offline", 20)
     training_set, summary, _ = run(
-        config, llama, tmp_path / "out", **round_files, offline=offline, rounds_buffer=buffer, round_number=1
+        config,
+        llama,
+        tmp_path / "out",
+        **{**round_files, "key": "with offline pairs"},
+        offline=offline,
+        rounds_buffer=buffer,
+        round_number=1,
     )
     assert training_set["source"].value_counts(sort=True).filter(pl.col("source") == "replay")["count"].to_list() == [2]
     assert "buffers" not in summary

@@ -21,6 +21,7 @@ from dice_py.errors import DataError
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import load_model
 from dice_py.models.tokenization import load_tokenizer
+from dice_py.storage.digests import content_digest
 from dice_py.storage.files import read_json
 from dice_py.training.checkpoints import is_trained
 from dice_py.training.dataset import load_training_set
@@ -66,7 +67,9 @@ def test_first_logged_loss_is_ln_2(trained: tuple[Stage, dict[str, Any]]) -> Non
 
 def test_model_folder_is_complete(trained: tuple[Stage, dict[str, Any]], llama: Path) -> None:
     run, counts = trained
-    assert read_json(run.model / "dice.json") == {"key": run.job().key(), "counts": counts}
+    stamp = read_json(run.model / "dice.json")
+    files = {file.name: content_digest(file) for file in run.model.iterdir() if file.name != "dice.json"}
+    assert stamp == {"key": run.job().key(), "counts": counts, "files": files}
     assert is_trained(run.model, run.job().key())
     assert not is_trained(run.model, run.job("another").key())
     assert not is_trained(run.out, run.job().key())

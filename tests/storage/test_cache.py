@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from dice_py.storage.cache import cache_folder, recall, remember
+from dice_py.storage.files import read_sealed
 
 BROKEN = [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b'{"sizes": 3}', b'{"sizes": ["here"]}']
 
@@ -47,7 +47,7 @@ def test_a_broken_file_is_replaced(folder: Path, content: bytes) -> None:
     (folder / "remembered.json").write_bytes(content)
     assert recall("sizes", "here") is None
     remember("sizes", "here", 1)
-    assert json.loads((folder / "remembered.json").read_text()) == {"sizes": {"here": 1}}
+    assert read_sealed(folder / "remembered.json", "remembered") == {"sizes": {"here": 1}}
 
 
 def test_several_at_once_lose_nothing() -> None:

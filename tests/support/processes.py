@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,3 +33,14 @@ def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> bool
 def has_text(path: Path) -> bool:
     """Whether a file is there and something is written into it."""
     return path.is_file() and path.stat().st_size > 0
+
+
+def left_in_session(session: int) -> list[int]:
+    """Processes of a session that are not yet gone."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, leader = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(leader) == session and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found

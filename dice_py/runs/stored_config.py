@@ -1,0 +1,127 @@
+"""The config that a run keeps in `config.yaml`, with its digest in the last line. The manifest has a copy of it.
+
+Paths in it are absolute, so that a run can be resumed from any working directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dice_py.config.loading import dump, load_resolved
+from dice_py.config.run import RunConfig
+from dice_py.errors import DataError, DiceError
+from dice_py.events import Report
+from dice_py.runs.reasons import changes, field_values, listed
+from dice_py.storage.digests import file_state
+from dice_py.storage.files import Manifest, write_sealed_text
+from dice_py.storage.integrity import set_aside
+
+CONFIG_FILE = "config.yaml"
+
+
+def store_config(folder: Path, config: RunConfig, manifest: Manifest) -> None:
+    """Writes the config of a run atomically, and its copy into the manifest."""
+    text = f"{dump(config)}# To change a setting: dice resume RUN --set section.key=value\n"
+    write_sealed_text(folder / CONFIG_FILE, text, "# {}")
+    manifest.data["config"] = config.model_dump(mode="json")
+    manifest.save()
+
+
+def stored_config(folder: Path) -> tuple[RunConfig, str | None]:
+    """The config of a run: that of its file, or the manifest's copy if the file is not as it was written.
+
+    Returns:
+        The config, and what is wrong with the file (None: nothing).
+
+    Raises:
+        UsageError: the file cannot be read as a config, and the manifest has no copy.
+        DataError: the file is damaged, and the manifest has no copy.
+    """
+    path = folder / CONFIG_FILE
+    state = file_state(path)
+    if state == "intact":
+        return load_resolved(path), None
+    copy = _copy(folder)
+    if state == "absent" and copy is not None:
+        return copy, None
+    if copy is None:
+        if state == "damaged":
+            raise DataError(
+                f"{path} is damaged: it is not as it was written, and {folder / 'manifest.json'} has no copy. Start "
+                f"the run again with its settings, as it was started: dice run … --run-dir {folder}. What is complete "
+                "is kept"
+            )
+        return load_resolved(path), None  # written by an earlier version
+    try:
+        differing = changes(settings(copy), settings(load_resolved(path)))
+    except DiceError:
+        differing = ["it cannot be read"]
+    return copy, f"is damaged, or was edited ({listed(differing) or 'only in spaces, comments or its digest'})"
+
+
+def restore_config(folder: Path, report: Report) -> RunConfig:
+    """`stored_config`; a file that is not as it was written is set aside, which a note says."""
+    config, problem = stored_config(folder)
+    if problem is not None:
+        hint = "; to change a setting: dice resume RUN --set section.key=value"
+        set_aside(folder / CONFIG_FILE, report, problem + hint)
+    return config
+
+
+def has_config(folder: Path) -> bool:
+    """Whether the manifest has a copy of the config, whose file is gone."""
+    return _copy(folder) is not None
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """All settings by dotted name."""
+    return field_values(config.model_dump(mode="json"))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with paths that do not depend on the working directory. Ids of the Hugging Face hub stay."""
+
+    def absolute(section: Any, *names: str) -> Any:
+        values = {name: getattr(section, name) for name in names}
+        return section.model_copy(update={name: _absolute(value) for name, value in values.items() if value})
+
+    models = {
+        name: _absolute(value)
+        for name in ("policy", "reference", "sft")
+        if (value := getattr(config.model, name)) and _is_path(value)
+    }
+    replay = config.replay
+    buffers = {name: absolute(buffer, "path") for name, buffer in replay.buffers.items()}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=models),
+            "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs"),
+            "replay": replay.model_copy(update={"buffers": buffers}) if buffers else replay,
+            "train": absolute(config.train, "accelerate_config"),
+        }
+    )
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return name.startswith((".", "~", "/")) or Path(name).exists()
+    except OSError:  # longer than a path may be
+        return False
+
+
+def _absolute(name: str) -> str:
+    try:
+        return str(Path(name).expanduser().absolute())
+    except RuntimeError:  # no such user; the error that names the file says so
+        return name
+
+
+def _copy(folder: Path) -> RunConfig | None:
+    copy = Manifest(folder / "manifest.json").data.get("config")
+    try:
+        return None if copy is None else RunConfig.model_validate(copy)
+    except ValidationError:
+        return None

@@ -1,0 +1,98 @@
+"""Reads every artifact of a run folder and names those that are not as they were written. Nothing is changed.
+
+Logs (`events.jsonl`, `*.log`) have no digest, nor have the settings that a training hands to its processes, which are
+written anew each time. A journal checks each of its records when it is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dice_py.errors import UsageError
+from dice_py.runs.stored_config import CONFIG_FILE, has_config
+from dice_py.storage.digests import file_state
+from dice_py.storage.files import TEMPORARY, Manifest
+from dice_py.storage.integrity import DAMAGED, MODEL_STAMP, damaged_in, read_stamp
+from dice_py.synthetic.world import WORLD_STAMP
+
+_STAMPS = (MODEL_STAMP, WORLD_STAMP)
+_SEALED = {
+    "manifest.json",
+    "profile.json",
+    "report.html",
+    "checked.json",
+    "gate.json",
+    "mining.json",
+    "metrics.json",
+    "step0.json",
+}
+
+
+def verify_run(folder: Path) -> dict[str, Any]:
+    """Reads all artifacts of a run.
+
+    Returns:
+        `run`; `files` and `bytes` that were read; `damaged`, paths of files that are not as they were written;
+        `missing`, paths that the manifest or a stamp lists and that are not there.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    if not (folder / CONFIG_FILE).is_file() and not has_config(folder):
+        raise UsageError(f"{folder} holds no run (no {CONFIG_FILE})")
+    read: list[Path] = []
+    bad: list[Path] = []
+    for path in _artifacts(folder):
+        if path.is_dir():
+            stamp = next(name for name in _STAMPS if (path / name).exists())
+            read += [path / stamp, *(path / name for name in (read_stamp(path, stamp) or {}).get("files", {}))]
+            bad += damaged_in(path, stamp)
+        else:
+            read.append(path)
+            state = file_state(path)
+            # An earlier version wrote no digest into the config, and no copy of it into the manifest.
+            older = path.name == CONFIG_FILE and state == "unmarked" and not has_config(folder)
+            if state in ("damaged", "unmarked") and not older:
+                bad.append(path)
+    bad += _listed_and_absent(folder)
+    bad = list(dict.fromkeys(bad))
+    return {
+        "run": str(folder),
+        "files": len(read),
+        "bytes": sum(path.stat().st_size for path in read if path.is_file()),
+        "damaged": [str(path) for path in bad if path.exists()],
+        "missing": [str(path) for path in bad if not path.exists()],
+    }
+
+
+def _artifacts(folder: Path) -> Iterator[Path]:
+    """The files with a digest, and the folders with a stamp, in order of their paths."""
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.name.startswith(".") or DAMAGED in entry.name or entry.name.endswith(TEMPORARY):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if any((path / name).exists() for name in _STAMPS):
+                yield path
+            else:
+                yield from _artifacts(path)
+        elif path.suffix == ".parquet" or entry.name in _SEALED or entry.name == CONFIG_FILE:
+            yield path
+
+
+def _listed_and_absent(folder: Path) -> list[Path]:
+    """What the manifest names and is not there; of a model, its stamp."""
+    absent = [] if (folder / CONFIG_FILE).exists() else [folder / CONFIG_FILE]
+    for entry in Manifest(folder / "manifest.json").data["stages"].values():
+        for made in entry.get("files", []):
+            path = folder / made["file"]
+            if not path.exists():
+                absent.append(path)
+            elif path.is_dir() and not (path / MODEL_STAMP).exists():
+                absent.append(path / MODEL_STAMP)
+    return absent
