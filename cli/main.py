@@ -25,7 +25,7 @@ from cli.runs import resume, run, status
 from cli.stages import evaluate, generate, replay, score, train
 from cli.terminal import say
 from dice_py.compute.interrupts import stopped_by_signals
-from dice_py.errors import DiceError, InterruptedRunError
+from dice_py.errors import DiceError, InterruptedRunError, UsageError
 
 # Typer has Click's errors, under a path that depends on its version.
 _WRONG_CALL: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -39,6 +39,13 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise InterruptedRunError("interrupted; completed files are kept: repeat the command to continue") from None
+        except UnicodeEncodeError as error:
+            if not isinstance(error.object, str) or not "\ud800" <= error.object[error.start] <= "\udfff":
+                raise
+            # Python passes bytes of a path or an argument that are not UTF-8 on as surrogates; libraries refuse them.
+            raise UsageError(
+                f"{error.object[:200]} is not UTF-8 text; rename the file or folder, or convert the argument"
+            ) from None
         except OSError as error:
             from dice_py.storage.files import path_error
 

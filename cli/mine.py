@@ -96,17 +96,21 @@ def mine(
 ) -> None:
     """Stage 3: preference pairs, corrected for length bias.
 
-    Written to OUT (Parquet) with the row numbers of both responses in SCORED, counted through its files.
+    Written to OUT (Parquet) with the row numbers of both responses in SCORED, counted through its files. Where no pair
+    is left, OUT has no rows, and a warning says what took them.
     """
     from cli.progress import Display
     from cli.tables import mining_table, print_table
     from dice_py.config.mining import MiningOptions
     from dice_py.mining.files import mine_files
+    from dice_py.mining.no_pairs import explain_no_pairs
 
     options = MiningOptions(**_parse_words(ctx.obj))
     with _interrupted(), Display() as display:
         display("stage", stage="mine", status="running")
         summary = mine_files(scored, out, options, memory_gib=memory, report=display)
+    if not summary["pairs"]:
+        typer.echo(f"warning: {explain_no_pairs(summary)}", err=True)
     if as_json:
         print_json(summary)
     else:

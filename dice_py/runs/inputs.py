@@ -28,7 +28,7 @@ from dice_py.stages.preflight import PreflightJob
 from dice_py.stages.world import WorldJob
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import atomic, read_sealed, write_sealed
-from dice_py.storage.integrity import is_kept, read_stamp, set_aside
+from dice_py.storage.integrity import damaged_in, is_kept, read_stamp, set_aside
 from dice_py.storage.keys import digest, file_digest, seed_for, versions
 from dice_py.storage.parquet import intact_key, parquet_key, parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PLACE, PROMPTS, PROMPTS_READ
@@ -63,7 +63,8 @@ def _world(run: Run) -> World:
         return own
     stamp = read_stamp(own.folder, WORLD_STAMP)
     if own.folder.exists() and (stamp is None or stamp.get("key") == key):
-        set_aside(own.folder, run.report)
+        damaged = damaged_in(own.folder, WORLD_STAMP)[0]
+        set_aside(own.folder, run.report, f"cannot be used: {damaged.name} is damaged or missing")
     world = find_world(run.config.world)
     if world is None:
         run.report("note", text=f"making the synthetic world in {cache_folder()} (once)")

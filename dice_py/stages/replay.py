@@ -21,15 +21,18 @@ from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
 from dice_py.models.limits import model_positions
+from dice_py.models.sizes import model_size
+from dice_py.models.token_ids import check_token_ids
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import gather_mined
+from dice_py.replay.mined import check_mined, gather_mined
 from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, OfflineBuffer, mix_buffers
 from dice_py.rows.bad_rows import BadRowRule
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.integrity import check_intact, is_kept
 from dice_py.storage.keys import versions
+from dice_py.storage.lookup import look_up
 from dice_py.storage.parquet import parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
@@ -136,6 +139,8 @@ class ReplayJob(Job):
             {"replay": replayed, "left_out": mix.replay - replayed} if replayed < mix.replay else {}
         )
         training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
+        for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            check_token_ids(training, column, "the training set", model_size(self.policy).vocabulary or None)
         write_parquet(file, training, key=key, schema=TRAINING_SET, meta=summary)
         return StageResult([(file, key)], summary)
 
@@ -149,8 +154,10 @@ class ReplayJob(Job):
             empty = pl.DataFrame(schema={"prompt_id": pl.UInt32})
             return empty, empty
         mined = read_parquet(self.mined)
+        check_mined(mined, self.mined)
         prompts = read_parquet(self.prompts, ["prompt_id", "messages"])
-        return mined, prompts.join(mined.select("prompt_id"), on="prompt_id", how="semi")
+        _check_prompts(prompts, self.prompts)
+        return mined, prompts.filter(pl.col("prompt_id").is_in(mined["prompt_id"].unique().implode()))
 
     def _share(self, pools: list[OfflineBuffer], report: Report) -> tuple[float, int | None]:
         """gamma and the total of the mix."""
@@ -180,7 +187,19 @@ def _prompt_keys(mined: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     if "messages" not in prompts.columns:
         return pl.DataFrame(schema={"key": pl.String})
     keys = prompts.select("prompt_id", key=pl.col("messages").map_elements(_message_key, return_dtype=pl.String))
-    return mined.select("prompt_id").join(keys, on="prompt_id", how="left", maintain_order="left")
+    return look_up(mined.select("prompt_id"), keys, "prompt_id", who="the mined pairs", where="the file of prompts")
+
+
+def _check_prompts(prompts: pl.DataFrame, file: Path) -> None:
+    """Raises DataError if a file is no prompts artifact."""
+    ids, messages = prompts["prompt_id"].dtype, prompts["messages"].dtype
+    turns = messages.inner if isinstance(messages, pl.List) else None
+    fields = {field.name for field in turns.fields} if isinstance(turns, pl.Struct) else set()
+    if not (ids.is_integer() and {"role", "content"} <= fields):
+        raise DataError(
+            f"{file}: prompt_id is {ids} and messages is {messages}, but integers and lists of messages are needed: "
+            "give the prompts.parquet that dice generate wrote"
+        )
 
 
 def _pools(

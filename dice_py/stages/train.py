@@ -33,6 +33,7 @@ from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
 from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.loading import require
+from dice_py.models.sizes import model_size
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
@@ -119,9 +120,9 @@ class TrainJob(Job):
         check_checkpoint(self.policy, "policy", self.models)
         layout = lay_out(self.config, self.models, self.devices, report)
         check_training_settings(self.config, self.policy, remote_code=self.models.trust_remote_code)
-        pairs, _ = load_training_set(
-            self.training_set, self.config.max_length
-        )  # its errors come before processes start
+        vocabulary = model_size(self.policy).vocabulary or None
+        # Its errors come before processes start.
+        pairs, _ = load_training_set(self.training_set, self.config.max_length, vocabulary)
         longer = pl.max_horizontal(pl.col("chosen_ids").list.len(), pl.col("rejected_ids").list.len())
         limit = model_positions(self.policy, self.models)
         check_positions(

@@ -87,9 +87,18 @@ def test_a_tensor_too_many(copy: Path) -> None:
     assert "1 that the model does not have (score.weight [1, 64])" in refusal(copy)
 
 
-def test_buffers_of_older_versions_are_no_fault(copy: Path) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_weights(copy, lambda weights: weights.update({name: torch.ones(16)}))
+@pytest.mark.parametrize("name", ["self_attn.rotary_emb.inv_freq", "attn.masked_bias", "attention.bias"])
+def test_buffers_of_older_versions_are_no_fault(copy: Path, name: str) -> None:
+    change_weights(copy, lambda weights: weights.update({f"model.layers.0.{name}": torch.ones(1, 1, 4, 4)}))
+    check_checkpoint(copy, "policy", CPU)
+    load_model(copy, CPU)
+
+
+def test_parts_of_a_model_of_images_are_no_fault(copy: Path) -> None:
+    """The text model of a checkpoint that sees too; without a config of its sight they are."""
+    change_weights(copy, lambda weights: weights.update({"vision_tower.layers.0.weight": torch.ones(4)}))
+    assert "1 that the model does not have (vision_tower.layers.0.weight [4])" in refusal(copy)
+    change_config(copy, vision_config={"hidden_size": 4})
     check_checkpoint(copy, "policy", CPU)
 
 

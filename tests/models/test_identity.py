@@ -25,8 +25,8 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def large(copy: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> Path:
     """A model whose weights count as large, and were written long ago."""
-    monkeypatch.setattr(weight_records, "_SMALL", 0)
-    monkeypatch.setattr(weight_records, "_SETTLED_NS", -(10**18))
+    monkeypatch.setattr(weight_records, "SMALL", 0)
+    monkeypatch.setattr(weight_records, "SETTLED_NS", -(10**18))
     return copy
 
 
@@ -125,7 +125,7 @@ def test_a_file_that_was_just_written_is_not_kept(
     large: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch, cache_folder: Path
 ) -> None:
     """Another write within the clock's grain would leave the same times."""
-    monkeypatch.setattr(weight_records, "_SETTLED_NS", 10**18)
+    monkeypatch.setattr(weight_records, "SETTLED_NS", 10**18)
     assert model_identity(large) == model_identity(large)
     assert len(reads) == 2
     assert not (cache_folder / "weights").exists()

@@ -145,6 +145,22 @@ def test_models_without_a_history_are_warned_of(stage: str, config: RunConfig, t
     assert sum("policy and reference seem to share no history" in text for text in texts) == 1
 
 
+@pytest.mark.usefixtures("release_models")
+def test_a_reference_of_a_smaller_vocabulary(config: RunConfig, tmp_path: Path, cache_folder: Path) -> None:
+    """It lacks tokens that the policy can sample, though no prompt has them; a padded one has more than it needs."""
+    frame = prompts_frame([[{"role": "user", "content": "a"}]])
+    prompts = [write_parquet(tmp_path / "prompts.parquet", frame, key="k")]
+    policy = Path(str(config.model.policy))
+    for size in (261, 262, 320):
+        reference = make_llama(tmp_path / str(size), seed=2, vocab_size=size)
+        job = PreflightJob(config, policy=policy, reference=reference, prompts=prompts, pairs=[], data_key="k")
+        if size < 262:
+            with pytest.raises(DataError, match=r"token id 261, but this model's vocabulary has 261 entries"):
+                job.run()
+        else:
+            job.run()
+
+
 # --- rewards of a few pairs
 
 
@@ -254,6 +270,6 @@ def test_before_round_zero_only_the_loss_counts(config: RunConfig, llama: Path, 
 def test_large_models_on_a_cpu_are_left_out(
     config: RunConfig, llama: Path, tuned: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reward_check, "_CPU_WORK", 1.0)
+    monkeypatch.setattr(reward_check, "CPU_WORK", 1.0)
     monkeypatch.setattr(reward_check, "score_pairs", lambda *_, **__: pytest.fail("scored"))
     assert warnings_of(config, llama, tuned, offline(llama, 12)) == []

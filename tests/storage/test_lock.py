@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dice_py.errors import UsageError
 from dice_py.storage.lock import exclusive_lock, is_locked
 
 HOLD = """
@@ -151,3 +152,21 @@ def test_several_takers_at_once_exclude_one_another(path: Path) -> None:
         taker.join()
     assert most == 1
     assert refused < 400
+
+
+def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "of the user"
+    target.write_text("do not touch")
+    path.symlink_to(target)
+    for wait in (True, False):
+        with pytest.raises(UsageError, match="is a symbolic link"), exclusive_lock(path, wait=wait):
+            pass
+    assert target.read_text() == "do not touch"
+    assert not is_locked(path)
+
+
+def test_a_pipe_is_no_lock(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="is no file"), exclusive_lock(path):
+        pass
+    assert not is_locked(path)

@@ -164,6 +164,9 @@ def test_no_room_is_recognized_through_other_errors() -> None:
     assert is_disk_full(OSError(errno.EDQUOT, "quota"))
     # From safetensors, which is written in Rust: no errno.
     assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
+    # From torch.save, whose writer only says how far it came.
+    assert is_disk_full(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"))
+    assert not is_disk_full(RuntimeError("PytorchStreamReader failed reading zip archive: failed finding directory"))
     outer = RuntimeError("could not save")
     outer.__cause__ = NO_ROOM
     assert is_disk_full(outer)

@@ -14,6 +14,7 @@ from dice_py.config.stages import WorldConfig
 from dice_py.data import prompt_key
 from dice_py.errors import UsageError
 from dice_py.models.tokenization import encode_prompt, encode_response
+from dice_py.storage.integrity import write_stamp
 from dice_py.synthetic import world
 from dice_py.synthetic.pairs import draw_prompts, offline_pairs, oracle_pairs
 from dice_py.synthetic.task import (
@@ -245,6 +246,8 @@ def test_find_world_ignores_incomplete_worlds(tmp_path: Path, monkeypatch: pytes
     folder.mkdir(parents=True)
     assert find_world(WorldConfig()) is None
     (folder / "world.json").write_text("{}")
+    assert find_world(WorldConfig()) is None
+    write_stamp(folder, {"key": world_key(WorldConfig())}, "world.json")
     world = find_world(WorldConfig())
     assert world is not None
     assert world.folder == folder
