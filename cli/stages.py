@@ -61,6 +61,7 @@ def generate(
         max_prompt_tokens=resolved.data.max_prompt_tokens,
         devices=resolved.devices,
         bad_rows=resolved.data.bad_rows,
+        is_alone=True,
     )
     result = run_job(job, out)
     print_result({"files": [str(file) for file, _ in result.files], **result.counts}, as_json)
