@@ -266,20 +266,13 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
     prompts = prompts.filter(~_keys(prompts).is_in(list(held)))
     if prompts.is_empty():
         raise DataError(f"{prompts_file}: all of its {before} prompts are held out; give more, or data.eval_prompts")
-    meta: dict[str, Any] = {"sources": sources}
     if offline is not None:
         offline = _not_held_out(offline, held, f"data.replay ({data.replay})")
-        write_parquet(outputs["offline"], offline, key=key, meta=meta)
     for name, pairs in buffers.items():
         buffers[name] = _not_held_out(pairs, held, f"replay.buffers.{name}")
-        write_parquet(outputs[f"buffer {name}"], buffers[name], key=key, meta=meta)
-    if eval_prompts is not None:
-        write_parquet(outputs["eval_prompts"], eval_prompts, key=key, schema=PROMPTS_READ, meta=meta)
-    if eval_pairs is not None:
-        write_parquet(outputs["eval_pairs"], eval_pairs, key=key, meta=meta)
-    written = {"offline": offline, "eval_prompts": eval_prompts, "eval_pairs": eval_pairs}
-    files = [name for name, frame in written.items() if frame is not None] + [f"buffer {name}" for name in buffers]
-    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS_READ, meta={**meta, "files": files})
+    copies = {"offline": offline, "eval_prompts": eval_prompts, "eval_pairs": eval_pairs}
+    copies |= {f"buffer {name}": pairs for name, pairs in buffers.items()}
+    _write_copies(outputs, key, copies, prompts, sources)
     counts = [("prompts for the rounds", prompts), ("offline pairs", offline)]
     text = ", ".join(f"{0 if frame is None else frame.height} {noun}" for noun, frame in counts)
     text += "".join(f", {pairs.height} in buffer {name}" for name, pairs in buffers.items())
@@ -302,6 +295,22 @@ def _not_held_out(pairs: pl.DataFrame, held: set[str], name: str) -> pl.DataFram
             "share held out"
         )
     return kept
+
+
+def _write_copies(
+    outputs: dict[str, Path],
+    key: str,
+    copies: dict[str, pl.DataFrame | None],
+    prompts: pl.DataFrame,
+    sources: dict[str, str],
+) -> None:
+    """Writes the copies that there are, then the prompts, which name the others."""
+    made = {name: frame for name, frame in copies.items() if frame is not None}
+    for name, frame in made.items():
+        schema = PROMPTS_READ if name == "eval_prompts" else None
+        write_parquet(outputs[name], frame, key=key, schema=schema, meta={"sources": sources})
+    meta = {"sources": sources, "files": list(made)}
+    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS_READ, meta=meta)
 
 
 def pool_columns(config: RunConfig) -> dict[str, dict[str, Any]]:
