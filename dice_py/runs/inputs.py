@@ -1,7 +1,7 @@
 """The inputs of a run: its models, and its data, which runs/own_data.py reads. Both are checked together.
 
 Errors in them are found here, before anything is computed. The data goes to `inputs/` in the run folder, as artifacts
-with keys; the synthetic world's stays in its cache.
+with keys, and so does a copy of the synthetic world.
 """
 
 from __future__ import annotations
