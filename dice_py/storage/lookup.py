@@ -48,7 +48,8 @@ def check_row_aligned(generations: list[Path], scores: list[Path]) -> None:
         sampled, scored = (sum(map(parquet_rows, files)) for files in (generations, scores))
         raise DataError(
             f"{generations[0].parent} has {sampled} responses, but {scores[0].parent} has {scored} scores: they are "
-            f"not of one round ({len(generations)} files of generations, {len(scores)} of scores); score these generations"
+            f"not of one round ({len(generations)} files of generations, {len(scores)} of scores); score these "
+            "generations"
         )
     for sampled, scored in zip(generations, scores, strict=True):
         rows, count = parquet_rows(sampled), parquet_rows(scored)
