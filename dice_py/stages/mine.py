@@ -25,6 +25,10 @@ from dice_py.storage.parquet import parquet_rows, write_parquet
 from dice_py.storage.schemas import MINED, MINED_LABELS
 
 
+_RULE = "equal rewards are no pair"
+"""Of the key: pairs that an earlier version mined by another rule are mined again."""
+
+
 @dataclass(frozen=True)
 class MineJob(Job):
     """Mines the pairs of shards into `out/mined.parquet`; row numbers count through the shards.
@@ -51,7 +55,7 @@ class MineJob(Job):
 
     def key(self) -> str:
         """A digest of the scores, the options and the seed."""
-        return digest("mine", self.score_keys, self.config.model_dump(), self.seed, versions("polars"))
+        return digest("mine", _RULE, self.score_keys, self.config.model_dump(), self.seed, versions("polars"))
 
     def run(self, report: Report = no_report) -> StageResult:
         """Mines in this process; it takes seconds."""
