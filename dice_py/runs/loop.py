@@ -85,8 +85,11 @@ def _run(
         run = Run(folder, config, report, monitor, force=force)
         try:
             run.report("started", pid=os.getpid())
-            _store(run)
-            return _checked_rounds(run, after_round)
+            changed = _store(run)
+            metrics = _checked_rounds(run, after_round)
+            if changed and not run.remade:
+                run.report("note", text="the changed settings touch no stage that was done before")
+            return metrics
         except KeyboardInterrupt:
             run.report("interrupted")
             _write_profile_of_stopped(folder)
@@ -102,9 +105,13 @@ def _run(
             run.close()
 
 
-def _store(run: Run) -> None:
-    """Stores the config. One that is not as the run wrote it is set aside first; what changed is reported."""
+def _store(run: Run) -> list[str]:
+    """Stores the config, and returns which settings changed, which is reported too.
+
+    A stored config that is not as the run wrote it is set aside first.
+    """
     file = run.folder / CONFIG_FILE
+    changed: list[str] = []
     if file.exists():
         try:
             before = restore_config(run.folder, run.report)
@@ -115,6 +122,7 @@ def _store(run: Run) -> None:
             if changed:
                 run.report("note", text=f"settings changed: {listed(changed)}")
     store_config(run.folder, run.config, run.manifest)
+    return changed
 
 
 def _checked_rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
