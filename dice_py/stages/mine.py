@@ -24,7 +24,6 @@ from dice_py.storage.lookup import check_row_aligned
 from dice_py.storage.parquet import parquet_rows, write_parquet
 from dice_py.storage.schemas import MINED, MINED_LABELS
 
-
 _RULE = "equal rewards are no pair"
 """Of the key: pairs that an earlier version mined by another rule are mined again."""
 
