@@ -89,6 +89,6 @@ def _check_sizes(policy: Path, reference: Path, models: ModelConfig, tokenizer: 
     tokens = max(tokenizer.get_vocab().values()) + 1
     if theirs < min(ours, tokens):
         raise DataError(
-            f"{reference} has {theirs} tokens in its vocabulary, but {policy} can sample token ids up to "
-            f"{min(ours, tokens) - 1}; {_REMEDY}"
+            f"{reference}: the policy can sample token id {min(ours, tokens) - 1}, but this model's vocabulary has "
+            f"{theirs} entries; {_REMEDY}"
         )

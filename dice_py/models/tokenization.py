@@ -207,7 +207,7 @@ def encode_response(
 
     Raises:
         DataError: the template renders the prompt differently once a response follows, refuses the messages, or leaves
-            out a part of the response.
+            out a part of the response; or a stop token that is ordinary text stands in the response.
     """
     template = _template_of(tokenizer)
     asked, answered = Conversation.of(prompt), Conversation.of([*prompt, *response])
@@ -228,6 +228,12 @@ def encode_response(
     ids = template.controls.encode(full[len(before) :], guard, where)
     for index, token in enumerate(ids):
         if token in stops:
+            rest = ids[index + 1 :]
+            if token not in template.controls.ids and tokenizer.decode(rest, skip_special_tokens=True).strip():
+                raise DataError(
+                    f"{where}: the response has the stop token {tokenizer.decode([token])!r} in its text, so it would "
+                    "end there; remove it from eos_token_id in the model's generation_config.json, or from the text"
+                )
             return ids[: index + 1]
     return [*ids, int(tokenizer.eos_token_id)]
 

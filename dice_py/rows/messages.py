@@ -176,6 +176,8 @@ def with_row_columns(
     Raises:
         DataError: a column that cannot be read, or that contradicts the prompt.
     """
+    if "images" not in ignored and not _is_nothing(row.get("images")):
+        raise DataError(f"{where}: 'images' cannot be used, only text; leave them out with data.ignored_keys=[images]")
     for column in SYSTEM_COLUMNS:
         if column not in ignored:
             messages = _with_system(messages, row.get(column), where, column)

@@ -147,10 +147,10 @@ class _Scoring:
         gate = self._known_gate(left) if reuses else None
         if not left:
             return gate
+        warn_of_unrelated(self.job.policy, self.job.reference, self.report)
         for folder in (self.job.reference, self.job.policy):
             for number in left:
                 check_lengths(self.shards[number].generations, self.columns, folder, self.job.models)
-        warn_of_unrelated(self.job.policy, self.job.reference, self.report)
         self.groups = find_groups(self.job.devices, self.job.models, report=self.report)
         self.rows = {number: parquet_rows(self.shards[number].generations) for number in left}
         halves = [(number, self.shards[number]) for number in left]

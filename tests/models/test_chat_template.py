@@ -190,6 +190,15 @@ def test_a_pair_is_named_by_its_line(tmp_path: Path) -> None:
         encode_pairs(read_pairs(path), made, STOPS)
 
 
+def test_a_stop_token_that_is_ordinary_text() -> None:
+    made = tokenizer()
+    line = made.convert_tokens_to_ids("Ċ")
+    answer = [turn("assistant", "Yes.\nOf course.")]
+    with pytest.raises(DataError, match=r"row 2: the response has the stop token '\\n' in its text, so it would end"):
+        encode_response(made, [turn("user", "hi")], answer, [4, line], "row 2")
+    assert encode_response(made, [turn("user", "hi")], [turn("assistant", "Yes.")], [4, line])[-1] == 4
+
+
 # --- folders -----------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,6 @@ def test_padded_sizes_may_differ_down_to_the_tokenizer(tmp_path: Path) -> None:
     policy = model(tmp_path / "policy", make_tokenizer(), 512)
     check_same_tokenizer(policy, model(tmp_path / "padded", make_tokenizer(), 262), ModelConfig())
     with pytest.raises(
-        DataError, match=r"small has 261 tokens in its vocabulary, but .*policy can sample token ids up to 261"
+        DataError, match=r"small: the policy can sample token id 261, but this model's vocabulary has 261 entries"
     ):
         check_same_tokenizer(policy, model(tmp_path / "small", make_tokenizer(), 261), ModelConfig())

@@ -126,6 +126,7 @@ def test_a_content_of_parts(tmp_path: Path) -> None:
     [
         ({"tools": "get_weather"}, "'tools' is text, but not JSON"),
         ({"tools": ["get_weather"]}, "'tools' must be a list of JSON objects"),
+        ({"images": ["a.png"]}, "'images' cannot be used, only text"),
         ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' must be a JSON object"),
         (
             {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
