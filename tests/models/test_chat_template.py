@@ -237,6 +237,16 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
             load_tokenizer(tmp_path, ModelConfig())
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_a_tokenizer_without_its_vocabulary(tmp_path: Path, name: str) -> None:
+    """transformers loads each of these from tokenizer_config.json alone, with a handful of tokens."""
+    (saved(tmp_path) / "tokenizer.json").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    with pytest.raises(DataError, match=r"its tokenizer has no vocabulary, only \d tokens; a file such as"):
+        load_tokenizer(tmp_path, ModelConfig())
+
+
 def test_stop_tokens_of_either_config(tmp_path: Path) -> None:
     made = make_tokenizer()
     assert stop_token_ids(saved(tmp_path, config={"eos_token_id": [2, 4]}), made) == [2, 4]
