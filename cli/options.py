@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
 Policy = Annotated[str, typer.Option(help="The policy: a model folder, a GGUF file or a Hugging Face id.")]
 Reference = Annotated[str, typer.Option(help="The model that the policy's DPO training started from.")]
-StageSeed = Annotated[int, typer.Option("--seed", help="The seed.")]
+StageSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The seed.")]
 
 # of a run
 RunPolicy = Annotated[

@@ -218,7 +218,7 @@ def _replay(
     as_json: bool,
 ) -> None:
     from dice_py.data import read_pairs
-    from dice_py.runs.inputs import pool_columns
+    from dice_py.runs.own_data import pool_columns
     from dice_py.stages.replay import ReplayJob
     from dice_py.storage.keys import file_digest
     from dice_py.storage.parquet import write_parquet

@@ -121,7 +121,7 @@ class MiningOptions(PairOptions, ColumnOptions):
         UsageError: an option of the wrong type or out of its range, or options that contradict each other.
     """
 
-    seed: int = _option(0, "Pairs", "For `pairing=max_random`: seed of the draw.")
+    seed: int = _option(0, "Pairs", "Decides among responses of equal reward; for `pairing=max_random`, the draw.")
 
     @model_validator(mode="wrap")
     @classmethod

@@ -176,7 +176,7 @@ class EvaluateConfig(Section):
 class WorldConfig(Section):
     """Sizes and seed of the synthetic world (synthetic/task.py)."""
 
-    seed: int = Field(default=0, description="makes the task's data and models")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="makes the task's data and models")
     sft_steps: Positive = Field(default=600, description="optimizer steps of the reference's training")
     offline_pairs: Positive = Field(
         default=3000, description="pairs of the noisy annotator, for the policy's training and for replay"

@@ -1,4 +1,4 @@
-"""Checks prompts and the responses to them against the limits of a model (models/limits.py)."""
+"""Checks prompts and the responses to them against the limits of a model (models/limits.py), and of sampling."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def check_fits(policy: Path, models: ModelConfig, longest_prompt: int, largest_i
             f"{policy}: the tokenizer uses token id {largest_id}, but the model's vocabulary has {vocabulary} entries; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def cut_off_note(shard: str, cut_off: int, responses: int, max_new_tokens: int) -> str | None:
+    """A warning where most responses of a shard were cut off by the token limit, which mining drops; else None."""
+    if cut_off * 2 <= responses:
+        return None
+    return (
+        f"warning: {cut_off} of {responses} responses of {shard} ({cut_off / responses:.0%}) were cut off at "
+        f"generate.max_new_tokens={max_new_tokens}; mining drops them. Stop here and raise generate.max_new_tokens; if "
+        "the responses run on after their end, the token that ends a turn in the chat template is no stop token of the "
+        "model (eos_token_id in its generation_config.json)"
+    )

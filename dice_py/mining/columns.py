@@ -61,7 +61,15 @@ def wanted_columns(columns: list[str], options: MiningOptions) -> list[str]:
         if options.truncated_column not in columns:
             raise DataError(missing_column(options.truncated_column, columns, "truncated_column="))
         wanted |= {options.truncated_column: None}
+    refuse_twice(columns, list(wanted), "the frame")
     return list(wanted)
+
+
+def refuse_twice(columns: list[str], wanted: list[str], place: str) -> None:
+    """Raises DataError if a table has a wanted column more than once."""
+    for name in wanted:
+        if columns.count(name) > 1:
+            raise DataError(f"column '{name}' is {columns.count(name)} times in {place}: rename or drop the others")
 
 
 def missing_column(name: str, columns: list[str], option: str) -> str:

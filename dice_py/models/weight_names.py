@@ -96,9 +96,9 @@ def compare_weights(folder: Path, built: PreTrainedModel) -> None:
 
 def _parts(model: PreTrainedModel, stored: dict[str, list[int]]) -> str:
     """Names what differs from a saved model of this kind: parts that are merged at load are named nowhere else."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     try:
+        from transformers.core_model_loading import revert_weight_conversion
+
         reverted = revert_weight_conversion(model, dict(model.state_dict()))
     except Exception:  # only some conversions can be reverted without values
         return ""

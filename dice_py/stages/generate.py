@@ -23,7 +23,7 @@ from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.generation.engines.factory import choose_engine
 from dice_py.generation.engines.vllm_on_cpu import Workload
-from dice_py.generation.limits import check_fits
+from dice_py.generation.limits import check_fits, cut_off_note
 from dice_py.generation.sampler import SampleShards
 from dice_py.generation.shard import Prompt, journal_of, write_prompts
 from dice_py.models.checkpoint import check_checkpoint
@@ -169,6 +169,7 @@ class _Shards:
         done = [len(shard) * samples if kept[at] else 0 for at, shard in enumerate(self.prompts)]
         total = sum(len(shard) for shard in self.prompts) * samples
         missing = [number for number, count in enumerate(done) if not count]
+        looked_at: list[str] = []
 
         def progress() -> None:
             report("progress", stage="generate", done=sum(done), total=total, unit="responses")
@@ -179,6 +180,13 @@ class _Shards:
                 progress()
             else:
                 report(event, **fields)
+            if event == "shard" and not looked_at:
+                # After the first shard, and not after hours.
+                looked_at.append(fields["file"])
+                meta = parquet_meta(self.job.out / fields["file"])
+                note = cut_off_note(fields["file"], meta["cut_off"], fields["rows"], self.job.config.max_new_tokens)
+                if note is not None:
+                    report("note", text=note)
 
         if len(missing) < len(done):
             progress()

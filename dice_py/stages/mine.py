@@ -25,6 +25,9 @@ from dice_py.storage.lookup import check_row_aligned
 from dice_py.storage.parquet import parquet_rows, write_parquet
 from dice_py.storage.schemas import MINED, MINED_LABELS
 
+_RULE = "equal rewards are no pair"
+"""Of the key: pairs that an earlier version mined by another rule are mined again."""
+
 
 @dataclass(frozen=True)
 class MineJob(Job):
@@ -51,10 +54,11 @@ class MineJob(Job):
     """Of `pairing="max_random"`, and of the choice among responses of equal reward."""
 
     def key_fields(self) -> dict[str, Any]:
-        """The scores, the options and the seed."""
+        """The scores, the options, the rule of ties and the seed."""
         return {
             "scores": self.score_keys,
             "mine": self.config.model_dump(),
+            "rule": _RULE,
             "seed": self.seed,
             "versions": versions("polars"),
         }

@@ -45,9 +45,9 @@ def check_row_aligned(generations: list[Path], scores: list[Path]) -> None:
         DataError: other numbers of files or of rows, or scores that were made from another file.
     """
     if len(generations) != len(scores):
-        sampled, scored = (sum(map(parquet_rows, files)) for files in (generations, scores))
+        responses, results = (sum(map(parquet_rows, files)) for files in (generations, scores))
         raise DataError(
-            f"{generations[0].parent} has {sampled} responses, but {scores[0].parent} has {scored} scores: they are "
+            f"{generations[0].parent} has {responses} responses, but {scores[0].parent} has {results} scores: they are "
             f"not of one round ({len(generations)} files of generations, {len(scores)} of scores); score these "
             "generations"
         )

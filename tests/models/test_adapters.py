@@ -79,11 +79,22 @@ def test_it_is_merged_once(folders: Path, cache_folder: Path) -> None:
     assert "was merged into its base model" in again.events[0][1]["text"]
 
 
+def test_a_damaged_model_is_merged_again(folders: Path) -> None:
+    folder = resolve()
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert needs_conversion("adapter", None, "--policy")
+    events = Events()
+    assert resolve(events=events) == folder
+    assert file.read_bytes() == whole
+    assert any("It is set aside as" in fields["text"] for _, fields in events.events)
+
+
 def test_the_stage_does_it(folders: Path) -> None:
     job = ConvertJob("adapter", None, "--policy")
-    assert not job.is_complete([])
     ((folder, key),) = job.run().files
-    assert job.is_complete([(folder, key)])
+    assert job.incomplete([(folder, key)]) == []
     assert key == folder.name == job.key()
 
 

@@ -44,9 +44,10 @@ pub fn order(a: f64, b: f64) -> Ordering {
 /// `a` has the higher score, or the same score and is shorter.
 #[inline]
 pub fn beats(a: &Response, b: &Response, alpha: f64) -> bool {
-    let ordering =
-        compare_scores(a, b, alpha).then_with(|| b.length.cmp(&a.length)).then_with(|| order(a.raw, b.raw));
-    a.raw != b.raw && ordering == Ordering::Greater
+    let compare = || {
+        compare_scores(a, b, alpha).then_with(|| b.length.cmp(&a.length)).then_with(|| order(a.raw, b.raw))
+    };
+    a.raw != b.raw && compare() == Ordering::Greater
 }
 
 impl End {
@@ -70,11 +71,17 @@ impl End {
 
     /// Sorts responses, those of this end first.
     pub fn sort(self, responses: &mut [Response], alpha: f64, ties: TieHash) {
+        // A sort compares all neighbors of its result.
+        let mut several_groups = false;
         responses.sort_unstable_by(|a, b| {
-            self.by_score(a, b, alpha)
-                .then_with(|| self.by_reward(a, b))
-                .then_with(|| ties.rank(a).cmp(&ties.rank(b)))
+            self.by_score(a, b, alpha).then_with(|| {
+                several_groups |= a.raw != b.raw;
+                self.by_reward(a, b).then_with(|| ties.rank(a).cmp(&ties.rank(b)))
+            })
         });
+        if !several_groups {
+            return;
+        }
         for tied in responses.chunk_by_mut(|a, b| self.by_score(a, b, alpha).is_eq()) {
             if tied[0].raw != tied[tied.len() - 1].raw {
                 self.sort_groups(tied);

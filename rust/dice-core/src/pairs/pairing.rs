@@ -133,10 +133,18 @@ impl Pairing {
 /// The best with a random response that it beats.
 fn random(group: &mut Group, alpha: f64, ties: TieHash, salt: u64) -> Option<Pair> {
     let best = End::Best.first(&group.chosen, alpha, ties)?;
-    End::Worst.sort(&mut group.rejected, alpha, ties);
-    let worse = || group.rejected.iter().filter(|response| beats(&best, response, alpha));
-    let index = (u128::from(splitmix64(salt)) * worse().count() as u128) >> 64;
-    worse().nth(index as usize).map(|rejected| Pair::new(&best, rejected, alpha))
+    // Those that it beats come first; the others stay in the list.
+    let mut count = 0;
+    for i in 0..group.rejected.len() {
+        if beats(&best, &group.rejected[i], alpha) {
+            group.rejected.swap(i, count);
+            count += 1;
+        }
+    }
+    let worse = &mut group.rejected[..count];
+    End::Worst.sort(worse, alpha, ties);
+    let index = (u128::from(splitmix64(salt)) * count as u128) >> 64;
+    worse.get(index as usize).map(|rejected| Pair::new(&best, rejected, alpha))
 }
 
 /// The best with the response nearest to `mean − deviations · std` of the scores, of those that it beats.
@@ -150,11 +158,14 @@ fn sweet_spot(group: &mut Group, alpha: f64, ties: TieHash, deviations: f64) -> 
     let variance = group.all.iter().map(|response| (score(response) - mean).powi(2)).sum::<f64>() / count;
     let spot = mean - deviations * variance.sqrt();
     let distance = |response: &Response| (score(response) - spot).abs();
-    // Of equal distances, the first of the order worst first.
-    End::Worst.sort(&mut group.rejected, alpha, ties);
-    let worse = group.rejected.iter().filter(|response| beats(&best, response, alpha));
-    let nearest = worse.min_by(|a, b| distance(a).total_cmp(&distance(b)))?;
-    Some(Pair::new(&best, nearest, alpha))
+    let worse = || group.rejected.iter().filter(|response| beats(&best, response, alpha));
+    let nearest = worse().min_by(|a, b| distance(a).total_cmp(&distance(b)))?;
+    let as_near = || worse().filter(|response| distance(response) == distance(nearest));
+    if as_near().nth(1).is_none() {
+        return Some(Pair::new(&best, nearest, alpha));
+    }
+    let equal: Vec<Response> = as_near().copied().collect();
+    End::Worst.first(&equal, alpha, ties).map(|rejected| Pair::new(&best, &rejected, alpha))
 }
 
 /// Appends the pairs of the `top` best with the `bottom` worst responses that have the greatest margins. Returns the
@@ -172,8 +183,12 @@ fn top_bottom(
     let best = &group.chosen[..top.min(group.chosen.len())];
     let worst = &group.rejected[..bottom.min(group.rejected.len())];
     let from = pairs.len();
+    let mut tied = false;
     for chosen in best {
-        let worse = worst.iter().filter(|other| beats(chosen, other, alpha));
+        let worse = worst.iter().filter(|other| {
+            tied |= chosen.raw == other.raw && chosen.row != other.row;
+            beats(chosen, other, alpha)
+        });
         pairs.extend(worse.map(|rejected| Pair::new(chosen, rejected, alpha)));
         // Bounds the memory for prompts with many responses.
         if pairs.len() - from > max_pairs.saturating_mul(2).max(1 << 12) {
@@ -181,7 +196,7 @@ fn top_bottom(
         }
     }
     keep_greatest_margins(pairs, from, max_pairs);
-    count_tied(best, worst)
+    if tied { count_tied(best, worst) } else { 0 }
 }
 
 /// Sorts the pairs from `from` on, greatest margins first, and keeps the first `max_pairs`.
