@@ -81,11 +81,12 @@ def test_fields_reach_a_template_that_knows_them(tmp_path: Path) -> None:
         ({"prompt": [{"role": "assistant", "content": "", "tool_calls": [CALL]}, turn("user", "hi")]}, "tool_calls"),
         ({"prompt": [{"role": "user", "content": "hi", "name": "Ada"}]}, "name"),
         ({"prompt": "hi", "tools": [TOOL]}, "tools"),
+        ({"prompt": [{"role": "user", "content": "hi", "id": 3, "lang": "en"}]}, "id', 'lang"),
         ({"prompt": "hi", "chat_template_kwargs": {"mood": "dry"}}, "chat_template_kwargs.mood"),
     ],
 )
 def test_a_field_that_is_not_rendered_is_refused_by_name(tmp_path: Path, row: dict[str, Any], key: str) -> None:
-    ignored = key.partition(".")[0]
+    ignored = key.partition(".")[0].replace("', '", ",")
     message = rf"line 7: the chat template does not render '{key}', .*data\.ignored_keys=\[{ignored}\]"
     with pytest.raises(DataError, match=message):
         encode_prompt(tokenizer(), prompt(tmp_path, **row), "line 7")
