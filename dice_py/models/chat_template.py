@@ -110,9 +110,9 @@ class ChatTemplate:
         keys = dict.fromkeys(key for message in checked for key in message if key not in ("role", "content"))
         if prompt:
             keys |= dict.fromkeys(conversation.options)
-        for key in keys:
-            if key != TEMPLATE_COLUMN and not changes(conversation.without(key)):
-                raise _not_rendered(where, key)
+        lost = [key for key in keys if key != TEMPLATE_COLUMN and not changes(conversation.without(key))]
+        if lost:
+            raise _not_rendered(where, *lost)
         if prompt:
             self._check_variables(conversation, changes, where)
         for at, message in enumerate(checked, start=len(conversation.messages) - turns):
@@ -134,11 +134,12 @@ class ChatTemplate:
             if not re.search(rf"\b{re.escape(name)}\b", str(self.controls.tokenizer.chat_template)) and not changes(
                 Conversation(conversation.messages, {**conversation.options, TEMPLATE_COLUMN: left})
             ):
-                raise _not_rendered(where, f"{TEMPLATE_COLUMN}.{name}", TEMPLATE_COLUMN)
+                raise _not_rendered(where, f"{TEMPLATE_COLUMN}.{name}")
 
 
-def _not_rendered(where: str, key: str, ignored: str | None = None) -> DataError:
+def _not_rendered(where: str, *keys: str) -> DataError:
+    named, ignored = ", ".join(map(repr, keys)), ",".join(key.partition(".")[0] for key in keys)
     return DataError(
-        f"{where}: the chat template does not render {key!r}, so the model would not see it; use a template that does, "
-        f"or leave it out with data.ignored_keys=[{ignored or key}]"
+        f"{where}: the chat template does not render {named}, so the model would not see it; use a template that does, "
+        f"or leave it out with data.ignored_keys=[{ignored}]"
     )

@@ -138,7 +138,7 @@ class ControlTokens:
         )
 
     def _count(self, ids: list[int]) -> int:
-        return sum(token in self.ids for token in ids)
+        return sum(map(self.ids.__contains__, ids))
 
     def _first(self, parts: list[tuple[int, bool]]) -> str:
         token = next(token for token, is_text in parts if is_text and token in self.ids)

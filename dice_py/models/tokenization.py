@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _RULE = BadRowRule()
+_FEWEST_TOKENS = 8  # in an empty vocabulary, where a class adds some of its own
 _templates: WeakKeyDictionary[Any, ChatTemplate] = WeakKeyDictionary()
 
 
@@ -66,13 +67,21 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # the tokenizers library raises Exception itself
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{folder}: transformers cannot load a tokenizer from it: {first_line}; its tokenizer's files are damaged, "
             "missing, or written by a newer version of the libraries"
         ) from None
+    # Without the file of their vocabulary, some classes load with nothing but their special tokens.
+    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    if len(ordinary) <= _FEWEST_TOKENS:
+        raise DataError(
+            f"{folder}: its tokenizer has no vocabulary, only {len(tokenizer)} tokens; a file such as tokenizer.json "
+            "or tokenizer.model is missing: fetch the model again"
+        )
+    return tokenizer
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

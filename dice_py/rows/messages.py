@@ -65,11 +65,6 @@ def prompt_key(messages: list[Message]) -> str:
     )
 
 
-def plain(messages: list[Message]) -> list[Message]:
-    """The messages without an `extra` of None, which Parquet gives to all where one has it."""
-    return [m if m.get("extra") else {"role": m["role"], "content": m["content"]} for m in messages]
-
-
 def read_messages(value: Any, role: str, where: str, column: str, ignored: Collection[str] = ()) -> list[Message]:
     """Messages from text (one turn of `role`), a list of messages, or such a list as JSON text.
 
@@ -105,7 +100,7 @@ def _messages_in_text(text: str, where: str, column: str) -> Any:
     except (ValueError, RecursionError):
         return text
     if isinstance(value, dict):
-        value = [value]
+        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         named = [{"role", "content"} & item.keys() == {"role", "content"} for item in value]
         shared = [{"from", "value"} <= item.keys() or "role" in item for item in value]

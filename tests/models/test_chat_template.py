@@ -81,11 +81,12 @@ def test_fields_reach_a_template_that_knows_them(tmp_path: Path) -> None:
         ({"prompt": [{"role": "assistant", "content": "", "tool_calls": [CALL]}, turn("user", "hi")]}, "tool_calls"),
         ({"prompt": [{"role": "user", "content": "hi", "name": "Ada"}]}, "name"),
         ({"prompt": "hi", "tools": [TOOL]}, "tools"),
+        ({"prompt": [{"role": "user", "content": "hi", "id": 3, "lang": "en"}]}, "id', 'lang"),
         ({"prompt": "hi", "chat_template_kwargs": {"mood": "dry"}}, "chat_template_kwargs.mood"),
     ],
 )
 def test_a_field_that_is_not_rendered_is_refused_by_name(tmp_path: Path, row: dict[str, Any], key: str) -> None:
-    ignored = key.partition(".")[0]
+    ignored = key.partition(".")[0].replace("', '", ",")
     message = rf"line 7: the chat template does not render '{key}', .*data\.ignored_keys=\[{ignored}\]"
     with pytest.raises(DataError, match=message):
         encode_prompt(tokenizer(), prompt(tmp_path, **row), "line 7")
@@ -235,6 +236,16 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(DataError, match=r"cannot load a tokenizer from it: .*its tokenizer's files are damaged"):
             load_tokenizer(tmp_path, ModelConfig())
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_a_tokenizer_without_its_vocabulary(tmp_path: Path, name: str) -> None:
+    """transformers loads each of these from tokenizer_config.json alone, with a handful of tokens."""
+    (saved(tmp_path) / "tokenizer.json").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    with pytest.raises(DataError, match=r"its tokenizer has no vocabulary, only \d tokens; a file such as"):
+        load_tokenizer(tmp_path, ModelConfig())
 
 
 def test_stop_tokens_of_either_config(tmp_path: Path) -> None:
