@@ -8,6 +8,7 @@ data, 4 out of memory, 5 interrupted and resumable, 1 a bug.
 from __future__ import annotations
 
 import io
+import re
 import sys
 import traceback
 from typing import Any
@@ -23,7 +24,7 @@ from cli.output import print_json, print_result, run_job
 from cli.plan import plan
 from cli.runs import resume, run, status
 from cli.stages import evaluate, generate, replay, score, train
-from cli.terminal import say
+from cli.terminal import prepare_streams, say
 from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.errors import DiceError, InterruptedRunError, UsageError
 
@@ -38,7 +39,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise InterruptedRunError("interrupted; completed files are kept: repeat the command to continue") from None
+            raise InterruptedRunError("interrupted; completed shards are kept: repeat the command to continue") from None
         except UnicodeEncodeError as error:
             if not isinstance(error.object, str) or not "\ud800" <= error.object[error.start] <= "\udfff":
                 raise
@@ -108,11 +109,17 @@ def doctor(as_json: Json = False) -> None:
         say("nothing is missing")
 
 
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuses an empty argument, as of a shell variable that is not set: a path or a number of no characters."""
+    for position, argument in enumerate(arguments):
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
+            option = argument or (f"after {arguments[position - 1]}" if position else "the first")
+            raise UsageError(f"an argument is empty ({option}): give it a value (is a shell variable not set?)")
+
+
 def main() -> None:
     """The console script: runs the application and turns errors into sentences and exit codes."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not a stream that a test put there
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
+    prepare_streams()
     sys.exit(_run())
 
 
@@ -120,6 +127,7 @@ def _run() -> int:
     """The exit code of the command line."""
     try:
         with stopped_by_signals():
+            _check_arguments(sys.argv[1:])
             code = app(prog_name="dice", standalone_mode=False)
     except _WRONG_CALL as error:
         text = io.StringIO()

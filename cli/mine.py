@@ -25,6 +25,8 @@ from dice_py.errors import InterruptedRunError, UsageError
 class MineCommand(Panels):
     """`dice mine`: a command that also has an option for every field of `MiningOptions`."""
 
+    out_is_file = True
+
     @cached_property
     def mining_params(self) -> list[Any]:
         """One Typer option per field, ordered by help panel."""

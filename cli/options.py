@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperOption
+
+from cli.paths import PathCommand
 
 if TYPE_CHECKING:
     from dice_py.config.run import RunConfig
@@ -89,7 +91,7 @@ def run_config(
     )
 
 
-class Panels(TyperCommand):
+class Panels(PathCommand):
     """A command whose help lists the options under the headings of `rich_help_panel`, without importing Rich."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

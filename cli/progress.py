@@ -5,6 +5,7 @@ Everything goes to stderr; stdout is for results (cli/tables.py).
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from cli.tables import counts_text
-from cli.terminal import console
+from cli.terminal import console, readers_may_leave
 from dice_py.reporting.formatting import seconds
 
 PLAIN_EVERY = 10.0  # seconds between two lines of one stage's progress
@@ -82,7 +83,8 @@ class Display:
 
     def line(self, text: str) -> None:
         """Prints one line, without markup."""
-        self.console.print(text, soft_wrap=True)
+        with readers_may_leave(sys.stderr):
+            self.console.print(text, soft_wrap=True)
 
     def _begin(self, stage: str) -> None:
         self._end()

@@ -12,6 +12,7 @@ import typer
 
 from cli.options import Config, Json, Out, Policy, Reference, Set, StageSeed, stage_config
 from cli.output import echo_note, model_folder, print_result, run_job
+from cli.paths import check_input_file, check_oracle_prompts, check_shards, check_table
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def score(
     from dice_py.storage.keys import file_digest
 
     resolved = stage_config(config, assign, beta=beta)
+    for file in generations:
+        check_table(file, "GENERATIONS", (prompt_tokens_column, tokens_column), "dice generate")
     job = ScoreJob(
         config=resolved.score,
         models=resolved.model,
@@ -227,8 +230,11 @@ def _replay(
     if mined is not None and (not generations or not scores or prompts is None):
         raise UsageError("--mined also needs --generations, --scores and --prompts, which its row numbers refer to")
     _check_replay(resolved, pairs is not None, round_number)
+    check_shards(shards)
     files = {} if pairs is None else {"replay": pairs}
     files |= {name: Path(buffer.path) for name, buffer in resolved.replay.buffers.items()}
+    for name, file in files.items():
+        check_input_file(file, "--replay" if name == "replay" else f"replay.buffers.{name} (--buffer)")
     pool = pool_columns(resolved)
     frames = {
         name: read_pairs(file, current_round=round_number, **columns, **pool[name], **_reading(resolved))
@@ -286,6 +292,8 @@ def train(
     from dice_py.storage.keys import file_digest
 
     resolved = stage_config(config, assign, beta=beta)
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+    check_table(training_set, "--training-set", columns, "dice replay")
     job = TrainJob(
         config=resolved.train,
         models=resolved.model,
@@ -329,6 +337,8 @@ def evaluate(
     # The data before the models, which may be long downloads.
     columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
     frames = _read_held_out(prompts, pairs, columns, _reading(resolved))
+    if world_oracle:
+        check_oracle_prompts(prompts, frames[0])
     against = model_folder(reference, resolved.model.reference_revision, "--reference")
     start_folder = model_folder(start, None, "--start")
     policy_folder = model_folder(policy, resolved.model.policy_revision, "--policy")

@@ -1,4 +1,9 @@
-"""SIGTERM, which schedulers send, and SIGHUP, which a closed terminal sends, handled as Ctrl-C."""
+"""Ctrl-C, SIGTERM (which schedulers send) and SIGHUP (a terminal that was closed), handled alike in every command.
+
+The first signal raises KeyboardInterrupt: completed shards are kept, workers are ended, and the exit code is 5. A
+second one ends the process at once, in a sentence. Workers then notice that their parent is gone (compute/worker.py),
+and a resume removes what was half written.
+"""
 
 from __future__ import annotations
 
@@ -7,50 +12,75 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_AGAIN = b"error: interrupted again: stopped at once; completed files are kept\n"
-_EXIT_CODE = 5  # errors.InterruptedRunError
+_EXIT_CODE = 5  # of InterruptedRunError
+_SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
+_AGAIN = b"error: interrupted again: stopped at once; completed files are kept, repeat the command to continue\n"
+
+
+class _Interrupts:
+    """Whether signals are handled, and whether one has come."""
+
+    active = False
+    received = False
+
+
+def _handler(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    if not _Interrupts.received:
+        _Interrupts.received = True
+        raise KeyboardInterrupt
+    # Not sys.exit: clean-up is under way, may take long, and would be in the way. os.write may be called in a handler.
+    with contextlib.suppress(OSError):
+        os.write(2, (b"\r" + _SHOW_CURSOR if os.isatty(2) else b"") + _AGAIN)
+    os._exit(_EXIT_CODE)
 
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Within the block the first signal raises KeyboardInterrupt, and a second one ends the process at once.
+    """Handles signals as above inside the block, once for all blocks inside each other.
 
-    A command that a scheduler ends then stops as with Ctrl-C: completed shards are kept, and the exit code is 5. The
-    second signal is for a person who does not want to wait. Worker processes end when this one does. A signal that is
-    ignored, as under nohup, stays ignored. Outside of the main thread, and inside of another such block, it changes
-    nothing.
+    A signal that is ignored stays ignored, as under nohup. Outside the main thread, which alone may handle signals, it
+    does nothing. After a signal has come, its handler stays: the end of the program can be interrupted too.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if _Interrupts.active or threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.getsignal(number) for number in _SIGNALS}
-    if any(isinstance(handler, _Handler) for handler in previous.values()):
-        yield
-        return
-    handler = _Handler()
+    previous = {}
+    for number in _SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            previous[number] = signal.signal(number, _handler)
+    _Interrupts.active, _Interrupts.received = True, False
     try:
-        for number, before in previous.items():
-            if before is not signal.SIG_IGN:
-                signal.signal(number, handler)
         yield
     finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
+        _Interrupts.active = False
+        if not _Interrupts.received:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
-class _Handler:
-    """Counts the signals of a block."""
+@contextlib.contextmanager
+def children_ignore_interrupts() -> Iterator[None]:
+    """Processes that are started inside the block begin with SIGINT and SIGHUP held back (`ignore_interrupts`).
 
-    def __init__(self) -> None:
-        self._interrupted = False
+    A terminal sends both to all of its processes. Only the parent answers: it ends its workers, which would otherwise
+    print a traceback each. What comes meanwhile reaches the parent after the block.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, whose mask is not ours to change
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def __call__(self, number: int, frame: object) -> None:
-        if self._interrupted:
-            # Neither print nor sys.exit: this may interrupt a write to stderr, or a finally that would go on waiting.
-            with contextlib.suppress(OSError):
-                os.write(2, _AGAIN)
-            os._exit(_EXIT_CODE)
-        self._interrupted = True
-        raise KeyboardInterrupt
+
+def ignore_interrupts() -> None:
+    """In a worker: ignores SIGINT and SIGHUP, for its own children too, and lets them through again."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})

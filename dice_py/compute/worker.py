@@ -14,6 +14,7 @@ import faulthandler
 import functools
 import importlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import pickle
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from dice_py.compute.allocator import check_allocator, worker_environment
 from dice_py.compute.devices import cuda_unstarted
 from dice_py.compute.failures import Failure, failure_fields
+from dice_py.compute.interrupts import children_ignore_interrupts, ignore_interrupts
 from dice_py.errors import DiceError, UsageError
 from dice_py.storage.files import make_folder
 from dice_py.timing import timed, timed_seconds
@@ -140,6 +142,7 @@ def _await_task(modules: Sequence[str], warm_log: str) -> Task:
 
 
 def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_log: str) -> None:
+    ignore_interrupts()
     threading.Thread(target=_read_parent, args=(parent,), daemon=True).start()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     allocator_note = check_allocator()
@@ -200,7 +203,9 @@ class Worker:
         self._is_warm = bool(modules)
         self._environment = dict(os.environ)
         self._since = time.monotonic()
-        with worker_environment():
+        # Its first start lets signals through, in some versions of Python.
+        multiprocessing.resource_tracker.ensure_running()
+        with worker_environment(), children_ignore_interrupts():
             self._process.start()
         child_events.close()
         child_parent.close()

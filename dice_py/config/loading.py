@@ -146,9 +146,27 @@ def resolve(
     has_model = isinstance(model, Mapping) and any(model.get(name) is not None for name in ("policy", "sft"))
     base: dict[str, Any] = {} if has_model or one_stage else _merge({}, WORLD_DEFAULTS)
     try:
-        return RunConfig.model_validate(_merge(base, settings), context=ONE_STAGE if one_stage else None)
+        config = RunConfig.model_validate(_merge(base, settings), context=ONE_STAGE if one_stage else None)
     except ValidationError as error:
         raise _usage_error(error, "config") from None
+    _check_accelerate_config(config)
+    return config
+
+
+def _check_accelerate_config(config: RunConfig) -> None:
+    """Refuses a file of accelerate's that is not there: training, which reads it, comes after hours."""
+    named = config.train.accelerate_config
+    if named is None:
+        return
+    try:
+        is_file = Path(named).expanduser().is_file()
+    except (OSError, RuntimeError):
+        is_file = False
+    if not is_file:
+        raise UsageError(
+            f"config: train.accelerate_config: {named} does not exist (or is not a regular file); set it to a file "
+            "that `accelerate config` wrote"
+        )
 
 
 def reassigned(config: RunConfig, assignments: Iterable[str]) -> RunConfig:

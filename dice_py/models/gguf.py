@@ -47,7 +47,10 @@ def gguf_file(name: str, role: str) -> Path | None:
     Raises:
         DataError: a path that ends in .gguf and is no file, or a file that is not a GGUF file.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise DataError(f"{role}: {name}: there is no such user or home folder; write the complete path") from None
     named = path.suffix.lower() == ".gguf"
     if path.is_dir() or not (named or path.is_file()):
         return None

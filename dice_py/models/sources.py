@@ -63,7 +63,10 @@ def source_key(name: str, revision: str | None, role: str) -> str:
 
 
 def _local_folder(name: str, revision: str | None, role: str) -> Path:
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise DataError(f"{role}: {name}: there is no such user or home folder; write the complete path") from None
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.exists():

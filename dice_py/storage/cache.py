@@ -18,12 +18,21 @@ from dice_py.storage.lock import exclusive_lock
 
 
 def cache_folder() -> Path:
-    """`$DICE_CACHE`, else `dice` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
+    """`$DICE_CACHE`, else `dice` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`).
+
+    Raises:
+        UsageError: none of these is set, and the user has no home folder.
+    """
     explicit = os.environ.get("DICE_CACHE")
     if explicit:
         return Path(explicit)
     caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "dice"
+    if caches:
+        return Path(caches) / "dice"
+    try:
+        return Path.home() / ".cache" / "dice"
+    except RuntimeError:
+        raise UsageError("there is no home folder to keep a cache in: set DICE_CACHE to a folder") from None
 
 
 def _file() -> Path:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import stat
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,11 @@ def file_digest(path: Path) -> str:
         DataError: the file is absent or cannot be read.
     """
     try:
-        stat = path.stat()
+        found = path.stat()
+        # A FIFO would wait for a writer, and a device such as /dev/zero has no end.
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path} is a folder, a pipe or a device, not a regular file; give a file")
         # The time of the last change of the inode, which no program can set back as it can the time of modification.
-        return _file_digest(str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+        return _file_digest(str(path.resolve()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

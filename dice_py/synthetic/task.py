@@ -60,6 +60,12 @@ def parse_prompt(messages: list[Message]) -> tuple[str, tuple[str, ...]]:
     return operation, tuple(letters.split())
 
 
+def is_prompt(messages: list[Message]) -> bool:
+    """Whether messages are a prompt of this task, whose answer the oracle knows."""
+    operation, letters = parse_prompt(messages)
+    return operation in OPERATIONS and len(letters) == WORD_LENGTH and all(letter in LETTERS for letter in letters)
+
+
 def oracle(messages: list[Message], response: str) -> tuple[float, bool]:
     """The oracle's score of a response's text, and whether its answer is right.
 

@@ -1,0 +1,162 @@
+"""The files and folders that a command names, checked before anything is read or made.
+
+An input is a regular file: a FIFO would wait for a writer, and a device such as /dev/zero never ends. A result is
+probed where it will go, since hours of work may lie between the call and the first write.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typer.core import TyperCommand
+
+from dice_py.errors import DataError, DiskFullError, UsageError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_FOLDERS_OUT = ("out", "run_dir")
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISDIR, "a folder"),
+)
+
+
+class PathCommand(TyperCommand):
+    """A command whose paths are checked before it runs."""
+
+    out_is_file = False
+    probes_out = True
+
+    def invoke(self, ctx: Any) -> Any:
+        """Checks the values of all parameters that are paths, then runs the command."""
+        options = {param.name: param.opts[0] for param in self.get_params(ctx)}
+        for name, value in ctx.params.items():
+            if name == "folder" or value is None:
+                continue
+            if name not in _FOLDERS_OUT:
+                paths = value if isinstance(value, list) else [value]
+                for path in (path for path in paths if isinstance(path, Path)):
+                    check_input_file(path, options[name])
+            elif self.out_is_file:
+                check_output_file(value, options[name])
+            elif self.probes_out:
+                check_output_folder(value, options[name])
+        return super().invoke(ctx)
+
+
+class PlanCommand(PathCommand):
+    """A command that writes nothing into the folder that it names."""
+
+    probes_out = False
+
+
+def kind_of(path: Path) -> str | None:
+    """What is at `path`, if it is neither absent nor a regular file: "a pipe", "a folder", … Nothing is opened."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return next((words for test, words in _KINDS if test(mode)), None)
+
+
+def check_input_file(path: Path, option: str) -> None:
+    """Refuses what is there and is no regular file; an absent file is left to the reader, which knows what it is for.
+
+    Raises:
+        DataError: with what it is instead.
+    """
+    kind = kind_of(path)
+    if kind is not None:
+        raise DataError(
+            f"{option}: {path} is {kind}, not a regular file; give a file"
+            + ("" if kind == "a folder" else " (what a command prints, /dev/stdin or <(…), has to be written to one)")
+        )
+
+
+def check_output_file(path: Path, option: str) -> None:
+    """Raises UsageError if `path` is something else than a file, or cannot be made."""
+    kind = kind_of(path)
+    if kind == "a folder":
+        raise UsageError(f"{option}: {path} is a folder: name a file")
+    if kind is not None:
+        raise UsageError(f"{option}: {path} is {kind}, which a file cannot replace: name a regular file")
+    _probe(path.parent, path, option)
+
+
+def check_output_folder(path: Path, option: str) -> None:
+    """Raises UsageError if `path` is no folder, or cannot be made or written."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{option}: {path}: Not a directory; name a folder")
+    _probe(path, path, option)
+
+
+def _probe(folder: Path, path: Path, option: str) -> None:
+    """Makes a folder where `path` will go, and removes it again: permissions alone do not tell (/proc, read-only)."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        shutil.rmtree(tempfile.mkdtemp(prefix=".dice-", suffix=".tmp", dir=folder))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{option}: {path}: no room left on the disk; free some space") from None
+        raise UsageError(f"{option}: {path}: {error.strerror or error}; check the path and its permissions") from None
+
+
+def check_table(path: Path, option: str, columns: Iterable[str], made_by: str) -> None:
+    """Refuses a file that is not the one that an option means, from its footer.
+
+    Raises:
+        DataError: the file is absent, is no Parquet, or lacks one of `columns`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    try:
+        present = pq.read_schema(path).names
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{option}: {path} cannot be read as Parquet: {str(error).strip()}") from None
+    missing = [name for name in columns if name not in present]
+    if missing:
+        raise DataError(
+            f"{option}: {path} has no column {missing[0]!r}; its columns are {', '.join(present)}. Give the file that "
+            f"{made_by} wrote"
+        )
+
+
+def check_shards(shards: tuple[Path | None, list[Path], list[Path], Path | None]) -> None:
+    """Refuses files that were given in place of others, before the model is looked for."""
+    mined, generations, scores, prompts = shards
+    if mined is None or prompts is None:
+        return
+    check_table(mined, "--mined", ("prompt_id", "chosen_row", "rejected_row"), "dice mine")
+    for file in generations:
+        check_table(file, "--generations", ("prompt_token_ids", "token_ids", "response"), "dice generate")
+    for file in scores:
+        check_table(file, "--scores", ("logp",), "dice score")
+    check_table(prompts, "--prompts", ("prompt_id", "messages"), "dice generate (prompts.parquet)")
+
+
+def check_oracle_prompts(file: Path | None, prompts: pl.DataFrame | None) -> None:
+    """The oracle knows the answers of the synthetic world's prompts alone."""
+    from dice_py.synthetic.task import is_prompt
+
+    if file is None or prompts is None:
+        raise UsageError("--oracle judges answers to prompts of the synthetic world: give them with --prompts")
+    for row, messages in prompts.select("prompt_id", "messages").iter_rows():
+        if not is_prompt(messages):
+            raise UsageError(
+                f"--oracle: prompt {row} of {file} is not of the synthetic world; leave out --oracle, or name the "
+                "world's eval_prompts.parquet (dice world shows its folder)"
+            )
