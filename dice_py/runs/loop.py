@@ -26,7 +26,7 @@ from dice_py.compute.interrupts import terminate_as_interrupt
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
-from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, UsageError
+from dice_py.errors import DamagedError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.replay.buffer import ReplayBuffer
@@ -35,12 +35,10 @@ from dice_py.runs.candidates import Candidates, candidates
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
 from dice_py.runs.inputs import Inputs, prepare, round_prompts
 from dice_py.runs.profile import write_profile
-from dice_py.runs.reasons import changes, listed
 from dice_py.runs.stored_config import (
     CONFIG_FILE,
+    check_folder,
     has_config,
-    restore_config,
-    settings,
     store_config,
     stored_config,
     with_absolute_paths,
@@ -53,8 +51,7 @@ from dice_py.stages.mine import MineJob
 from dice_py.stages.replay import ReplayJob
 from dice_py.stages.score import ScoreJob
 from dice_py.stages.train import TrainJob
-from dice_py.storage.files import Manifest, make_folder, remove_temporaries
-from dice_py.storage.integrity import set_aside
+from dice_py.storage.files import make_folder, remove_temporaries
 from dice_py.storage.keys import seed_for, versions
 from dice_py.storage.parquet import parquet_key
 
@@ -76,7 +73,7 @@ def run(
         DiceError: raised by a stage.
     """
     config = with_absolute_paths(config)
-    _check_folder(config, folder)
+    check_folder(config, folder)
     make_folder(folder)
     return _run(config, folder, report, after_round)
 
@@ -88,7 +85,7 @@ def _run(config: RunConfig, folder: Path, report: Report, after_round: AfterRoun
         run = Run(folder, config, report, monitor)
         try:
             run.report("started", pid=os.getpid())
-            changed = _store(run)
+            changed = store_config(run.folder, run.config, run.manifest, run.report)
             metrics = _checked_rounds(run, after_round)
             if changed and not run.remade:
                 run.report("note", text="the changed settings touch no stage that was done before")
@@ -108,26 +105,6 @@ def _run(config: RunConfig, folder: Path, report: Report, after_round: AfterRoun
             run.close()
 
 
-def _store(run: Run) -> list[str]:
-    """Stores the config, and returns which settings changed, which is reported too.
-
-    A stored config that is not as the run wrote it is set aside first.
-    """
-    file = run.folder / CONFIG_FILE
-    changed: list[str] = []
-    if file.exists():
-        try:
-            before = restore_config(run.folder, run.report)
-        except DiceError:
-            set_aside(file, run.report)
-        else:
-            changed = changes(settings(with_absolute_paths(before)), settings(run.config))
-            if changed:
-                run.report("note", text=f"settings changed: {listed(changed)}")
-    store_config(run.folder, run.config, run.manifest)
-    return changed
-
-
 def _checked_rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     """All rounds. When a stage meets a damaged artifact of the run, they begin again, so that its stage makes it."""
     met: set[str] = set()
@@ -139,28 +116,6 @@ def _checked_rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
                 raise
             met.add(str(error))
             run.report("note", text=f"{error}. The files of the run are checked again")
-
-
-def _check_folder(config: RunConfig, folder: Path) -> None:
-    stored = folder / CONFIG_FILE
-    if stored.exists():
-        # A run that failed before its first stage has nothing to lose: it may be started with another config.
-        begun = Manifest(folder / "manifest.json").data["stages"] or any(folder.glob("round-*"))
-        if not begun:
-            return
-        try:
-            before = with_absolute_paths(stored_config(folder)[0])
-        except DataError:
-            return  # It is damaged and has no copy, so the keys of the artifacts decide what is kept.
-        changed = changes(settings(before), settings(config))
-        if changed:
-            raise UsageError(
-                f"{folder} holds a run of another config (see {stored}): {listed(changed)}. Give another --run-dir, "
-                f"continue that run as it is with: dice resume {folder}, or change it with: dice resume {folder} "
-                "--set section.key=value"
-            )
-    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
 
 
 def _write_profile_of_stopped(folder: Path) -> None:
@@ -190,6 +145,8 @@ def resume(
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     inputs = prepare(run)
+    files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs, *inputs.buffers.values()]
+    run.list_files(*files)
     run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
     if config.has_round_zero:
         inputs = replace(inputs, policy=_round_zero(run, inputs))
@@ -265,6 +222,7 @@ def _round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path)
     """Generate, score, mine, replay, train: the new policy's folder."""
     config, base = run.config, run.round_folder(number)
     prompts, prompts_key = round_prompts(run, inputs, number, base / "generate")
+    run.list_files(prompts)
     run.run_stage(
         number,
         GenerateJob(
@@ -353,6 +311,7 @@ def _replay_job(
             key=mined_key,
             report=run.report,
         )
+        run.list_files(buffer.path(number))
     return ReplayJob(
         config=config.replay,
         score_config=config.score,
