@@ -262,7 +262,7 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
     from dice_py.training.trainer import peft_config, trainer_arguments
 
     config = settings(options, way)
-    arguments = trainer_arguments(config, models(options), folder / "stock", BETA, SEED)
+    arguments = trainer_arguments(config, models(options), folder / "stock", BETA, SEED, pairs=options.pairs)
     held = options.dtype if options.lora else "float32"
     with (
         timed(spans, DPOTrainer, "_prepare_dataset", "tokenize"),

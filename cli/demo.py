@@ -9,6 +9,7 @@ import typer
 
 from cli.options import DEFAULT_RUNS, Json
 from cli.output import print_json
+from cli.terminal import say
 
 
 def demo(
@@ -40,5 +41,5 @@ def demo(
         print_json(results)
         return
     for line in result_lines(results):
-        typer.echo(line)
-    typer.echo(f"\nnew policy: {run_dir / 'round-01' / 'train' / 'model'}\nreport:     {run_dir / 'report.html'}")
+        say(line)
+    say(f"\nnew policy: {run_dir / 'round-01' / 'train' / 'model'}\nreport:     {run_dir / 'report.html'}")

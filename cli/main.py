@@ -7,10 +7,13 @@ data, 4 out of memory, 5 interrupted and resumable, 1 a bug.
 
 from __future__ import annotations
 
+import io
 import sys
+import traceback
 from typing import Any
 
 import typer
+from typer import Abort
 from typer.core import TyperGroup
 
 from cli.demo import demo
@@ -20,7 +23,12 @@ from cli.output import print_json, print_result, run_job
 from cli.plan import plan
 from cli.runs import resume, run, status
 from cli.stages import evaluate, generate, replay, score, train
-from dice_py.errors import DiceError, InterruptedRunError
+from cli.terminal import say
+from dice_py.compute.interrupts import stopped_by_signals
+from dice_py.errors import DiceError, InterruptedRunError, UsageError
+
+# Typer has Click's errors, under a path that depends on its version.
+_WRONG_CALL: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 class _Commands(TyperGroup):
@@ -31,6 +39,13 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise InterruptedRunError("interrupted; completed files are kept: repeat the command to continue") from None
+        except UnicodeEncodeError as error:
+            if not isinstance(error.object, str) or not "\ud800" <= error.object[error.start] <= "\udfff":
+                raise
+            # Python passes bytes of a path or an argument that are not UTF-8 on as surrogates; libraries refuse them.
+            raise UsageError(
+                f"{error.object[:200]} is not UTF-8 text; rename the file or folder, or convert the argument"
+            ) from None
         except OSError as error:
             from dice_py.storage.files import path_error
 
@@ -82,27 +97,46 @@ def doctor(as_json: Json = False) -> None:
         print_json(state)
         return
     for name, version in state["packages"].items():
-        typer.echo(f"{name:<14}{version or 'not installed'}")
-    typer.echo(f"{'python':<14}{state['python']}")
-    typer.echo(f"{'devices':<14}{', '.join(state['devices'])}")
-    typer.echo(f"{'engine':<14}{state['engine'] or 'none'} ({state['engine_reason']})")
-    typer.echo(f"{'cache':<14}{state['cache']}")
+        say(f"{name:<14}{version or 'not installed'}")
+    say(f"{'python':<14}{state['python']}")
+    say(f"{'devices':<14}{', '.join(state['devices'])}")
+    say(f"{'engine':<14}{state['engine'] or 'none'} ({state['engine_reason']})")
+    say(f"{'cache':<14}{state['cache']}")
     for missing in state["missing"]:
-        typer.echo(f"missing: {missing['what']}; add it with: {missing['command']}")
+        say(f"missing: {missing['what']}; add it with: {missing['command']}")
     if not state["missing"]:
-        typer.echo("nothing is missing")
+        say("nothing is missing")
 
 
 def main() -> None:
     """The console script: runs the application and turns errors into sentences and exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not a stream that a test put there
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """The exit code of the command line."""
     try:
-        app(prog_name="dice")
+        with stopped_by_signals():
+            code = app(prog_name="dice", standalone_mode=False)
+    except _WRONG_CALL as error:
+        text = io.StringIO()
+        error.show(file=text)
+        say(text.getvalue().rstrip("\n"), err=True)
+        return int(error.exit_code)
     except DiceError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("error: interrupted", err=True)
-        sys.exit(InterruptedRunError.exit_code)
+        say(f"error: {error}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, Abort):
+        say("error: interrupted", err=True)
+        return InterruptedRunError.exit_code
+    except Exception:
+        say(traceback.format_exc().rstrip("\n"), err=True)
+        return 1
+    # Typer returns 130 where a signal came before a command began.
+    return InterruptedRunError.exit_code if code == 130 else int(code or 0)
 
 
 if __name__ == "__main__":

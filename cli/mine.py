@@ -76,10 +76,10 @@ def _flag_type(annotation: Any, default: Any) -> Any:
 @contextlib.contextmanager
 def _interrupted() -> Iterator[None]:
     """Turns Ctrl-C and SIGTERM into an error, after temporary files are removed."""
-    from dice_py.compute.interrupts import terminate_as_interrupt
+    from dice_py.compute.interrupts import stopped_by_signals
 
     try:
-        with terminate_as_interrupt():
+        with stopped_by_signals():
             yield
     except KeyboardInterrupt:
         raise InterruptedRunError("interrupted; no pairs were written: start it again") from None
@@ -96,17 +96,21 @@ def mine(
 ) -> None:
     """Stage 3: preference pairs, corrected for length bias.
 
-    Written to OUT (Parquet) with the row numbers of both responses in SCORED, counted through its files.
+    Written to OUT (Parquet) with the row numbers of both responses in SCORED, counted through its files. Where no pair
+    is left, OUT has no rows, and a warning says what took them.
     """
     from cli.progress import Display
     from cli.tables import mining_table, print_table
     from dice_py.config.mining import MiningOptions
     from dice_py.mining.files import mine_files
+    from dice_py.mining.no_pairs import explain_no_pairs
 
     options = MiningOptions(**_parse_words(ctx.obj))
     with _interrupted(), Display() as display:
         display("stage", stage="mine", status="running")
         summary = mine_files(scored, out, options, memory_gib=memory, report=display)
+    if not summary["pairs"]:
+        typer.echo(f"warning: {explain_no_pairs(summary)}", err=True)
     if as_json:
         print_json(summary)
     else:

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 Config = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="One config value: section.key=value.")]
+Force = Annotated[bool, typer.Option("--force", help="Start also where the check finds too little memory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
 # of a stage alone
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
 Policy = Annotated[str, typer.Option(help="The policy: a model folder, a GGUF file or a Hugging Face id.")]
 Reference = Annotated[str, typer.Option(help="The model that the policy's DPO training started from.")]
-StageSeed = Annotated[int, typer.Option("--seed", help="The seed.")]
+StageSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The seed.")]
 
 # of a run
 RunPolicy = Annotated[

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from cli.terminal import say
 
 if TYPE_CHECKING:
     from dice_py.stages.job import Job, StageResult
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def print_json(value: Any) -> None:
     """One JSON object on one line of stdout."""
-    typer.echo(json.dumps(value, allow_nan=False))
+    say(json.dumps(value, allow_nan=False).replace("\x7f", "\\u007f"))  # the one control that json.dumps writes raw
 
 
 def print_result(value: dict[str, Any], as_json: bool) -> None:
@@ -26,7 +26,7 @@ def print_result(value: dict[str, Any], as_json: bool) -> None:
 
     for name, item in value.items():
         text = "".join(f"\n  {file}" for file in item) if name == "files" else number(item)
-        typer.echo(f"{name.replace('_', ' ')}: {text}")
+        say(f"{name.replace('_', ' ')}: {text}")
 
 
 def run_job(job: Job, folder: Path) -> StageResult:
@@ -43,22 +43,21 @@ def run_job(job: Job, folder: Path) -> StageResult:
 
 
 def model_folder(name: str, revision: str | None, role: str) -> Path:
-    """The local folder of a model that an option names. A GGUF file is converted in a process of its own.
+    """The local folder of a model that an option names. What has to be converted is so in a process of its own.
 
     Args:
         role: the option, for error messages.
     """
-    from dice_py.models.gguf import find_converted, gguf_file
-    from dice_py.models.sources import resolve_model
+    from dice_py.models.sources import needs_conversion, resolve_model
     from dice_py.stages.convert import ConvertJob
     from dice_py.storage.cache import cache_folder
 
-    file = gguf_file(name, role)
-    if file is not None and find_converted(file) is None:
-        return run_job(ConvertJob(file), cache_folder() / "log").files[0][0]
-    return resolve_model(name, revision, role=role, report=_echo_note)
+    if needs_conversion(name, revision, role):
+        return run_job(ConvertJob(name, revision, role), cache_folder() / "log").files[0][0]
+    return resolve_model(name, revision, role=role, report=echo_note)
 
 
-def _echo_note(event: str, **fields: Any) -> None:
+def echo_note(event: str, **fields: Any) -> None:
+    """A `Report` that prints notes to stderr."""
     if event == "note":
-        typer.echo(fields["text"], err=True)
+        say(fields["text"], err=True)

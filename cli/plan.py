@@ -24,6 +24,7 @@ from cli.options import (
     run_config,
 )
 from cli.output import print_json
+from cli.terminal import say
 
 if TYPE_CHECKING:
     from dice_py.config.run import RunConfig
@@ -44,7 +45,7 @@ def show_plan(resolved: RunConfig, folder: Path, fresh: bool, as_json: bool) -> 
 
     print_table(plan_table(estimate))
     for line in plan_lines(estimate):
-        typer.echo(line)
+        say(line)
 
 
 def plan(

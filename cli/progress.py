@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from cli.tables import counts_text
+from cli.terminal import console
 from dice_py.reporting.formatting import seconds
 
 PLAIN_EVERY = 10.0  # seconds between two lines of one stage's progress
@@ -37,7 +37,7 @@ class Display:
     """Shows a run's events: a `Report` (events.py) and a context manager."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = console(err=True)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.stage = ""
@@ -47,7 +47,7 @@ class Display:
     def __enter__(self) -> Display:
         if self.console.is_terminal:
             self.progress = Progress(
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 TimeElapsedColumn(),
                 BarColumn(bar_width=24),
                 _Pace(),
@@ -82,7 +82,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Prints one line, without markup."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(text, soft_wrap=True)
 
     def _begin(self, stage: str) -> None:
         self._end()

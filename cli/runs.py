@@ -10,6 +10,7 @@ import typer
 from cli.options import (
     DEFAULT_RUNS,
     Config,
+    Force,
     Json,
     Prompts,
     Replay,
@@ -24,6 +25,7 @@ from cli.options import (
 )
 from cli.output import print_json
 from cli.plan import show_plan
+from cli.terminal import say
 from dice_py.errors import DataError, UsageError
 
 
@@ -39,6 +41,7 @@ def run(
     seed: Seed = None,
     run_dir: RunDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost, as `dice plan` does.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Run the loop: on your model, or on a small synthetic world.
@@ -58,7 +61,7 @@ def run(
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
     with Display() as display:
         display.line(f"run folder: {folder}")
-        metrics = run_rounds(resolved, folder, display, after_round=write_report)
+        metrics = run_rounds(resolved, folder, display, after_round=write_report, force=force)
     _finish(folder, metrics, as_json)
 
 
@@ -67,6 +70,7 @@ def resume(
     assign: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="A changed setting: section.key=value.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Resume a stopped run, or go on with changed settings.
@@ -79,7 +83,7 @@ def resume(
     from dice_py.runs.loop import resume as resume_rounds
 
     with Display() as display:
-        metrics = resume_rounds(folder, display, assignments=assign or [], after_round=write_report)
+        metrics = resume_rounds(folder, display, assignments=assign or [], after_round=write_report, force=force)
     _finish(folder, metrics, as_json)
 
 
@@ -91,7 +95,7 @@ def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
 
     print_table(metrics_table(metrics))
     last = list(metrics)[-1]
-    typer.echo(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
+    say(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
 
 
 def status(
@@ -128,7 +132,7 @@ def status(
     if values["rounds"]:
         print_table(profile_table(values))
     for line in profile_lines(values):
-        typer.echo(line)
+        say(line)
 
 
 def _verify(folder: Path, as_json: bool) -> None:
@@ -141,14 +145,14 @@ def _verify(folder: Path, as_json: bool) -> None:
         print_json(found)
     else:
         for path in [*damaged, *missing]:
-            typer.echo(path)
+            say(path)
     if damaged or missing:
         raise DataError(
             f"{len(damaged)} files of {folder} are damaged, and {len(missing)} are missing (the last ones named); "
             f"`dice resume {folder}` makes them again"
         )
     if not as_json:
-        typer.echo(f"nothing is damaged: {found['files']} files ({found['bytes']:,} bytes) were read")
+        say(f"nothing is damaged: {found['files']} files ({found['bytes']:,} bytes) were read")
 
 
 def _list_runs(as_json: bool) -> None:
@@ -159,6 +163,6 @@ def _list_runs(as_json: bool) -> None:
         print_json(runs)
         return
     if not runs:
-        typer.echo(f"no runs under {DEFAULT_RUNS}/")
+        say(f"no runs under {DEFAULT_RUNS}/")
     for entry in runs:
-        typer.echo(f"{entry['run']}  {entry['state']}  {entry['done']}/{entry['stages']} stages")
+        say(f"{entry['run']}  {entry['state']}  {entry['done']}/{entry['stages']} stages")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Out, Policy, Reference, Set, StageSeed, stage_config
-from cli.output import model_folder, print_result, run_job
+from cli.output import echo_note, model_folder, print_result, run_job
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
     import polars as pl
 
     from dice_py.config.run import RunConfig
+    from dice_py.config.shared import ModelConfig
     from dice_py.stages.job import StageFile
 
 
@@ -41,26 +42,41 @@ def generate(
     from dice_py.stages.generate import GenerateJob
     from dice_py.storage.keys import digest
     from dice_py.storage.parquet import write_parquet
-    from dice_py.storage.schemas import PROMPTS
+    from dice_py.storage.schemas import PLACE, PROMPTS_READ
 
     resolved = stage_config(config, assign, generate__samples=samples, generate__engine=engine)
-    frame = read_prompts(prompts, prompt_column)  # before the model, which may be a long download
+    # Before the model, which may be a long download.
+    frame = read_prompts(prompts, prompt_column, **_reading(resolved))
     folder = model_folder(policy, resolved.model.policy_revision, "--policy")
-    key = digest(frame.to_dict(as_series=False))
+    key = digest(frame.drop(PLACE).to_dict(as_series=False))
     job = GenerateJob(
         config=resolved.generate,
-        models=resolved.model,
+        models=_models(resolved, folder, out),
         policy=folder,
-        prompts=write_parquet(out / "prompts.parquet", frame, key=key, schema=PROMPTS),
+        prompts=write_parquet(out / "prompts.parquet", frame, key=key, schema=PROMPTS_READ),
         prompts_key=key,
         out=out,
         seed=seed,
         round_number=1,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
         devices=resolved.devices,
+        bad_rows=resolved.data.bad_rows,
+        is_alone=True,
     )
     result = run_job(job, out)
     print_result({"files": [str(file) for file, _ in result.files], **result.counts}, as_json)
+
+
+def _reading(resolved: RunConfig) -> dict[str, Any]:
+    """How the rows of a user's file are read, as keywords of `read_prompts` and `read_pairs`."""
+    return {"rule": resolved.data.bad_rows, "ignored": resolved.data.ignored_keys, "report": echo_note}
+
+
+def _models(resolved: RunConfig, policy: Path, out: Path) -> ModelConfig:
+    """The models' config, with the time that the policy's chat template prints, if it prints one."""
+    from dice_py.models.template_time import FILE, with_template_time
+
+    return with_template_time(resolved.model, policy, out / FILE, echo_note)
 
 
 def score(
@@ -202,7 +218,7 @@ def _replay(
     as_json: bool,
 ) -> None:
     from dice_py.data import read_pairs
-    from dice_py.runs.inputs import pool_columns
+    from dice_py.runs.own_data import pool_columns
     from dice_py.stages.replay import ReplayJob
     from dice_py.storage.keys import file_digest
     from dice_py.storage.parquet import write_parquet
@@ -215,7 +231,8 @@ def _replay(
     files |= {name: Path(buffer.path) for name, buffer in resolved.replay.buffers.items()}
     pool = pool_columns(resolved)
     frames = {
-        name: read_pairs(file, current_round=round_number, **columns, **pool[name]) for name, file in files.items()
+        name: read_pairs(file, current_round=round_number, **columns, **pool[name], **_reading(resolved))
+        for name, file in files.items()
     }
     folder = model_folder(policy, resolved.model.policy_revision, "--policy")
     contents = {name: file_digest(file) for name, file in files.items()}
@@ -228,7 +245,7 @@ def _replay(
     job = ReplayJob(
         config=resolved.replay,
         score_config=resolved.score,
-        models=resolved.model,
+        models=_models(resolved, folder, out),
         policy=folder,
         mined=mined,
         generations=generations,
@@ -245,6 +262,7 @@ def _replay(
         seed=seed,
         buffers=buffers,
         round_number=round_number,
+        bad_rows=resolved.data.bad_rows,
     )
     result = run_job(job, out)
     print_result({"training_set": str(result.files[0][0]), **result.counts}, as_json)
@@ -310,7 +328,7 @@ def evaluate(
     resolved = stage_config(config, assign)
     # The data before the models, which may be long downloads.
     columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
-    frames = _read_held_out(prompts, pairs, columns)
+    frames = _read_held_out(prompts, pairs, columns, _reading(resolved))
     against = model_folder(reference, resolved.model.reference_revision, "--reference")
     start_folder = model_folder(start, None, "--start")
     policy_folder = model_folder(policy, resolved.model.policy_revision, "--policy")
@@ -319,7 +337,7 @@ def evaluate(
         config=resolved.evaluate,
         generate_config=resolved.generate,
         score_config=resolved.score,
-        models=resolved.model,
+        models=_models(resolved, policy_folder, out),
         policy=policy_folder,
         start=start_folder,
         reference=against,
@@ -333,18 +351,19 @@ def evaluate(
         max_prompt_tokens=resolved.data.max_prompt_tokens,
         judges=("oracle",) if world_oracle else (),
         devices=resolved.devices,
+        bad_rows=resolved.data.bad_rows,
     )
     print_result(run_job(job, out).counts, as_json)
 
 
 def _read_held_out(
-    prompts: Path | None, pairs: Path | None, columns: dict[str, Any]
+    prompts: Path | None, pairs: Path | None, columns: dict[str, Any], reading: dict[str, Any]
 ) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:
     from dice_py.data import read_pairs, read_prompts
 
     return (
-        None if prompts is None else read_prompts(prompts, columns["prompt_column"]),
-        None if pairs is None else read_pairs(pairs, **columns),
+        None if prompts is None else read_prompts(prompts, columns["prompt_column"], **reading),
+        None if pairs is None else read_pairs(pairs, **columns, **reading),
     )
 
 
@@ -354,13 +373,13 @@ def _write_held_out(
     """Writes the held-out prompts and pairs as artifacts in `out`; returns them with their keys."""
     from dice_py.storage.keys import digest, file_digest
     from dice_py.storage.parquet import write_parquet
-    from dice_py.storage.schemas import PROMPTS
+    from dice_py.storage.schemas import PLACE, PROMPTS_READ
 
     prompts_frame, pairs_frame = frames
     prompts_file = pairs_file = None
     if prompts_frame is not None:
-        key = digest(prompts_frame.to_dict(as_series=False))
-        prompts_file = write_parquet(out / "eval_prompts.parquet", prompts_frame, key=key, schema=PROMPTS), key
+        key = digest(prompts_frame.drop(PLACE).to_dict(as_series=False))
+        prompts_file = write_parquet(out / "eval_prompts.parquet", prompts_frame, key=key, schema=PROMPTS_READ), key
     if pairs is not None and pairs_frame is not None:
         key = file_digest(pairs)
         pairs_file = write_parquet(out / "eval_pairs.parquet", pairs_frame, key=key), key

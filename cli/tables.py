@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
+from cli.terminal import console, say
 from dice_py.reporting.formatting import mining_rows, number, seconds, share
 
 _PLAIN_WIDTH = 1000  # so that a pipe or a file gets each row of a table on one line
@@ -192,12 +192,12 @@ def _table(title: str, columns: dict[str, Literal["left", "right"]]) -> Table:
 
 def print_table(table: Table) -> None:
     """Prints to stdout; to a pipe or a file each row on one line, without trailing blanks."""
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.print(table)
+    terminal = console()
+    if terminal.is_terminal:
+        terminal.print(table)
         return
-    console.width = _PLAIN_WIDTH
-    with console.capture() as captured:
-        console.print(table)
+    terminal.width = _PLAIN_WIDTH
+    with terminal.capture() as captured:
+        terminal.print(table)
     for line in captured.get().splitlines():
-        print(line.rstrip())
+        say(line.rstrip())

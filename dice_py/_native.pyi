@@ -58,6 +58,9 @@ class MineSummary:
     def dropped_prompts(self) -> list[tuple[str, int]]:
         """(reason, prompts) of the prompts without a pair."""
     @property
+    def tied_pairs(self) -> int:
+        """Pairs of equal rewards that were left out, where a prompt can have several pairs."""
+    @property
     def prompts(self) -> int:
         """Prompts in the input."""
     @property

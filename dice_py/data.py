@@ -1,15 +1,16 @@
 """Reads a user's prompts and offline pairs from JSONL, JSON or Parquet files in TRL's formats.
 
 TRL's formats: `prompt` as text or as a list of messages; `chosen` and `rejected` likewise; or, without a prompt column,
-`chosen` and `rejected` as full conversations whose common beginning is the prompt. The results are messages;
-models/tokenization.py turns them into token ids.
+`chosen` and `rejected` as full conversations whose common beginning is the prompt. Beside them there may be `tools`,
+`chat_template_kwargs`, and a `system` turn. The results are messages (rows/messages.py); models/tokenization.py turns
+them into token ids.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -17,14 +18,13 @@ from typing import Any, TypedDict
 import polars as pl
 
 from dice_py.errors import DataError
-from dice_py.storage.schemas import MESSAGES, PROMPTS
-
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+from dice_py.events import Report, no_report
+from dice_py.rows.bad_rows import BadRowRule, BadRows
+from dice_py.rows.messages import Message as Message
+from dice_py.rows.messages import prompt_key as prompt_key
+from dice_py.rows.messages import read_messages, with_row_columns
+from dice_py.rows.reading import read_rows
+from dice_py.storage.schemas import MESSAGES, MESSAGES_WITH_EXTRA, PLACE, PROMPTS
 
 
 class Pair(TypedDict):
@@ -35,97 +35,7 @@ class Pair(TypedDict):
     rejected: list[Message]
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where, row) for each row; `where` names the file and the line or row, for error messages.
-
-    Raises:
-        DataError: the file is absent, empty, of an unknown type, or has a line that is not a JSON object.
-    """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist (or is not a file)")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif suffix in (".jsonl", ".ndjson"):
-        yield from _jsonl_rows(path)
-    elif suffix == ".json":
-        yield from _json_rows(path)
-    else:
-        raise DataError(f"{path}: unknown file type {suffix!r}; use .jsonl, .json or .parquet")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        frame = pl.read_parquet(path, glob=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
-    for index, row in enumerate(frame.iter_rows(named=True)):
-        yield f"{path}, row {index}", row
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.strip()
-            if line:
-                where = f"{path}, line {number}"
-                yield where, _object(_parse(line, where), where)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    loaded = _parse(path.read_bytes(), str(path))
-    if not isinstance(loaded, list):
-        raise DataError(f"{path}: a .json file must hold one list of objects; one object per line is .jsonl")
-    for index, item in enumerate(loaded):
-        where = f"{path}, item {index}"
-        yield where, _object(item, where)
-
-
-def _parse(data: bytes, where: str) -> Any:
-    try:
-        text = data.decode("utf-8-sig")  # "sig": some editors write a byte order mark
-        value = json.loads(text)
-        # A lone surrogate is valid JSON, but not valid Unicode, so it could not be stored.
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: holds half of a surrogate pair, which is not valid text; fix or remove it") from None
-    except json.JSONDecodeError as error:
-        at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where}: not valid JSON ({error.msg} at {at}); fix or remove it") from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON nested too deeply; fix or remove it") from None
-    return value
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
-    """Turns text into one message of `role`; checks messages, and drops their fields but role and content."""
-    if isinstance(value, str):
-        if not value:
-            raise DataError(f"{where}: {column!r} is an empty text")
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {column!r} must be text or a non-empty list of messages, got {value!r:.80}")
-    messages: list[Message] = []
-    for item in value:
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get("role"), str)
-            or not isinstance(item.get("content"), str)
-        ):
-            raise DataError(f"{where}: {column!r} holds {item!r:.80}, not a message with role and content as text")
-        messages.append({"role": item["role"], "content": item["content"]})
-    return messages
+_RULE = BadRowRule()
 
 
 def _column(row: dict[str, Any], column: str, where: str, option: str, key: str | None = None) -> Any:
@@ -137,56 +47,91 @@ def _column(row: dict[str, Any], column: str, where: str, option: str, key: str 
     return row[column]
 
 
-def _prompt(value: Any, where: str, column: str) -> list[Message]:
-    messages = _messages(value, "user", where, column)
-    if not any(message["role"] == "user" for message in messages):
+def _prompt(value: Any, where: str, column: str, ignored: Collection[str]) -> list[Message]:
+    messages = read_messages(value, "user", where, column, ignored)
+    asked = [message for message in messages if message["role"] == "user"]
+    if not asked:
         raise DataError(f"{where}: the prompt has no user turn; its roles are {[m['role'] for m in messages]}")
+    if not any(message["content"].strip() or message.get("extra") for message in asked):
+        raise DataError(f"{where}: every user turn of {column!r} is empty")
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{where}: the prompt ends with an assistant turn; it must end where the response begins")
     return messages
 
 
-def read_prompts(path: Path, column: str = "prompt") -> pl.DataFrame:
-    """Reads prompts: columns `prompt_id` (u32, in file order) and `messages`. Equal prompts are kept once.
+def read_prompts(
+    path: Path,
+    column: str = "prompt",
+    *,
+    rule: BadRowRule = _RULE,
+    ignored: Collection[str] = (),
+    report: Report = no_report,
+) -> pl.DataFrame:
+    """Reads prompts. Equal prompts are kept once.
 
     A file of offline pairs works too: without a prompt column, the common beginning of `chosen` and `rejected` is the
     prompt.
 
+    Args:
+        path: a file in one of TRL's formats.
+        column: column of the prompt.
+        rule: what happens to a row that cannot be used.
+        ignored: keys of messages, and columns beside the prompt, to leave out.
+        report: receives a note with the rows that were left out.
+
+    Returns:
+        Columns `prompt_id` (u32, in file order), `messages`, and `where` (text: the file's name and the row's place).
+
     Raises:
         DataError: the message names the file, the line and the column.
     """
-    seen: dict[str, list[Message]] = {}
-    for where, row in read_rows(path):
-        if column not in row and "messages" in row and column == "prompt":
-            messages = _prompt(row["messages"], where, "messages")
-        elif column not in row and {"chosen", "rejected"} <= row.keys():
-            messages = _pair(row, where, column, "chosen", "rejected")["prompt"]
-        else:
-            messages = _prompt(_column(row, column, where, "prompt"), where, column)
-        seen.setdefault(prompt_key(messages), messages)
+    seen: dict[str, tuple[list[Message], str]] = {}
+    bad = BadRows(rule, str(path), "prompts")
+    for line in read_rows(path):
+        with bad.row():
+            row, where = line.columns, line.where
+            if column not in row and "messages" in row and column == "prompt":
+                messages = _prompt(row["messages"], where, "messages", ignored)
+            elif column not in row and {"chosen", "rejected"} <= row.keys():
+                messages = _pair(row, where, column, "chosen", "rejected", ignored)["prompt"]
+            else:
+                messages = _prompt(_column(row, column, where, "prompt"), where, column, ignored)
+            messages = _with_columns(messages, row, where, column, ignored)
+            seen.setdefault(prompt_key(messages), (messages, line.place))
+    bad.finish(report)
     if not seen:
         raise DataError(f"{path} holds no prompts")
-    return prompts_frame(seen.values())
+    places = pl.Series(PLACE, [place for _, place in seen.values()], dtype=pl.String)
+    return prompts_frame([messages for messages, _ in seen.values()]).with_columns(places)
+
+
+def _with_columns(
+    messages: list[Message], row: dict[str, Any], where: str, column: str, ignored: Collection[str]
+) -> list[Message]:
+    """The prompt with the columns beside it; a column that is the prompt itself is none of them."""
+    return with_row_columns(messages, row, where, {*ignored, column})
 
 
 def prompts_frame(prompts: Iterable[list[Message]]) -> pl.DataFrame:
     """The prompts artifact: `prompt_id` counts from 0 in the order of `prompts`."""
     rows = list(prompts)
-    return pl.DataFrame({"prompt_id": range(len(rows)), "messages": rows}, schema=PROMPTS)
+    schema = PROMPTS | {"messages": _dtype(rows)}
+    return pl.DataFrame({"prompt_id": range(len(rows)), "messages": rows}, schema=schema)
 
 
-def prompt_key(messages: list[Message]) -> str:
-    """A text that is equal for equal prompts only."""
-    return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+def _dtype(conversations: Iterable[list[Message]]) -> pl.DataType:
+    """MESSAGES; with the field `extra` where any message has one."""
+    has_extra = any(message.get("extra") for messages in conversations for message in messages)
+    return MESSAGES_WITH_EXTRA if has_extra else MESSAGES
 
 
-def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: str) -> Pair:
+def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: str, ignored: Collection[str]) -> Pair:
     answers = {
-        "chosen": _messages(_column(row, chosen, where, "chosen"), "assistant", where, chosen),
-        "rejected": _messages(_column(row, rejected, where, "rejected"), "assistant", where, rejected),
+        "chosen": read_messages(_column(row, chosen, where, "chosen"), "assistant", where, chosen, ignored),
+        "rejected": read_messages(_column(row, rejected, where, "rejected"), "assistant", where, rejected, ignored),
     }
     if prompt in row and row[prompt] is not None:
-        messages = _prompt(row[prompt], where, prompt)
+        messages = _prompt(row[prompt], where, prompt, ignored)
         # Some published datasets have a prompt column, and full conversations as chosen and rejected.
         for name, answer in answers.items():
             if answer[: len(messages)] == messages:
@@ -199,12 +144,8 @@ def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: s
                 break
             shared += 1
         if shared == 0:
-            raise DataError(
-                f"{where}: no column {prompt!r}, and {chosen!r} and {rejected!r} have no common beginning; "
-                f"its columns are {', '.join(row)}. Name the prompt's with --prompt-column (in a run: "
-                "--set data.prompt_column=NAME)"
-            )
-        messages = _prompt(answers["chosen"][:shared], where, chosen)
+            raise _no_prompt(row, where, prompt, chosen, rejected)
+        messages = _prompt(answers["chosen"][:shared], where, chosen, ignored)
         answers = {name: answer[shared:] for name, answer in answers.items()}
     for name, answer in answers.items():
         if [message["role"] for message in answer] != ["assistant"]:
@@ -212,7 +153,22 @@ def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: s
                 f"{where}: {name!r} must be one assistant turn after the prompt, got roles "
                 f"{[message['role'] for message in answer]}"
             )
+        if not answer[0]["content"].strip() and not answer[0].get("extra"):
+            raise DataError(f"{where}: {name!r} is an empty text")
     return {"prompt": messages, "chosen": answers["chosen"], "rejected": answers["rejected"]}
+
+
+def _no_prompt(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: str) -> DataError:
+    if prompt in row:
+        return DataError(
+            f"{where}: {prompt!r} is null, and {chosen!r} and {rejected!r} have no common beginning that could be the "
+            "prompt"
+        )
+    return DataError(
+        f"{where}: no column {prompt!r}, and {chosen!r} and {rejected!r} have no common beginning; "
+        f"its columns are {', '.join(row)}. Name the prompt's with --prompt-column (in a run: "
+        "--set data.prompt_column=NAME)"
+    )
 
 
 def read_pairs(
@@ -227,8 +183,11 @@ def read_pairs(
     source_column: str | None = None,
     current_round: int | None = None,
     weight_key: str | None = None,
+    rule: BadRowRule = _RULE,
+    ignored: Collection[str] = (),
+    report: Report = no_report,
 ) -> pl.DataFrame:
-    """Reads offline pairs. Pairs whose chosen and rejected responses are equal are left out.
+    """Reads offline pairs. Pairs whose chosen and rejected responses are equal are left out, and counted in a note.
 
     Args:
         path: a file in one of TRL's formats.
@@ -241,10 +200,14 @@ def read_pairs(
         source_column: column of sources, text.
         current_round: no pair may be of a later round.
         weight_key: config key that sets the weight column, for error messages.
+        rule: what happens to a row that cannot be used.
+        ignored: keys of messages, and columns beside the prompt, to leave out.
+        report: receives a note with the rows that were left out.
 
     Returns:
-        Columns `prompt`, `chosen`, `rejected` (messages) and `key` (text, equal for equal prompts only); and for each
-        column named above, `weight` (f64), `margin` (f64), `round` (i64), `source` (text).
+        Columns `prompt`, `chosen`, `rejected` (messages), `key` (text, equal for equal prompts only) and `where` (text:
+        the file's name and the row's place); and for each column named above, `weight` (f64), `margin` (f64), `round`
+        (i64), `source` (text).
 
     Raises:
         DataError: the message names the file, the line and the column.
@@ -256,38 +219,54 @@ def read_pairs(
         ("round", pl.Int64(), round_column, partial(_round, current_round=current_round), None),
         ("source", pl.String(), source_column, _source, None),
     ]
-    pairs: list[Pair] = []
-    extra: dict[str, list[Any]] = {name: [] for name, _, column, _, _ in columns if column is not None}
-    for where, row in read_rows(path):
-        pair = _pair(row, where, prompt_column, chosen_column, rejected_column)
-        if pair["chosen"] == pair["rejected"]:
-            continue
-        for name, _, column, check, key in columns:
-            if column is not None:
-                extra[name].append(check(_column(row, column, where, name, key), where, column))
-        pairs.append(pair)
+    columns = [one for one in columns if one[2] is not None]
+    pairs: list[tuple[Pair, str, list[Any]]] = []
+    equal = 0
+    bad = BadRows(rule, str(path), "pairs")
+    for line in read_rows(path):
+        with bad.row():
+            row, where = line.columns, line.where
+            pair = _pair(row, where, prompt_column, chosen_column, rejected_column, ignored)
+            pair["prompt"] = _with_columns(pair["prompt"], row, where, prompt_column, ignored)
+            if pair["chosen"] == pair["rejected"]:
+                equal += 1
+                continue
+            values = [
+                check(_column(row, column or "", where, name, key), where, column or "")
+                for name, _, column, check, key in columns
+            ]
+            pairs.append((pair, line.place, values))
+    bad.finish(report)
+    if equal:
+        report("note", text=f"{path}: {equal} of {bad.total} pairs left out: chosen and rejected are equal")
     if not pairs:
         raise DataError(f"{path} holds no pairs (or only pairs whose chosen equals their rejected)")
-    return pairs_frame(pairs).with_columns(
-        pl.Series(name, extra[name], dtype=dtype) for name, dtype, *_ in columns if name in extra
+    return pairs_frame([pair for pair, *_ in pairs]).with_columns(
+        pl.Series(PLACE, [place for _, place, _ in pairs], dtype=pl.String),
+        *(
+            pl.Series(name, [values[at] for *_, values in pairs], dtype=dtype)
+            for at, (name, dtype, *_) in enumerate(columns)
+        ),
     )
 
 
 def _weight(value: Any, where: str, column: str) -> float:
     if not _is_finite(value) or value < 0:
-        raise DataError(f"{where}: {column!r} must be a finite number ≥ 0, got {value!r}")
+        raise DataError(f"{where}: {column!r} must be a finite number ≥ 0, got {value!r:.80}")
     return float(value)
 
 
 def _margin(value: Any, where: str, column: str) -> float:
     if not _is_finite(value):
-        raise DataError(f"{where}: {column!r} must be a finite number, got {value!r}")
+        raise DataError(f"{where}: {column!r} must be a finite number, got {value!r:.80}")
     return float(value)
 
 
 def _round(value: Any, where: str, column: str, current_round: int | None) -> int:
+    if isinstance(value, float | Decimal) and _is_finite(value) and value == int(value):
+        value = int(value)  # as Pandas and databases write whole numbers
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**62:
-        raise DataError(f"{where}: {column!r} must be a whole number, got {value!r}")
+        raise DataError(f"{where}: {column!r} must be a whole number, got {value!r:.80}")
     if current_round is not None and value > current_round:
         raise DataError(
             f"{where}: {column!r} is {value}, but the current round is {current_round}: a pair's age cannot be negative"
@@ -297,15 +276,32 @@ def _round(value: Any, where: str, column: str, current_round: int | None) -> in
 
 def _source(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} must be text, got {value!r}")
+        raise DataError(f"{where}: {column!r} must be text, got {value!r:.80}")
     return value
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return False
+    if isinstance(value, Decimal) and not value.is_finite():
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def pairs_frame(pairs: list[Pair]) -> pl.DataFrame:
     """Columns `prompt`, `chosen`, `rejected` (messages) and `key` (`prompt_key` of the prompt)."""
-    frame = pl.DataFrame(pairs, schema={"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES})
+    schema = {
+        "prompt": _dtype(pair["prompt"] for pair in pairs),
+        "chosen": _dtype(pair["chosen"] for pair in pairs),
+        "rejected": _dtype(pair["rejected"] for pair in pairs),
+    }
+    frame = pl.DataFrame(pairs, schema=schema)
     return frame.with_columns(pl.Series("key", [prompt_key(pair["prompt"]) for pair in pairs], dtype=pl.String))
+
+
+def file_places(pairs: pl.DataFrame, noun: str) -> list[str]:
+    """What messages call each row: its place in the user's file, or "pair 3" where that is not known."""
+    if PLACE in pairs.columns:
+        return pairs[PLACE].to_list()
+    numbers = pairs["prompt_id"].to_list() if "prompt_id" in pairs.columns else range(pairs.height)
+    return [f"{noun} {number}" for number in numbers]

@@ -12,7 +12,7 @@ import pytest
 
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
-from dice_py.storage.schemas import MESSAGES, PROMPTS
+from dice_py.storage.schemas import MESSAGES, PLACE, PROMPTS_READ
 
 Rows = list[dict[str, Any]]
 KINDS = ("jsonl", "json", "parquet")
@@ -59,12 +59,14 @@ def refused(read: Callable[..., Any], *args: Any, **options: Any) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_as_text_and_as_messages(write, kind: str) -> None:
     texts = read_prompts(write([{"prompt": "What is two?"}, {"prompt": "And three? 三"}], kind))
-    assert texts.schema == PROMPTS
-    assert texts.rows() == [(0, [user("What is two?")]), (1, [user("And three? 三")])]
+    assert texts.schema == PROMPTS_READ
+    first = {"jsonl": "line 1", "json": "item 0", "parquet": "row 0"}[kind]
+    assert texts[PLACE][0] == f"rows.{kind}, {first}"
+    assert texts.drop(PLACE).rows() == [(0, [user("What is two?")]), (1, [user("And three? 三")])]
     turns = [system("Be brief."), user("What is two?"), assistant("2"), user("Sure?")]
     # A message's other fields (a name, a tool call that is none) are not part of the prompt.
     rows = [{"prompt": [{**turn, "name": None} for turn in turns]}]
-    assert read_prompts(write(rows, kind)).rows() == [(0, turns)]
+    assert read_prompts(write(rows, kind)).drop(PLACE).rows() == [(0, turns)]
 
 
 def test_prompts_from_other_columns(write) -> None:
@@ -126,10 +128,9 @@ def test_a_wrong_column_lists_the_columns_and_names_the_option(write, kind: str)
         ('{"prompt": 5}', "'prompt' must be text or a non-empty list of messages, got 5"),
         ('{"prompt": ["a"]}', "'prompt' holds 'a', not a message with role and content as text"),
         ('{"prompt": [{"role": "user"}]}', "not a message with role and content as text"),
-        (
-            '{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}',
-            "not a message with role and content",
-        ),
+        ('{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}', "has a part 'text'; only parts of text"),
+        ('{"prompt": " \\n"}', "'prompt' is an empty text"),
+        ('{"prompt": [{"role": "user", "content": " "}]}', "every user turn of 'prompt' is empty"),
         ('{"prompt": [{"role": "system", "content": "a"}]}', "no user turn; its roles are ['system']"),
         (
             '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
@@ -217,7 +218,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_pairs_in_every_form(write, kind: str, form: str) -> None:
-    pairs = read_pairs(write([FORMS[form], FORMS[form]], kind))
+    pairs = read_pairs(write([FORMS[form], FORMS[form]], kind)).drop(PLACE)
     prompt = [user("What is two?")] if "text" in form and "answers" not in form else PROMPT
     expected = (prompt, [assistant("2")], [assistant("3")], prompt_key(prompt))
     assert pairs.rows() == [expected, expected]
@@ -259,7 +260,7 @@ def test_weights(write) -> None:
     for bad in (-1, None, "1", True, float("nan"), float("inf")):
         path = write([FORMS["text"] | {"w": 1}, FORMS["text"] | {"w": bad}])
         message = refused(read_pairs, path, weight_column="w")
-        assert message == f"{path}, line 2: 'w' must be a finite number ≥ 0, got {bad!r}"
+        assert message.startswith(f"{path}, line 2: 'w' must be a finite number ≥ 0, got {bad!r}; ")
     message = refused(read_pairs, write([FORMS["text"]]), weight_column="w")
     assert "no column 'w'; its columns are prompt, chosen, rejected" in message
     assert "--weight-column" in message
@@ -274,7 +275,7 @@ def test_columns_for_the_replay_draw(write) -> None:
     assert pairs.select("margin", "round", "source").rows() == [(-1.0, 0, "a"), (0.5, 2, "b")]
     assert pairs.schema["margin"] == pl.Float64
     assert pairs.schema["round"] == pl.Int64
-    assert set(read_pairs(write(rows)).columns) == {"prompt", "chosen", "rejected", "key"}
+    assert set(read_pairs(write(rows)).columns) == {"prompt", "chosen", "rejected", "key", PLACE}
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ def test_the_weight_column_of_a_named_buffer(write) -> None:
     message = refused(
         read_pairs, write([FORMS["text"]]), weight_column="w", weight_key="replay.buffers.uf.weight_column"
     )
-    assert message.endswith("Name the right one with --set replay.buffers.uf.weight_column=NAME")
+    assert "Name the right one with --set replay.buffers.uf.weight_column=NAME" in message
 
 
 @pytest.mark.parametrize(

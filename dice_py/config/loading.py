@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from pydantic_core import ErrorDetails
 from dice_py.config.renamed import foreign_name, renaming
 from dice_py.config.run import ONE_STAGE, WORLD_DEFAULTS, RunConfig
 from dice_py.config.shared import Section
+from dice_py.config.yaml_text import parse_yaml, read_yaml
 from dice_py.errors import UsageError
+
+_DEEPEST_KEY = 10
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def _sentence(item: ErrorDetails) -> str:
     # Besides keys, pydantic's location names the branch of a union that was tried: "literal['auto']", "float".
     where = ".".join(part for part in parts if part.replace("_", "").isalnum() and part != "float")
     text = item["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(item["input"], Section | dict) else f" (got {item['input']!r})"
+    got = "" if isinstance(item["input"], Section | dict) else f" (got {_SHORT.repr(item['input'])})"
     return f"{where}: {text}{got}" if where else text
 
 
@@ -97,37 +103,13 @@ def _older_version(error: ValidationError, path: Path) -> UsageError | None:
     )
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """PyYAML's error in one line; its own text takes several."""
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"config file {path} is not valid YAML: {_yaml_problem(error)}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UsageError(f"config file {path} must hold a mapping of keys, not a {type(loaded).__name__}")
-    return loaded
-
-
 def _parse_set(assignment: str) -> dict[str, Any]:
     name, equals, text = assignment.partition("=")
     if not equals or not name.strip():
-        raise UsageError(f"--set {assignment}: write it as --set section.key=value")
-    try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {assignment}: the value is not valid YAML: {_yaml_problem(error)}") from None
+        raise UsageError(f"--set {assignment:.200}: write it as --set section.key=value")
+    value = parse_yaml(text, f"--set {assignment:.200}: the value") if text.strip() else None
+    if name.count(".") > _DEEPEST_KEY:
+        raise UsageError(f"--set {assignment:.200}: no key has so many parts; write it as --set section.key=value")
     nested: Any = value
     for part in reversed(name.strip().split(".")):
         nested = {part: nested}
@@ -156,7 +138,7 @@ def resolve(
     """
     settings: dict[str, Any] = {}
     for path in files:
-        _merge(settings, _read_yaml(path))
+        _merge(settings, read_yaml(path))
     _merge(settings, dict(overrides or {}))
     for assignment in assignments:
         _merge(settings, _parse_set(assignment))
@@ -197,6 +179,6 @@ def load_resolved(path: Path) -> RunConfig:
         UsageError: the file is absent or broken, or an earlier version wrote it with other key names.
     """
     try:
-        return RunConfig.model_validate(_read_yaml(path))
+        return RunConfig.model_validate(read_yaml(path))
     except ValidationError as error:
         raise (_older_version(error, path) or _usage_error(error, str(path))) from None

@@ -100,7 +100,7 @@ class PairOptions(Section):
     )
     rejected_from: PickFrom = _option("any", "Pairs", "The same for the rejected response: any, newest or oldest.")
     min_responses: int = _option(2, "Filters", "Usable responses that a prompt needs.")
-    min_length: int | None = _option(None, "Filters", "Shortest response to use, inclusive.")
+    min_length: int | None = _option(1, "Filters", "Shortest response to use, inclusive; 0: empty ones too.")
     max_length: int | None = _option(None, "Filters", "Longest response to use, inclusive.")
     min_margin: float | None = _option(None, "Filters", "Drop pairs of a smaller margin.")
     min_margin_quantile: float | None = _option(
@@ -121,7 +121,7 @@ class MiningOptions(PairOptions, ColumnOptions):
         UsageError: an option of the wrong type or out of its range, or options that contradict each other.
     """
 
-    seed: int = _option(0, "Pairs", "For `pairing=max_random`: seed of the draw.")
+    seed: int = _option(0, "Pairs", "Decides among responses of equal reward; for `pairing=max_random`, the draw.")
 
     @model_validator(mode="wrap")
     @classmethod
@@ -239,7 +239,7 @@ def check_mining_options(values: Mapping[str, Any]) -> None:
     """
     for name in _INTEGERS:
         value = values[name]
-        optional = MiningOptions.model_fields[name].default is None
+        optional = type(None) in get_args(MiningOptions.model_fields[name].annotation)
         if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool)):
             raise UsageError(f"{name} is {value!r}, but must be an integer")
     for name, known in _CHOICES.items():

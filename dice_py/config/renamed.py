@@ -141,7 +141,7 @@ ANSWERS = {
     ),
     "bf16": "all stages use one dtype: set model.dtype=bfloat16",
     "fp16": "all stages use one dtype: set model.dtype=float16",
-    "warmup_ratio": "set train.warmup_steps, a number of optimizer steps",
+    "warmup_ratio": "set train.warmup_steps: below 1 it is a share of the steps",
     "loss_type": "the loss is DPO's sigmoid loss; train.sft_weight adds the NLL of the chosen",
     "loss_weights": "the loss is DPO's sigmoid loss; train.sft_weight adds the NLL of the chosen",
     "precompute_ref_log_probs": "the reference's log-probabilities are always computed before training",

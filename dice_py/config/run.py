@@ -56,6 +56,13 @@ class RunConfig(Section):
         """True when π_1 is made first, from the SFT model."""
         return self.model.sft is not None
 
+    def most_pairs_per_prompt(self) -> int:
+        """The most pairs that the pairing makes of a prompt."""
+        mine, samples = self.mine, self.generate.samples
+        most = {"top_bottom": mine.top_k * mine.bottom_k, "all_pairs": samples * (samples - 1) // 2}
+        pairs = most.get(mine.pairing, 1)
+        return pairs if mine.pairs_per_prompt is None else min(pairs, mine.pairs_per_prompt)
+
     @model_validator(mode="after")
     def _check_run(self, info: ValidationInfo) -> RunConfig:
         if info.context == ONE_STAGE:

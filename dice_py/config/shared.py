@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dice_py.rows.bad_rows import BadRowRule
 
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -43,6 +46,21 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; only for models whose code you trust"
     )
+    template_time: str | None = Field(
+        default=None,
+        description="the time that a chat template prints (strftime_now), as 2026-01-31T12:00:00; none: when the "
+        "run was made",
+    )
+
+    @field_validator("template_time")
+    @classmethod
+    def _check_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError(f"{value!r} is no time; write it as 2026-01-31T12:00:00") from None
+        return value
 
 
 class DevicesConfig(Section):
@@ -91,3 +109,21 @@ class DataConfig(Section):
         description="a fresh slice of the shuffled prompts for each round; none: all of them each round",
     )
     max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are dropped and counted")
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error",
+        description="when a row cannot be read or rendered: stop, or skip it; skipped rows are counted, and the first "
+        "five are named",
+    )
+    max_bad_rows: Probability = Field(
+        default=0.25, description="share of a file that on_bad_row=skip may skip; more is an error"
+    )
+    ignored_keys: list[str] = Field(
+        default_factory=list,
+        description="keys of messages, and columns beside the prompt (system, tools, chat_template_kwargs), to leave "
+        "out; without this, one that the chat template does not render is an error",
+    )
+
+    @property
+    def bad_rows(self) -> BadRowRule:
+        """on_bad_row and max_bad_rows."""
+        return BadRowRule(self.on_bad_row, self.max_bad_rows)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dice_py.config.shared import Positive, Probability, Section
-from dice_py.config.training import TrainConfig
+from dice_py.config.training import TrainConfig, Warmup
 
 
 class VllmConfig(Section):
@@ -144,8 +144,8 @@ class RoundZeroConfig(Section):
 
     learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(default=None, description="peak learning rate")
     lr_scheduler_type: str | None = Field(default=None, description="a scheduler of transformers")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="optimizer steps over which the learning rate rises"
+    warmup_steps: Warmup | None = Field(
+        default=None, description="optimizer steps over which the learning rate rises; below 1: a share of the steps"
     )
     num_train_epochs: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None, description="passes over the pairs; train.max_steps then does not apply"
@@ -176,7 +176,7 @@ class EvaluateConfig(Section):
 class WorldConfig(Section):
     """Sizes and seed of the synthetic world (synthetic/task.py)."""
 
-    seed: int = Field(default=0, description="makes the task's data and models")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="makes the task's data and models")
     sft_steps: Positive = Field(default=600, description="optimizer steps of the reference's training")
     offline_pairs: Positive = Field(
         default=3000, description="pairs of the noisy annotator, for the policy's training and for replay"

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from dice_py.config.shared import Positive, Probability, Section
 
+Warmup = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A number of optimizer steps, or a share of a training's steps."""
+
 
 class LoraConfig(Section):
     """LoRA adapters. They are merged after training, so that every round ends with a complete model."""
@@ -25,8 +28,10 @@ class TrainConfig(Section):
 
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(default=5e-7, description="peak learning rate")
     lr_scheduler_type: str = Field(default="constant_with_warmup", description="a scheduler of transformers")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default=50, description="optimizer steps over which the learning rate rises"
+    warmup_steps: Warmup = Field(
+        default=0.1,
+        description="optimizer steps over which the learning rate rises; below 1: this share of the training's steps, "
+        "rounded down",
     )
     max_steps: Positive | None = Field(
         default=None, description="optimizer steps; none: num_train_epochs over the pairs"
@@ -69,6 +74,11 @@ class TrainConfig(Section):
     )
     logging_steps: Positive = Field(default=10, description="optimizer steps between logged values")
     report_to: list[str] = Field(default_factory=list, description="trackers of transformers: wandb, tensorboard, …")
+    save_dtype: Literal["auto", "stored", "float32"] = Field(
+        default="auto",
+        description="dtype of the trained policy's files; stored: as the start's; auto: as the start's, but float32, "
+        "with a note, where rounding would take away more than half of the update",
+    )
     step0_pairs: Positive = Field(default=64, description="pairs on which the loss at step 0 is checked")
     step0_tolerance: Literal["auto"] | Annotated[float, Field(gt=0.0)] = Field(
         default="auto",

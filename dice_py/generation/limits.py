@@ -1,26 +1,12 @@
-"""Limits of a model that prompts and responses must keep: its positions and its vocabulary."""
+"""Checks prompts and the responses to them against the limits of a model (models/limits.py), and of sampling."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError, UsageError
-
-
-def positions_limit(config: Any) -> float | None:
-    """Tokens that fit into a model's positions, from its transformers config; None if the config has no limit."""
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    rope = getattr(text, "rope_parameters", None) or {}
-    # There is one set of parameters, or one for each type of layer. `max_position_embeddings` includes the scaling of
-    # YaRN, LongRoPE and Llama 3, but not that of "linear" and "dynamic".
-    parameter_sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    factors = [one.get("factor") or 1.0 for one in parameter_sets if one.get("rope_type") in ("linear", "dynamic")]
-    return float(limit * max(factors, default=1.0))
+from dice_py.models.limits import positions_limit, read_config
 
 
 def check_fits(policy: Path, models: ModelConfig, longest_prompt: int, largest_id: int, max_new_tokens: int) -> None:
@@ -34,11 +20,9 @@ def check_fits(policy: Path, models: ModelConfig, longest_prompt: int, largest_i
         UsageError: the longest prompt and its response exceed the model's positions.
         DataError: the tokenizer has an id for which the model has no embedding.
     """
-    if not (policy / "config.json").is_file():
+    config = read_config(policy, models)
+    if config is None:
         return  # An adapter: the config of its base model is elsewhere.
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(policy, trust_remote_code=models.trust_remote_code)
     limit = positions_limit(config)
     if limit is not None and longest_prompt + max_new_tokens > limit:
         raise UsageError(
@@ -52,3 +36,15 @@ def check_fits(policy: Path, models: ModelConfig, longest_prompt: int, largest_i
             f"{policy}: the tokenizer uses token id {largest_id}, but the model's vocabulary has {vocabulary} entries; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def cut_off_note(shard: str, cut_off: int, responses: int, max_new_tokens: int) -> str | None:
+    """A warning where most responses of a shard were cut off by the token limit, which mining drops; else None."""
+    if cut_off * 2 <= responses:
+        return None
+    return (
+        f"warning: {cut_off} of {responses} responses of {shard} ({cut_off / responses:.0%}) were cut off at "
+        f"generate.max_new_tokens={max_new_tokens}; mining drops them. Stop here and raise generate.max_new_tokens; if "
+        "the responses run on after their end, the token that ends a turn in the chat template is no stop token of the "
+        "model (eos_token_id in its generation_config.json)"
+    )

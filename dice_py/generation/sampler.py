@@ -20,6 +20,7 @@ from dice_py.generation.engines.base import Engine, Request, SampleId
 from dice_py.generation.engines.factory import build_engine
 from dice_py.generation.shard import ShardWriter, read_prompts
 from dice_py.models.tokenization import load_tokenizer
+from dice_py.models.vocabulary import KnownTokens
 from dice_py.storage.parquet import parquet_key
 
 
@@ -96,7 +97,8 @@ class _Sampling:
     def _build(self) -> Engine:
         work = self.work
         pad = int(self.tokenizer.pad_token_id)
-        engine = build_engine(work.engine, work.config, work.models, work.policy, work.stops, work.longest, pad)
+        known = KnownTokens.of(self.tokenizer, work.stops)
+        engine = build_engine(work.engine, work.config, work.models, work.policy, work.stops, work.longest, pad, known)
         self.stack.callback(engine.close)
         self.since = time.monotonic()
         return engine

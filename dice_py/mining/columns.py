@@ -1,6 +1,6 @@
-"""From a frame of any kind to the numeric columns that the extension reads.
+"""From a frame of any kind to the columns that the options name, in their own types (numeric.py makes numbers of them).
 
-Numeric columns are passed on without a copy. Only the columns that the options name are collected from a LazyFrame or
+Only the columns that the options name are collected from a LazyFrame or
 kept from an Arrow stream. Text is read only to compare responses (`duplicate_column`), and hashed batch by batch.
 """
 
@@ -61,34 +61,15 @@ def wanted_columns(columns: list[str], options: MiningOptions) -> list[str]:
         if options.truncated_column not in columns:
             raise DataError(missing_column(options.truncated_column, columns, "truncated_column="))
         wanted |= {options.truncated_column: None}
+    refuse_twice(columns, list(wanted), "the frame")
     return list(wanted)
 
 
-def numeric_columns(narrow: pl.DataFrame, options: MiningOptions) -> tuple[pl.DataFrame, bool]:
-    """The columns under the names and in the types of the extension, and whether the prompts are integers.
-
-    Integer prompts come back in the pairs unchanged; other prompts are replaced by their rank.
-
-    Returns:
-        `prompt` (integers), `reward` (f32 or f64) and `length` (integers); `truncated` (bool), `duplicate`, `policy`
-        (integers) and `second` (f32 or f64), where the options name such columns.
-
-    Raises:
-        DataError: a column is of an unsuitable type.
-    """
-    key, native_key = _ordered(narrow, options.prompt_column, "prompt")
-    columns = [key, _reward(narrow, options.reward_column, "reward"), _length(narrow, options.length_column)]
-    truncated = _truncated(narrow, options.truncated_column)
-    if truncated is not None:
-        columns.append(truncated.alias("truncated"))
-    if options.duplicate_column is not None:
-        name = options.duplicate_column
-        columns.append(_duplicate(narrow.schema[name], name).alias("duplicate"))
-    if options.policy_column is not None:
-        columns.append(_ordered(narrow, options.policy_column, "policy")[0])
-    if options.second_reward_column is not None:
-        columns.append(_reward(narrow, options.second_reward_column, "second"))
-    return narrow.select(columns), native_key
+def refuse_twice(columns: list[str], wanted: list[str], place: str) -> None:
+    """Raises DataError if a table has a wanted column more than once."""
+    for name in wanted:
+        if columns.count(name) > 1:
+            raise DataError(f"column '{name}' is {columns.count(name)} times in {place}: rename or drop the others")
 
 
 def missing_column(name: str, columns: list[str], option: str) -> str:
@@ -170,53 +151,9 @@ def refuse_foreign(name: str, dtype: pa.DataType) -> None:
             refuse_foreign(name, dtype.field(i).type)
 
 
-def _native_integer(dtype: pl.DataType) -> bool:
+def native_integer(dtype: pl.DataType) -> bool:
+    """Whether the extension reads a column of this type as it is."""
     return dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128)
-
-
-def _ordered(narrow: pl.DataFrame, name: str, role: str) -> tuple[pl.Expr, bool]:
-    """A column as integers in the same order (its dense rank, unless it is integers), and whether it is integers."""
-    dtype = narrow.schema[name]
-    key = pl.col(name)
-    if _native_integer(dtype):
-        return key.alias(role), True
-    if dtype in (pl.Categorical, pl.Enum):
-        # By text: the physical order of a categorical depends on what was read before.
-        key = key.cast(pl.String)
-    elif dtype.is_nested() or dtype in (pl.Object, pl.Null, pl.Unknown):
-        raise DataError(f"{role} column '{name}' has dtype {dtype}, which has no order: use integers or text")
-    return key.rank("dense").alias(role), False
-
-
-def _reward(narrow: pl.DataFrame, name: str, role: str) -> pl.Expr:
-    dtype = narrow.schema[name]
-    if dtype in (pl.Float32, pl.Float64):
-        return pl.col(name).alias(role)
-    if dtype.is_numeric() or dtype == pl.Null:
-        return pl.col(name).cast(pl.Float64).alias(role)
-    raise DataError(f"reward column '{name}' has dtype {dtype}, but must be numeric: cast it to Float32 first")
-
-
-def _length(narrow: pl.DataFrame, name: str) -> pl.Expr:
-    dtype = narrow.schema[name]
-    if _native_integer(dtype):
-        return pl.col(name).alias("length")
-    if dtype == pl.Null:
-        return pl.col(name).cast(pl.UInt32).alias("length")
-    raise DataError(f"length column '{name}' has dtype {dtype}, but must hold integers: cast it to UInt32 first")
-
-
-def _truncated(narrow: pl.DataFrame, option: str | None) -> pl.Expr | None:
-    if option is None:
-        return None
-    if option == "auto":
-        has = "finish_reason" in narrow.columns
-        return (pl.col("finish_reason").cast(pl.String) == "length") if has else None
-    if narrow.schema[option] != pl.Boolean:
-        raise DataError(
-            f"column '{option}' has dtype {narrow.schema[option]}, but truncated_column= must name a boolean column"
-        )
-    return pl.col(option)
 
 
 def hash_duplicates(rows: pl.DataFrame, options: MiningOptions) -> pl.DataFrame:
@@ -229,15 +166,15 @@ def _hashed(schema: pl.Schema, options: MiningOptions) -> pl.Expr | None:
     """The duplicate column as hashes; None if it holds integers already, or another role needs its values."""
     name = options.duplicate_column
     others = [column for role, column in options.columns.items() if role != "duplicate"]
-    if name is None or name in others or _native_integer(schema[name]):
+    if name is None or name in others or native_integer(schema[name]):
         return None
-    return _duplicate(schema[name], name).alias(name)
+    return duplicate_hash(schema[name], name).alias(name)
 
 
-def _duplicate(dtype: pl.DataType, name: str) -> pl.Expr:
+def duplicate_hash(dtype: pl.DataType, name: str) -> pl.Expr:
     """Maps equal values to equal 64-bit integers; null stays null."""
     column = pl.col(name)
-    if _native_integer(dtype):
+    if native_integer(dtype):
         return column
     text = dtype in (pl.String, pl.Binary, pl.Categorical, pl.Enum)
     numbers = isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.DataType) and dtype.inner.is_integer()

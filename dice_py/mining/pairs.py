@@ -21,7 +21,7 @@ import polars as pl
 
 from dice_py import _native
 from dice_py.config.mining import MiningKeywords, MiningOptions
-from dice_py.mining.columns import Frame, arrow_frame, column_names, narrow_frame, numeric_columns
+from dice_py.mining.columns import Frame, arrow_frame, column_names, narrow_frame
 from dice_py.mining.labels import (
     add_difficulty,
     add_policies,
@@ -31,6 +31,7 @@ from dice_py.mining.labels import (
     margin_quantiles,
     quantile,
 )
+from dice_py.mining.numeric import numeric_columns
 from dice_py.mining.options import native_keywords, read_options, with_mining_signature
 
 
@@ -52,8 +53,8 @@ class MinedPairs:
     alpha_high: float | None
     """The penalty from which on one of them differs; infinity if there is none."""
     mean_length_gap_before: float
-    """Mean of best length - worst length by reward alone, over prompts where one response beats another; NaN without
-    such prompts."""
+    """Mean of best length - worst length by reward alone, over prompts where one response beats another (of equal
+    rewards, the shortest best and the longest worst, as the least penalty has them); NaN without such prompts."""
     mean_length_gap_after: float
     """Mean of chosen length - rejected length over the pairs; NaN without pairs."""
     reward_length_correlation_before: float
@@ -65,10 +66,12 @@ class MinedPairs:
     """Dropped rows, each under the first reason that applies: `null`, `not_finite`, `truncated`, `too_short`,
     `too_long`, `duplicate`, `too_few_responses`."""
     dropped_prompts: dict[str, int]
-    """Prompts without a pair: `too_few_responses`; `no_contrast` (no response that may be chosen beats one that may be
-    rejected); `no_match` ("matched": no two of nearly equal length)."""
+    """Prompts without a pair: `too_few_responses`; `tied` (the responses that could make a pair have equal rewards);
+    `no_contrast` (no response that may be chosen beats one that may be rejected); `no_match` ("matched": no two of
+    nearly equal length)."""
     dropped_pairs: dict[str, int]
-    """Pairs under a threshold: `below_min_margin`, then `below_quantile`."""
+    """Pairs that were left out: `tied` ("top_bottom" and "all_pairs": of equal rewards, which are no preference); under
+    a threshold: `below_min_margin`, then `below_quantile`."""
     prompts: int
     """Prompts in the frame."""
     rows: int
@@ -143,7 +146,8 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
         TypeError: an unknown keyword.
 
     **Usable responses** have a length and a reward that is finite in float32, are not truncated, and have
-    `min_length <= length <= max_length`. A prompt needs `min_responses` of them.
+    `min_length <= length <= max_length`. A prompt needs `min_responses` of them. Empty responses (length 0) are used
+    only with `min_length` 0 or None.
 
     - `truncated_column`: a boolean column, true for responses cut off by the token limit; these are dropped. "auto"
       means `finish_reason == "length"` if the frame has a column `finish_reason`; None drops none.
@@ -161,19 +165,26 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     | "matched" | r | only pairs of nearly equal length |
 
     - "auto" is the alpha at which the mean length gap of each prompt's best and worst response is nearest zero,
-      whatever the `pairing`. It is 0 if no penalty is best, else the middle of `alpha_low` and `alpha_high`; every
-      penalty between these two picks the same responses. If two penalties leave gaps of the same size on both sides of
-      zero, the lower one is used.
+      whatever the `pairing`, over the prompts with different rewards. It is 0 if no penalty is best, else the middle of
+      `alpha_low` and `alpha_high`; every penalty between these two picks the same responses. If two penalties leave
+      gaps of the same size on both sides of zero, the lower one is used.
     - "bucket": mean and population standard deviation over all usable responses in the same of `buckets` length
       quantiles. Cut j is the length of rank ceil(j * n / buckets), closed on the right, so equal lengths share a
       bucket. Responses of prompts with fewer than `min_responses` count here too. A bucket with std = 0 is not divided.
     - "matched": the pair of the greatest margin among all whose lengths differ by at most `length_tolerance`, or by at
-      most `length_ratio` of the longer one. At equal margins the least difference wins, then the lowest rows.
+      most `length_ratio` of the longer one. At equal margins the least difference wins, then the least hash (below).
 
-    **The pairs** of a prompt depend on `pairing`. "Best first" orders by s, descending; at equal s the shorter response
-    comes first, then the higher reward, then the lower row. "Worst first" is the opposite order (but lower rows first).
-    One response beats another if it precedes it best first by more than its row number. The chosen response of a pair
-    always beats the rejected one.
+    **The pairs** of a prompt depend on `pairing`. Two responses of equal reward r are no preference: they never form a
+    pair, whatever their s. "Best first" orders by s, descending; at equal s but different r (only debiasing makes such
+    ties) the shorter response comes first. "Worst first" orders by s, ascending; at equal s but different r the longer
+    one comes first. At equal s and equal r a hash of (`seed`, prompt, row) decides in both orders, since the shorter or
+    the first would be a bias. One response beats another if its r is another and its s is higher, or equal while it is
+    shorter. The chosen response of a pair always beats the rejected one.
+
+    The hash is m(m(m(seed) ^ prompt) ^ row) with m = splitmix64 (Steele et al. 2014); the least is taken. `prompt` is
+    the id as a 64-bit number (for ids that are no integers: its rank among those of the frame, from 1), `row` counts
+    the prompt's own rows from zero, in the order of the frame. So the choice depends neither on chunks, files and
+    segments nor on the other prompts (of integer ids).
 
     | `pairing` | pairs |
     | --- | --- |
@@ -183,8 +194,9 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     | "max_sweet_spot" | the best and the one nearest mean - `sweet_spot_deviations` * std of the prompt's s |
     | "all_pairs" | all, greatest margins first, at most `pairs_per_prompt` |
 
-    "max_sweet_spot" is from Xiao et al., arXiv 2502.16825; std is the population's. The number of "all_pairs" grows
-    with the square of a prompt's responses.
+    If a penalty makes two responses of equal r the best and the worst, "max_min" takes the pair of the greatest margin
+    among those of different r. "max_sweet_spot" is from Xiao et al., arXiv 2502.16825; std is the population's. The
+    number of "all_pairs" grows with the square of a prompt's responses.
 
     - `policy_column`: the policy (or round) that sampled the response; a greater value is newer. `chosen_from` and
       `rejected_from` restrict that side to the "newest" or "oldest" policy among the prompt's usable responses.
@@ -200,8 +212,7 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     - `second_reward_column`: `consistency`, (tau + 1) / 2 with Kendall's tau of the reward and a second reward over the
       prompt's responses (CREAM, arXiv 2410.12735). Ties count for neither side; null for fewer than two responses.
 
-    The pairs depend neither on the order of rows (except for responses equal in reward and length), nor on chunks or
-    threads.
+    The pairs depend neither on chunks or threads nor on the order of rows, except that of responses of equal reward.
 
     Example:
         >>> import polars as pl
@@ -245,7 +256,7 @@ def _mined_pairs(pairs: pl.DataFrame, summary: _native.MineSummary, options: Min
     """The result: pairs under a threshold dropped, labels added, numbers of the extension named."""
     count = pairs.height
     pairs = apply_margin_options(pairs, options)
-    dropped_pairs = {"below_min_margin": count - pairs.height, "below_quantile": 0}
+    dropped_pairs = {"tied": summary.tied_pairs, "below_min_margin": count - pairs.height, "below_quantile": 0}
     if options.min_margin_quantile is not None:
         kept = drop_below(pairs, quantile(pairs["margin"], options.min_margin_quantile))
         dropped_pairs["below_quantile"] = pairs.height - kept.height

@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 
 from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError
-from dice_py.mining.columns import arrow_frame, hash_duplicates, refuse_foreign
+from dice_py.mining.columns import arrow_frame, hash_duplicates, refuse_foreign, refuse_twice
 
 BATCH_ROWS = 1 << 18
 """Rows of a batch, at most."""
@@ -81,6 +81,7 @@ class ScoredFiles:
                 raise DataError(
                     f"{part.file} has no column '{missing[0]}'; its columns are {', '.join(physical.names)}"
                 )
+            refuse_twice(physical.names, columns, part.file)
             for field in schema:
                 dtype = physical.field(field.name).type if field.name in physical.names else field.type
                 # The Arrow types of text are interchangeable. Casting a number could change its value.

@@ -18,7 +18,8 @@ import pyarrow as pa
 from dice_py.config.mining import MAX_LENGTH, MiningOptions
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report
-from dice_py.mining.columns import arrow_frame, numeric_columns
+from dice_py.mining.columns import arrow_frame
+from dice_py.mining.numeric import numeric_columns
 from dice_py.mining.parquet_input import ScoredFiles, narrow_batches
 
 SEGMENT_BYTES = 256
@@ -152,8 +153,10 @@ class SegmentReader:
 
     def _batches(self) -> Iterator[pl.DataFrame]:
         """The input in the columns of the extension."""
+        first_row = 0
         for narrow in narrow_batches(self.files, self.columns, self.options):
-            yield numeric_columns(narrow, self.options)[0]
+            yield numeric_columns(narrow, self.options, first_row)[0]
+            first_row += narrow.height
 
     def _check(self, rows: pl.DataFrame, start: int) -> None:
         """Makes the extension's checks with row numbers of the input; it only knows those of a segment."""

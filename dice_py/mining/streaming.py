@@ -95,8 +95,9 @@ class StreamMiner:
                 pairs = apply_margin_options(self._name_rows(pairs, segment), self.options)
                 totals.add(pairs)
                 writer.write(pairs)
-        dropped = {"below_min_margin": count - totals.pairs, "below_quantile": 0}
-        return self._finish(miner.summary(), unfiltered, totals, dropped, out, key)
+        mined = miner.summary()
+        dropped = {"tied": mined.tied_pairs, "below_min_margin": count - totals.pairs, "below_quantile": 0}
+        return self._finish(mined, unfiltered, totals, dropped, out, key)
 
     def _prepare(self, miner: _native.SegmentMiner, folder: Path) -> Callable[[], Iterator[Segment]]:
         """Scans the input, estimates the penalty from the sample, and returns how to read the segments."""

@@ -53,7 +53,7 @@ def _check(folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
         read_object(folder / "generation_config.json")
     for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.model")):
-        if is_lfs_pointer(file):
+        if file.is_file() and is_lfs_pointer(file):
             raise DataError(f"{file} is a git-lfs pointer; install git-lfs, then run `git lfs pull` in that folder")
     for file in files:
         if file.suffix != ".safetensors":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import require
+from dice_py.models.saving import share_weights
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import atomic, read_json, remove_temporaries
 from dice_py.storage.integrity import damaged_in, read_stamp, set_aside, write_stamp
@@ -170,6 +171,7 @@ def _convert(file: Path, folder: Path, report: Report) -> None:
     with atomic(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        share_weights(temporary)
         write_stamp(temporary, {"key": folder.name, "file": file_digest(file), **described}, _STAMP)
 
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import polars as pl
 
 from dice_py.config.shared import ModelConfig
-from dice_py.data import Message
+from dice_py.data import Message, file_places
 from dice_py.errors import DataError
+from dice_py.events import Report, no_report
+from dice_py.models.chat_template import ChatTemplate, Conversation
+from dice_py.models.control_tokens import ControlTokens
 from dice_py.models.loading import require
+from dice_py.rows.bad_rows import BadRowRule, BadRows
 from dice_py.storage.schemas import PAIRS
 from dice_py.timing import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_RULE = BadRowRule()
+_templates: WeakKeyDictionary[Any, ChatTemplate] = WeakKeyDictionary()
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -25,59 +34,162 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
     Raises:
         DataError: transformers cannot load it, or it lacks a chat template or an end-of-sequence token.
     """
-    require("transformers", extra="train")
-    with timed("import"):
-        from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise DataError(f"{folder}: transformers cannot load a tokenizer from it: {first_line}") from None
+    tokenizer = read_tokenizer(folder, config)
     if not tokenizer.chat_template:
         raise DataError(
             f"{folder}: its tokenizer has no chat template, so a prompt cannot be rendered; save one with the "
             "tokenizer (tokenizer.chat_template = …), or use the instruction-tuned tokenizer of this model"
         )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise DataError(
+            f"{folder}: its tokenizer has chat templates by the names {', '.join(sorted(tokenizer.chat_template))}, "
+            "but none is named default; save the one to use as the tokenizer's only chat template"
+        )
     if tokenizer.eos_token_id is None:
         raise DataError(f"{folder}: its tokenizer has no end-of-sequence token, so a response cannot end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    controls = ControlTokens.of(tokenizer, stop_token_ids(folder, tokenizer))
+    time = None if config.template_time is None else datetime.fromisoformat(config.template_time)
+    _templates[tokenizer] = ChatTemplate(controls, time)
     return tokenizer
 
 
+def read_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder as it is; it need not have a chat template.
+
+    Raises:
+        DataError: transformers cannot load it.
+    """
+    require("transformers", extra="train")
+    with timed("import"):
+        from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{folder}: transformers cannot load a tokenizer from it: {first_line}; its tokenizer's files are damaged, "
+            "missing, or written by a newer version of the libraries"
+        ) from None
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    if tokenizer not in _templates:
+        _templates[tokenizer] = ChatTemplate(ControlTokens.of(tokenizer), None)
+    return _templates[tokenizer]
+
+
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a response, sorted: the tokenizer's EOS and those in the model's generation_config.json."""
+    """Token ids that end a response, sorted: the tokenizer's EOS and those of the model's generation_config.json.
+
+    Where that file is absent or names none, those of config.json, as in transformers.
+
+    Raises:
+        DataError: one of the files is not JSON.
+    """
     stops = {int(tokenizer.eos_token_id)}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        for token in listed if isinstance(listed, list) else [listed]:
-            if isinstance(token, int):
-                stops.add(token)
+    listed = None
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if listed is None and file.is_file():
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+                listed = values.get("eos_token_id")
+                if listed is None and isinstance(values.get("text_config"), dict):
+                    listed = values["text_config"].get("eos_token_id")
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
+                raise DataError(f"{file} cannot be read ({error}); fix it, or fetch the model again") from None
+    for token in listed if isinstance(listed, list) else [listed]:
+        if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+            stops.add(token)
     return sorted(stops)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, **options: Any) -> str:
-    from jinja2.exceptions import TemplateError
+def turn_end_note(tokenizer: PreTrainedTokenizerBase, stops: list[int], folder: Path) -> str | None:
+    """A warning where the chat template ends an answer with a control token that is no stop token; else None.
 
+    A policy that was trained on this template ends its answers with that token, and sampling runs on past it.
+    """
+    template = _template_of(tokenizer)
+    question: list[Message] = [{"role": "user", "content": "x"}]
+    answer: list[Message] = [*question, {"role": "assistant", "content": "y"}]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except TemplateError as error:
-        raise DataError(f"{where}: the chat template refuses these messages: {error}") from None
+        before = template.render(Conversation.of(question), "a turn", prompt=True)
+        full = template.render(Conversation.of(answer), "a turn")
+    except DataError:
+        return None  # the prompts themselves will tell
+    match = template.controls.pattern.search(full[len(before) :]) if full.startswith(before) else None
+    if match is None or template.controls.by_spelling[match[0]] in stops:
+        return None
+    number = template.controls.by_spelling[match[0]]
+    known = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in stops)
+    return (
+        f"warning: the chat template ends an answer with {match[0]!r} (token {number}), which is no stop token (these "
+        f"are {known}): responses run on past it. Add {number} to eos_token_id in {folder / 'generation_config.json'}"
+    )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str = "prompt") -> list[int]:
     """Token ids of the prompt with the template's generation prompt, as the model reads it before it answers.
 
-    The template writes the BOS token, so the tokenizer adds no special tokens.
+    The template writes the BOS token, so the tokenizer adds no special tokens. The texts of the messages give no
+    control tokens (models/control_tokens.py).
 
     Raises:
-        DataError: the chat template refuses the messages; `where` names the row in the message.
+        DataError: the chat template refuses the messages, or leaves out a part of them; `where` names the row.
     """
-    text = _render(tokenizer, messages, where, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    template = _template_of(tokenizer)
+    conversation = Conversation.of(messages)
+    guard = template.controls.guard([conversation.messages, conversation.options])
+    text = template.render(conversation, where, prompt=True)
+    template.check_complete(conversation, text, where, turns=len(messages), prompt=True)
+    if guard is not None:
+        text = template.render(conversation, where, prompt=True, guard=guard)
+    ids = template.controls.encode(text, guard, where)
+    if not ids:
+        raise DataError(f"{where}: the chat template renders these messages as nothing")
     return ids
+
+
+def encode_prompts(
+    prompts: pl.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rule: BadRowRule = _RULE,
+    report: Report = no_report,
+) -> list[tuple[int, list[int]]]:
+    """(prompt_id, token ids) of prompts that the template renders.
+
+    Args:
+        prompts: `prompt_id` and `messages`, and `where` if they were read from a file.
+        rule: what happens to a prompt that the chat template refuses.
+        report: receives notes: on prompts that were left out, and on those that spell control tokens.
+
+    Raises:
+        DataError: the chat template refuses a prompt; the message has its place in the user's file.
+    """
+    places = file_places(prompts, "prompt")
+    controls = _template_of(tokenizer).controls
+    bad = BadRows(rule, "the prompts", "prompts")
+    spelled: list[tuple[str, str]] = []
+    encoded = []
+    for place, (prompt_id, messages) in zip(places, prompts.select("prompt_id", "messages").iter_rows(), strict=True):
+        with bad.row():
+            encoded.append((prompt_id, encode_prompt(tokenizer, messages, place)))
+        if spelling := controls.spelled(messages):
+            spelled.append((place, spelling))
+    bad.finish(report)
+    if spelled:
+        place, spelling = spelled[0]
+        report(
+            "note",
+            text=f"{len(spelled)} of {prompts.height} prompts hold the spelling of a control token, which is encoded "
+            f"as plain text (the first: {spelling!r} in {place}). If they were rendered with a chat template already, "
+            "give messages instead: the template is applied here",
+        )
+    return encoded
 
 
 def encode_response(
@@ -91,34 +203,92 @@ def encode_response(
 
     What the template writes after the stop token (a line break, for example) is cut off, since it is never sampled. A
     stop token is appended if the template writes none. Prompt and response are tokenized separately, as in sampling.
+    The texts give no control tokens, so a stop token that is spelled in the response does not end it.
 
     Raises:
-        DataError: the template renders the prompt differently once a response follows, or refuses the messages.
+        DataError: the template renders the prompt differently once a response follows, refuses the messages, or leaves
+            out a part of the response; or a stop token that is ordinary text stands in the response.
     """
-    before = _render(tokenizer, prompt, where, add_generation_prompt=True)
-    full = _render(tokenizer, [*prompt, *response], where)
+    template = _template_of(tokenizer)
+    asked, answered = Conversation.of(prompt), Conversation.of([*prompt, *response])
+    guard = template.controls.guard([answered.messages, answered.options])
+    before = template.render(asked, where, prompt=True)
+    full = template.render(answered, where)
+    template.check_complete(answered, full, where, turns=len(response), prompt=False)
+    if guard is not None:
+        before, full = (
+            template.render(asked, where, prompt=True, guard=guard),
+            template.render(answered, where, guard=guard),
+        )
     if not full.startswith(before):
         raise DataError(
             f"{where}: the chat template renders the prompt differently once a response follows it, so the tokens of "
             "the response cannot be separated; use a template whose generation prompt is a prefix of the conversation"
         )
-    ids: list[int] = tokenizer(full[len(before) :], add_special_tokens=False)["input_ids"]
+    ids = template.controls.encode(full[len(before) :], guard, where)
     for index, token in enumerate(ids):
         if token in stops:
+            rest = ids[index + 1 :]
+            if token not in template.controls.ids and tokenizer.decode(rest, skip_special_tokens=True).strip():
+                raise DataError(
+                    f"{where}: the response has the stop token {tokenizer.decode([token])!r} in its text, so it would "
+                    "end there; remove it from eos_token_id in the model's generation_config.json, or from the text"
+                )
             return ids[: index + 1]
     return [*ids, int(tokenizer.eos_token_id)]
 
 
-def encode_pairs(pairs: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> pl.DataFrame:
+def encode_pairs(
+    pairs: pl.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+    *,
+    positions: float | None = None,
+    rule: BadRowRule = _RULE,
+    report: Report = no_report,
+) -> pl.DataFrame:
     """Adds `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of i32) to pairs of messages.
 
+    Pairs whose two responses have the same tokens, and pairs that are longer than the model has positions, are left
+    out, and counted in a note.
+
+    Args:
+        positions: the most tokens of a prompt and its longer response; None: no limit.
+        rule: what happens to a pair that the chat template refuses.
+        report: receives notes on pairs that are left out.
+
     Raises:
-        DataError: the chat template refuses a pair; the message has its row.
+        DataError: the chat template refuses a pair; the message has its place in the user's file.
     """
     encoded: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    kept: list[int] = []
+    places = file_places(pairs, "pair")
+    bad = BadRows(rule, "the offline pairs", "pairs")
+    equal = too_long = 0
     for row, (prompt, chosen, rejected) in enumerate(pairs.select("prompt", "chosen", "rejected").iter_rows()):
-        encoded["prompt_ids"].append(encode_prompt(tokenizer, prompt, f"pair {row}"))
-        encoded["chosen_ids"].append(encode_response(tokenizer, prompt, chosen, stops, f"pair {row}, chosen"))
-        encoded["rejected_ids"].append(encode_response(tokenizer, prompt, rejected, stops, f"pair {row}, rejected"))
+        with bad.row():
+            where = places[row]
+            ids = {
+                "prompt_ids": encode_prompt(tokenizer, prompt, where),
+                "chosen_ids": encode_response(tokenizer, prompt, chosen, stops, f"{where}, chosen"),
+                "rejected_ids": encode_response(tokenizer, prompt, rejected, stops, f"{where}, rejected"),
+            }
+            if ids["chosen_ids"] == ids["rejected_ids"]:
+                equal += 1
+                continue
+            longer = max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
+            if positions is not None and len(ids["prompt_ids"]) + longer > positions:
+                too_long += 1
+                continue
+            kept.append(row)
+            for name, tokens in ids.items():
+                encoded[name].append(tokens)
+    bad.finish(report)
+    if equal:
+        text = f"{equal} of {pairs.height} offline pairs left out: chosen and rejected are equal once tokenized"
+        report("note", text=text)
+    if too_long:
+        text = f"{too_long} of {pairs.height} offline pairs left out: longer than the model's {positions:.0f} positions"
+        report("note", text=text)
     columns = [pl.Series(name, ids, dtype=PAIRS[name]) for name, ids in encoded.items()]
-    return pairs.with_columns(columns)
+    return pairs[kept].with_columns(columns)

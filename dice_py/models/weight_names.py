@@ -7,11 +7,13 @@ no weight is read.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.errors import DataError
 from dice_py.models.bin_weights import bin_tensors
+from dice_py.models.folder_check import read_object
 from dice_py.models.weight_files import first_few, read_header, weight_files
 
 if TYPE_CHECKING:
@@ -94,9 +96,9 @@ def compare_weights(folder: Path, built: PreTrainedModel) -> None:
 
 def _parts(model: PreTrainedModel, stored: dict[str, list[int]]) -> str:
     """Names what differs from a saved model of this kind: parts that are merged at load are named nowhere else."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     try:
+        from transformers.core_model_loading import revert_weight_conversion
+
         reverted = revert_weight_conversion(model, dict(model.state_dict()))
     except Exception:  # only some conversions can be reverted without values
         return ""
@@ -122,7 +124,8 @@ def check_loaded(folder: Path, architecture: str, loading: dict[str, Any], shape
     Raises:
         DataError: weights are missing, unexpected, or of another shape.
     """
-    missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    missing = sorted(loading["missing_keys"])
+    unexpected = [name for name in sorted(loading["unexpected_keys"]) if not _is_known(folder, name)]
     reshaped = sorted(loading["mismatched_keys"], key=str)
     failed = [str(text).splitlines()[0] for text in loading.get("error_msgs") or []]
     parts = []
@@ -141,6 +144,19 @@ def check_loaded(folder: Path, architecture: str, loading: dict[str, Any], shape
             f"{folder}: its weights are not those that config.json describes ({architecture}): {'; '.join(parts)}. "
             "What is missing would be random numbers: save or download the model again"
         )
+
+
+# Masks that models before transformers 4 or so saved as buffers.
+_OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")
+_OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|multi_?modal|mm_projector|connector")
+
+
+def _is_known(folder: Path, name: str) -> bool:
+    """Whether a tensor that the model does not have is a buffer of older versions, or of a part that reads no text."""
+    if _OLD_MASKS.search(name):
+        return True
+    config = read_object(folder / "config.json")
+    return any(key in config for key in ("vision_config", "audio_config")) and bool(_OTHER_SENSES.search(name))
 
 
 def error_line(error: Exception) -> str:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 _PART = 8 * 2**20  # bytes in memory; a multiple of the width of every type
-_SETTLED_NS = 2 * 10**9
-_SMALL = 2**20  # bytes; reading a smaller file again takes no longer than looking it up
+SETTLED_NS = 2 * 10**9
+"""Age below which a change of a file may have left its times as they were."""
+SMALL = 2**20
+"""Bytes; reading a smaller file again takes no longer than looking it up."""
 # The bits of the exponent, all of which are set in NaN and infinity, in the unsigned integer of the same width.
 _EXPONENT = {
     "F64": ("u8", 0x7FF << 52),
@@ -108,12 +110,17 @@ def _stamp(file: Path) -> list[int]:
 _in_process: dict[str, tuple[list[int], dict[str, Any]]] = {}
 
 
+def forget() -> None:
+    """Drops what this process remembers; the cache folder keeps it."""
+    _in_process.clear()
+
+
 def _remembered(file: Path, make: Any) -> dict[str, Any]:
     """The result of `make` (JSON), which is kept by the file's path as long as its stamp holds."""
     path = os.path.realpath(file)
     try:
         stamp, began = _stamp(file), time.time_ns()
-        if stamp[0] < _SMALL:
+        if stamp[0] < SMALL:
             return dict(make())
         if path in _in_process and _in_process[path][0] == stamp:
             return _in_process[path][1]
@@ -123,7 +130,7 @@ def _remembered(file: Path, make: Any) -> dict[str, Any]:
         unchanged = _stamp(file) == stamp
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    if unchanged and max(stamp[2:]) < began - _SETTLED_NS:
+    if unchanged and max(stamp[2:]) < began - SETTLED_NS:
         _in_process[path] = (stamp, made)
         if stored is None:
             with contextlib.suppress(OSError, DiskFullError):  # it is read again the next time

@@ -24,7 +24,8 @@ from dice_py.generation.engines.base import Engine, Request, Sample, SampleId
 from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.generation.shard import Prompt, ShardWriter
 from dice_py.models.loading import placement
-from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.models.tokenization import encode_prompts, load_tokenizer, stop_token_ids
+from dice_py.models.vocabulary import KnownTokens
 from dice_py.planning.calibration_sizes import (
     SAMPLING_SECONDS,
     Step,
@@ -170,7 +171,7 @@ def probe(
     )
     layout = lay_out(config.train, config.model, config.devices)
     tokenized = _tokenize(config, policy, prompts)
-    eval_encoded = [] if eval_prompts is None else _encode(tokenized.tokenizer, eval_prompts)
+    eval_encoded = [] if eval_prompts is None else _encode(config, tokenized.tokenizer, eval_prompts)
     largest_id = max(max(ids) for _, ids in tokenized.kept)
     check_fits(policy, config.model, tokenized.longest, largest_id, config.generate.max_new_tokens)
     with only_these_gpus(Group(1, groups[0].gpus)):
@@ -210,7 +211,7 @@ def _tokenize(config: RunConfig, policy: Path, prompts: Path) -> _Tokenized:
     tokenizer = load_tokenizer(policy, config.model)
     stops = stop_token_ids(policy, tokenizer)
     loaded = time.monotonic()
-    encoded = _encode(tokenizer, prompts)
+    encoded = _encode(config, tokenizer, prompts)
     encode_seconds = (time.monotonic() - loaded) / max(1, len(encoded))
     kept = [(prompt_id, ids) for prompt_id, ids in encoded if len(ids) <= config.data.max_prompt_tokens]
     if not kept:
@@ -221,9 +222,8 @@ def _tokenize(config: RunConfig, policy: Path, prompts: Path) -> _Tokenized:
     return _Tokenized(tokenizer, stops, encoded, kept, loaded - began, encode_seconds)
 
 
-def _encode(tokenizer: Any, file: Path) -> list[Prompt]:
-    rows = read_parquet(file, ["prompt_id", "messages"]).iter_rows()
-    return [(prompt_id, encode_prompt(tokenizer, messages, f"prompt {prompt_id}")) for prompt_id, messages in rows]
+def _encode(config: RunConfig, tokenizer: Any, file: Path) -> list[Prompt]:
+    return encode_prompts(read_parquet(file), tokenizer, rule=config.data.bad_rows)
 
 
 def _sample(
@@ -236,7 +236,7 @@ def _sample(
     loaded = timed_seconds().get("load", 0.0)
     engine = build_engine(
         engine_name, config.generate, device_in_group(config.model), policy, tokenized.stops, tokenized.longest,
-        int(tokenized.tokenizer.pad_token_id),
+        int(tokenized.tokenizer.pad_token_id), KnownTokens.of(tokenized.tokenizer, tokenized.stops),
     )  # fmt: skip
     load = timed_seconds().get("load", 0.0) - loaded
     measured = Sampler(engine, config, tokenized.kept, report).measure()

@@ -18,9 +18,11 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
+from dice_py.models.limits import model_positions
 from dice_py.models.loading import placement
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.planning.calibration_sizes import Training, scored_responses, training_size
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.runs.measured_costs import ScoreCosts
 from dice_py.storage.parquet import read_parquet, write_parquet
 from dice_py.storage.schemas import TRAINING_SET
@@ -258,9 +260,13 @@ def _tokenized_pairs(
         return _Pairs(mined)
     stored = read_parquet(offline).head(_MAX_PAIRS)
     stops = stop_token_ids(policy, tokenizer)
-    encode_pairs(stored.head(1), tokenizer, stops)  # warms up
+    # The check has refused or counted the pairs that cannot be used.
+    options: dict[str, Any] = {"positions": model_positions(policy, models), "rule": BadRowRule("skip", 1.0)}
+    encode_pairs(stored.head(1), tokenizer, stops, **options)  # warms up
     began = time.monotonic()
-    encoded = encode_pairs(stored, tokenizer, stops).with_columns(source=pl.lit("replay"))
+    encoded = encode_pairs(stored, tokenizer, stops, **options).with_columns(source=pl.lit("replay"))
+    if encoded.is_empty():
+        return _Pairs(mined)
     per_pair = (time.monotonic() - began) / stored.height
     prompt, chosen, rejected = map(float, encoded.select(pl.col(_PAIR_COLUMNS[3:]).list.len()).mean().row(0))
     frame = pl.concat([part.select(*_PAIR_COLUMNS, "source") for part in (mined, encoded)])

@@ -11,6 +11,7 @@ import numpy as np
 from dice_py.config.run import RunConfig
 from dice_py.planning.decoding import draw_lengths
 from dice_py.replay.mix import requested_counts
+from dice_py.training.schedule import training_steps
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,6 @@ class RoundCounts:
     replay_tokens: int
     """Tokens of the replayed pairs' sequences, which are scored."""
     steps: int
-
-
-def training_steps(config: RunConfig, pairs: int, processes: int) -> int:
-    """Optimizer steps, as transformers' Trainer counts them: the last step of an epoch may have fewer pairs."""
-    train = config.train
-    if train.max_steps is not None:
-        return train.max_steps
-    batches = math.ceil(pairs / (train.per_device_train_batch_size * processes))
-    accumulate = max(1, train.batch_size // (train.per_device_train_batch_size * processes))
-    return math.ceil(train.num_train_epochs * max(1, math.ceil(batches / accumulate)))
-
-
-def pairs_per_prompt(config: RunConfig) -> int:
-    """The most pairs that the pairing makes of a prompt."""
-    mine, samples = config.mine, config.generate.samples
-    pairs = {"top_bottom": mine.top_k * mine.bottom_k, "all_pairs": samples * (samples - 1) // 2}.get(mine.pairing, 1)
-    return pairs if mine.pairs_per_prompt is None else min(pairs, mine.pairs_per_prompt)
 
 
 def share_within(max_length: int | None, prompts: Sequence[int], lengths: Sequence[int]) -> float:
@@ -131,7 +115,7 @@ def count_round_zero(config: RunConfig, data: Data, processes: int = 1) -> Round
         pairs=pairs,
         pair_tokens=pair_tokens,
         replay_tokens=round(pairs * pair_tokens),
-        steps=training_steps(config, pairs, processes),
+        steps=training_steps(config.train, pairs, processes),
     )
 
 
@@ -147,7 +131,7 @@ def _count_round(
     first = max(0, number + 1 - config.mine.pool_rounds)
     pooled = before[first:number]
     prompts = {prompt for ids in data.rounds[first : number + 1] for prompt in ids if data.tokens[prompt] <= limit}
-    mined = round(data.usable * len(prompts)) * pairs_per_prompt(config)
+    mined = round(data.usable * len(prompts)) * config.most_pairs_per_prompt()
     mined_requested, replay_requested, available = _replay_counts(config, mined, data.offline[number], before)
     mined_used, replay = min(mined_requested, mined), min(replay_requested, available)
     mean_prompt, mean_response = sum(kept) / max(1, len(kept)), sum(lengths) / max(1, len(lengths))
@@ -171,7 +155,7 @@ def _count_round(
         pairs=pairs,
         pair_tokens=(mined_used * mined_tokens + replay * replay_tokens) / max(1, total),
         replay_tokens=round(replay * replay_tokens),
-        steps=training_steps(config, pairs, processes),
+        steps=training_steps(config.train, pairs, processes),
     )
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import polars as pl
 
 from dice_py.data import prompt_key
+from dice_py.errors import DataError
 from dice_py.events import Report, no_report
+from dice_py.models.token_ids import check_token_ids
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.storage.integrity import check_intact
-from dice_py.storage.parquet import read_parquet
-from dice_py.storage.schemas import PAIRS
+from dice_py.storage.lookup import check_row_aligned, look_up
+from dice_py.storage.parquet import parquet_rows, read_parquet
+from dice_py.storage.schemas import PAIRS, fit
 
 BUFFER = pl.Schema(
     {
@@ -64,7 +67,7 @@ def append_mined(
         *(pairs[name] for name in ("margin", "chosen_length", "rejected_length")),
         pl.lit(f"round-{round_number:02d}").alias("source"),
     )
-    written = buffer.append(round_number, appended.select(BUFFER.names()).cast(dict(BUFFER)), key)  # type: ignore[arg-type]
+    written = buffer.append(round_number, fit(appended, BUFFER), key)
     report("note", text=f"replay buffer: {written} of {pairs.height} mined pairs written")
 
 
@@ -81,33 +84,104 @@ def gather_mined(
         mined: `prompt_id`, `chosen_row` and `rejected_row`; the row numbers count through all shards.
         generations, scores: the shards, in order (schemas GENERATIONS and SCORES).
         prompts: `prompt_id` and `messages`.
+
+    Raises:
+        DataError: the files do not belong together: shards of other numbers of rows, a row or prompt that is not there,
+            a row of another prompt; or a column or value that cannot be used.
     """
-    needed = pl.concat([mined["chosen_row"], mined["rejected_row"]]).cast(pl.UInt32).unique().to_frame("row")
-    columns = ["prompt_token_ids", "token_ids", "response"]
-    sampled = pl.scan_parquet(generations, glob=False, row_index_name="row").select("row", *columns)
-    logps = pl.scan_parquet(scores, glob=False, row_index_name="row").select("row", "logp")
-    rows = sampled.join(needed.lazy(), on="row", how="semi").join(logps, on="row", how="left").collect()
+    check_mined(mined)
+    check_row_aligned(generations, scores)
+    rows = _rows(mined, generations, scores)
     answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
 
-    def side(name: str, logp: str) -> pl.DataFrame:
-        picked = rows.select(
-            "row", pl.col("token_ids").alias(f"{name}_ids"), answer.alias(name), pl.col("logp").alias(logp)
-        )
-        keys = mined.select(pl.col(f"{name}_row").cast(pl.UInt32).alias("row"))
-        return keys.join(picked, on="row", how="left", maintain_order="left").drop("row")
+    def side(name: str) -> pl.DataFrame:
+        keys = mined.select(pl.col("prompt_id"), pl.col(f"{name}_row").cast(pl.UInt64).alias("row"))
+        found = look_up(keys, rows, "row", who=f"the mined pairs' {name}_row", where=_files(generations))
+        other = (found["prompt_id"] != found["sampled_prompt_id"]).fill_null(True)
+        if other.any():
+            at = int(other.arg_max() or 0)
+            raise DataError(
+                f"row {at} of the mined pairs is of prompt {found['prompt_id'][at]}, but its {name}_row "
+                f"{found['row'][at]} in {_files(generations)} is of prompt {found['sampled_prompt_id'][at]}: give the "
+                "generations that were mined, in the same order"
+            )
+        ids, logp = pl.col("token_ids").alias(f"{name}_ids"), pl.col("logp").alias(f"ref_{name}_logps")
+        return found.select(pl.col("prompt_token_ids").alias(f"{name}_prompt_ids"), ids, answer.alias(name), logp)
 
-    prompt_ids = mined.select(pl.col("chosen_row").cast(pl.UInt32).alias("row")).join(
-        rows.select("row", prompt_ids="prompt_token_ids"), on="row", how="left", maintain_order="left"
+    messages = look_up(
+        mined.select("prompt_id"),
+        prompts.select("prompt_id", prompt="messages"),
+        "prompt_id",
+        who="the mined pairs",
+        where="the file of prompts",
     )
-    messages = mined.select("prompt_id").join(
-        prompts.select("prompt_id", prompt="messages"), on="prompt_id", how="left", maintain_order="left"
-    )
-    return pl.concat(
-        [
-            messages.select("prompt"),
-            prompt_ids.select("prompt_ids"),
-            side("chosen", "ref_chosen_logps"),
-            side("rejected", "ref_rejected_logps"),
-        ],
-        how="horizontal",
-    ).with_columns(source=pl.lit("mined"))
+    both = pl.concat([messages.select("prompt"), side("chosen"), side("rejected")], how="horizontal")
+    return both.select(
+        "prompt", pl.col("chosen_prompt_ids").alias("prompt_ids"), "chosen_ids", "chosen", "ref_chosen_logps",
+        "rejected_ids", "rejected", "ref_rejected_logps", source=pl.lit("mined"),
+    )  # fmt: skip
+
+
+def check_mined(mined: pl.DataFrame, place: Path | str = "the mined pairs") -> None:
+    """Checks that a frame is one of mined pairs.
+
+    Raises:
+        DataError: a column is missing, or is not of integers of zero or more.
+    """
+    for name in ("prompt_id", "chosen_row", "rejected_row"):
+        if name not in mined.columns:
+            raise DataError(
+                f"{place}: no column '{name}'; its columns are {', '.join(mined.columns)}: give the file that dice "
+                "mine wrote"
+            )
+        column = mined[name]
+        if not column.dtype.is_integer():
+            raise DataError(f"{place}: column '{name}' has dtype {column.dtype}, but must hold integers")
+        bad = column.is_null() | (column < 0).fill_null(False)
+        if bad.any():
+            at = int(bad.arg_max() or 0)
+            raise DataError(
+                f"{place}: column '{name}' is {column[at]} in row {at}, but must be a number of zero or more"
+            )
+
+
+def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path]) -> pl.DataFrame:
+    """The rows of both kinds of shards that the pairs name, with their number in `row`."""
+    needed = pl.concat([mined[side].cast(pl.UInt64) for side in ("chosen_row", "rejected_row")]).unique()
+    parts, first = [], 0
+    for sampled, scored in zip(generations, scores, strict=True):
+        last = first + parquet_rows(sampled)
+        here = needed.filter((needed >= first) & (needed < last)) - first
+        if len(here):
+            part = read_parquet(sampled, _SAMPLED)[here]
+            part = part.with_columns(read_parquet(scored, ["logp"])["logp"].gather(here), row=here + first)
+            _check_values(part, sampled, scored, here)
+            parts.append(part.rename({"prompt_id": "sampled_prompt_id"}))
+        first = last
+    if not parts:
+        return pl.DataFrame(schema={"row": pl.UInt64})
+    return pl.concat(parts, how="vertical_relaxed")
+
+
+_SAMPLED = ["prompt_id", "prompt_token_ids", "token_ids", "response"]
+
+
+def _check_values(part: pl.DataFrame, sampled: Path, scored: Path, numbers: pl.Series) -> None:
+    """Refuses what cannot be trained on, with its file and row."""
+    for column in ("prompt_token_ids", "token_ids"):
+        check_token_ids(part, column, sampled)
+    if part["response"].dtype != pl.String or part["response"].null_count():
+        raise DataError(f"{sampled}: column 'response' must hold text, but is {part['response'].dtype} or has nulls")
+    logp = part["logp"]
+    if not logp.dtype.is_numeric():
+        raise DataError(
+            f"{scored}: column 'logp' has dtype {logp.dtype}, but must hold numbers: score these generations"
+        )
+    bad = ~logp.cast(pl.Float64).is_finite().fill_null(False)
+    if bad.any():
+        at = int(bad.arg_max() or 0)
+        raise DataError(f"{scored}: column 'logp' is {logp[at]} in row {numbers[at]}, but must be a finite number")
+
+
+def _files(paths: list[Path]) -> str:
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else ", ".join(map(str, paths))

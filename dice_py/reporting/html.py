@@ -5,12 +5,12 @@ Static HTML and inline SVG, without scripts or external files: it can be mailed,
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError
 from dice_py.reporting.charts import gap_curve_svg
+from dice_py.reporting.foreign_text import html_text
 from dice_py.reporting.formatting import mining_rows, number, seconds
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, read_json, write_sealed_text
@@ -33,12 +33,12 @@ p.note { color: var(--muted); }
 
 
 def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    top = "".join(f"<th>{html_text(cell)}</th>" for cell in head)
     body = "".join(
-        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
+        f"<tr><th>{html_text(first)}</th>{''.join(f'<td>{html_text(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     )
-    caption = f"<caption>{escape(caption)}</caption>"
+    caption = f"<caption>{html_text(caption)}</caption>"
     return f'<div class="scroll"><table>{caption}<tr>{top}</tr>{body}</table></div>'
 
 
@@ -59,10 +59,10 @@ def _head(name: str, manifest: dict[str, Any]) -> list[str]:
     return [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>DICE run {escape(name)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>DICE run {escape(name)}</h1>",
-        f"<p>policy at the start: {escape(manifest['policy']['folder'])}<br>"
-        f"reference of round 1: {escape(manifest['reference']['folder'])}</p>",
+        f"<title>DICE run {html_text(name)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>DICE run {html_text(name)}</h1>",
+        f"<p>policy at the start: {html_text(manifest['policy']['folder'])}<br>"
+        f"reference of round 1: {html_text(manifest['reference']['folder'])}</p>",
     ]
 
 
@@ -86,7 +86,7 @@ def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
     """The stages of a round, their counts, and its mining. `entries`: the manifest's, of all rounds."""
     stages = {key.split("/")[1]: entry for key, entry in entries.items() if key.startswith(name + "/")}
     rows = [[stage, entry["status"], seconds(entry.get("seconds"))] for stage, entry in stages.items()]
-    parts = [f"<h2>{escape(name)}</h2>", _table("stages", ["stage", "status", "time"], rows)]
+    parts = [f"<h2>{html_text(name)}</h2>", _table("stages", ["stage", "status", "time"], rows)]
     for stage, entry in stages.items():
         if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
             rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]

@@ -61,7 +61,9 @@ def candidates(
 
 def _same_prompts(prompts: Iterable[Path], generations: list[Path]) -> pl.DataFrame:
     """The prompts of several rounds, each once. A pair's two responses must answer the same tokens."""
-    pooled = pl.concat([read_parquet(file, PROMPTS.names()) for file in prompts]).unique(maintain_order=True)
+    pooled = pl.concat([read_parquet(file, PROMPTS.names()) for file in prompts], how="vertical_relaxed").unique(
+        maintain_order=True
+    )
     repeated = pooled.filter(pl.col("prompt_id").is_duplicated())["prompt_id"]
     if len(repeated):
         raise DataError(

@@ -32,10 +32,18 @@ class Run:
     """One run folder: its config, manifest, events and stages."""
 
     def __init__(
-        self, folder: Path, config: RunConfig, report: Report = no_report, monitor: GpuMonitor | None = None
+        self,
+        folder: Path,
+        config: RunConfig,
+        report: Report = no_report,
+        monitor: GpuMonitor | None = None,
+        *,
+        force: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
+        self.force = force
+        """Whether what does not fit into memory is tried all the same."""
         self.manifest = Manifest(folder / "manifest.json")
         self.remade: list[str] = []
         """The stages that are made again because their key differs from the manifest's, in order."""

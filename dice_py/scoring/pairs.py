@@ -42,10 +42,11 @@ def score_pairs(
     with timed("import"):
         from dice_py.scoring.scorer import Scorer
 
-    prompts: list[Tokens] = list(token_arrays(pairs, "prompt_ids", "the pairs"))
-    responses: list[Tokens] = [
-        tokens for side in ("chosen_ids", "rejected_ids") for tokens in token_arrays(pairs, side, "the pairs")
-    ]
+    scorer = Scorer(held_model(policy, models), config, report)
+    vocabulary = scorer.shape.vocabulary
+    prompts: list[Tokens] = list(token_arrays(pairs, "prompt_ids", "the pairs", vocabulary))
+    sides = [token_arrays(pairs, f"{side}_ids", "the pairs", vocabulary) for side in ("chosen", "rejected")]
+    responses: list[Tokens] = [*sides[0], *sides[1]]
     done = 0
 
     def on_batch(count: int) -> None:
@@ -53,7 +54,6 @@ def score_pairs(
         done += count
         report("progress", stage="score pairs", done=done, total=len(responses), unit="sequences")
 
-    scorer = Scorer(held_model(policy, models), config, report)
     sums = scorer.sums(prompts * 2, responses, on_batch)
     count = len(prompts)
     return pl.DataFrame(

@@ -24,6 +24,7 @@ from dice_py.config.stages import ScoreConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.models.flops import Work, matmul_rate, shape_of
+from dice_py.models.limits import check_positions, positions_limit
 from dice_py.models.packing import Batch, Group, Packer, Tokens, batches_by_budget, seen_keys
 from dice_py.scoring import forwards
 from dice_py.scoring.lm_head import LogitHead
@@ -72,8 +73,8 @@ class Scorer:
             on_batch: called after each batch with its number of sequences.
 
         Raises:
-            DataError: a prompt or response is empty, a token lies outside the model's vocabulary, or the model
-                transforms its logits in an unsupported way.
+            DataError: a prompt or response is empty or too long for the model's positions, a token lies outside the
+                model's vocabulary, or the model transforms its logits in an unsupported way.
         """
         if not responses:
             return []
@@ -99,6 +100,14 @@ class Scorer:
         return sums
 
     def _check_tokens(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> None:
+        lengths = (len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+        check_positions(
+            lengths,
+            positions_limit(self.model.config),
+            where="the responses to score",
+            model="the model",
+            remedy="leave longer ones out",
+        )
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             if not len(prompt) or not len(response):
                 raise DataError(f"row {row}: an empty {'response' if len(prompt) else 'prompt'} cannot be scored")

@@ -16,10 +16,11 @@ import polars as pl
 from dice_py.compute.shard_queue import ShardQueue
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
-from dice_py.errors import DataError
 from dice_py.events import Report
+from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.loading import held_model
-from dice_py.storage.parquet import read_parquet, write_parquet
+from dice_py.models.token_ids import check_token_ids
+from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
 from dice_py.storage.schemas import SCORES
 from dice_py.timing import timed
 
@@ -92,6 +93,24 @@ class ScoreShards:
             report("shard_complete", number=number)
 
 
+def check_lengths(file: Path, columns: Columns, model: Path, models: ModelConfig) -> None:
+    """Checks that each prompt with its response fits into a model's positions; from lengths alone, before any pass.
+
+    Raises:
+        DataError: with the file and the row.
+    """
+    limit = model_positions(model, models)
+    if limit is None:
+        return
+    frame = read_parquet(file, [columns.prompt, columns.response])
+    if not all(isinstance(dtype, pl.List) for dtype in frame.dtypes):
+        return  # `token_arrays` says what is wrong with it
+    lengths = frame.select(pl.col(columns.prompt).list.len() + pl.col(columns.response).list.len()).to_series()
+    check_positions(
+        lengths.fill_null(0).to_list(), limit, where=str(file), model=str(model), remedy="leave longer ones out"
+    )
+
+
 def shard_logps(
     shard: Shard, scorer: Any, columns: Columns, on_batch: Callable[[int], None], rows: Sequence[int] | None = None
 ) -> list[float]:
@@ -101,8 +120,9 @@ def shard_logps(
     frame = read_parquet(shard.generations, [columns.prompt, columns.response])
     if rows is not None:
         frame = frame[list(rows)]
-    prompts: list[Tokens] = list(token_arrays(frame, columns.prompt, shard.generations))
-    responses: list[Tokens] = list(token_arrays(frame, columns.response, shard.generations))
+    vocabulary = scorer.shape.vocabulary
+    prompts: list[Tokens] = list(token_arrays(frame, columns.prompt, shard.generations, vocabulary))
+    responses: list[Tokens] = list(token_arrays(frame, columns.response, shard.generations, vocabulary))
     # An empty response has nothing to sum; mining drops it as too short.
     answered = [row for row, response in enumerate(responses) if len(response)]
     sums = np.zeros(len(responses))
@@ -120,34 +140,33 @@ def write_scores(shard: Shard, logps: pl.Series, beta: float, gate: dict[str, An
     frame = read_parquet(shard.ref_logps_file, ["ref_logp"]).with_columns(logps.cast(pl.Float64).alias("logp"))
     # The difference is taken before rounding to f32: two sums of -1000 share most of their digits.
     frame = frame.with_columns(reward=beta * (pl.col("logp") - pl.col("ref_logp")))
-    meta = {"beta": beta, **({"gate": gate} if shard.sampled and gate is not None else {})}
+    # Whoever looks up rows in both files can tell by the key that they belong together.
+    meta: dict[str, Any] = {"beta": beta, "generations_key": parquet_key(shard.generations)}
+    if shard.sampled and gate is not None:
+        meta["gate"] = gate
     write_parquet(shard.out, frame, key=shard.key, schema=SCORES, meta=meta)
     shard.ref_logps_file.unlink()
     report("shard", file=shard.out.name, key=shard.key, rows=frame.height)
 
 
-def token_arrays(frame: pl.DataFrame, column: str, place: Path | str) -> list[np.ndarray]:
+def token_arrays(
+    frame: pl.DataFrame, column: str, place: Path | str, vocabulary: int | None = None
+) -> list[np.ndarray]:
     """A column of lists of token ids as int64 arrays, which share their memory.
 
     Args:
         place: names the frame in an error.
+        vocabulary: number of ids that the model knows; None: not checked.
 
     Raises:
-        DataError: the column is not a list of integers, or holds nulls.
+        DataError: as `check_token_ids`.
     """
     # Here, since the registry of stages is imported where only mining is installed, without NumPy.
     import numpy as np
 
+    check_token_ids(frame, column, place, vocabulary)
     series = frame[column]
-    if not (isinstance(series.dtype, pl.List) and series.dtype.inner.is_integer()):
-        raise DataError(
-            f"{place}: column {column!r} is {series.dtype}, not a list of token ids; the scorer takes "
-            "the tokens as they were sampled, and never tokenizes text again"
-        )
-    flat = series.explode(empty_as_null=False)
-    if series.null_count() or flat.null_count():
-        raise DataError(f"{place}: column {column!r} holds nulls; every response needs its token ids")
-    values = flat.cast(pl.Int64).to_numpy()
+    values = series.explode(empty_as_null=False).cast(pl.Int64).to_numpy()
     if not len(series):
         return []
     return np.split(values, series.list.len().to_numpy().cumsum()[:-1])

@@ -1,4 +1,4 @@
-"""Converts a GGUF file to a model folder in the cache."""
+"""Makes a model folder, in the cache, of what is none yet: a GGUF file, or an adapter and its base model."""
 
 from __future__ import annotations
 
@@ -8,33 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.events import Report, no_report
-from dice_py.models.gguf import converted_model, find_converted, gguf_key
+from dice_py.models.sources import needs_conversion, resolve_model, source_key
 from dice_py.stages.job import Job, StageFile, StageResult
 
 
 @dataclass(frozen=True)
 class ConvertJob(Job):
-    """Converts a GGUF file, unless the cache has it (models/gguf.py). The model folder is the only file of the result.
+    """Converts a GGUF file (models/gguf.py) or merges an adapter (models/adapters.py), unless the cache has the result.
+
+    The model folder is the only file of the result.
 
     Raises, when run:
         UsageError: a package that this needs is not installed.
-        DataError: a file that cannot be converted.
+        DataError: a file that cannot be converted, or an adapter that does not fit its base model.
     """
 
-    file: Path
+    name: str
+    """As the user gave it: a GGUF file, a folder or a Hugging Face id."""
+    revision: str | None
+    """Branch, tag or commit on the hub; None: the default branch."""
+    role: str
+    """How error messages name the model, such as "--policy"."""
 
     def key_fields(self) -> dict[str, Any]:
-        """The file's digest, with the versions that convert it."""
-        return {"file": gguf_key(self.file)}
+        """The source's content."""
+        return {"source": source_key(self.name, self.revision, self.role)}
 
     def key(self) -> str:
-        """The key of the converted folder."""
-        return gguf_key(self.file)
+        """A digest of the source's content."""
+        return source_key(self.name, self.revision, self.role)
 
     def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
         """The folder, unless it is in the cache."""
-        return [] if find_converted(self.file) is not None else [file for file, _ in files]
+        return [file for file, _ in files] if needs_conversion(self.name, self.revision, self.role) else []
 
     def run(self, report: Report = no_report) -> StageResult:
-        """Converts the file."""
-        return StageResult([(converted_model(self.file, report), self.key())], {})
+        """Converts or merges."""
+        folder = resolve_model(self.name, self.revision, role=self.role, report=report)
+        return StageResult([(folder, self.key())], {})

@@ -16,6 +16,7 @@ import polars as pl
 
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
+from dice_py.errors import DataError
 from dice_py.evaluation.judges.registry import JUDGES
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy
 from dice_py.evaluation.plausibility import mean_loss, random_warning, swap_warning
@@ -23,9 +24,12 @@ from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
+from dice_py.models.limits import model_positions
 from dice_py.models.loading import held_model
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.models.sizes import model_size
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.scoring.pairs import score_pairs
 from dice_py.scoring.shards import token_arrays
 from dice_py.stages.generate import GenerateJob
@@ -71,6 +75,8 @@ class EvaluateJob(Job):
     judges: tuple[str, ...]
     """Names in evaluation/judges/registry.py; "oracle" if the prompts are the synthetic world's."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a prompt or a pair that the chat template refuses."""
 
     def key_fields(self) -> dict[str, Any]:
         """The models, the held-out data, the settings, the seed and versions."""
@@ -97,6 +103,8 @@ class EvaluateJob(Job):
         models |= set() if samples else {self.policy, self.start}
         check_intact([*sorted(models), self.prompts, self.pairs])
         self._check_models(report)
+        for folder in dict.fromkeys((self.reference, self.initial_reference, self.start)):
+            check_same_tokenizer(self.policy, folder, self.models, report)
         metrics: dict[str, Any] = {}
         made: list[StageFile] = []
         if self.prompts is not None and self.config.prompts:
@@ -150,6 +158,7 @@ class EvaluateJob(Job):
             round_number=0,  # the same random numbers for both policies, in every round
             max_prompt_tokens=self.max_prompt_tokens,
             devices=self.devices,
+            bad_rows=self.bad_rows,
         )
         files = job.run(report).files
         made.extend(files)
@@ -177,7 +186,17 @@ class EvaluateJob(Job):
         Adds their files to `made`.
         """
         tokenizer = load_tokenizer(self.policy, self.models)
-        encoded = encode_pairs(pairs, tokenizer, stop_token_ids(self.policy, tokenizer))
+        folders = (self.policy, self.reference, self.start, self.initial_reference)
+        limits = [limit for folder in folders if (limit := model_positions(folder, self.models)) is not None]
+        stops = stop_token_ids(self.policy, tokenizer)
+        encoded = encode_pairs(
+            pairs, tokenizer, stops, positions=min(limits, default=None), rule=self.bad_rows, report=report
+        )
+        if encoded.is_empty():
+            raise DataError(
+                f"none of the {pairs.height} held-out pairs can be used: they are too long for the models, or chosen "
+                "and rejected have the same tokens"
+            )
         content = digest(*(encoded[name].to_list() for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
         metrics: dict[str, Any] = {"eval_pairs": encoded.height}
         for name, policy, reference in (

@@ -23,13 +23,14 @@ from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.generation.engines.factory import choose_engine
 from dice_py.generation.engines.vllm_on_cpu import Workload
-from dice_py.generation.limits import check_fits
+from dice_py.generation.limits import check_fits, cut_off_note
 from dice_py.generation.sampler import SampleShards
 from dice_py.generation.shard import Prompt, journal_of, write_prompts
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement
-from dice_py.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.models.tokenization import encode_prompts, load_tokenizer, stop_token_ids, turn_end_note
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.files import TEMPORARY
 from dice_py.storage.integrity import check_intact, is_kept
@@ -67,6 +68,10 @@ class GenerateJob(Job):
     """Longer prompts are left out, and counted."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     """GPUs, or processes on the CPU, that share the shards; they change no sample."""
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a prompt that the chat template refuses."""
+    is_alone: bool = False
+    """Whether no run has checked the template: warns where its turns end with a token that is no stop token."""
 
     def key_fields(self) -> dict[str, Any]:
         """The prompts, the sampling, the policy, the seed and versions. Each shard has its own key too."""
@@ -88,9 +93,11 @@ class GenerateJob(Job):
         check_intact([self.policy])
         if isinstance(prompts, Path):
             check_intact([prompts])
-            prompts = read_parquet(prompts, ["prompt_id", "messages"])
+            prompts = read_parquet(prompts)
         tokenizer = load_tokenizer(self.policy, self.models)
         stops = stop_token_ids(self.policy, tokenizer)
+        if self.is_alone and (note := turn_end_note(tokenizer, stops, self.policy)):
+            report("note", text=note)
         engine, why = choose_engine(self.config, self.models, Workload.of(self.policy, prompts))
         report("note", text=f"engine: {engine} ({why})")
         kept, too_long = self._encode(prompts, tokenizer, report)
@@ -112,10 +119,7 @@ class GenerateJob(Job):
 
     def _encode(self, prompts: pl.DataFrame, tokenizer: Any, report: Report) -> tuple[list[Prompt], int]:
         """The prompts as token ids, and how many are too long and left out."""
-        encoded = [
-            (prompt_id, encode_prompt(tokenizer, messages, f"prompt {prompt_id}"))
-            for prompt_id, messages in prompts.select("prompt_id", "messages").iter_rows()
-        ]
+        encoded = encode_prompts(prompts, tokenizer, rule=self.bad_rows, report=report)
         limit = self.max_prompt_tokens
         kept = [(prompt_id, ids) for prompt_id, ids in encoded if len(ids) <= limit]
         if not kept:
@@ -165,6 +169,7 @@ class _Shards:
         done = [len(shard) * samples if kept[at] else 0 for at, shard in enumerate(self.prompts)]
         total = sum(len(shard) for shard in self.prompts) * samples
         missing = [number for number, count in enumerate(done) if not count]
+        looked_at: list[str] = []
 
         def progress() -> None:
             report("progress", stage="generate", done=sum(done), total=total, unit="responses")
@@ -175,6 +180,13 @@ class _Shards:
                 progress()
             else:
                 report(event, **fields)
+            if event == "shard" and not looked_at:
+                # After the first shard, and not after hours.
+                looked_at.append(fields["file"])
+                meta = parquet_meta(self.job.out / fields["file"])
+                note = cut_off_note(fields["file"], meta["cut_off"], fields["rows"], self.job.config.max_new_tokens)
+                if note is not None:
+                    report("note", text=note)
 
         if len(missing) < len(done):
             progress()

@@ -15,13 +15,18 @@ import polars as pl
 from dice_py.config.mining import MineConfig, MiningOptions
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.mining.pairs import MinedPairs, mine_pairs
+from dice_py.mining.no_pairs import explain_no_pairs
+from dice_py.mining.pairs import mine_pairs
 from dice_py.stages.job import Job, StageResult
 from dice_py.storage.files import write_sealed
 from dice_py.storage.integrity import check_intact
 from dice_py.storage.keys import versions
+from dice_py.storage.lookup import check_row_aligned
 from dice_py.storage.parquet import parquet_rows, write_parquet
 from dice_py.storage.schemas import MINED, MINED_LABELS
+
+_RULE = "equal rewards are no pair"
+"""Of the key: pairs that an earlier version mined by another rule are mined again."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,14 @@ class MineJob(Job):
     """The round that sampled each shard; in a pool of rounds the greatest is the newest policy's."""
     out: Path
     seed: int
-    """Of `pairing="max_random"`."""
+    """Of `pairing="max_random"`, and of the choice among responses of equal reward."""
 
     def key_fields(self) -> dict[str, Any]:
-        """The scores, the options and the seed."""
+        """The scores, the options, the rule of ties and the seed."""
         return {
             "scores": self.score_keys,
             "mine": self.config.model_dump(),
+            "rule": _RULE,
             "seed": self.seed,
             "versions": versions("polars"),
         }
@@ -64,7 +70,7 @@ class MineJob(Job):
         options = self.config.options(self.seed)
         mined = mine_pairs(self._frame(options), options)
         if mined.pairs.is_empty():
-            raise _no_pairs(mined)
+            raise DataError(explain_no_pairs(mined.summary()))
         config = self.config
         counts: dict[str, Any] = {
             "length": config.length,
@@ -87,25 +93,12 @@ class MineJob(Job):
             # As 64-bit hashes, which is all that the miner compares: token ids are the bulk of a shard.
             wanted.append(pl.col(options.duplicate_column).hash())
         rewards = dict.fromkeys([options.reward_column, options.second_reward_column or options.reward_column])
+        check_row_aligned(self.generations, self.scores)
         responses = pl.scan_parquet(self.generations, glob=False).select(wanted).collect()
         scored = pl.scan_parquet(self.scores, glob=False).select(list(rewards)).collect()
-        if responses.height != scored.height:
-            raise DataError(
-                f"{self.generations[0].parent} has {responses.height} responses, but {self.scores[0].parent} has "
-                f"{scored.height} scores: they are not of one round; score these generations"
-            )
         frame = responses.hstack(scored)
         if options.policy_column is None:
             return frame
         shards = zip(self.generations, self.rounds, strict=True)
         sampled_in = [pl.repeat(number, parquet_rows(file), dtype=pl.UInt32, eager=True) for file, number in shards]
         return frame.with_columns(pl.concat(sampled_in).alias(options.policy_column))
-
-
-def _no_pairs(mined: MinedPairs) -> DataError:
-    pairs = f", pairs: {mined.dropped_pairs}" if any(mined.dropped_pairs.values()) else ""
-    return DataError(
-        f"no pair is left of {mined.rows} responses to {mined.prompts} prompts; dropped rows: {mined.dropped}, "
-        f"prompts: {mined.dropped_prompts}{pairs}. Raise generate.max_new_tokens if most were truncated, or loosen "
-        "the mine.* filters"
-    )

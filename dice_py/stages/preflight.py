@@ -6,25 +6,29 @@ prompt or an offline pair, a model that lacks a token, an unknown scheduler, a m
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from dice_py.config.run import RunConfig
-from dice_py.errors import DataError, UsageError
+from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.models.sizes import model_size
-from dice_py.models.tokenization import encode_pairs, encode_prompt, load_tokenizer, stop_token_ids
+from dice_py.models.tokenization import load_tokenizer
+from dice_py.replay.mix import requested_counts
 from dice_py.stages.job import Job, StageResult
+from dice_py.stages.preflight_data import check_data
 from dice_py.stages.reward_check import warn_of_rewards
 from dice_py.storage.keys import versions
-from dice_py.storage.parquet import read_parquet
+from dice_py.storage.parquet import parquet_rows
 from dice_py.training.memory_check import check_training_memory
+from dice_py.training.schedule import training_steps, warmup_note
+from dice_py.training.settings_check import check_training_settings
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class PreflightJob(Job):
     Raises, when run:
         DataError: a tokenizer, template or vocabulary that cannot serve, naming the row.
         UsageError: a name in the config that transformers does not know, or a device that this machine lacks.
-        OutOfMemoryError: training does not fit into the memory that is free.
+        OutOfMemoryError: training does not fit into the memory that is free, and `force` is not set.
     """
 
     config: RunConfig
@@ -48,6 +52,8 @@ class PreflightJob(Job):
     """A key of the files' content."""
     longest_response: int = 1
     """Tokens of the longest response that a plan has sampled to these prompts."""
+    force: bool = False
+    """Whether training that does not fit into memory is only warned of."""
 
     def key_fields(self) -> dict[str, Any]:
         """The data, the models, the complete config and versions."""
@@ -60,60 +66,59 @@ class PreflightJob(Job):
         }
 
     def run(self, report: Report = no_report) -> StageResult:
-        """Checks models, names, prompts and pairs, vocabularies, memory, and rewards of a few pairs."""
+        """Checks models, settings, prompts and pairs, vocabularies, memory, and rewards of a few pairs."""
         for role, folder in (("model.policy", self.policy), ("model.reference", self.reference)):
             check_checkpoint(folder, role, self.config.model)
         config = self.config
+        check_same_tokenizer(self.policy, self.reference, config.model, report)
         if not config.has_round_zero:  # else both are the SFT model, and round 0 makes the policy
             check_distinct(self.policy, self.reference, allowed=config.score.allow_same_model, report=report)
             warn_of_unrelated(self.policy, self.reference, report)
-        self._check_names()
-        largest, longest_prompt, offline = self._read(report)
-        self._check_vocabulary(self.policy, largest)
-        self._check_vocabulary(self.reference, max(largest, self._largest_sampled()))
-        check_training_memory(
-            config.train, config.model, config.devices, self.policy,
-            prompt=longest_prompt, response=self.longest_response,
-        )  # fmt: skip
-        if offline is not None:
-            warn_of_rewards(config, self.policy, self.reference, offline, report)
+        self._check_training(report)
+        facts = check_data(
+            config,
+            policy=self.policy,
+            reference=self.reference,
+            prompts=self.prompts,
+            pairs=self.pairs,
+            report=report,
+        )
+        self._check_vocabulary(self.policy, facts.largest_id)
+        self._check_vocabulary(self.reference, max(facts.largest_id, self._largest_sampled()))
+        try:
+            check_training_memory(
+                config.train, config.model, config.devices, self.policy,
+                prompt=facts.longest_prompt, response=self.longest_response,
+            )  # fmt: skip
+        except OutOfMemoryError as error:
+            if not self.force:
+                raise
+            report("note", text=f"warning: {error}. The run goes on, since --force was given")
+        if facts.offline is not None and not config.has_round_zero:
+            warn_of_rewards(config, self.policy, self.reference, facts.offline, report)
         return StageResult([], {})
 
-    def _check_names(self) -> None:
-        from transformers import SchedulerType
-        from transformers.training_args import OptimizerNames
+    def _check_training(self, report: Report) -> None:
+        train, remote_code = self.config.train, self.config.model.trust_remote_code
+        trainings = [("train", train, self._most_steps())]
+        if self.config.has_round_zero:
+            trainings.append(("round0", self.config.round0.training(train), None))
+        for section, training, steps in trainings:
+            check_training_settings(training, self.policy, section=section, remote_code=remote_code)
+            note = warmup_note(training, steps, section=section) if steps else None
+            if note is not None:
+                report("note", text=note)
 
-        train = self.config.train
-        schedulers = [str(kind.value) for kind in SchedulerType]
-        for key, name, known in (
-            ("train.lr_scheduler_type", train.lr_scheduler_type, schedulers),
-            ("round0.lr_scheduler_type", self.config.round0.training(train).lr_scheduler_type, schedulers),
-            ("train.optim", train.optim, [str(kind.value) for kind in OptimizerNames]),
-        ):
-            if name not in known:
-                raise UsageError(f"{key} is {name!r}, which transformers does not know; it knows {', '.join(known)}")
-
-    def _read(self, report: Report) -> tuple[int, int, pl.DataFrame | None]:
-        """The largest token id of all prompts, pairs and stop tokens, the tokens of the longest prompt in use, and the
-        first file's pairs as token ids."""
-        tokenizer = load_tokenizer(self.policy, self.config.model)
-        stops = stop_token_ids(self.policy, tokenizer)
-        largest, longest = max(stops), 1
-        for file in self.prompts:
-            for row, messages in read_parquet(file, ["prompt_id", "messages"]).iter_rows():
-                token_ids = encode_prompt(tokenizer, messages, f"prompt {row}")
-                largest = max(largest, *token_ids)
-                if len(token_ids) <= self.config.data.max_prompt_tokens:
-                    longest = max(longest, len(token_ids))
-            report("note", text=f"checked: {file.name}")
-        offline: pl.DataFrame | None = None
-        for file in self.pairs:
-            encoded = encode_pairs(read_parquet(file), tokenizer, stops)
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-                largest = max(largest, int(encoded[name].explode().max()))  # type: ignore[arg-type]
-            offline = encoded if offline is None else offline
-            report("note", text=f"checked: {file.name}")
-        return largest, longest, offline
+    def _most_steps(self) -> int | None:
+        """The optimizer steps of a round, if every prompt has all of its pairs; None if the data is not known."""
+        if not self.prompts:
+            return None
+        config = self.config
+        prompts = min(parquet_rows(self.prompts[0]), config.data.prompts_per_round or sys.maxsize)
+        mined, replayed = requested_counts(
+            prompts * config.most_pairs_per_prompt(), config.replay.gamma, config.replay.total
+        )
+        return training_steps(config.train, mined + replayed)
 
     def _largest_sampled(self) -> int:
         """The largest token id that the policy can sample: of its tokenizer, as far as the model has it."""

@@ -7,6 +7,7 @@ the rows; here the chosen pairs become a training set, with token ids and refere
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,19 @@ from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
+from dice_py.models.limits import model_positions
+from dice_py.models.sizes import model_size
+from dice_py.models.token_ids import check_token_ids
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import gather_mined
+from dice_py.replay.mined import check_mined, gather_mined
 from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, OfflineBuffer, mix_buffers
+from dice_py.rows.bad_rows import BadRowRule
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.integrity import check_intact, is_kept
 from dice_py.storage.keys import versions
+from dice_py.storage.lookup import look_up
 from dice_py.storage.parquet import parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
@@ -72,6 +78,8 @@ class ReplayJob(Job):
     """Pairs mined in earlier rounds (the buffer "rounds"); not used while it is empty."""
     round_number: int | None = None
     """The current round, from which ages are counted."""
+    bad_rows: BadRowRule = field(default_factory=BadRowRule)
+    """What happens to a pair that the chat template refuses."""
 
     def key_fields(self) -> dict[str, Any]:
         """The inputs, the config, the policy that scores the pairs, the seed and versions."""
@@ -96,7 +104,8 @@ class ReplayJob(Job):
         inputs = [self.policy, self.mined, self.prompts, *self.generations, *self.scores, self.offline]
         check_intact([*inputs, *self.buffers.values(), *self._buffer_files()])
         check_checkpoint(self.policy, "policy", self.models)
-        pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number)
+        tokens = _PairTokens(self, report)
+        pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number, tokens)
         mined, prompts = self._mined()
         gamma, total = self._share(pools, report)
         mix = mix_buffers(
@@ -115,8 +124,10 @@ class ReplayJob(Job):
         parts = []
         if mix.mined:
             parts.append(gather_mined(mined[mix.mined_rows], self.generations, self.scores, prompts))
-        if mix.replay:
-            parts.append(self._scored(_with_tokens(pools, mix, self.policy, self.models), report))
+        drawn = _with_tokens(pools, mix, tokens)
+        replayed = sum(part.height for part in drawn)
+        if replayed:
+            parts.append(self._scored(pl.concat(drawn, rechunk=True, how="vertical_relaxed"), report))
         if not parts:
             raise DataError(
                 "the training set is empty: no pair was mined and none replayed; lower replay.gamma, or give offline "
@@ -124,9 +135,14 @@ class ReplayJob(Job):
             )
         if any(mix.shortfall.values()):
             report("note", text=_shortfall_note(mix, gamma))
+        summary = mix.summary() | (
+            {"replay": replayed, "left_out": mix.replay - replayed} if replayed < mix.replay else {}
+        )
         training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
-        write_parquet(file, training, key=key, schema=TRAINING_SET, meta=mix.summary())
-        return StageResult([(file, key)], mix.summary())
+        for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            check_token_ids(training, column, "the training set", model_size(self.policy).vocabulary or None)
+        write_parquet(file, training, key=key, schema=TRAINING_SET, meta=summary)
+        return StageResult([(file, key)], summary)
 
     def _buffer_files(self) -> list[Path]:
         buffer = self.rounds_buffer
@@ -138,8 +154,10 @@ class ReplayJob(Job):
             empty = pl.DataFrame(schema={"prompt_id": pl.UInt32})
             return empty, empty
         mined = read_parquet(self.mined)
+        check_mined(mined, self.mined)
         prompts = read_parquet(self.prompts, ["prompt_id", "messages"])
-        return mined, prompts.join(mined.select("prompt_id"), on="prompt_id", how="semi")
+        _check_prompts(prompts, self.prompts)
+        return mined, prompts.filter(pl.col("prompt_id").is_in(mined["prompt_id"].unique().implode()))
 
     def _share(self, pools: list[OfflineBuffer], report: Report) -> tuple[float, int | None]:
         """gamma and the total of the mix."""
@@ -169,7 +187,19 @@ def _prompt_keys(mined: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     if "messages" not in prompts.columns:
         return pl.DataFrame(schema={"key": pl.String})
     keys = prompts.select("prompt_id", key=pl.col("messages").map_elements(_message_key, return_dtype=pl.String))
-    return mined.select("prompt_id").join(keys, on="prompt_id", how="left", maintain_order="left")
+    return look_up(mined.select("prompt_id"), keys, "prompt_id", who="the mined pairs", where="the file of prompts")
+
+
+def _check_prompts(prompts: pl.DataFrame, file: Path) -> None:
+    """Raises DataError if a file is no prompts artifact."""
+    ids, messages = prompts["prompt_id"].dtype, prompts["messages"].dtype
+    turns = messages.inner if isinstance(messages, pl.List) else None
+    fields = {field.name for field in turns.fields} if isinstance(turns, pl.Struct) else set()
+    if not (ids.is_integer() and {"role", "content"} <= fields):
+        raise DataError(
+            f"{file}: prompt_id is {ids} and messages is {messages}, but integers and lists of messages are needed: "
+            "give the prompts.parquet that dice generate wrote"
+        )
 
 
 def _pools(
@@ -178,6 +208,7 @@ def _pools(
     buffers: dict[str, Path],
     rounds_buffer: ReplayBuffer | None,
     round_number: int | None,
+    tokens: _PairTokens,
 ) -> list[OfflineBuffer]:
     """The buffers to replay from: data.replay, then the named ones, then the rounds' own."""
     # Pairs of a file are tokenized only after the draw.
@@ -195,27 +226,68 @@ def _pools(
             half_life=settings.half_life,
         )
 
-    pools = [] if offline is None else [pool(OFFLINE_BUFFER, read_parquet(offline), config, characters)]
-    pools += [pool(name, read_parquet(path), config.buffers[name], characters) for name, path in buffers.items()]
+    def read(path: Path) -> pl.DataFrame:
+        return tokens.without_equal(read_parquet(path))
+
+    pools = [] if offline is None else [pool(OFFLINE_BUFFER, read(offline), config, characters)]
+    pools += [pool(name, read(path), config.buffers[name], characters) for name, path in buffers.items()]
     if rounds_buffer is not None and config.buffer is not None and rounds_buffer.rounds(round_number):
         earlier = rounds_buffer.read(round_number)
         pools.append(pool(ROUNDS_BUFFER, earlier, config.buffer, pl.col("chosen_ids").list.len()))
     return pools
 
 
-def _with_tokens(pools: list[OfflineBuffer], mix: BufferMix, policy: Path, models: ModelConfig) -> pl.DataFrame:
+class _PairTokens:
+    """Token ids of offline pairs, with the policy's tokenizer, which is loaded once it is needed."""
+
+    def __init__(self, job: ReplayJob, report: Report) -> None:
+        self.job, self.report = job, report
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.job.policy, self.job.models)
+
+    def encode(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        """The pairs that the policy can be trained on, with their token ids."""
+        job = self.job
+        return encode_pairs(
+            pairs,
+            self._tokenizer,
+            stop_token_ids(job.policy, self._tokenizer),
+            positions=model_positions(job.policy, job.models),
+            rule=job.bad_rows,
+            report=self.report,
+        )
+
+    def without_equal(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        """The pairs without those whose responses have the same tokens, which must not be drawn.
+
+        Only pairs that differ in white space, case or forms of characters are tokenized for it.
+        """
+
+        def letters(side: str) -> pl.Expr:
+            content = pl.col(side).list.get(0).struct.field("content")
+            return content.str.normalize("NFKC").str.to_lowercase().str.replace_all(r"\s+", "")
+
+        alike = pairs.with_row_index("\0row").filter(letters("chosen") == letters("rejected"))
+        if alike.is_empty():
+            return pairs
+        different = self.encode(alike)["\0row"].to_list()
+        dropped = set(alike["\0row"].to_list()) - set(different)
+        return pairs[[row for row in range(pairs.height) if row not in dropped]]
+
+
+def _with_tokens(pools: list[OfflineBuffer], mix: BufferMix, tokens: _PairTokens) -> list[pl.DataFrame]:
     """The pairs that were drawn, as `PAIRS` and `source`. Stored tokens are kept; other pairs are tokenized."""
     drawn = []
-    tokenizer = None
     for pool in pools:
         pairs = pool.pairs[mix.draws[pool.name].rows]
         if pool.name != ROUNDS_BUFFER and pairs.height:
-            tokenizer = load_tokenizer(policy, models) if tokenizer is None else tokenizer
-            pairs = encode_pairs(pairs, tokenizer, stop_token_ids(policy, tokenizer))
+            pairs = tokens.encode(pairs)
         if pairs.height:
             label = OFFLINE_BUFFER if pool.name == OFFLINE_BUFFER else f"{OFFLINE_BUFFER}:{pool.name}"
             drawn.append(pairs.select(*PAIRS.names(), source=pl.lit(label)))
-    return pl.concat(drawn, rechunk=True)
+    return drawn
 
 
 def _shortfall_note(mix: BufferMix, gamma: float) -> str:

@@ -24,7 +24,8 @@ from dice_py.storage.cache import recall, remember
 from dice_py.storage.keys import digest, seed_for, versions
 
 _PAIRS = 64
-_CPU_WORK = 2e12  # parameters × tokens of one model: some tens of seconds on a few cores
+CPU_WORK = 2e12
+"""Parameters × tokens of one model on a CPU: some tens of seconds on a few cores."""
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -71,7 +72,7 @@ def _few(config: RunConfig, folders: list[Path], pairs: pl.DataFrame) -> pl.Data
     if placement(config.model).device.startswith("cuda"):
         return few
     parameters = max(model_size(folder).parameters for folder in folders)
-    return few.filter(few.select(length.cast(pl.Float64).cum_sum() * parameters <= _CPU_WORK).to_series())
+    return few.filter(few.select(length.cast(pl.Float64).cum_sum() * parameters <= CPU_WORK).to_series())
 
 
 def _measure(config: RunConfig, policy: Path, reference: Path, few: pl.DataFrame) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import release_held
+from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
-from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, write_scores
+from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, check_lengths, write_scores
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.files import write_sealed
 from dice_py.storage.integrity import check_intact, is_kept, kept_json
@@ -93,6 +94,7 @@ class ScoreJob(Job):
         check_intact([*self.generations, self.policy, self.reference])
         for role, folder in (("policy", self.policy), ("reference", self.reference)):
             check_checkpoint(folder, role, self.models)
+        check_same_tokenizer(self.policy, self.reference, self.models, report)
         check_distinct(self.policy, self.reference, allowed=self.config.allow_same_model, report=report)
         scoring = _Scoring(self, report)
         gate = scoring.run()
@@ -146,6 +148,9 @@ class _Scoring:
         if not left:
             return gate
         warn_of_unrelated(self.job.policy, self.job.reference, self.report)
+        for folder in (self.job.reference, self.job.policy):
+            for number in left:
+                check_lengths(self.shards[number].generations, self.columns, folder, self.job.models)
         self.groups = find_groups(self.job.devices, self.job.models, report=self.report)
         self.rows = {number: parquet_rows(self.shards[number].generations) for number in left}
         halves = [(number, self.shards[number]) for number in left]

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from dice_py.compute.devices import Group, device_in_group, only_these_gpus
 from dice_py.compute.worker import Work
 from dice_py.config.shared import DevicesConfig, ModelConfig
@@ -29,7 +31,9 @@ from dice_py.errors import DamagedError
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
+from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.loading import require
+from dice_py.models.sizes import model_size
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
@@ -37,6 +41,8 @@ from dice_py.training.checkpoints import checkpoint_stamp, is_trained, keep_mode
 from dice_py.training.dataset import load_training_set
 from dice_py.training.launcher import launch
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
+from dice_py.training.schedule import training_steps, warmup_note
+from dice_py.training.settings_check import check_training_settings
 from dice_py.training.trainer import train_rank
 
 
@@ -53,7 +59,8 @@ class TrainJob(Job):
     processes, its last step is filled up with pairs of its start. accelerate's config is `out/accelerate.yaml`.
 
     A model under the job's key is left as it is. Training resumes from checkpoints of the same key and kind of layout.
-    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`.
+    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`
+    (mean of the last train.logging_steps steps), `saved_dtype`, `update_rms` (root mean square of the weights' change).
 
     Raises, when run:
         DataError: an unusable policy (`check_checkpoint`) or training set, or a loss at step 0 that is not ln 2.
@@ -112,7 +119,24 @@ class TrainJob(Job):
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
         check_checkpoint(self.policy, "policy", self.models)
         layout = lay_out(self.config, self.models, self.devices, report)
-        load_training_set(self.training_set, self.config.max_length)  # its errors come before processes start
+        check_training_settings(self.config, self.policy, remote_code=self.models.trust_remote_code)
+        vocabulary = model_size(self.policy).vocabulary or None
+        # Its errors come before processes start.
+        pairs, _ = load_training_set(self.training_set, self.config.max_length, vocabulary)
+        longer = pl.max_horizontal(pl.col("chosen_ids").list.len(), pl.col("rejected_ids").list.len())
+        limit = model_positions(self.policy, self.models)
+        check_positions(
+            pairs.select(pl.col("prompt_ids").list.len() + longer).to_series().to_list(),
+            limit,
+            where=str(self.training_set),
+            model=str(self.policy),
+            remedy=f"leave longer pairs out with train.max_length={limit or 0:.0f}",
+            noun="pair",
+        )
+        steps = training_steps(self.config, pairs.height, layout.processes)
+        note = warmup_note(self.config, steps)
+        if note is not None:
+            report("note", text=note)
         checkpoints = self.out / "checkpoints"
         checkpoint = None
         if checkpoints.exists():

@@ -16,6 +16,7 @@ from dice_py.config.stages import ScoreConfig, WorldConfig
 from dice_py.data import Message, pairs_frame, prompt_key, prompts_frame
 from dice_py.evaluation.metrics import win_rate
 from dice_py.events import Report, no_report
+from dice_py.models.saving import share_weights
 from dice_py.models.tokenization import encode_pairs, load_tokenizer
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageFile, StageResult
@@ -93,6 +94,7 @@ def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, 
     trainer.train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_weights(folder)
     shutil.rmtree(folder.parent / "sft-trainer", ignore_errors=True)
 
 

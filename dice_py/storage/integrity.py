@@ -113,7 +113,8 @@ def check_intact(paths: Iterable[Path | None]) -> None:
         if damaged:
             raise DamagedError(
                 f"{damaged[0]} is damaged: it is not as it was written (its digest differs). Remove it and make it "
-                "again, or restore it from a copy"
+                "again, or restore it from a copy. If another program wrote it from one of ours, write it without the "
+                "file's metadata (pyarrow: table.replace_schema_metadata(None))"
             )
 
 

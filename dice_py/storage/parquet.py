@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from dice_py.errors import DataError
 from dice_py.storage.digests import DIGEST_NAME, NO_DIGEST, embed_digest, file_state
 from dice_py.storage.files import KEY_NAME, atomic
+from dice_py.storage.schemas import fit
 
 _META = "dice.meta"  # a name in a Parquet footer
 
@@ -30,11 +31,11 @@ def write_parquet(
         path: the file to write or replace.
         frame: the rows.
         key: what `parquet_key` returns later.
-        schema: columns to select, and dtypes to cast them to; None: `frame` unchanged.
+        schema: columns to select, and dtypes to cast them to (`fit`); None: `frame` unchanged.
         meta: JSON value that `parquet_meta` returns later.
     """
     if schema is not None:
-        frame = frame.select(schema.names()).cast(dict(schema))  # type: ignore[arg-type]
+        frame = fit(frame, schema)
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
     with atomic(path) as temporary:
         # The Arrow schema would declare Polars' large_string and large_list; without it, any reader gets plain types.

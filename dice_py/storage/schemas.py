@@ -5,6 +5,11 @@ from __future__ import annotations
 import polars as pl
 
 MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+# Where any turn says more than its content: `extra` is JSON text or null (rows/messages.py).
+MESSAGES_WITH_EXTRA = pl.List(pl.Struct({"role": pl.String, "content": pl.String, "extra": pl.String}))
+
+PLACE = "where"
+"""The column with the row's place in the user's file ("pairs.jsonl, line 20"), in prompts and pairs that were read."""
 
 
 def _schema(**columns: pl.DataType | type[pl.DataType]) -> pl.Schema:
@@ -12,6 +17,7 @@ def _schema(**columns: pl.DataType | type[pl.DataType]) -> pl.Schema:
 
 
 PROMPTS = _schema(prompt_id=pl.UInt32, messages=MESSAGES)
+PROMPTS_READ = _schema(**PROMPTS, **{PLACE: pl.String})
 
 GENERATIONS = _schema(
     prompt_id=pl.UInt32,
@@ -65,3 +71,12 @@ TRAINING_SET = _schema(
     ref_rejected_logps=pl.Float32,
     source=pl.String,
 )
+
+
+def fit(frame: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
+    """Selects the columns of a schema and casts them to it. Messages keep the field `extra` where they have it."""
+    dtypes = {
+        name: MESSAGES_WITH_EXTRA if dtype == MESSAGES and frame.schema[name] == MESSAGES_WITH_EXTRA else dtype
+        for name, dtype in schema.items()
+    }
+    return frame.select(schema.names()).cast(dtypes)  # type: ignore[arg-type]

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.config.shared import ModelConfig
-from dice_py.errors import DataError
+from dice_py.config.training import TrainConfig
+from dice_py.errors import DataError, DiceError
 from dice_py.events import Report
 from dice_py.models.loading import placement
+from dice_py.models.saving import share_weights
 from dice_py.storage.files import atomic, read_json, read_sealed, write_json
 from dice_py.storage.integrity import MODEL_STAMP, damaged_in, read_stamp, set_aside, write_stamp
 from dice_py.training.parallelism import SHARDED, ProcessLayout
+from dice_py.training.update import check_update, measure_update, start_weights
 
 if TYPE_CHECKING:
     from dice_py.training.pair_trainer import PairTrainer
@@ -96,56 +99,90 @@ def stored_dtype(policy: Path, models: ModelConfig) -> Any:
 def save_model(
     trainer: PairTrainer,
     *,
-    adapters: bool,
+    config: TrainConfig,
+    models: ModelConfig,
     policy: Path,
-    dtype: Any,
     target: Path,
     stamp: dict[str, Any],
 ) -> None:
-    """Saves the trained model and its tokenizer in the Hugging Face layout.
+    """Saves the trained model and its tokenizer in the Hugging Face layout, in the dtype of training/update.py.
 
     Every rank must call this, since gathering weights is collective. The main process writes.
 
     Args:
-        adapters: the model has LoRA adapters, which are merged.
         policy: the folder that training started from; its generation_config.json is copied.
-        dtype: torch dtype to save in.
         target: written atomically.
+        stamp: its `counts` receive `saved_dtype`, and the figures of the update.
 
     Raises:
         DataError: on every rank, if a weight is not finite.
+        UsageError: on every rank, if no weight changed.
     """
     import torch
 
     accelerator = trainer.accelerator
-    model = accelerator.unwrap_model(trainer.model)
-    weights: dict[str, Any] | None = None
+    gathered: dict[str, Any] | None = None
     if accelerator.distributed_type.value in SHARDED:
         # Collective. Only the main process receives the weights, in host memory.
-        weights = accelerator.get_state_dict(trainer.model_wrapped) or {}
+        gathered = accelerator.get_state_dict(trainer.model_wrapped) or {}
+    error: DiceError | None = None
+    if accelerator.is_main_process:
+        try:
+            _save(trainer, gathered, config, models, policy, target, stamp)
+        except DiceError as failure:
+            error = failure
+    failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device))
+    if error is not None:
+        raise error
+    if bool(failed.any()):
+        raise DataError("the main process could not save the trained policy, and says why")
+
+
+def _save(
+    trainer: PairTrainer,
+    weights: dict[str, Any] | None,
+    config: TrainConfig,
+    models: ModelConfig,
+    policy: Path,
+    target: Path,
+    stamp: dict[str, Any],
+) -> None:
+    import torch
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if weights is not None:
         for tied in model.all_tied_weights_keys:  # Gathered one by one, tied weights no longer share memory.
             weights.pop(tied, None)
-        for name, value in weights.items():
-            weights[name] = value.to(dtype=dtype) if value.is_floating_point() else value
-        values = list(weights.values())
+        values = weights
     else:
-        if adapters:
+        if config.lora is not None:
+            if model.dtype != torch.float32:  # Merged in 16 bits, the update would be rounded away.
+                model = model.to(device="cpu", dtype=torch.float32)
             model = model.merge_and_unload()
-        model = model.to(dtype=dtype)
-        values = list(model.parameters())
-    finite = torch.tensor([all(bool(value.isfinite().all()) for value in values)], device=accelerator.device)
-    if not bool(accelerator.gather(finite).all()):
+        values = dict(model.named_parameters())
+    if not all(bool(value.isfinite().all()) for value in values.values()):
         raise DataError(
             "training ended with weights that are not finite; lower train.learning_rate, or set train.max_grad_norm"
         )
-    if not accelerator.is_main_process:
-        return
+    stored = stored_dtype(policy, models)
+    update = measure_update(values.items(), start_weights(policy, values, models), stored)
+    dtype, note = check_update(update, config, stored, trainer.state.global_step)
+    if note is not None:
+        trainer.report("note", text=note)
+    stamp["counts"] |= {"saved_dtype": str(dtype).removeprefix("torch."), "update_rms": update.rms}
+    if weights is not None:
+        weights = {
+            name: value.to(dtype=dtype) if value.is_floating_point() else value for name, value in values.items()
+        }
+    else:
+        model = model.to(dtype=dtype)
     with atomic(target) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         if weights is not None:  # The model's config has the dtype of the float32 master weights.
             model.config.dtype = dtype
             model.config.save_pretrained(temporary)
         trainer.processing_class.save_pretrained(temporary)
+        share_weights(temporary)
         if (policy / "generation_config.json").is_file():
             shutil.copy(policy / "generation_config.json", temporary)
         write_json(temporary / "train_log.json", trainer.state.log_history)

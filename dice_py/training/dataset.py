@@ -7,32 +7,36 @@ from pathlib import Path
 import polars as pl
 
 from dice_py.errors import DataError
+from dice_py.models.token_ids import check_token_ids
 from dice_py.storage.parquet import read_parquet
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
 """The columns that training reads."""
 
 
-def load_training_set(path: Path, max_length: int | None) -> tuple[pl.DataFrame, int]:
+def load_training_set(path: Path, max_length: int | None, vocabulary: int | None = None) -> tuple[pl.DataFrame, int]:
     """Reads a training set and leaves longer pairs out.
 
     Args:
         path: a Parquet file with the schema `TRAINING_SET` (storage/schemas.py).
         max_length: tokens of a prompt and its longer response, inclusive; None: no limit.
+        vocabulary: number of token ids that the model knows; None: not checked.
 
     Returns:
         The pairs, with `COLUMNS`; and the number of pairs that are longer than `max_length`.
 
     Raises:
-        DataError: a column is missing or has no token ids, no pair is left, or a reference log-probability is null or
-            not finite.
+        DataError: a column is missing or has no token ids (of this vocabulary), no pair is left, or a reference
+            log-probability is null, not finite, or no number.
     """
     frame = read_parquet(path, COLUMNS)
     for column, dtype in frame.schema.items():
-        if column.endswith("_ids") and not (isinstance(dtype, pl.List) and dtype.inner.is_integer()):
+        if column.endswith("_ids"):
+            check_token_ids(frame, column, path, vocabulary)
+        elif not dtype.is_numeric():
             raise DataError(
-                f"{path}: column {column!r} is {dtype}, not a list of token ids; train on a file of dice replay, since "
-                "text is not tokenized here"
+                f"{path}: column {column!r} has dtype {dtype}, but must hold log-probabilities; train on a file of "
+                "dice replay"
             )
     finite = pl.col("ref_chosen_logps").is_finite() & pl.col("ref_rejected_logps").is_finite()
     bad = frame.filter(~finite.fill_null(False))

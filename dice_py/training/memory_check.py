@@ -47,5 +47,5 @@ def check_training_memory(
         how = "adapters" if train.lora else "gradients and optimizer states"
         raise OutOfMemoryError(
             f"{shortage_text('train', needed, available, memory)} ({size.parameters / 1e9:.2f} billion parameters, "
-            f"with {how}); {needs.remedy(available)}"
+            f"with {how}); {needs.remedy(available)}. `--force` (of dice run and dice resume) tries it all the same"
         )

@@ -23,6 +23,7 @@ import yaml
 from dice_py.compute.devices import find_groups
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
+from dice_py.config.yaml_text import read_yaml
 from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.storage.files import write_json, write_text
@@ -135,12 +136,10 @@ def _own_layout(config: TrainConfig, file: Path, gpus: tuple[str, ...]) -> Proce
     """The layout in the user's accelerate file."""
     where = f"train.accelerate_config: {file}"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{where}: {error.strerror}; set it to a file that `accelerate config` wrote") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} is not YAML ({error}); use a file that `accelerate config` wrote") from None
-    processes = content.get("num_processes") if isinstance(content, dict) else None
+        content = read_yaml(file)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}; set it to a file that `accelerate config` wrote") from None
+    processes = content.get("num_processes")
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
         raise UsageError(f"{where} has no num_processes; use a file that `accelerate config` wrote")
     if content.get("num_machines", 1) != 1:

@@ -42,17 +42,11 @@ from dice_py.events import Report, no_report
 from dice_py.models.loading import load_model, placement, require
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.files import read_json, read_sealed, write_json, write_sealed
-from dice_py.training.checkpoints import (
-    PACKING_FILE,
-    STEP0_FILE,
-    checkpoint_stamp,
-    save_model,
-    stamp_checkpoint,
-    stored_dtype,
-)
+from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model, stamp_checkpoint
 from dice_py.training.dataset import COLUMNS, load_training_set
 from dice_py.training.methods.registry import METHODS
 from dice_py.training.parallelism import SHARDED, ProcessLayout
+from dice_py.training.schedule import training_steps, warmup_steps
 from dice_py.training.step0 import Step0, check_step0, measure_step0
 from dice_py.training.update_timer import update_timer
 
@@ -80,6 +74,9 @@ def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], 
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             report("progress", stage="train", done=state.global_step, total=state.max_steps, unit="steps")
+            # The loss is logged as the mean since the last entry. With one at each checkpoint and at the end, a resumed
+            # training logs the same means as one that was not stopped, and every training has a final loss.
+            control.should_log |= control.should_save or state.global_step >= state.max_steps
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             trainer.accelerator.wait_for_everyone()  # Every rank has written its shard.
@@ -89,6 +86,18 @@ def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], 
                 stamp_checkpoint(checkpoint, stamp)
 
     return StageCallback()
+
+
+def final_loss(log: list[dict[str, Any]], steps: int) -> float | None:
+    """The mean loss of the last `steps` steps, or of a few more: an entry of Trainer's log is a mean of several."""
+    entries = [entry for entry in log if "loss" in entry]
+    total, count = 0.0, 0
+    for number in range(len(entries) - 1, -1, -1):
+        covered = entries[number]["step"] - (entries[number - 1]["step"] if number else 0)
+        total, count = total + covered * entries[number]["loss"], count + covered
+        if count >= steps:
+            break
+    return total / count if count else None
 
 
 def peft_config(lora: LoraConfig | None) -> Any:
@@ -126,11 +135,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, beta: float, seed: int) -> Any:
+def trainer_arguments(
+    config: TrainConfig, models: ModelConfig, folder: Path, beta: float, seed: int, *, pairs: int
+) -> Any:
     """TRL's DPOConfig for this process of a training.
 
     Args:
         folder: of the checkpoints.
+        pairs: that are trained on, in all processes.
 
     Raises:
         UsageError: a device other than the first visible GPU, or a batch that the processes cannot divide.
@@ -153,7 +165,7 @@ def trainer_arguments(config: TrainConfig, models: ModelConfig, folder: Path, be
         gradient_accumulation_steps=_accumulation_steps(config, processes),
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=warmup_steps(config, training_steps(config, pairs, processes)),
         max_steps=config.max_steps or -1,
         num_train_epochs=config.num_train_epochs,
         weight_decay=config.weight_decay,
@@ -215,7 +227,7 @@ def build_trainer(
     from dice_py.training.pair_trainer import PairTrainer
 
     # Before the model is loaded, since this joins the ranks, and transformers then loads into one rank, or into shards.
-    arguments = trainer_arguments(config, models, folder, beta, seed)
+    arguments = trainer_arguments(config, models, folder, beta, seed, pairs=pairs.height)
     # Trained weights are held in float32. With adapters, the frozen base stays in the dtype that it computes in.
     held = models if config.lora is not None else models.model_copy(update={"dtype": "float32"})
     model = load_model(policy, held, training=True)
@@ -295,7 +307,7 @@ def train_rank(
 
     Returns:
         Counts, the same on every rank but for `forwards`: `pairs`, `pairs_too_long`, `steps`, `forwards` (packed rows;
-        None if rows are padded), `step0_loss`, `step0_max_abs_difference`, `final_loss` (None if no step was logged).
+        None if rows are padded), `step0_loss`, `step0_max_abs_difference`, `final_loss`.
 
     Raises:
         DataError: on every rank, for a loss at step 0 that is not ln 2, or weights that are not finite.
@@ -318,7 +330,6 @@ def train_rank(
     if checkpoint is not None:
         trainer.packing = read_json(checkpoint / PACKING_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    step_logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     step0: Step0 | None = callback.step0
     if step0 is None:  # A resumed training did not measure again.
         stored = read_sealed(folder / STEP0_FILE, key)
@@ -330,13 +341,13 @@ def train_rank(
         "forwards": sum(len(step["pairs"]) for step in trainer.packing) or None,
         "step0_loss": step0.loss if step0 else None,
         "step0_max_abs_difference": step0.max_abs_difference if step0 else None,
-        "final_loss": step_logs[-1]["loss"] if step_logs else None,
+        "final_loss": final_loss(trainer.state.log_history, config.logging_steps),
     }
     save_model(
         trainer,
-        adapters=config.lora is not None,
+        config=config,
+        models=models,
         policy=policy,
-        dtype=stored_dtype(policy, models),
         target=out / "model",
         stamp={"key": key, "counts": counts},
     )

@@ -143,7 +143,7 @@ def test_files_that_are_not_a_config(yaml_file, tmp_path: Path) -> None:
     assert f"{tmp_path / 'absent.yaml'} does not exist" in refused(files=(tmp_path / "absent.yaml",))
     assert "is not valid YAML" in refused(files=(yaml_file("a: [1"),))
     assert "must hold a mapping of keys, not a list" in refused(files=(yaml_file("- 1\n"),))
-    assert "cannot be read" in refused(files=(tmp_path,))
+    assert "not a regular file" in refused(files=(tmp_path,))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"a: \xff\xfe\n")
     assert f"{binary} cannot be read" in refused(files=(binary,))

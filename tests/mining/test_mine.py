@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mine_data import frame, small
+from mine_data import PAIRINGS, frame, moved_prompts, small
 
 import dice_py
 from dice_py import mine_pairs
@@ -119,7 +119,7 @@ def test_rows_and_chunks_may_move(debias: Any, scale: bool, data: st.DataObject)
         )
     )
     original = pl.DataFrame(rows, schema=["prompt_id", "reward", "response_tokens"], orient="row")
-    moved = original[data.draw(st.permutations(range(len(rows))))]
+    moved = moved_prompts(original, data.draw(st.permutations(range(len(rows)))))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=6)))
     edges = [0, *cuts, len(rows)]
     chunked = pl.concat([moved[a:b] for a, b in pairwise(edges)], rechunk=False)
@@ -128,7 +128,6 @@ def test_rows_and_chunks_may_move(debias: Any, scale: bool, data: st.DataObject)
     assert one.summary() == other.summary()
     assert one.curve.equals(other.curve)
     assert not any(one.pairs["chosen_row"] == one.pairs["rejected_row"])
-    # Without duplicates to choose between, the rows are the same ones.
     for pairs, of in ((one.pairs, original), (other.pairs, chunked)):
         assert of[pairs["chosen_row"]]["reward"].cast(pl.Float32).equals(pairs["chosen_reward"])
         assert of[pairs["rejected_row"]]["response_tokens"].cast(pl.UInt32).equals(pairs["rejected_length"])
@@ -264,7 +263,7 @@ def test_filters_count_each_row_once() -> None:
         "duplicate": 0,
         "too_few_responses": 1,
     }
-    assert mined.dropped_prompts == {"too_few_responses": 2, "no_contrast": 1, "no_match": 0}
+    assert mined.dropped_prompts == {"too_few_responses": 2, "tied": 1, "no_contrast": 0, "no_match": 0}
     # Both bounds are kept.
     assert mined.pairs.select("chosen_row", "rejected_row").rows() == [(8, 7)]
     assert mine_pairs(data, truncated_column=None, min_length=4).dropped["truncated"] == 0
@@ -279,21 +278,59 @@ def test_finish_reason_may_be_null_or_categorical() -> None:
         assert set(mined.pairs["chosen_row"]).isdisjoint({0, 4})
 
 
-def test_ties() -> None:
-    # Equal rewards: shorter chosen, longer rejected, then the lower row.
+def test_equal_rewards_are_never_a_pair() -> None:
     tied = pl.DataFrame({"prompt_id": [1] * 6, "reward": [0.5] * 6, "response_tokens": [9, 7, 7, 9, 8, 8]})
-    assert mine_pairs(tied, debias="none").pairs.row(0)[1:3] == (1, 0)
-    # A tie after the penalty: 3 - 0.1 * 30 = 1 - 0.1 * 10, to the last bit.
+    flat = pl.DataFrame({"prompt_id": [1] * 3, "reward": [0.0, -0.0, 0.0], "response_tokens": [4, 4, 4]})
+    matched: dict[str, Any] = {"debias": "matched", "length_tolerance": 9}
+    for rows in (tied, flat, tied.cast({"reward": pl.Float32}), tied.reverse()):
+        for debias in ("none", "linear", "bucket", "per_token"):
+            for pairing in PAIRINGS:
+                mined = mine_pairs(rows, debias=debias, pairing=pairing)
+                assert mined.pairs.is_empty()
+                assert (mined.dropped_prompts["tied"], mined.dropped_prompts["no_contrast"]) == (1, 0)
+                several = pairing in ("top_bottom", "all_pairs")
+                assert (mined.dropped_pairs["tied"] > 0) == several
+        assert mine_pairs(rows, alpha=0.25).pairs.is_empty()
+        assert mine_pairs(rows, **matched).dropped_prompts["tied"] == 1
+    assert mine_pairs(tied, pairing="all_pairs").dropped_pairs["tied"] == 15
+
+
+def test_of_equal_rewards_a_hash_takes_one_and_not_the_shorter() -> None:
+    # Each prompt: three of the best reward (3, 5 and 9 tokens), three of the worst.
+    prompts = 600
+    rows = pl.DataFrame(
+        {
+            "prompt_id": [p for p in range(prompts) for _ in range(6)],
+            "reward": [1.0, 1.0, 1.0, -1.0, -1.0, -1.0] * prompts,
+            "response_tokens": [3, 5, 9, 9, 5, 3] * prompts,
+        }
+    )
+    for options in ({"debias": "none"}, {"debias": "none", "pairing": "max_random"}, {"alpha": 0.0}):
+        mined = mine_pairs(rows, **options).pairs
+        for side in ("chosen", "rejected"):
+            # The expectation is 200, the standard deviation 11.5.
+            assert all(150 < count < 250 for count in mined[f"{side}_length"].value_counts()["count"])
+            assert mined[f"{side}_length"].n_unique() == 3
+    one, other = (mine_pairs(rows, debias="none", seed=seed).pairs for seed in (0, 1))
+    assert one.equals(mine_pairs(rows, debias="none").pairs)
+    assert 100 < (one["chosen_row"] != other["chosen_row"]).sum() < 500
+    # A prompt's choice depends on its own rows alone.
+    half = rows.filter(pl.col("prompt_id") >= prompts // 2)
+    alone = mine_pairs(half, debias="none").pairs.with_columns(pl.col("chosen_row", "rejected_row") + 3 * prompts)
+    assert alone.equals(one.filter(pl.col("prompt_id") >= prompts // 2))
+
+
+def test_ties_that_a_penalty_makes() -> None:
+    # 3 - 0.125 * 24 = 1 - 0.125 * 8, to the last bit: the shorter is chosen.
     exact = pl.DataFrame({"prompt_id": [1] * 3, "reward": [3.0, 1.0, -5.0], "response_tokens": [24, 8, 1]})
     assert mine_pairs(exact, alpha=0.125).pairs.row(0)[1:3] == (1, 2)
     assert mine_pairs(exact, alpha=math.nextafter(0.125, 0)).pairs.row(0)[1:3] == (0, 2)
     assert mine_pairs(exact, alpha=0.125).alpha_low == 0.125
-    # No contrast.
-    flat = pl.DataFrame({"prompt_id": [1] * 3, "reward": [0.0, -0.0, 0.0], "response_tokens": [4, 4, 4]})
-    for debias in ("none", "linear", "bucket"):
-        mined = mine_pairs(flat, debias=debias)
-        assert mined.pairs.is_empty()
-        assert mined.dropped_prompts["no_contrast"] == 1
+    # The penalty makes the shortest the best and the longest the worst, both of reward 0. From 2/25 on the shortest
+    # with the other has the greater margin.
+    ends = pl.DataFrame({"prompt_id": [1] * 3, "reward": [0.0, 0.0, 1.0], "response_tokens": [5, 50, 40]})
+    assert mine_pairs(ends, alpha=0.07).pairs.row(0)[1:3] == (2, 1)
+    assert mine_pairs(ends, alpha=0.09).pairs.row(0)[1:3] == (0, 2)
 
 
 def test_nothing_left_is_not_an_error() -> None:

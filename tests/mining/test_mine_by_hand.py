@@ -8,11 +8,13 @@ from typing import Any
 
 import polars as pl
 import pytest
-from mine_oracle import Choices, expected, splitmix64
+from mine_oracle import expected, splitmix64
+from mine_penalty_oracle import Choices
 
 from dice_py import mine_pairs
 
-# Best first by reward: rows 0, 1, 2, 4, 3 (1 is shorter than 2).
+# Best first by reward: rows 0, 1, 2, 4, 3; worst first: 3, 4, 1, 2, 0. Of 1 and 2, which have equal rewards, 1 has the
+# lesser hash: of six rows of prompt 1 and seed 0, the hashes are in the order 3, 0, 1, 5, 2, 4.
 FIVE = pl.DataFrame(
     {"prompt_id": [1] * 5, "reward": [4.0, 2.0, 2.0, -1.0, 0.0], "response_tokens": [40, 10, 20, 30, 20]}
 )
@@ -57,13 +59,19 @@ def test_per_token(who: Any) -> None:
     empty = frame([9.0, 1.0, 2.0], [0, 1, 4])
     assert rows(who(empty, debias="per_token", min_length=0)) == [(1, 2)]
     assert who(empty, debias="per_token").dropped["too_short"] == 1
-    assert who(empty).dropped["too_short"] == 0
+    # An empty response is chosen only if that is asked for.
+    assert who(empty).dropped["too_short"] == 1
+    assert rows(who(empty)) == [(2, 1)]
+    assert who(empty, min_length=0).dropped["too_short"] == 0
+    assert rows(who(empty, min_length=0)) == [(0, 1)]
 
 
 def test_per_token_ties_go_to_the_shorter(who: Any) -> None:
     # 1, 1, 0.5, 0.5 for each token. Best first: 1, 0, 2, 3. Worst first: 3, 2, 0, 1.
     mined = who(frame([4.0, 2.0, 1.0, 2.0], [4, 2, 2, 4]), debias="per_token", pairing="all_pairs")
-    assert rows(mined) == [(1, 3), (1, 2), (0, 3), (0, 2), (1, 0), (2, 3)]
+    assert rows(mined) == [(1, 2), (0, 3), (0, 2), (1, 0), (2, 3)]
+    # Rows 1 and 3 have equal rewards, if not for each token.
+    assert mined.dropped_pairs["tied"] == 1
 
 
 def test_a_tie_of_rounded_scores_goes_by_the_reward(who: Any) -> None:
@@ -79,20 +87,21 @@ def test_top_bottom(who: Any) -> None:
     assert rows(mined) == [(0, 3), (0, 4), (1, 3), (1, 4)]
     assert mined.pairs["margin"].to_list() == [5, 4, 3, 2]
     assert rows(who(FIVE, pairing="top_bottom", pairs_per_prompt=3)) == [(0, 3), (0, 4), (1, 3)]
-    assert rows(who(FIVE, pairing="top_bottom", top_k=1, bottom_k=3)) == [(0, 3), (0, 4), (0, 2)]
+    assert rows(who(FIVE, pairing="top_bottom", top_k=1, bottom_k=3)) == [(0, 3), (0, 4), (0, 1)]
     # Where both reach into the middle, no response meets itself, nor one that it does not beat.
     assert rows(who(FIVE[:2], pairing="top_bottom", top_k=9, bottom_k=9)) == [(0, 1)]
 
 
-ALL = [(0, 3), (0, 4), (1, 3), (2, 3), (0, 2), (0, 1), (1, 4), (2, 4), (4, 3), (1, 2)]
+ALL = [(0, 3), (0, 4), (1, 3), (2, 3), (0, 1), (0, 2), (1, 4), (2, 4), (4, 3)]
 
 
 def test_all_pairs(who: Any) -> None:
     mined = who(FIVE, pairing="all_pairs")
     assert rows(mined) == ALL
-    assert mined.pairs["margin"].to_list() == [5, 4, 3, 3, 2, 2, 2, 2, 1, 0]
-    assert mined.chosen_longer_share == 0.4
-    assert mined.mean_length_gap_after == (10 + 20 - 20 - 10 + 20 + 30 - 10 + 0 - 10 - 10) / 10
+    assert mined.pairs["margin"].to_list() == [5, 4, 3, 3, 2, 2, 2, 2, 1]
+    assert mined.dropped_pairs["tied"] == 1
+    assert mined.chosen_longer_share == 4 / 9
+    assert mined.mean_length_gap_after == (10 + 20 - 20 - 10 + 20 + 30 - 10 + 0 - 10) / 9
     assert mined.mean_length_gap_before == 10
     assert rows(who(FIVE, pairing="all_pairs", pairs_per_prompt=4)) == ALL[:4]
     assert rows(who(FIVE, pairing="top_bottom", top_k=5, bottom_k=5)) == ALL
@@ -102,8 +111,8 @@ def test_max_sweet_spot(who: Any) -> None:
     # Mean 1.4, population deviation 1.744: the targets are -2.09, -0.34 and 1.4.
     assert rows(who(FIVE, pairing="max_sweet_spot")) == [(0, 3)]
     assert rows(who(FIVE, pairing="max_sweet_spot", sweet_spot_deviations=1.0)) == [(0, 4)]
-    # Rows 1 and 2 are as near; worst first, 2 comes before 1.
-    assert rows(who(FIVE, pairing="max_sweet_spot", sweet_spot_deviations=0.0)) == [(0, 2)]
+    # Rows 1 and 2 are as near; worst first, 1 comes before 2.
+    assert rows(who(FIVE, pairing="max_sweet_spot", sweet_spot_deviations=0.0)) == [(0, 1)]
     # 0 and 2 lie as near to the mean of 1: the worse is taken.
     near = frame([0.0, 2.0, 3.0, -1.0], [1, 1, 1, 1])
     assert rows(who(near, pairing="max_sweet_spot", sweet_spot_deviations=0.0)) == [(2, 0)]
@@ -121,7 +130,9 @@ def test_max_random(who: Any) -> None:
         data = FIVE.with_columns(prompt_id=pl.lit(prompt, dtype=pl.Int64))
         for seed in (0, 1, 2**64 - 1):
             index = splitmix64(splitmix64(seed) ^ (prompt % 2**64)) >> 62
-            assert rows(who(data, pairing="max_random", seed=seed)) == [(0, [3, 4, 2, 1][index])]
+            ties = [splitmix64(splitmix64(splitmix64(seed) ^ (prompt % 2**64)) ^ row) for row in (1, 2)]
+            middle = [1, 2] if ties[0] < ties[1] else [2, 1]
+            assert rows(who(data, pairing="max_random", seed=seed)) == [(0, [3, 4, *middle][index])]
     drawn = [rows(who(FIVE, pairing="max_random", seed=seed))[0][1] for seed in range(40)]
     assert set(drawn) == {1, 2, 3, 4}
 
@@ -143,17 +154,17 @@ def test_matched(who: Any) -> None:
         assert rows(mined) == [(2, 4)]
         assert mined.pairs["margin"].to_list() == [2.0]
     two = frame([1.0, 0.0, 5.0, 5.0], [1, 9, 3, 3], prompt_id=[1, 1, 2, 2])
-    assert who(two, debias="matched", length_tolerance=7).dropped_prompts["no_match"] == 2
+    dropped = who(two, debias="matched", length_tolerance=7).dropped_prompts
+    assert (dropped["no_match"], dropped["tied"]) == (1, 1)
     assert rows(who(two, debias="matched", length_tolerance=8)) == [(0, 1)]
 
 
 def test_matched_ties(who: Any) -> None:
-    # Of pairs with the same margin: the least difference in length, the lower chosen row, the lower rejected row.
+    # Of pairs with the same margin: the least difference in length, then the lesser hash.
     assert rows(who(frame([1.0, 1.0, 0.0], [7, 5, 4]), debias="matched", length_tolerance=9)) == [(1, 2)]
     assert rows(who(frame([0.0, 1.0, 1.0], [4, 5, 3]), debias="matched", length_tolerance=9)) == [(1, 0)]
     assert rows(who(frame([1.0, 0.0, 0.0], [4, 3, 5]), debias="matched", length_tolerance=9)) == [(0, 1)]
-    # Of equal rewards the shorter beats the longer.
-    assert rows(who(frame([0.0, 0.0], [4, 3]), debias="matched", length_tolerance=9)) == [(1, 0)]
+    assert rows(who(frame([0.0, 0.0], [4, 3]), debias="matched", length_tolerance=9)) == []
 
 
 def test_duplicates_count_once(who: Any) -> None:
@@ -187,8 +198,10 @@ def test_policies(who: Any) -> None:
     assert mined.pairs.select("chosen_policy", "rejected_policy").row(0) == (9, 9)
     assert mined.pairs.schema["chosen_policy"] == pl.Int16
     assert rows(who(data, policy_column="policy", chosen_from="newest")) == [(1, 3)]
-    assert rows(who(data, policy_column="policy", chosen_from="newest", rejected_from="newest")) == [(1, 2)]
-    assert rows(who(data, policy_column="policy", rejected_from="newest")) == [(0, 2)]
+    of_equal_reward = who(data, policy_column="policy", chosen_from="newest", rejected_from="newest")
+    assert rows(of_equal_reward) == []
+    assert of_equal_reward.dropped_prompts["tied"] == 1
+    assert rows(who(data, policy_column="policy", rejected_from="newest")) == [(0, 1)]
     policies: dict[str, Any] = {"policy_column": "policy", "chosen_from": "newest", "rejected_from": "oldest"}
     assert rows(who(data, pairing="all_pairs", **policies)) == [(1, 3), (2, 3), (1, 4), (2, 4)]
     # As text "10" is less than "9".
@@ -213,8 +226,8 @@ def test_the_penalty_follows_the_policies() -> None:
     data = frame([3.0, 1.0, 0.0], [30, 10, 10], policy=[2, 2, 1])
     options: dict[str, Any] = {"policy_column": "policy", "chosen_from": "newest", "rejected_from": "oldest"}
     assert Choices(data, **options).least_gap() == 0
-    assert Choices(data, **options).step(0) == (0.1, math.inf)
     mined = mine_pairs(data, **options)
+    assert (mined.alpha_low, mined.alpha_high) == (0.1, math.inf)
     assert mined.alpha is not None
     assert 0.1 <= mined.alpha < math.inf
     assert rows(mined) == [(1, 2)]
@@ -223,19 +236,19 @@ def test_the_penalty_follows_the_policies() -> None:
 def test_min_margin(who: Any) -> None:
     mined = who(FIVE, pairing="all_pairs", min_margin=2.0)
     assert rows(mined) == ALL[:8]
-    assert mined.dropped_pairs["below_min_margin"] == 2
+    assert mined.dropped_pairs["below_min_margin"] == 1
     # After the cap.
     mined = who(FIVE, pairing="all_pairs", min_margin=4.5, pairs_per_prompt=2)
     assert rows(mined) == ALL[:1]
     assert mined.dropped_pairs["below_min_margin"] == 1
-    # Of 5, 4, 3, 3, 2, 2, 2, 2, 1, 0 the median is 2, and the upper quarter begins at 3.
+    # Of 5, 4, 3, 3, 2, 2, 2, 2, 1 the median is 2, and the upper quarter begins at 3.
     mined = who(FIVE, pairing="all_pairs", min_margin_quantile=0.75)
     assert rows(mined) == ALL[:4]
-    assert mined.dropped_pairs["below_quantile"] == 6
+    assert mined.dropped_pairs["below_quantile"] == 5
     # Of what is left: of 5, 4, 3, 3 the upper half begins at 3.5.
     mined = who(FIVE, pairing="all_pairs", min_margin=2.5, min_margin_quantile=0.5)
     assert rows(mined) == ALL[:2]
-    assert (mined.dropped_pairs["below_min_margin"], mined.dropped_pairs["below_quantile"]) == (6, 2)
+    assert (mined.dropped_pairs["below_min_margin"], mined.dropped_pairs["below_quantile"]) == (5, 2)
     assert rows(who(FIVE, min_margin=6.0)) == []
     # It is the stored margin that counts: in float32, 0.7 is a little less and 0.1 a little more.
     assert rows(who(frame([0.7, 0.0], [3, 3]), min_margin=0.7)) == []

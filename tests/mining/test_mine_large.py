@@ -128,7 +128,8 @@ def test_penalties_at_the_ends(order: str) -> None:
     # Two rewards and four lengths: break points that thousands of prompts share.
     coarse = level.with_columns(reward=(pl.col("reward") > 1).cast(pl.Float32), response_tokens=pl.col("same") % 4)
     mined = check(coarse, search=True)
-    assert mined.pairs.height > 5000
+    assert mined.pairs.height > 4000
+    assert mined.dropped_prompts["tied"] > 1000
 
 
 def test_equal_gaps_on_both_sides_take_the_lower() -> None:

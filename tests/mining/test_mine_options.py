@@ -99,8 +99,11 @@ def test_top_and_bottom(top: int, bottom: int) -> None:
 
 
 def test_top_one_and_bottom_one_is_max_min() -> None:
-    one = mine_pairs(data(), pairing="top_bottom", top_k=1, bottom_k=1).pairs
-    assert one.equals(mine_pairs(data()).pairs)
+    one = mine_pairs(data(), pairing="top_bottom", top_k=1, bottom_k=1)
+    both = mine_pairs(data()).pairs
+    assert one.pairs.equals(both.join(one.pairs, on="prompt_id", how="semi", maintain_order="left"))
+    # Where the penalty makes two of equal reward the ends, there is no other pair to take.
+    assert one.dropped_prompts["tied"] - mine_pairs(data()).dropped_prompts["tied"] == both.height - one.pairs.height
 
 
 def test_top_and_bottom_of_everything_are_all_pairs() -> None:

@@ -9,7 +9,7 @@ import math
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mine_data import PAIRINGS, check, random_frame, random_options, shuffled
+from mine_data import PAIRINGS, check, moved_prompts, random_frame, random_options, shuffled
+from mine_oracle import splitmix64
 
 from dice_py import MinedPairs, mine_pairs
 from dice_py.errors import DataError
@@ -104,9 +105,9 @@ def cut(frame: pl.DataFrame, cuts: list[int]) -> pl.DataFrame:
 @settings(RELAXED, max_examples=60)
 @given(frame=frames(), seed=st.integers(0, 10**6), data=st.data())
 def test_rows_may_move(frame: pl.DataFrame, seed: int, data: st.DataObject) -> None:
-    # Which of two equal texts stays does depend on the order.
+    # Which of two equal texts or of two equal rewards is taken does depend on the order of a prompt's own rows.
     options = exact_options(seed) | {"duplicate_column": None}
-    moved = frame[data.draw(st.permutations(range(frame.height)))]
+    moved = moved_prompts(frame, data.draw(st.permutations(range(frame.height))))
     one, other = (mine_pairs(rows, **options) for rows in (frame, moved))
     assert_same_content(one, other)
     grouped = mine_pairs(moved.sort("prompt_id", maintain_order=True), **options)
@@ -143,25 +144,50 @@ def first_float_from(number: Fraction) -> float:
     return near if Fraction(near) >= number else math.nextafter(near, math.inf)
 
 
-def step_by_fractions(groups: dict[int, list[tuple[Fraction, int]]]) -> tuple[float, float, Fraction]:
+Scored = tuple[Fraction, int, int, int]
+"""Reward, length, hash, row."""
+
+
+def pair_by_fractions(group: list[Scored], alpha: float) -> tuple[Scored, Scored] | None:
+    """Of all pairs of different reward the one of the greatest margin, then of the least gap of lengths, then that with
+    the best chosen, then the worst rejected."""
+
+    def ranks(response: Scored) -> tuple[Any, Any]:
+        reward, length, tie, _ = response
+        score = reward - Fraction(alpha) * length
+        length = length if alpha else 0  # without a penalty the length does not count
+        return (-score, length, tie), (score, -length, tie)
+
+    def key(best: tuple[Any, Any, Any], worst: tuple[Any, Any, Any]) -> tuple[Any, ...]:
+        return worst[2][0] + best[1][0], best[1][1] + worst[2][1], best[1], worst[2]
+
+    ranked = [(response, *ranks(response)) for response in group]
+    pairs = [(key(b, w), b[0], w[0]) for b in ranked for w in ranked if b[0][0] != w[0][0]]
+    return min(pairs)[1:] if pairs else None
+
+
+def step_by_fractions(groups: dict[int, list[Scored]]) -> tuple[float, float, Fraction]:
     """[low, high) in floats of the least |gap|, the lower of two, and its mean gap: every break point is tried."""
-    points = {0.0}
+    points = {0.0, math.ulp(0.0)}
     for group in groups.values():
-        for reward, length in group:
-            points |= {first_float_from((reward - r) / (length - n)) for r, n in group if n < length and reward > r}
+        for reward, length, _, row in group:
+            points |= {first_float_from((reward - r) / (length - n)) for r, n, *_ in group if n < length and reward > r}
+            # Best and worst of equal reward: one of them makes way for another response.
+            for _, other, _, _ in (x for x in group if x[0] == reward and x[3] != row):
+                for (r, n, *_), (r2, n2, *_) in product(group, group):
+                    over, under = r + r2 - 2 * reward, n + n2 - length - other
+                    if over * under > 0:
+                        points.add(first_float_from(over / under))
     points.discard(math.inf)
-    steps: list[tuple[float, int]] = []
+    steps: list[tuple[float, list[tuple[Scored, Scored]]]] = []
     for alpha in sorted(points):
-        gap = 0
-        for group in groups.values():
-            scored = [(reward - Fraction(alpha) * length, -length) for reward, length in group]
-            gap += -max(scored)[1] + min(scored)[1]
-        if not steps or steps[-1][1] != gap:
-            steps.append((alpha, gap))
-    best = min(range(len(steps)), key=lambda i: (abs(steps[i][1]), i))
+        pairs = [pair for group in groups.values() if (pair := pair_by_fractions(group, alpha)) is not None]
+        if not steps or steps[-1][1] != pairs:
+            steps.append((alpha, pairs))
+    gaps = [sum(chosen[1] - rejected[1] for chosen, rejected in pairs) for _, pairs in steps]
+    best = min(range(len(steps)), key=lambda i: (abs(gaps[i]), i))
     high = steps[best + 1][0] if best + 1 < len(steps) else math.inf
-    contrast = sum(len(set(group)) > 1 for group in groups.values())
-    return steps[best][0], high, Fraction(steps[best][1], max(contrast, 1))
+    return steps[best][0], high, Fraction(gaps[best], max(len(steps[best][1]), 1))
 
 
 def as_f32(number: float) -> float:
@@ -187,21 +213,22 @@ def test_alpha_is_exact_for_any_floats(width: str, data: st.DataObject) -> None:
         "prompt_id": pl.UInt32, "reward": pl.Float32 if width == "f32" else pl.Float64, "response_tokens": pl.UInt32
     }  # fmt: skip
     mined = mine_pairs(pl.DataFrame(rows, schema=schema, orient="row"))
-    groups: dict[int, list[tuple[Fraction, int]]] = {}
-    for prompt, reward, length in rows:
-        groups.setdefault(prompt, []).append((Fraction(reward), length))
+    groups: dict[int, list[Scored]] = {}
+    for row, (prompt, reward, length) in enumerate(rows):
+        place = row - [other[0] for other in rows].index(prompt)
+        tie = splitmix64(splitmix64(splitmix64(0) ^ prompt) ^ place)
+        if length:  # an empty response is too short
+            groups.setdefault(prompt, []).append((Fraction(reward), length, tie, row))
     low, high, gap = step_by_fractions({k: group for k, group in groups.items() if len(group) > 1})
     assert (mined.alpha_low, mined.alpha_high) == (low, high)
     assert mined.alpha is not None
     assert low <= mined.alpha < high
     if mined.pairs.height:
         assert mined.mean_length_gap_after == pytest.approx(float(gap), rel=1e-12)
-    for prompt, chosen, rejected in mined.pairs.select("prompt_id", "chosen_row", "rejected_row").iter_rows():
-        scored = {
-            i: (Fraction(r) - Fraction(mined.alpha) * n, -n, -i) for i, (p, r, n) in enumerate(rows) if p == prompt
-        }
-        assert chosen == max(scored, key=lambda i: scored[i])
-        assert rejected == min(scored, key=lambda i: (scored[i][0], scored[i][1], i))
+    for prompt, *found in mined.pairs.select("prompt_id", "chosen_row", "rejected_row").iter_rows():
+        pair = pair_by_fractions(groups[prompt], mined.alpha)
+        assert pair is not None
+        assert found == [response[3] for response in pair]
 
 
 IDS: dict[Any, list[Any]] = {
@@ -271,16 +298,19 @@ def test_equal_lengths_need_no_penalty(frame: pl.DataFrame, pairing: str) -> Non
 
 @settings(RELAXED, max_examples=30)
 @given(frame=frames(), reward=st.sampled_from([0.0, -0.0, 1.5, -3e38]))
-def test_constant_rewards_take_the_shortest_and_the_longest(frame: pl.DataFrame, reward: float) -> None:
-    level = frame.with_columns(reward=pl.lit(reward)).drop_nulls("response_tokens")
+def test_constant_rewards_are_no_preference(frame: pl.DataFrame, reward: float) -> None:
+    level = frame.with_columns(reward=pl.lit(reward)).filter(pl.col("response_tokens") > 0)
     if level.is_empty():
         return
+    signs = level.with_columns(reward=pl.when(pl.int_range(pl.len()) % 2 == 0).then("reward").otherwise(-0.0))
+    for rows in (level, signs) if reward == 0 else (level,):
+        several = rows.filter(pl.len().over("prompt_id") > 1)["prompt_id"].n_unique()
+        for options in ({"debias": "none"}, {"debias": "per_token"}, *({"pairing": pairing} for pairing in PAIRINGS)):
+            mined = mine_pairs(rows, truncated_column=None, **options)
+            assert mined.pairs.is_empty()
+            assert (mined.dropped_prompts["tied"], mined.dropped_prompts["no_contrast"]) == (several, 0)
     mined = mine_pairs(level)
     assert mined.alpha == 0.0
-    ends = level.group_by("prompt_id").agg(a=pl.col("response_tokens").min(), b=pl.col("response_tokens").max())
-    ends = ends.filter(pl.col("a") < pl.col("b")).sort("prompt_id").cast({"a": pl.UInt32, "b": pl.UInt32})
-    assert mined.pairs["chosen_length"].equals(ends["a"].alias("chosen_length"))
-    assert mined.pairs["rejected_length"].equals(ends["b"].alias("rejected_length"))
     if abs(reward) < 2:
         # Of larger ones the mean is rounded.
         assert math.isnan(mined.reward_length_correlation_before)

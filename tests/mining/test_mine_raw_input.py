@@ -203,7 +203,7 @@ def test_polars_types(role: str, column: pl.Series) -> None:
 def test_one_column_in_several_roles() -> None:
     frame = pl.DataFrame({"n": [1, 1, 2, 2]})
     mined = mine_pairs(frame, prompt_column="n", reward_column="n", length_column="n")
-    assert mined.dropped_prompts["no_contrast"] == 2
+    assert mined.dropped_prompts["tied"] == 2
     mined_or_refused(
         frame, prompt_column="n", reward_column="n", length_column="n", duplicate_column="n", policy_column="n"
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from plan_data import OWN, data, own
 
 from dice_py.config.loading import resolve
-from dice_py.planning.counts import count_rounds, training_steps
+from dice_py.planning.counts import count_rounds
 
 
 def test_counts_by_hand() -> None:
@@ -64,18 +63,3 @@ def test_pairs_of_a_prompt() -> None:
     several = ["mine.pairing=top_bottom", "mine.top_k=2", "mine.bottom_k=3", "replay.gamma=0", "generate.samples=8"]
     assert count_rounds(own(*several), run_data)[0].mined == 12
     assert count_rounds(own(*several, "mine.pairs_per_prompt=4"), run_data)[0].mined == 8
-
-
-@pytest.mark.parametrize(
-    ("assignments", "pairs", "processes", "want"),
-    [
-        (["train.batch_size=32", "train.per_device_train_batch_size=32"], 854, 1, 27),
-        (["train.batch_size=32", "train.per_device_train_batch_size=4"], 854, 1, 27),
-        (["train.batch_size=32", "train.per_device_train_batch_size=4"], 854, 4, 27),
-        (["train.batch_size=32", "train.per_device_train_batch_size=4", "train.num_train_epochs=2"], 64, 1, 4),
-        (["train.batch_size=32", "train.per_device_train_batch_size=4"], 3, 1, 1),
-        (["train.max_steps=7"], 854, 1, 7),
-    ],
-)
-def test_training_steps(assignments: list[str], pairs: int, processes: int, want: int) -> None:
-    assert training_steps(own(*assignments), pairs, processes) == want

@@ -31,7 +31,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def spawn(self: Run, job: Job, folder: Path, **_: Any) -> StageResult:
         if isinstance(job, PreflightJob):
-            return job.run()
+            return job.run(self.report)
         raise SampledError
 
     monkeypatch.setattr(Run, "spawn", spawn)
@@ -56,6 +56,13 @@ def test_run_and_plan_refuse_alike(config: RunConfig, tmp_path: Path, machine: d
     with pytest.raises(OutOfMemoryError) as planned:
         plan(config, tmp_path / "planned")
     assert str(planned.value) == refused
+    assert "--force" in refused
+    notes: list[str] = []
+    with pytest.raises(SampledError):
+        loop.resume(tmp_path / "refused", lambda event, **fields: notes.append(str(fields.get("text"))), force=True)
+    assert any(note.startswith("warning: train needs") for note in notes)
+    with pytest.raises(SampledError):  # a run that was forced once is not stopped by its check again
+        loop.resume(tmp_path / "refused")
     machine["free"] = 10**12  # another machine, or after other programs have ended
     with pytest.raises(SampledError):
         loop.resume(tmp_path / "refused")

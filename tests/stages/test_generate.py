@@ -18,8 +18,9 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.generation.engines.transformers import TransformersEngine
-from dice_py.generation.limits import positions_limit
+from dice_py.generation.limits import cut_off_note
 from dice_py.generation.shard import ShardWriter
+from dice_py.models.limits import positions_limit
 from dice_py.storage.parquet import parquet_key
 from dice_py.storage.schemas import GENERATIONS
 
@@ -54,6 +55,26 @@ def test_shards_and_counts(run: Stage, llama: Path) -> None:
     progress = [fields for event, fields in run.events if event == "progress"]
     assert (progress[-1]["done"], progress[-1]["total"]) == (15, 15)
     assert any("engine: transformers" in fields["text"] for event, fields in run.events if event == "note")
+
+
+def test_a_cut_off_shard_is_warned_of_once_and_at_once(run: Stage) -> None:
+    run(CONFIG.model_copy(update={"max_new_tokens": 1}))
+    events = [fields.get("text", event) for event, fields in run.events if event in ("note", "shard")]
+    warnings = [text for text in events if text.startswith("warning: ")]
+    first = pl.read_parquet(run.out / run.written()[0])["finish_reason"] == "length"
+    assert warnings == [cut_off_note(run.written()[0], int(first.sum()), len(first), 1)]
+    assert events[events.index("shard") + 1] == warnings[0]
+    # Shards that are there already were warned of when they were sampled.
+    run(CONFIG.model_copy(update={"max_new_tokens": 1}))
+    assert not any("warning" in fields.get("text", "") for _, fields in run.events)
+
+
+def test_the_warning_has_the_figure_and_the_remedy() -> None:
+    note = cut_off_note("generations-00000.parquet", 7, 8, 64)
+    assert note is not None
+    assert "7 of 8 responses of generations-00000.parquet (88%) were cut off at generate.max_new_tokens=64" in note
+    assert "raise generate.max_new_tokens" in note
+    assert cut_off_note("generations-00000.parquet", 4, 8, 64) is None
 
 
 def test_prompt_is_the_template_with_one_bos(run: Stage, llama: Path) -> None:

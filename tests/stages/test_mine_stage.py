@@ -240,7 +240,9 @@ def test_equal_tokens_of_two_rounds_count_once(run: Path) -> None:
 
 
 def test_no_pair_is_left(run: Path) -> None:
-    with pytest.raises(DataError, match=r"no pair is left of 12 responses to 4 prompts.*'below_min_margin': 4"):
+    with pytest.raises(
+        DataError, match=r"no pair is left of 12 responses to 4 prompts.*below_min_margin 4 pairs.*lower min_margin"
+    ):
         mined_pool(run, MineConfig(min_margin=1e6))
     with pytest.raises(DataError, match="no pair is left of 12 responses") as caught:
         mined_pool(run, MineConfig(min_length=100))

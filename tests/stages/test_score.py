@@ -53,7 +53,7 @@ def test_shards_are_aligned_with_the_generations(run: Stage, llama: Path, other:
         scores = pl.read_parquet(file)
         assert dict(scores.schema) == dict(SCORES)
         assert parquet_key(file) == key
-        assert parquet_meta(file) == {"beta": BETA}
+        assert parquet_meta(file)["beta"] == BETA
         assert scores.height == frame.height
         for row, (prompt, response) in enumerate(frame.iter_rows()):
             logp, ref_logp, reward = scores.row(row)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from dice_py.config.training import LoraConfig
 from dice_py.errors import DataError
+from dice_py.models.identity import model_identity
 from dice_py.models.loading import load_model
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.digests import content_digest
@@ -74,6 +75,8 @@ def test_model_folder_is_complete(trained: tuple[Stage, dict[str, Any]], llama: 
     assert not is_trained(run.out, run.job().key())
     for name in ("generation_config.json", "chat_template.jinja"):
         assert (run.model / name).read_text() == (llama / name).read_text()
+    weights, config = (run.model / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode  # as the umask has it
     model = load_model(run.model, CPU)
     assert type(model) is type(load_model(llama, CPU))
     tokenizer = load_tokenizer(run.model, CPU)
@@ -193,6 +196,8 @@ def test_same_call_gives_the_same_weights(run: Stage, trained: tuple[Stage, dict
     assert run() == trained[1]
     want, got = trained[0].weights(), run.weights()
     assert all(torch.equal(got[name], want[name]) for name in want)
+    # Its log has other seconds, which are no part of what the model is.
+    assert model_identity(run.model) == model_identity(trained[0].model)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)], ids=["full", "lora"])

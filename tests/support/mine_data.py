@@ -9,16 +9,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from mine_oracle import (
-    BASE,
-    QUANTILES,
-    REASONS,
-    Choices,
-    assert_least_gap,
-    assert_step,
-    expected,
-    with_defaults,
-)  # fmt: skip
+from mine_oracle import BASE, QUANTILES, REASONS, expected, with_defaults
+from mine_penalty_oracle import Choices, assert_least_gap, assert_step
 
 from dice_py import MinedPairs, mine_pairs
 
@@ -84,6 +76,13 @@ def in_chunks(frame: pl.DataFrame, seed: int = 0, chunks: int = 7) -> pl.DataFra
 
 def shuffled(frame: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     return frame.sample(fraction=1, shuffle=True, seed=seed)
+
+
+def moved_prompts(frame: pl.DataFrame, places: list[int]) -> pl.DataFrame:
+    """Rows in another order, given by a permutation, but those of a prompt in the same one: it decides which of equal
+    rewards is taken."""
+    order = frame.select(pl.Series("place", places), "prompt_id")
+    return frame[order.with_columns(pl.col("place").sort().over("prompt_id"))["place"].arg_sort()]
 
 
 LAYOUTS = ("grouped", "shuffled", "chunked")

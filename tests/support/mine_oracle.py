@@ -9,8 +9,6 @@ chosen, `R` those that may be rejected.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable
 from typing import Any
 
 import polars as pl
@@ -24,7 +22,7 @@ CHOICES = ("chosen", "rejected")
 QUANTILES = ["min", "0.05", "0.25", "0.5", "0.75", "0.95", "max"]
 DEFAULTS: dict[str, Any] = {
     "prompt_column": "prompt_id", "reward_column": "reward", "length_column": "response_tokens",
-    "truncated_column": "auto", "debias": "linear", "alpha": "auto", "min_responses": 2, "min_length": None,
+    "truncated_column": "auto", "debias": "linear", "alpha": "auto", "min_responses": 2, "min_length": 1,
     "max_length": None, "buckets": 10, "bucket_scale": False, "length_tolerance": None, "length_ratio": None,
     "pairing": "max_min", "top_k": 2, "bottom_k": 2, "pairs_per_prompt": None, "sweet_spot_deviations": 2.0,
     "seed": 0, "min_margin": None, "min_margin_quantile": None, "duplicate_column": None, "policy_column": None,
@@ -70,6 +68,7 @@ def usable_rows(frame: pl.DataFrame, o: dict[str, Any]) -> tuple[pl.DataFrame, p
         least = max(least, 1)
     most = 2**32 if o["max_length"] is None else o["max_length"]
     rows = frame.select(**columns).with_row_index("row").with_columns(pl.col("row").cast(pl.UInt64))
+    rows = rows.with_columns(h=tie_hashes(frame, o))
     tests = {
         "null": pl.col("r").is_null() | pl.col("l").is_null(),
         "not_finite": ~pl.col("finite"),
@@ -135,12 +134,15 @@ def scored(rows: pl.DataFrame, kept: pl.DataFrame, o: dict[str, Any]) -> pl.Data
 
 
 def best_first(rows: pl.DataFrame) -> pl.DataFrame:
-    order = rows.sort("p", "x", "l", "r", "row", descending=[False, True, False, True, False])
+    """Responses of equal score and reward stand together, where the shortest of them would, in the order of hashes."""
+    group = pl.col("l").min().over("p", "x", "r")
+    order = rows.sort("p", 0 - pl.col("x"), group, -pl.col("r"), "h", "row")
     return order.with_columns(rank=pl.int_range(pl.len()).over("p"))
 
 
 def worst_first(rows: pl.DataFrame) -> pl.DataFrame:
-    order = rows.sort("p", "x", "l", "r", "row", descending=[False, False, True, False, False])
+    group = pl.col("l").max().over("p", "x", "r")
+    order = rows.sort("p", "x", -group, "r", "h", "row")
     return order.with_columns(rank=pl.int_range(pl.len()).over("p"))
 
 
@@ -154,10 +156,14 @@ def sides(rows: pl.DataFrame, o: dict[str, Any]) -> tuple[pl.DataFrame, pl.DataF
     return rows.filter(tests[o["chosen_from"]]), rows.filter(tests[o["rejected_from"]])
 
 
-BEATS = (pl.col("x") > pl.col("x_r")) | (
-    (pl.col("x") == pl.col("x_r"))
-    & ((pl.col("l") < pl.col("l_r")) | ((pl.col("l") == pl.col("l_r")) & (pl.col("r") > pl.col("r_r"))))
+BEATS = (pl.col("r") != pl.col("r_r")) & (
+    (pl.col("x") > pl.col("x_r"))
+    | (
+        (pl.col("x") == pl.col("x_r"))
+        & ((pl.col("l") < pl.col("l_r")) | ((pl.col("l") == pl.col("l_r")) & (pl.col("r") > pl.col("r_r"))))
+    )
 )
+TIED = (pl.col("r") == pl.col("r_r")) & (pl.col("row") != pl.col("row_r"))
 
 
 def _meet(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
@@ -175,11 +181,25 @@ def splitmix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
+def _keys(frame: pl.DataFrame, o: dict[str, Any]) -> pl.DataFrame:
+    """`p` and `key`, its number, for each row."""
+    ids = frame.select(p=_plain(frame, o["prompt_column"]))
+    return ids.with_columns(
+        key=pl.col("p") if ids.schema["p"].is_integer() else pl.col("p").rank("dense").cast(pl.Int64)
+    )
+
+
+def tie_hashes(frame: pl.DataFrame, o: dict[str, Any]) -> pl.Series:
+    """Of each row: the hash that decides among responses of equal score and reward."""
+    places = _keys(frame, o).select("key", place=pl.int_range(pl.len()).over("p"))
+    salt = splitmix64(o["seed"])
+    hashes = [splitmix64(splitmix64(salt ^ (key & MASK)) ^ place) for key, place in places.iter_rows()]
+    return pl.Series(hashes, dtype=pl.UInt64)
+
+
 def _draw(met: pl.DataFrame, frame: pl.DataFrame, o: dict[str, Any]) -> pl.DataFrame:
     """Of each prompt's rejected, worst first, the one at its random index."""
-    ids = frame.select(p=_plain(frame, o["prompt_column"]))
-    key = pl.col("p") if ids.schema["p"].is_integer() else pl.col("p").rank("dense").cast(pl.Int64)
-    keys = dict(ids.select("p", key=key).unique().iter_rows())
+    keys = dict(_keys(frame, o).unique().iter_rows())
     counts = met.group_by("p").len()
     index = [
         splitmix64(splitmix64(o["seed"]) ^ (keys[prompt] & MASK)) * count >> 64 for prompt, count in counts.iter_rows()
@@ -189,25 +209,61 @@ def _draw(met: pl.DataFrame, frame: pl.DataFrame, o: dict[str, Any]) -> pl.DataF
     return numbered.join(chance, on="p").filter(pl.col("place") == pl.col("at"))
 
 
-def _pairs(rows: pl.DataFrame, frame: pl.DataFrame, o: dict[str, Any]) -> pl.DataFrame:
+def max_min(c: pl.DataFrame, r: pl.DataFrame, allowed: pl.Expr = BEATS) -> pl.DataFrame:
+    """The first of both orders; if they are of equal reward, the first of one order with the first of another reward in
+    the other order: the pair of the greater margin, then of the lesser gap of lengths, then that with the best."""
+    best, worst = c.filter(pl.col("rank") == 0), r.filter(pl.col("rank") == 0)
+    ends = best.join(worst, on="p", suffix="_r")
+    same = ends.filter(pl.col("r") == pl.col("r_r")).select("p", same="r")
+    others = (side.join(same, on="p").filter(pl.col("r") != pl.col("same")).drop("same") for side in (c, r))
+    other_c, other_r = (side.sort("p", "rank").group_by("p", maintain_order=True).head(1) for side in others)
+    with_best, with_worst = best.join(other_r, on="p", suffix="_r"), other_c.join(worst, on="p", suffix="_r")
+    found = pl.concat([ends.with_columns(order=pl.lit(0)), with_best.with_columns(order=pl.lit(1)),
+                       with_worst.with_columns(order=pl.lit(2))], how="diagonal").filter(allowed)  # fmt: skip
+    order = ["p", pl.col("x_r") - pl.col("x"), pl.col("l") - pl.col("l_r"), "order"]
+    return found.sort(*order).group_by("p", maintain_order=True).head(1).drop("order")
+
+
+def tied_pairs(c: pl.DataFrame, r: pl.DataFrame) -> int:
+    """Pairs of equal reward, without regard to order."""
+    met = c.join(r, on="p", suffix="_r").filter(TIED)
+    return met.select(a=pl.min_horizontal("row", "row_r"), b=pl.max_horizontal("row", "row_r")).unique().height
+
+
+def near_lengths(o: dict[str, Any]) -> pl.Expr:
+    longer = pl.max_horizontal("l", "l_r")
+    most = longer * o["length_ratio"] if o["length_tolerance"] is None else pl.lit(o["length_tolerance"])
+    return (pl.col("l") - pl.col("l_r")).abs() <= most
+
+
+def tied_prompts(rows: pl.DataFrame, picked: pl.DataFrame, o: dict[str, Any]) -> int:
+    """Prompts without a pair that have two responses of equal reward where a pair is looked for."""
+    c, r = sides(rows, o)
+    met = c.join(r, on="p", suffix="_r").filter(TIED)
+    if o["debias"] == "matched":
+        met = met.filter(near_lengths(o))
+    return met.join(picked, on="p", how="anti")["p"].n_unique()
+
+
+def _pairs(rows: pl.DataFrame, frame: pl.DataFrame, o: dict[str, Any]) -> tuple[pl.DataFrame, int]:
+    """The pairs, and how many were left out where a prompt can have several, since their rewards are equal."""
     c, r = sides(rows, o)
     c, r = best_first(c), worst_first(r)
-    best, worst = c.filter(pl.col("rank") == 0), r.filter(pl.col("rank") == 0)
+    best = c.filter(pl.col("rank") == 0)
     gain = pl.col("r") - pl.col("r_r")
     if o["debias"] == "linear":
         margin = gain - o["alpha"] * (pl.col("l") - pl.col("l_r"))
     else:
         margin = gain if o["debias"] == "matched" else pl.col("s") - pl.col("s_r")
-    abs_diff = (pl.col("l") - pl.col("l_r")).abs()
     pairing = o["pairing"]
     if o["debias"] == "matched":
-        longer = pl.max_horizontal("l", "l_r")
-        near = abs_diff <= (longer * o["length_ratio"] if o["length_tolerance"] is None else o["length_tolerance"])
-        met = _meet(c, r).filter(near).with_columns(margin=margin, abs_diff=abs_diff)
-        order = met.sort("p", "margin", "abs_diff", "row", "row_r", descending=[False, True, False, False, False])
-        return order.group_by("p", maintain_order=True).head(1)
+        abs_diff = (pl.col("l") - pl.col("l_r")).abs()
+        met = _meet(c, r).filter(near_lengths(o)).with_columns(margin=margin, abs_diff=abs_diff)
+        order = met.sort("p", -pl.col("margin"), "abs_diff", "h", "row", "h_r", "row_r")
+        return order.group_by("p", maintain_order=True).head(1), 0
+    tied = 0
     if pairing == "max_min":
-        met = _meet(best, worst)
+        met = max_min(c, r)
     elif pairing == "max_random":
         met = _draw(_meet(best, r), frame, o)
     elif pairing == "max_sweet_spot":
@@ -215,14 +271,14 @@ def _pairs(rows: pl.DataFrame, frame: pl.DataFrame, o: dict[str, Any]) -> pl.Dat
         target = pl.col("m") - o["sweet_spot_deviations"] * pl.col("d")
         met = _meet(best, r).join(middle, on="p").with_columns(off=(pl.col("s_r") - target).abs())
         met = met.sort("p", "off", "rank_r").group_by("p", maintain_order=True).head(1)
-    elif pairing == "top_bottom":
-        met = _meet(c.filter(pl.col("rank") < o["top_k"]), r.filter(pl.col("rank") < o["bottom_k"]))
     else:
-        met = _meet(c, r)
+        if pairing == "top_bottom":
+            c, r = c.filter(pl.col("rank") < o["top_k"]), r.filter(pl.col("rank") < o["bottom_k"])
+        met, tied = _meet(c, r), tied_pairs(c, r)
     met = met.with_columns(margin=margin).sort("p", "margin", "rank", "rank_r", descending=[False, True, False, False])
     if o["pairs_per_prompt"] is None:
-        return met
-    return met.group_by("p", maintain_order=True).head(o["pairs_per_prompt"])
+        return met, tied
+    return met.group_by("p", maintain_order=True).head(o["pairs_per_prompt"]), tied
 
 
 def _consistency(rows: pl.DataFrame) -> pl.DataFrame:
@@ -248,7 +304,7 @@ def expected(frame: pl.DataFrame, **options: Any) -> dict[str, Any]:
     assert o["debias"] != "linear" or isinstance(o["alpha"], float)
     rows, kept, dropped = usable_rows(frame, o)
     all_kept, rows = scored(kept, kept, o), scored(rows, kept, o)
-    picked = _pairs(rows, frame, o)
+    picked, tied = _pairs(rows, frame, o)
     ids = frame.select(p=_plain(frame, o["prompt_column"]))["p"]
     without = rows["p"].n_unique() - picked["p"].n_unique()
     pairs = picked.select(
@@ -257,7 +313,7 @@ def expected(frame: pl.DataFrame, **options: Any) -> dict[str, Any]:
         margin=pl.col("margin").cast(pl.Float32),
         chosen_length=pl.col("l").cast(pl.UInt32), rejected_length=pl.col("l_r").cast(pl.UInt32),
     )  # fmt: skip
-    lost = {"below_min_margin": 0, "below_quantile": 0}
+    lost = {"tied": tied, "below_min_margin": 0, "below_quantile": 0}
     margin = pl.col("margin").cast(pl.Float64)
     if o["min_margin"] is not None:
         left = pairs.filter(margin >= o["min_margin"])
@@ -287,12 +343,20 @@ def expected(frame: pl.DataFrame, **options: Any) -> dict[str, Any]:
         pairs = pairs.with_columns(**names)
     ids_of_pairs = frame[o["prompt_column"]].gather(pairs["chosen_row"]).alias("prompt_id")
     gap = pairs["chosen_length"].cast(pl.Int64) - pairs["rejected_length"].cast(pl.Int64)
-    by_reward = _pairs(rows.with_columns(x="r", s="r"), frame, o | {"pairing": "max_min", "debias": "none"})
+    c, r = sides(rows, o)
+    best = c.sort("p", -pl.col("r"), "l").group_by("p", maintain_order=True).head(1)
+    worst = r.sort("p", "r", -pl.col("l")).group_by("p", maintain_order=True).head(1)
+    by_reward = best.join(worst, on="p", suffix="_r").filter(pl.col("r") > pl.col("r_r"))
+    tied_away = tied_prompts(rows, picked, o)
     name = "no_match" if o["debias"] == "matched" else "no_contrast"
     return {
         "pairs": pairs.drop("p").insert_column(0, ids_of_pairs),
         "dropped": dropped,
-        "dropped_prompts": {"too_few_responses": ids.n_unique() - rows["p"].n_unique(), name: without},
+        "dropped_prompts": {
+            "too_few_responses": ids.n_unique() - rows["p"].n_unique(),
+            "tied": tied_away,
+            name: without - tied_away,
+        },
         "dropped_pairs": lost,
         "mean_length_gap_before": _mean(by_reward["l"] - by_reward["l_r"]),
         "mean_length_gap_after": _mean(gap),
@@ -310,90 +374,3 @@ def _quantile(margins: pl.Series, name: str) -> float:
     at = {"min": 0.0, "max": 1.0}.get(name)
     value = margins.cast(pl.Float64).quantile(float(name) if at is None else at, interpolation="linear")
     return math.nan if value is None else value
-
-
-# --- the penalty --------------------------------------------------------------------------------------------
-
-
-def rank_of(number: float) -> int:
-    """The next float of zero or more has the next rank."""
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])
-
-
-def float_of(rank: int) -> float:
-    return float(struct.unpack("<d", struct.pack("<q", rank))[0])
-
-
-def first_float(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The least float of (low, high] for which `holds`, which is false at low, true at high, and turns once."""
-    a, b = rank_of(low), rank_of(high)
-    while b - a > 1:
-        middle = (a + b) // 2
-        a, b = (a, middle) if holds(float_of(middle)) else (middle, b)
-    return float_of(b)
-
-
-class Choices:
-    """The best of C and the worst of R of each prompt as functions of alpha, by exact comparison."""
-
-    def __init__(self, frame: pl.DataFrame, **options: Any) -> None:
-        o = with_defaults(options) | {"debias": "linear"}
-        self.rows = usable_rows(frame, o)[0]
-        self.c, self.r = sides(self.rows, o)
-        # Below every break point: rewards differ by this at least, lengths by no more.
-        shift = max((r.as_integer_ratio()[1].bit_length() - 1 for r in self.rows["r"]), default=0)
-        self.tiny = 2.0**-shift / (2 * max(self.rows["l"], default=1) + 1)
-
-    def at(self, alpha: float) -> pl.DataFrame:
-        """`p`, `row`, `l`, `row_r`, `l_r`, ascending by prompt."""
-        c, r = (side.with_columns(x=exact_score(side, alpha)) for side in (self.c, self.r))
-        best, worst = best_first(c).filter(pl.col("rank") == 0), worst_first(r).filter(pl.col("rank") == 0)
-        return best.join(worst, on="p", suffix="_r").select("p", "row", "l", "row_r", "l_r").sort("p")
-
-    def gap(self, alpha: float) -> int:
-        """Sum of chosen length - rejected length over the prompts."""
-        return int(self.at(alpha).select((pl.col("l") - pl.col("l_r")).sum()).item())
-
-    def beyond(self) -> float:
-        """An alpha above every break point (lengths differ by one at least)."""
-        return 2 * (max(self.rows["r"], default=0.0) - min(self.rows["r"], default=0.0)) + 1
-
-    def least_gap(self) -> int:
-        """The gap nearest zero, that of the lower penalty if two are as near: by bisection, as it falls."""
-        first, last = self.gap(0.0), self.gap(self.beyond())
-        if first <= 0 or last > 0:
-            return first if first <= 0 else last
-        at = first_float(lambda a: self.gap(a) <= 0, self.tiny, self.beyond())
-        before, after = self.gap(math.nextafter(at, 0)), self.gap(at)
-        return before if abs(before) <= abs(after) else after
-
-    def step(self, gap: int) -> tuple[float, float]:
-        """[low, high) of the step with this gap."""
-        first, last = self.gap(0.0), self.gap(self.beyond())
-        low = 0.0 if first == gap else first_float(lambda a: self.gap(a) <= gap, self.tiny, self.beyond())
-        high = math.inf if last == gap else first_float(lambda a: self.gap(a) < gap, self.tiny, self.beyond())
-        return low, high
-
-
-def assert_step(choices: Choices, low: float, alpha: float, high: float) -> int:
-    """[low, high) has alpha and are all floats with the choices of alpha; returns their gap."""
-    assert low <= alpha < high
-    assert low >= 0
-    here = choices.at(alpha)
-    last = choices.beyond() if math.isinf(high) else math.nextafter(high, 0)
-    for same in (low, last):
-        assert choices.at(same).equals(here), f"at {same!r} the pairs are others than at {alpha!r}"
-    others = ([math.nextafter(low, 0)] if low > 0 else []) + ([] if math.isinf(high) else [high])
-    for other in others:
-        assert not choices.at(other).equals(here), f"at {other!r} the pairs are those of {alpha!r}"
-    return choices.gap(alpha)
-
-
-def assert_least_gap(choices: Choices, low: float, alpha: float, high: float) -> None:
-    """No alpha has a total gap nearer zero, and no lower one has one as near. The gap falls: two neighbors decide."""
-    gap = assert_step(choices, low, alpha, high)
-    if gap > 0 and not math.isinf(high):
-        assert -choices.gap(high) >= gap, "the next penalty leaves a smaller gap"
-    if low > 0:
-        assert choices.gap(math.nextafter(low, 0)) > abs(gap), "the penalty before leaves a gap as small"
-    assert (low == 0) == (alpha == 0)

@@ -17,7 +17,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 1024,
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -193,7 +193,7 @@ def test_own_file_is_used_as_it_is(tmp_path: Path) -> None:
         ("mixed_precision: bf16\n", "has no num_processes; use a file that `accelerate config` wrote"),
         ("- 1\n", "has no num_processes"),
         ("num_processes: '2'\n", "has no num_processes"),
-        ("a: [\n", "is not YAML"),
+        ("a: [\n", "is not valid YAML"),
         ("num_processes: 8\nnum_machines: 2\n", "is for several machines, but training runs on one"),
         (
             "num_processes: 5\n",
@@ -207,7 +207,7 @@ def test_own_file_that_is_rejected(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_own_file_that_does_not_exist() -> None:
-    with pytest.raises(UsageError, match=r"train\.accelerate_config: /nowhere\.yaml: No such file"):
+    with pytest.raises(UsageError, match=r"train\.accelerate_config: /nowhere\.yaml: config file .* does not exist"):
         lay_out(config(accelerate_config="/nowhere.yaml"), CPU, ALL)
 
 

@@ -73,13 +73,13 @@ def test_hooks_have_their_parameters(hook: str, parameters: list[str]) -> None:
 
 
 def test_arguments_exist(tmp_path: Path) -> None:
-    arguments = trainer_arguments(CONFIG, CPU, tmp_path, 0.1, 0)
+    arguments = trainer_arguments(CONFIG, CPU, tmp_path, 0.1, 0, pairs=4)
     assert isinstance(arguments, DPOConfig)
     assert arguments.precompute_ref_log_probs
     assert arguments.max_length is None
     assert arguments.disable_dropout  # else the loss at step 0 is not ln 2
     assert arguments.loss_type == ["sigmoid"]
-    weighted = trainer_arguments(CONFIG.model_copy(update={"sft_weight": 0.5}), CPU, tmp_path, 0.1, 0)
+    weighted = trainer_arguments(CONFIG.model_copy(update={"sft_weight": 0.5}), CPU, tmp_path, 0.1, 0, pairs=4)
     assert (weighted.loss_type, weighted.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
 
 

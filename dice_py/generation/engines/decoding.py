@@ -31,6 +31,7 @@ from dice_py.generation.engines.base import Sample, SampleId
 from dice_py.generation.engines.cache import can_join
 from dice_py.generation.engines.nucleus import TopP
 from dice_py.generation.engines.random_numbers import RandomNumbers, numbers_for
+from dice_py.models.vocabulary import KnownTokens
 
 BLOCK = 256
 """Tokens in a block of the vocabulary."""
@@ -52,6 +53,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         seeds: one for each row.
         stops: token ids that end a row.
         numbers: the random numbers; None: `numbers_for` the device.
+        known: the ids that may be drawn; None: all.
 
     Attributes:
         steps: (rows,) int64, tokens drawn.
@@ -66,9 +68,12 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         stops: list[int],
         device: torch.device,
         numbers: type[RandomNumbers] | None = None,
+        known: KnownTokens | None = None,
     ) -> None:
         self.numbers = (numbers or numbers_for(device))(seeds, device)
         self.stops = torch.tensor(stops, device=device)
+        self.known = known
+        self._unknown: torch.Tensor | None = None  # ids that are no token; made once the vocabulary's size is seen
         self.steps = torch.zeros(len(seeds), dtype=torch.long, device=device)
         self.alive = torch.ones(len(seeds), dtype=torch.bool, device=device)
         self.logp = torch.zeros(len(seeds), dtype=torch.float32, device=device)
@@ -85,6 +90,8 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         uniforms = self.numbers.draw(-(-scores.shape[1] // BLOCK) + BLOCK)
         # The logarithm of exponential random numbers. A uniform number may be 0, which has none: hence the clamp.
         times = (-torch.log1p(-uniforms.clamp_(min=2.0**-54))).log_()
+        if self.known is not None and self._unknown is None:
+            self._unknown = torch.tensor(self.known.unknown(scores.shape[1]), dtype=torch.long, device=scores.device)
         at_once = LOGITS_AT_ONCE if scores.device.type == "cpu" else LOGITS_AT_ONCE_GPU
         rows = max(1, at_once // scores.shape[1])
         parts = [
@@ -102,7 +109,10 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, 1) int64 tokens, and their (rows,) raw log-probabilities, for some rows of `draw`."""
         raw = scores.float()
-        warped = self.warpers(input_ids, raw)  # None of the three writes into its input.
+        # The log-probability is of the raw logits, as the scorer computes it: the mask comes after it.
+        masked = self._unknown is not None and len(self._unknown)
+        drawable = raw.index_fill(1, self._unknown, -torch.inf) if masked else raw
+        warped = self.warpers(input_ids, drawable)  # None of the three writes into its input.
         blocks = warped
         if padding := -raw.shape[1] % BLOCK:
             blocks = torch.nn.functional.pad(blocks, (0, padding), value=-torch.inf)

@@ -3,7 +3,7 @@
 An engine is one file beside this one and one line in `ENGINES`; its name is also a choice of `generate.engine`
 (config/stages.py). Its class has the interface of generation/engines/base.py, and is created as
 
-    Class(policy, config, models, stops=[...], pad=..., longest_prompt=...)
+    Class(policy, config, models, stops=[...], pad=..., longest_prompt=..., known=...)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dice_py.errors import UsageError
 from dice_py.generation.engines.base import Engine
 from dice_py.generation.engines.vllm_on_cpu import Workload, is_vllm_faster
 from dice_py.models.loading import placement, release_held
+from dice_py.models.vocabulary import KnownTokens
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def build_engine(
     stops: list[int],
     longest_prompt: int,
     pad: int,
+    known: KnownTokens | None = None,
 ) -> Engine:
     """Imports an engine and loads the model into it.
 
@@ -114,6 +116,7 @@ def build_engine(
         stops: token ids that end a response.
         longest_prompt: tokens of the longest prompt that will be added.
         pad: token id that fills shorter prompts of a batch.
+        known: the ids that the tokenizer has; others are never sampled. None: all.
 
     Raises:
         DiceError: as the engine raises it.
@@ -121,5 +124,7 @@ def build_engine(
     release_held()  # A model that this process scored with would take the engine's memory.
     entry = ENGINES[engine]
     engine_class = getattr(importlib.import_module(entry.module), entry.name)
-    built: Engine = engine_class(policy, config, models, stops=stops, pad=pad, longest_prompt=longest_prompt)
+    built: Engine = engine_class(
+        policy, config, models, stops=stops, pad=pad, longest_prompt=longest_prompt, known=known
+    )
     return built

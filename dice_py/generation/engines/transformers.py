@@ -24,6 +24,7 @@ from dice_py.generation.engines.decoding import Rows, SeededSampling, select_sta
 from dice_py.generation.engines.random_numbers import numbers_for
 from dice_py.models.head import use_float32_head
 from dice_py.models.loading import load_model, release
+from dice_py.models.vocabulary import KnownTokens
 
 _WINDOW = 16
 """Batches' worth of requests that are sorted by length together. Fewer would mean more padding."""
@@ -48,6 +49,7 @@ class TransformersEngine:
         stops: token ids that end a response.
         pad: token id that fills shorter prompts of a batch.
         longest_prompt: tokens of the longest prompt that will be added.
+        known: the ids that the tokenizer has; others are never sampled. None: all.
 
     Raises:
         DiceError: as `load_model` raises it.
@@ -62,8 +64,10 @@ class TransformersEngine:
         stops: list[int],
         pad: int,
         longest_prompt: int,
+        known: KnownTokens | None = None,
     ) -> None:
         self.config = config
+        self.known = known
         self.max_new_tokens = config.max_new_tokens
         self.stops = stops
         self.pad = pad
@@ -183,7 +187,7 @@ class TransformersEngine:
 
     def _sampling(self, requests: list[tuple[SampleId, Request]]) -> SeededSampling:
         seeds = [request.seed for _, request in requests]
-        return SeededSampling(seeds, self.config, self.stops, self.model.device, self.numbers)
+        return SeededSampling(seeds, self.config, self.stops, self.model.device, self.numbers, self.known)
 
     def _start(self, prompts: list[_Prompt], finished: dict[SampleId, Sample]) -> None:
         """Prefills prompts, and adds their rows to those being decoded."""

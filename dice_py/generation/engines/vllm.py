@@ -30,7 +30,9 @@ from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, DiceError, OutOfMemoryError, UsageError
 from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.engines.vllm_on_cpu import TEMPERATURES
+from dice_py.models.limits import vocabulary_size
 from dice_py.models.loading import Placement, placement, release
+from dice_py.models.vocabulary import KnownTokens
 from dice_py.timing import timed
 
 _ENVIRONMENT = {
@@ -41,6 +43,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
 }
 
+_KNOWN_TOKENS_ONLY = "dice_py.generation.engines.vllm_known_tokens:KnownTokensOnly"
 _CPU_KV_CACHE_GIB = 1.0
 _CPU_BATCHED_TOKENS = 4096  # vLLM's own default for offline work on a CPU
 
@@ -163,6 +166,7 @@ class VllmEngine:
         stops: token ids that end a response.
         longest_prompt: tokens of the longest prompt that will be added.
         pad: not used, since vLLM does not pad.
+        known: the ids that the tokenizer has; others are never sampled. None: all.
         prefix_caching: the K samples of a prompt share its prefill, in complete blocks of the cache.
 
     Raises:
@@ -180,6 +184,7 @@ class VllmEngine:
         stops: list[int],
         longest_prompt: int,
         pad: int | None = None,
+        known: KnownTokens | None = None,
         prefix_caching: bool = True,
     ) -> None:
         del pad
@@ -199,6 +204,11 @@ class VllmEngine:
         self.on_cpu = self.where.device == "cpu"
         self.eager = self.on_cpu if config.vllm.enforce_eager is None else config.vllm.enforce_eager
         options = self._limits(length)
+        unknown = [] if known is None else known.unknown(vocabulary_size(policy, models) or 0)
+        self.unknown = frozenset(unknown)
+        if known is not None and unknown:
+            options["logits_processors"] = [_KNOWN_TOKENS_ONLY]
+            options["additional_config"] = {"dice_known_tokens": [known.size, list(known.holes)]}
         with timed("load"), self._explained():
             from vllm import LLM
 
@@ -330,7 +340,13 @@ class VllmEngine:
             outputs = [output for output in self.llm.llm_engine.step() if output.finished]
         if self._sample_ids and not outputs and not self.llm.llm_engine.has_unfinished_requests():
             raise RuntimeError(f"vLLM has no more requests, but {len(self._sample_ids)} of ours have no sample")
-        return [(self._sample_ids.pop(output.request_id), _sample(output.outputs[0])) for output in outputs]
+        samples = [(self._sample_ids.pop(output.request_id), _sample(output.outputs[0])) for output in outputs]
+        if self.unknown and any(not self.unknown.isdisjoint(sample.token_ids) for _, sample in samples):
+            raise UsageError(
+                f"this vLLM samples ids of {self.policy} that its tokenizer does not have, since it does not use "
+                "logits processors: set generate.engine=transformers"
+            )
+        return samples
 
     def close(self) -> None:
         """Frees the memory of the model and of the key/value cache. Nothing can be sampled afterwards.

@@ -43,6 +43,8 @@ pub struct Options {
     pub filter: Filter,
     /// Which responses make pairs.
     pub pairing: Pairing,
+    /// Seed of the choice among responses of equal reward.
+    pub seed: u64,
     /// Policies that the chosen response may come from.
     pub chosen_from: PickFrom,
     /// Policies that the rejected response may come from.
@@ -59,6 +61,7 @@ impl Default for Options {
             min_responses: 2,
             filter: Filter::default(),
             pairing: Pairing::MaxMin,
+            seed: 0,
             chosen_from: PickFrom::Any,
             rejected_from: PickFrom::Any,
             win_rates: None,
@@ -151,6 +154,7 @@ impl Options {
             min_responses: self.min_responses,
             bracket: Bracket::ALL,
             pool: self.pool(columns),
+            seed: self.seed,
             pairs,
         }
     }
@@ -173,6 +177,7 @@ impl Options {
             pool: self.pool(columns),
             scoring,
             pairing: self.pairing,
+            seed: self.seed,
             win_rates: self.win_rates,
         }
     }

@@ -16,7 +16,8 @@ pub struct Mined {
     pub alpha: Option<f64>,
     /// The penalties `[low, high)` with the same best and worst responses; `high` may be infinite.
     pub alpha_interval: Option<(f64, f64)>,
-    /// Mean of |best| − |worst| by reward alone, over prompts where one beats the other; NaN without such prompts.
+    /// Mean of |best| − |worst| by reward alone, over prompts where one beats the other (of equal rewards, the shortest
+    /// best and the longest worst, as the least penalty has them); NaN without such prompts.
     pub gap_before: f64,
     /// Mean of |chosen| − |rejected| of the pairs; NaN without pairs.
     pub gap_after: f64,
@@ -30,6 +31,8 @@ pub struct Mined {
     pub dropped: Dropped,
     /// Numbers of prompts without a pair.
     pub dropped_prompts: DroppedPrompts,
+    /// Number of pairs of equal rewards that were left out, where a prompt can have several pairs.
+    pub tied_pairs: u64,
     /// Number of prompts in the input.
     pub prompts: u64,
     /// Number of rows in the input.
@@ -49,6 +52,7 @@ impl Mined {
         self.correlation_after = totals.scores.correlation(totals.alpha);
         self.dropped = totals.dropped;
         self.dropped_prompts = totals.dropped_prompts;
+        self.tied_pairs = totals.tied_pairs;
         self.prompts = totals.prompts;
     }
 }

@@ -16,6 +16,8 @@ use proptest::prelude::*;
 /// One unit of reward.
 const UNIT: f64 = 1.0 / (1 << 20) as f64;
 
+const SEED: u64 = 0x5eed;
+
 #[derive(Debug, Clone, PartialEq)]
 struct Row {
     prompt: i64,
@@ -52,7 +54,8 @@ fn run(rows: &[Row], size: usize, debias: Debias, limits: Limits) -> Mined {
     let starts = (0..rows.len()).step_by(size);
     let batches = starts.map(|from| Ok(all.slice(from, size.min(rows.len() - from))));
     let filter = Filter { min_length: limits.min_length, max_length: limits.max_length };
-    let options = Options { debias, min_responses: limits.min_responses, filter, ..Options::default() };
+    let options =
+        Options { debias, min_responses: limits.min_responses, filter, seed: SEED, ..Options::default() };
     mine(&Columns::new(batches).unwrap(), &options).unwrap()
 }
 
@@ -66,30 +69,46 @@ fn pairs(mined: &Mined) -> Vec<(i64, u64, u64)> {
 
 // ---- the oracle
 
-/// Reward in units, length, row.
-type Response = (i128, i128, u64);
+/// Reward in units, length, row, hash.
+type Response = (i128, i128, u64, u64);
+
+fn splitmix64(state: u64) -> u64 {
+    let mut z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
 
 /// The usable responses of the prompts that have enough of them.
 fn usable(rows: &[Row], limits: Limits) -> BTreeMap<i64, Vec<Response>> {
     let mut prompts = BTreeMap::<i64, Vec<Response>>::new();
+    let mut seen = BTreeMap::<i64, u64>::new();
     for (row, number) in rows.iter().zip(0..) {
+        let place = seen.entry(row.prompt).or_default();
+        let hash = splitmix64(splitmix64(splitmix64(SEED) ^ row.prompt as u64) ^ *place);
+        *place += 1;
         let (Some(units), Some(length)) = (row.reward, row.length) else { continue };
         let fits = limits.min_length.is_none_or(|min| length >= min)
             && limits.max_length.is_none_or(|max| length <= max);
         if units != i64::MAX && !row.truncated && fits {
-            prompts.entry(row.prompt).or_default().push((units.into(), length.into(), number));
+            prompts.entry(row.prompt).or_default().push((units.into(), length.into(), number, hash));
         }
     }
     prompts.retain(|_, responses| responses.len() >= limits.min_responses);
     prompts
 }
 
-/// Chosen and rejected at the penalty `over / under` (in units), by sorting.
+/// Chosen and rejected at the penalty `over / under` (in units): of all pairs of different reward the one with the
+/// greatest margin; then the least gap of lengths; then the best one chosen; then the worst one rejected.
 fn naive_pair(responses: &[Response], over: i128, under: i128) -> Option<(Response, Response)> {
     let penalized = |r: &Response| r.0 * under - over * r.1;
-    let chosen = responses.iter().min_by_key(|r| (-penalized(r), r.1, r.2))?;
-    let rejected = responses.iter().min_by_key(|r| (penalized(r), -r.1, r.2))?;
-    (chosen.2 != rejected.2).then_some((*chosen, *rejected))
+    // Without a penalty the length does not count.
+    let length = |r: &Response| if over == 0 { 0 } else { r.1 };
+    let pairs = responses.iter().flat_map(|a| responses.iter().map(move |b| (*a, *b)));
+    pairs.filter(|(a, b)| a.0 != b.0).min_by_key(|(a, b)| {
+        let (best, worst) = (penalized(a), penalized(b));
+        (worst - best, length(a) - length(b), (-best, length(a), a.3), (worst, -length(b), b.3))
+    })
 }
 
 fn naive_gap(prompts: &BTreeMap<i64, Vec<Response>>, over: i128, under: i128) -> i128 {
@@ -112,14 +131,28 @@ impl PartialOrd for Fraction {
     }
 }
 
+/// A penalty above zero and below all at which anything else could change.
+const LEAST: Fraction = Fraction(1, 1_000_000);
+
 /// Every penalty at which anything could change, and zero.
 fn candidates(prompts: &BTreeMap<i64, Vec<Response>>) -> Vec<Fraction> {
-    let mut fractions = BTreeSet::from([Fraction(0, 1)]);
+    let mut fractions = BTreeSet::from([Fraction(0, 1), LEAST]);
+    let mut insert = |reward: i128, length: i128| {
+        if reward.signum() * length.signum() > 0 {
+            fractions.insert(Fraction(reward.abs(), length.abs()));
+        }
+    };
     for responses in prompts.values() {
         for a in responses {
             for b in responses {
-                if a.1 > b.1 && a.0 > b.0 {
-                    fractions.insert(Fraction(a.0 - b.0, a.1 - b.1));
+                insert(a.0 - b.0, a.1 - b.1);
+                if a.0 == b.0 && a.2 != b.2 {
+                    // Best and worst of equal reward: one of them makes way for another response.
+                    for c in responses {
+                        for d in responses {
+                            insert(c.0 + d.0 - a.0 - b.0, c.1 + d.1 - a.1 - b.1);
+                        }
+                    }
                 }
             }
         }
@@ -156,6 +189,9 @@ fn limits() -> impl Strategy<Value = Limits> {
 }
 
 fn near(float: f64, fraction: Fraction) -> bool {
+    if fraction == LEAST {
+        return float == f64::from_bits(1);
+    }
     let value = fraction.0 as f64 * UNIT / fraction.1 as f64;
     (float - value).abs() <= value * 1e-15
 }
@@ -169,28 +205,28 @@ fn check_auto(rows: &[Row], size: usize, limits: Limits) -> Result<(), TestCaseE
     let best = (0..gaps.len()).min_by_key(|&i| (gaps[i].abs(), i)).unwrap();
     let (low, high) = mined.alpha_interval.unwrap();
     prop_assert!(near(low, candidates[best]), "{low} is not {:?}", candidates[best]);
-    match (best..gaps.len()).find(|&i| gaps[i] != gaps[best]) {
+    let pairs_at = |fraction: Fraction| -> Vec<_> {
+        let picked = prompts.iter().map(|(prompt, all)| (*prompt, naive_pair(all, fraction.0, fraction.1)));
+        picked.filter_map(|(prompt, pair)| pair.map(|(c, r)| (prompt, c.2, r.2))).collect()
+    };
+    let expected = pairs_at(candidates[best]);
+    match (best..gaps.len()).find(|&i| pairs_at(candidates[i]) != expected) {
         Some(next) => prop_assert!(near(high, candidates[next]), "{high} is not {:?}", candidates[next]),
         None => prop_assert_eq!(high, f64::INFINITY),
     }
     let alpha = mined.alpha.unwrap();
     prop_assert!(alpha == 0.0 && low == 0.0 || low < alpha && alpha < high);
-    let fraction = candidates[best];
-    let expected: Vec<_> = prompts
-        .iter()
-        .filter_map(|(prompt, responses)| {
-            naive_pair(responses, fraction.0, fraction.1).map(|(c, r)| (*prompt, c.2, r.2))
-        })
-        .collect();
     let count = expected.len() as f64;
     prop_assert_eq!(pairs(&mined), expected);
     if count > 0.0 {
         prop_assert_eq!(mined.gap_after, gaps[best] as f64 / count);
-        prop_assert_eq!(mined.gap_before, gaps[0] as f64 / count);
+        // That of the least penalty: of equal rewards the shortest best and the longest worst.
+        prop_assert_eq!(mined.gap_before, gaps[1] as f64 / count);
         for CurvePoint { alpha, gap, exact } in &mined.curve {
             prop_assert!(*exact);
-            let at =
-                candidates.iter().rposition(|f| f.0 as f64 * UNIT / f.1 as f64 <= *alpha * (1.0 + 1e-15));
+            let value =
+                |f: &Fraction| if *f == LEAST { f64::from_bits(1) } else { f.0 as f64 * UNIT / f.1 as f64 };
+            let at = candidates.iter().rposition(|f| value(f) <= *alpha * (1.0 + 1e-15));
             prop_assert_eq!(*gap, gaps[at.unwrap()] as f64 / count);
         }
     }
@@ -231,12 +267,15 @@ proptest! {
             (mined.gap_after * mined.pairs[0].num_rows() as f64).round() as i64
         };
         prop_assert_eq!(pairs(&run(&rows, size, Debias::Linear(low), limits)), pairs(&mined));
+        let pairs_of = |alpha: f64| pairs(&run(&rows, size, Debias::Linear(alpha), limits));
         if high.is_finite() {
-            prop_assert!(at(high) < at(alpha));
-            prop_assert_eq!(at(high.next_down()), at(alpha));
+            prop_assert!(at(high) <= at(alpha));
+            prop_assert_ne!(pairs_of(high), pairs(&mined));
+            prop_assert_eq!(pairs_of(high.next_down()), pairs(&mined));
         }
         if low > 0.0 {
-            prop_assert!(at(low.next_down()) > at(alpha));
+            prop_assert!(at(low.next_down()) >= at(alpha));
+            prop_assert_ne!(pairs_of(low.next_down()), pairs(&mined));
         }
     }
 
@@ -253,7 +292,8 @@ proptest! {
         let all: BTreeSet<_> = rows.iter().map(|row| row.prompt).collect();
         prop_assert_eq!(mined.prompts, all.len() as u64);
         prop_assert_eq!(mined.dropped_prompts.too_few_responses, (all.len() - prompts.len()) as u64);
-        prop_assert_eq!(mined.dropped_prompts.no_contrast, (prompts.len() - mined.pairs[0].num_rows()) as u64);
+        prop_assert_eq!(mined.dropped_prompts.tied, (prompts.len() - mined.pairs[0].num_rows()) as u64);
+        prop_assert_eq!(mined.dropped_prompts.no_contrast, 0);
     }
 
     #[test]
@@ -306,7 +346,7 @@ proptest! {
                 let rejected = responses.iter().min_by(|a, b| {
                     score(a).total_cmp(&score(b)).then(b.1.cmp(&a.1)).then(a.2.cmp(&b.2))
                 })?;
-                (chosen.2 != rejected.2).then_some((*prompt, chosen.2, rejected.2))
+                (chosen.0 != rejected.0).then_some((*prompt, chosen.2, rejected.2))
             })
             .collect();
         prop_assert_eq!(pairs(&mined), expected);

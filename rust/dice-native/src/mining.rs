@@ -44,6 +44,8 @@ pub struct MineSummary {
     dropped: Vec<(&'static str, u64)>,
     /// (reason, prompts).
     dropped_prompts: Vec<(&'static str, u64)>,
+    /// Pairs of equal rewards that were left out, where a prompt can have several pairs.
+    tied_pairs: u64,
     /// Prompts in the input.
     prompts: u64,
     /// Rows in the input.
@@ -65,6 +67,7 @@ impl From<&Mined> for MineSummary {
             curve_exact: mined.curve.iter().map(|point| point.exact).collect(),
             dropped: reasons(&mined.dropped),
             dropped_prompts: prompt_reasons(&mined.dropped_prompts),
+            tied_pairs: mined.tied_pairs,
             prompts: mined.prompts,
             rows: mined.rows,
         }
@@ -86,6 +89,7 @@ fn reasons(dropped: &Dropped) -> Vec<(&'static str, u64)> {
 fn prompt_reasons(dropped: &DroppedPrompts) -> Vec<(&'static str, u64)> {
     vec![
         ("too_few_responses", dropped.too_few_responses),
+        ("tied", dropped.tied),
         ("no_contrast", dropped.no_contrast),
         ("no_match", dropped.no_match),
     ]
@@ -124,6 +128,7 @@ impl Keywords {
             min_responses: self.min_responses,
             filter: Filter { min_length: self.min_length, max_length: self.max_length },
             pairing: self.pairing()?,
+            seed: self.seed,
             chosen_from: pick_from("chosen_from", &self.chosen_from)?,
             rejected_from: pick_from("rejected_from", &self.rejected_from)?,
             win_rates: self.win_rates,

@@ -7,4 +7,5 @@ pub mod pairing;
 pub(crate) mod pick;
 pub mod pool;
 pub mod table;
+pub mod ties;
 pub mod totals;

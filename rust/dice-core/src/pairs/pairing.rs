@@ -1,11 +1,11 @@
 //! Which responses of a prompt make pairs.
 //!
 //! The orders best first and worst first are those of `order`, by penalized score. In every pair, the chosen response
-//! beats the rejected one.
+//! beats the rejected one, and their rewards differ.
 //!
 //! | [`Pairing`] | pairs of a prompt |
 //! | --- | --- |
-//! | `MaxMin` | the best with the worst (Chen et al., arXiv 2406.09760) |
+//! | `MaxMin` | the best with the worst (Chen et al., arXiv 2406.09760); see `best_and_worst` if they have equal rewards |
 //! | `MaxRandom` | the best with a random one that it beats |
 //! | `TopBottom` | each of the k best with each of the l worst, greatest margins first |
 //! | `SweetSpot` | the best with the one nearest to `mean − d·std` of the scores (Xiao et al., arXiv 2502.16825) |
@@ -15,8 +15,9 @@
 use std::cmp::Ordering;
 
 use crate::input::filter::Response;
-use crate::pairs::order::{beats, best, best_first, margin, worst, worst_first};
+use crate::pairs::order::{End, beats, best_and_worst, margin};
 use crate::pairs::pool::Group;
+use crate::pairs::ties::{TieHash, any_tied, count_tied, splitmix64};
 
 /// By how much the lengths of a matched pair may differ.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -83,66 +84,111 @@ impl Pair {
     }
 }
 
+/// What was left out since two responses have equal rewards.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct LeftOut {
+    /// Pairs that `TopBottom` and `All` would have made.
+    pub(crate) pairs: u64,
+    /// Whether the prompt has no pair, and would have one without this rule.
+    pub(crate) prompt: bool,
+}
+
 impl Pairing {
     /// Appends the pairs of a prompt. `key` is its key as a 64-bit number.
-    pub(crate) fn pairs(&self, group: &mut Group, alpha: f64, key: u64, pairs: &mut Vec<Pair>) {
-        let Some(best) = best(&group.chosen, alpha).copied() else { return };
-        let with_best = |rejected: Response| Pair::new(&best, &rejected, alpha);
+    pub(crate) fn pairs(
+        &self,
+        group: &mut Group,
+        alpha: f64,
+        key: u64,
+        ties: TieHash,
+        pairs: &mut Vec<Pair>,
+    ) -> LeftOut {
+        let before = pairs.len();
+        let mut left_out = LeftOut::default();
         match *self {
             Self::MaxMin => {
-                let worst = worst(&group.rejected, alpha).copied();
-                pairs.extend(worst.filter(|worst| beats(&best, worst, alpha)).map(with_best));
+                let ends = best_and_worst(&group.chosen, &group.rejected, alpha, ties);
+                pairs.extend(ends.map(|(best, worst)| Pair::new(&best, &worst, alpha)));
             }
-            Self::MaxRandom { seed } => pairs.extend(random(group, &best, alpha, seed, key).map(with_best)),
-            Self::SweetSpot { deviations } => {
-                pairs.extend(sweet_spot(group, &best, alpha, deviations).map(with_best));
-            }
+            Self::MaxRandom { seed } => pairs.extend(random(group, alpha, ties, splitmix64(seed) ^ key)),
+            Self::SweetSpot { deviations } => pairs.extend(sweet_spot(group, alpha, ties, deviations)),
             Self::TopBottom { top, bottom, max_pairs } => {
-                top_bottom(group, alpha, (top, bottom), max_pairs, pairs);
+                left_out.pairs = top_bottom(group, alpha, ties, (top, bottom), max_pairs, pairs);
             }
-            Self::All { max_pairs } => top_bottom(group, alpha, (usize::MAX, usize::MAX), max_pairs, pairs),
-            Self::Matched(tolerance) => pairs.extend(matched(group, alpha, tolerance)),
+            Self::All { max_pairs } => {
+                left_out.pairs = top_bottom(group, alpha, ties, (usize::MAX, usize::MAX), max_pairs, pairs);
+            }
+            Self::Matched(tolerance) => {
+                let (pair, tied) = matched(group, alpha, ties, tolerance);
+                pairs.extend(pair);
+                left_out.prompt = pair.is_none() && tied;
+                return left_out;
+            }
         }
+        left_out.prompt = pairs.len() == before && any_tied(&group.chosen, &group.rejected);
+        left_out
     }
 }
 
-/// A random response that `best` beats.
-fn random(group: &mut Group, best: &Response, alpha: f64, seed: u64, key: u64) -> Option<Response> {
-    let worse = &mut group.rejected;
-    worse.retain(|response| beats(best, response, alpha));
-    worse.sort_unstable_by(|a, b| worst_first(a, b, alpha));
-    let random = splitmix64(splitmix64(seed) ^ key);
-    let index = (u128::from(random) * worse.len() as u128) >> 64;
-    worse.get(index as usize).copied()
+/// The best with a random response that it beats.
+fn random(group: &mut Group, alpha: f64, ties: TieHash, salt: u64) -> Option<Pair> {
+    let best = End::Best.first(&group.chosen, alpha, ties)?;
+    // Those that it beats come first; the others stay in the list.
+    let mut count = 0;
+    for i in 0..group.rejected.len() {
+        if beats(&best, &group.rejected[i], alpha) {
+            group.rejected.swap(i, count);
+            count += 1;
+        }
+    }
+    let worse = &mut group.rejected[..count];
+    End::Worst.sort(worse, alpha, ties);
+    let index = (u128::from(splitmix64(salt)) * count as u128) >> 64;
+    worse.get(index as usize).map(|rejected| Pair::new(&best, rejected, alpha))
 }
 
-/// The response nearest to `mean − deviations · std` of the scores, of those that `best` beats.
-fn sweet_spot(group: &mut Group, best: &Response, alpha: f64, deviations: f64) -> Option<Response> {
+/// The best with the response nearest to `mean − deviations · std` of the scores, of those that it beats.
+fn sweet_spot(group: &mut Group, alpha: f64, ties: TieHash, deviations: f64) -> Option<Pair> {
+    let best = End::Best.first(&group.chosen, alpha, ties)?;
     let score = |response: &Response| response.score - alpha * f64::from(response.length);
     // In a fixed order, so that the sums do not depend on the order of rows.
-    group.all.sort_unstable_by(|a, b| best_first(a, b, alpha));
+    End::Best.sort(&mut group.all, alpha, ties);
     let count = group.all.len() as f64;
     let mean = group.all.iter().map(score).sum::<f64>() / count;
     let variance = group.all.iter().map(|response| (score(response) - mean).powi(2)).sum::<f64>() / count;
     let spot = mean - deviations * variance.sqrt();
     let distance = |response: &Response| (score(response) - spot).abs();
-    let worse = group.rejected.iter().filter(|response| beats(best, response, alpha));
-    worse.min_by(|a, b| distance(a).total_cmp(&distance(b)).then_with(|| worst_first(a, b, alpha))).copied()
+    let worse = || group.rejected.iter().filter(|response| beats(&best, response, alpha));
+    let nearest = worse().min_by(|a, b| distance(a).total_cmp(&distance(b)))?;
+    let as_near = || worse().filter(|response| distance(response) == distance(nearest));
+    if as_near().nth(1).is_none() {
+        return Some(Pair::new(&best, nearest, alpha));
+    }
+    let equal: Vec<Response> = as_near().copied().collect();
+    End::Worst.first(&equal, alpha, ties).map(|rejected| Pair::new(&best, &rejected, alpha))
 }
 
-/// Appends the pairs of the `top` best with the `bottom` worst responses that have the greatest margins.
+/// Appends the pairs of the `top` best with the `bottom` worst responses that have the greatest margins. Returns the
+/// number of pairs that are left out since their rewards are equal.
 fn top_bottom(
     group: &mut Group,
     alpha: f64,
+    ties: TieHash,
     (top, bottom): (usize, usize),
     max_pairs: usize,
     pairs: &mut Vec<Pair>,
-) {
-    group.chosen.sort_unstable_by(|a, b| best_first(a, b, alpha));
-    group.rejected.sort_unstable_by(|a, b| worst_first(a, b, alpha));
+) -> u64 {
+    End::Best.sort(&mut group.chosen, alpha, ties);
+    End::Worst.sort(&mut group.rejected, alpha, ties);
+    let best = &group.chosen[..top.min(group.chosen.len())];
+    let worst = &group.rejected[..bottom.min(group.rejected.len())];
     let from = pairs.len();
-    for chosen in group.chosen.iter().take(top) {
-        let worse = group.rejected.iter().take(bottom).filter(|other| beats(chosen, other, alpha));
+    let mut tied = false;
+    for chosen in best {
+        let worse = worst.iter().filter(|other| {
+            tied |= chosen.raw == other.raw && chosen.row != other.row;
+            beats(chosen, other, alpha)
+        });
         pairs.extend(worse.map(|rejected| Pair::new(chosen, rejected, alpha)));
         // Bounds the memory for prompts with many responses.
         if pairs.len() - from > max_pairs.saturating_mul(2).max(1 << 12) {
@@ -150,6 +196,7 @@ fn top_bottom(
         }
     }
     keep_greatest_margins(pairs, from, max_pairs);
+    if tied { count_tied(best, worst) } else { 0 }
 }
 
 /// Sorts the pairs from `from` on, greatest margins first, and keeps the first `max_pairs`.
@@ -159,53 +206,40 @@ fn keep_greatest_margins(pairs: &mut Vec<Pair>, from: usize, max_pairs: usize) {
     pairs.truncate(from.saturating_add(max_pairs));
 }
 
-/// The pair of nearly equal lengths with the greatest margin.
-fn matched(group: &mut Group, alpha: f64, tolerance: Tolerance) -> Option<Pair> {
+/// The pair of nearly equal lengths with the greatest margin, and whether any two of nearly equal lengths are left out
+/// since their rewards are equal.
+fn matched(group: &mut Group, alpha: f64, ties: TieHash, tolerance: Tolerance) -> (Option<Pair>, bool) {
     // By length: after the first rejected response that is too long, all others are too long.
     group.rejected.sort_unstable_by_key(|response| (response.length, response.row));
     let mut best: Option<Pair> = None;
+    let mut tied = false;
     for chosen in &group.chosen {
         let too_short = |other: &Response| other.length < chosen.length && !tolerance.allows(chosen, other);
         let first = group.rejected.partition_point(too_short);
         let near = group.rejected[first..].iter().take_while(|other| tolerance.allows(chosen, other));
-        for rejected in near.filter(|other| beats(chosen, other, 0.0)) {
-            let pair = Pair::new(chosen, rejected, alpha);
-            if best.as_ref().is_none_or(|best| compare_matches(&pair, best).is_lt()) {
-                best = Some(pair);
+        for rejected in near {
+            if beats(chosen, rejected, 0.0) {
+                let pair = Pair::new(chosen, rejected, alpha);
+                if best.as_ref().is_none_or(|best| compare_matches(&pair, best, ties).is_lt()) {
+                    best = Some(pair);
+                }
+            } else {
+                tied |= chosen.raw == rejected.raw && chosen.row != rejected.row;
             }
         }
     }
-    best
+    (best, tied)
 }
 
-/// Greatest margin first, then least difference of length, then lower rows.
-fn compare_matches(a: &Pair, b: &Pair) -> Ordering {
+/// Greatest margin first, then least difference of length, then least hashes.
+fn compare_matches(a: &Pair, b: &Pair, ties: TieHash) -> Ordering {
     b.margin
         .total_cmp(&a.margin)
         .then_with(|| abs_diff(&a.chosen, &a.rejected).cmp(&abs_diff(&b.chosen, &b.rejected)))
-        .then_with(|| a.chosen.row.cmp(&b.chosen.row))
-        .then_with(|| a.rejected.row.cmp(&b.rejected.row))
+        .then_with(|| ties.rank(&a.chosen).cmp(&ties.rank(&b.chosen)))
+        .then_with(|| ties.rank(&a.rejected).cmp(&ties.rank(&b.rejected)))
 }
 
 fn abs_diff(a: &Response, b: &Response) -> u32 {
     a.length.abs_diff(b.length)
-}
-
-/// The generator of Steele, Lea and Flood (2014, doi 10.1145/2660193.2660195), as a hash of one number.
-fn splitmix64(state: u64) -> u64 {
-    let mut z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn splitmix64_is_the_published_one() {
-        // The first output from state 0.
-        assert_eq!(splitmix64(0), 0xe220_a839_7b1d_cdaf);
-    }
 }

@@ -13,10 +13,11 @@ use crate::numeric::moments::Moments;
 use crate::numeric::simd::{Job, Lanes, dispatch};
 use crate::pairs::bucket::Buckets;
 use crate::pairs::labels::{consistency, win_rate};
-use crate::pairs::order::{beats, best, best_first, saturate_to_f32, worst};
+use crate::pairs::order::{End, saturate_to_f32};
 use crate::pairs::pairing::{Pair, Pairing};
 use crate::pairs::pool::{Group, Pool};
 use crate::pairs::table::Table;
+use crate::pairs::ties::TieHash;
 use crate::pairs::totals::Totals;
 
 /// How the score of a response is computed from its reward r and its length l.
@@ -59,6 +60,8 @@ pub(crate) struct PickRules<'a> {
     pub(crate) scoring: Scoring<'a>,
     /// Which responses make pairs.
     pub(crate) pairing: Pairing,
+    /// Seed of the choice among responses of equal reward.
+    pub(crate) seed: u64,
     /// The scale of win rates, if they are added.
     pub(crate) win_rates: Option<f64>,
 }
@@ -138,20 +141,23 @@ struct Picker {
 
 impl Picker {
     fn add_prompt(&mut self, block: &Block, prompt: usize, rules: &PickRules, result: &mut PickResult) {
+        let number = rules.pool.columns.key_number(block.keys[prompt]);
+        let ties = TieHash::new(rules.seed, number, block.starts[prompt]);
         if !self.prepare(block, prompt, rules, &mut result.totals) {
             return;
         }
-        let number = rules.pool.columns.key_number(block.keys[prompt]);
         self.pairs.clear();
-        rules.pairing.pairs(&mut self.group, rules.scoring.alpha(), number, &mut self.pairs);
+        let alpha = rules.scoring.alpha();
+        let left_out = rules.pairing.pairs(&mut self.group, alpha, number, ties, &mut self.pairs);
+        result.totals.tied_pairs += left_out.pairs;
         if self.pairs.is_empty() {
-            result.totals.dropped_prompts.count_pairless(rules.pairing);
+            result.totals.dropped_prompts.count_pairless(rules.pairing, left_out.prompt);
             return;
         }
         if result.table.consistency.is_some() {
             self.collect_rewards(block, prompt, rules);
         }
-        self.write(block, prompt, rules, &mut result.table);
+        self.write(block, prompt, rules, ties, &mut result.table);
     }
 
     /// Collects the responses of a prompt and sets their scores. Returns whether they are enough for a pair.
@@ -172,8 +178,10 @@ impl Picker {
             return false;
         }
         // By reward alone: the scores of these two lists are not adjusted yet.
-        if let (Some(best), Some(worst)) = (best(&group.chosen, 0.0), worst(&group.rejected, 0.0))
-            && beats(best, worst, 0.0)
+        let best = End::Best.first_by_reward(&group.chosen);
+        let worst = End::Worst.first_by_reward(&group.rejected);
+        if let (Some(best), Some(worst)) = (best, worst)
+            && best.raw > worst.raw
         {
             totals.contrast += 1;
             totals.gap_before += i128::from(best.length) - i128::from(worst.length);
@@ -195,12 +203,12 @@ impl Picker {
     }
 
     /// Appends the pairs to a table.
-    fn write(&mut self, block: &Block, prompt: usize, rules: &PickRules, table: &mut Table) {
+    fn write(&mut self, block: &Block, prompt: usize, rules: &PickRules, ties: TieHash, table: &mut Table) {
         let alpha = rules.scoring.alpha();
         let group = &mut self.group;
         if rules.win_rates.is_some() {
             // In a fixed order, so that the sums do not depend on the order of rows.
-            group.all.sort_unstable_by(|a, b| best_first(a, b, alpha));
+            End::Best.sort(&mut group.all, alpha, ties);
         }
         let agreement = consistency(&self.rewards);
         for pair in &self.pairs {

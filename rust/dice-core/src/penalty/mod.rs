@@ -4,4 +4,5 @@ pub mod hull;
 pub(crate) mod probe;
 pub mod scan;
 pub(crate) mod solve;
+pub(crate) mod states;
 pub mod steps;

@@ -12,12 +12,14 @@ use crate::input::filter::{Dropped, Filter, Response};
 use crate::input::layout::{KeyOrderCheck, Layout};
 use crate::numeric::moments::Moments;
 use crate::numeric::simd::{Job, LANES, Lanes, dispatch};
-use crate::pairs::order::{beats, best, worst};
+use crate::pairs::order::End;
 use crate::pairs::pool::{Group, Pool};
 use crate::pairs::table::Table;
+use crate::pairs::ties::TieHash;
 use crate::pairs::totals::{DroppedPrompts, Totals};
-use crate::penalty::hull::{Bracket, Breakpoint, Side, walk};
+use crate::penalty::hull::{Bracket, Breakpoint, walk};
 use crate::penalty::probe::{Choice, Probe};
+use crate::penalty::states::{State, Winner, may_tie, states};
 
 /// A response that replaces another one in a pair, from a break point on.
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +30,7 @@ struct Replacement {
     drop: u32,
     /// Index of the pair in the table.
     pair: u32,
-    side: Side,
+    side: End,
     row: u64,
     reward: f64,
     length: u32,
@@ -44,11 +46,13 @@ pub struct ScanResult {
     pub gap: i128,
     /// Σ (|best| − |worst|)² at the low end of the bracket.
     pub squares: f64,
-    /// Σ (|best| − |worst|) by reward alone, over the prompts with contrast.
+    /// Σ (|best| − |worst|) by reward alone, over the prompts with contrast; of equal rewards, the shortest best and the
+    /// longest worst, as the least penalty has them.
     pub gap_before: i128,
     /// Prompts whose best response beats the worst by reward alone.
     pub contrast: u64,
-    /// Prompts that count in the gap. With pools, these may be more than those with contrast.
+    /// Prompts that count in the gap: those with two different rewards. With pools, these may be more than those with
+    /// contrast.
     pub counted: u64,
     /// Number of prompts.
     pub prompts: u64,
@@ -93,6 +97,7 @@ impl ScanResult {
             prompts: self.prompts,
             dropped: self.dropped,
             dropped_prompts: self.dropped_prompts,
+            tied_pairs: 0,
             rewards: self.moments,
             scores: self.moments,
             alpha,
@@ -106,8 +111,8 @@ impl ScanResult {
         for new in self.replacements.drain(..).filter(|new| new.at <= alpha) {
             let pair = new.pair as usize;
             let (row, reward, length) = match new.side {
-                Side::Chosen => (&mut table.chosen_row, &mut table.chosen_reward, &mut table.chosen_length),
-                Side::Rejected => {
+                End::Best => (&mut table.chosen_row, &mut table.chosen_reward, &mut table.chosen_length),
+                End::Worst => {
                     (&mut table.rejected_row, &mut table.rejected_reward, &mut table.rejected_length)
                 }
             };
@@ -115,7 +120,7 @@ impl ScanResult {
             reward[pair] = new.reward as f32;
             length[pair] = new.length;
             if let Some(rewards) = table.rewards_f64.get_mut(pair) {
-                rewards[usize::from(new.side == Side::Rejected)] = new.reward;
+                rewards[usize::from(new.side == End::Worst)] = new.reward;
             }
         }
         table.set_margins(alpha);
@@ -133,6 +138,8 @@ pub struct ScanRequest<'a> {
     pub bracket: Bracket,
     /// Which responses count, and on which side.
     pub pool: Pool<'a>,
+    /// Seed of the choice among responses of equal reward.
+    pub seed: u64,
     /// Whether to write the pairs.
     pub pairs: bool,
 }
@@ -196,6 +203,8 @@ impl<S: Source> Job for ChunkJob<'_, S> {
                 };
                 if let Some([chosen, rejected, best, worst]) = choice.certain()
                     && choice.usable >= request.min_responses
+                    // Equal rewards never form a pair.
+                    && block.rewards[chosen as usize] != block.rewards[rejected as usize]
                 {
                     let length = |offset: u32| i64::from(block.lengths[offset as usize]);
                     let difference = length(chosen) - length(rejected);
@@ -242,7 +251,8 @@ fn write(table: &mut Table, block: &Block, picks: &[Pick]) {
 #[derive(Default)]
 struct ExactScan {
     group: Group,
-    winners: Vec<(f64, Response)>,
+    best: Vec<Winner>,
+    worst: Vec<Winner>,
 }
 
 impl ExactScan {
@@ -257,53 +267,108 @@ impl ExactScan {
         choice: &Choice,
         result: &mut ScanResult,
     ) -> Option<Pick> {
-        let group = &mut self.group;
-        request.pool.fill(block, prompt, group, &mut result.dropped);
-        let usable = group.all.len();
+        request.pool.fill(block, prompt, &mut self.group, &mut result.dropped);
+        let usable = self.group.all.len();
         if usable < request.min_responses {
             result.dropped.too_few_responses += usable as u64;
             result.dropped_prompts.too_few_responses += 1;
             return None;
         }
-        let response = |offset: u32| block.response(offset as usize);
-        let best = choice.best.map(response).or_else(|| best(&group.chosen, 0.0).copied())?;
-        let worst = choice.worst.map(response).or_else(|| worst(&group.rejected, 0.0).copied())?;
-        let contrast = beats(&best, &worst, 0.0);
-        if contrast || !request.pool.any_policy() {
-            result.counted += 1;
+        let key = request.pool.columns.key_number(block.keys[prompt]);
+        let ties = TieHash::new(request.seed, key, block.starts[prompt]);
+        let contrast = self.count(block, choice, result)?;
+        let response = |offset: u32| (request.bracket.low, block.response(offset as usize));
+        self.best.clear();
+        self.worst.clear();
+        match choice.chosen {
+            Some(offset) => self.best.push(response(offset)),
+            None => walk(&mut self.group.chosen, End::Best, request.bracket, ties, &mut self.best),
         }
+        match choice.rejected {
+            Some(offset) => self.worst.push(response(offset)),
+            None => walk(&mut self.group.rejected, End::Worst, request.bracket, ties, &mut self.worst),
+        }
+        let mut changes = Changes { block, prompt, pair: pair as u32, result };
+        let (chosen, rejected) = if may_tie(&self.best, &self.worst) {
+            // Walking has removed responses from the lists.
+            request.pool.fill(block, prompt, &mut self.group, &mut Dropped::default());
+            let lists = (&self.group.chosen[..], &self.group.rejected[..]);
+            changes.add_states(&states(&self.best, &self.worst, lists, request.bracket, ties))
+        } else {
+            (changes.add_winners(End::Best, &self.best), changes.add_winners(End::Worst, &self.worst))
+        };
+        let difference = i64::from(chosen.length) - i64::from(rejected.length);
+        result.gap += i128::from(difference);
+        result.squares += (difference as f64).powi(2);
+        contrast.then_some(Pick {
+            prompt: prompt as u32,
+            chosen: chosen.row as u32,
+            rejected: rejected.row as u32,
+        })
+    }
+
+    /// Counts a prompt by its rewards alone. Returns whether the best is above the worst; `None` if all are equal.
+    fn count(&self, block: &Block, choice: &Choice, result: &mut ScanResult) -> Option<bool> {
+        let Group { chosen, rejected, .. } = &self.group;
+        let response = |offset: u32| block.response(offset as usize);
+        let best = choice.best.map(response).or_else(|| End::Best.first_by_reward(chosen))?;
+        let worst = choice.worst.map(response).or_else(|| End::Worst.first_by_reward(rejected))?;
+        let contrast = best.raw > worst.raw;
         if contrast {
             result.contrast += 1;
             result.gap_before += i128::from(best.length) - i128::from(worst.length);
+        } else if chosen.iter().chain(rejected).all(|response| response.raw == best.raw) {
+            result.dropped_prompts.tied += 1;
+            return None;
         } else {
             result.dropped_prompts.no_contrast += 1;
         }
-        let mut winner = |side: Side, certain: Option<u32>, responses: &mut Vec<Response>| {
-            if let Some(offset) = certain {
-                return (offset, i64::from(block.lengths[offset as usize]));
-            }
-            walk(responses, side, request.bracket, &mut self.winners);
-            let first = self.winners[0].1;
-            let mut previous = first;
-            for &(at, response) in &self.winners[1..] {
-                result.replacements.push(Replacement {
-                    at,
-                    drop: response.length.abs_diff(previous.length),
-                    pair: pair as u32,
-                    side,
-                    row: block.row(prompt, response.row as usize),
-                    reward: response.raw,
-                    length: response.length,
-                });
-                previous = response;
-            }
-            (first.row as u32, i64::from(first.length))
-        };
-        let chosen = winner(Side::Chosen, choice.chosen, &mut group.chosen);
-        let rejected = winner(Side::Rejected, choice.rejected, &mut group.rejected);
-        let difference = chosen.1 - rejected.1;
-        result.gap += i128::from(difference);
-        result.squares += (difference as f64).powi(2);
-        contrast.then_some(Pick { prompt: prompt as u32, chosen: chosen.0, rejected: rejected.0 })
+        result.counted += 1;
+        Some(contrast)
+    }
+}
+
+/// Writes the break points of one prompt.
+struct Changes<'a> {
+    block: &'a Block,
+    prompt: usize,
+    /// Index of the prompt's pair in the table.
+    pair: u32,
+    result: &'a mut ScanResult,
+}
+
+impl Changes<'_> {
+    fn push(&mut self, at: f64, drop: u32, side: End, response: &Response) {
+        self.result.replacements.push(Replacement {
+            at,
+            drop,
+            pair: self.pair,
+            side,
+            row: self.block.row(self.prompt, response.row as usize),
+            reward: response.raw,
+            length: response.length,
+        });
+    }
+
+    /// The break points of one side, each a shorter chosen or a longer rejected response. Returns the first response.
+    fn add_winners(&mut self, side: End, winners: &[Winner]) -> Response {
+        for two in winners.windows(2) {
+            let (at, response) = two[1];
+            self.push(at, response.length.abs_diff(two[0].1.length), side, &response);
+        }
+        winners[0].1
+    }
+
+    /// The break points of pairs, in which both responses may change. Returns the first pair.
+    fn add_states(&mut self, states: &[State]) -> (Response, Response) {
+        for two in states.windows(2) {
+            let State { from, pair: (chosen, rejected) } = two[1];
+            let drop = (two[0].gap() - two[1].gap()) as u64;
+            // Both changes are at the same penalty, so only the sum counts.
+            let first = drop.min(u64::from(u32::MAX));
+            self.push(from, first as u32, End::Best, &chosen);
+            self.push(from, (drop - first) as u32, End::Worst, &rejected);
+        }
+        states[0].pair
     }
 }

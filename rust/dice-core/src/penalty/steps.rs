@@ -2,8 +2,8 @@
 //!
 //! The total gap of all prompts, `G(α) = Σ (|chosen| − |rejected|)`, falls in steps at the break points of
 //! [`hull`](crate::penalty::hull). Adding the steps in order gives the best α: the interval `[low, high)` on which |G|
-//! is least. There is only one such interval, since G never has the same value twice. (Chen et al., arXiv 2406.09760,
-//! eq. 6, search for the same α on a grid.)
+//! is least; if G has the same value on two of them (only the responses change), the lower one. (Chen et al., arXiv
+//! 2406.09760, eq. 6, search for the same α on a grid.)
 //!
 //! Every float of the interval gives the same pairs, so the reported one is a choice: zero if it is inside, else the
 //! middle. The interval then has an upper end: beyond the last break point, every prompt has its shortest response
@@ -41,7 +41,7 @@ pub enum Target {
 pub struct Steps {
     /// Least penalty of each step, ascending. The first is the low end of the bracket.
     at: Vec<f64>,
-    /// Total gap of each step, descending: at most 2³² for each of at most 2⁶³ prompts.
+    /// Total gap of each step, never rising: at most 2³² for each of at most 2⁶³ prompts.
     gap: Vec<i128>,
 }
 
@@ -70,7 +70,8 @@ impl Steps {
         // yet, or all steps are known and the last one is the best.
         match self.gap.get(after) {
             Some(gap) if gap.abs() < self.gap[after - 1].abs() => after,
-            _ => after - 1,
+            // Steps of equal gap differ only in their responses.
+            _ => self.gap.partition_point(|&gap| gap > self.gap[after - 1]),
         }
     }
 
@@ -179,6 +180,13 @@ mod tests {
     fn of_two_equal_gaps_the_lower_penalty_is_chosen() {
         let steps = steps(2, &[(0.5, 4)]);
         assert_eq!((steps.least(), steps.representative(0)), (0, 0.0));
+    }
+
+    #[test]
+    fn of_steps_of_equal_gap_the_lowest_is_chosen() {
+        assert_eq!(steps(9, &[(0.1, 6), (0.2, 0), (0.3, 0), (0.4, 9)]).least(), 1);
+        assert_eq!(steps(9, &[(0.1, 10), (0.2, 0), (0.3, 0), (0.4, 9)]).least(), 1);
+        assert_eq!(steps(0, &[(0.1, 0), (0.2, 3)]).least(), 0);
     }
 
     #[test]

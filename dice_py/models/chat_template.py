@@ -1,0 +1,144 @@
+"""Renders conversations with a tokenizer's chat template, and checks that all they say is rendered.
+
+What a conversation holds beside its turns' contents (tool_calls, tools, a name, …) must change the rendering; else the
+template does not know it, and the model would be asked something else than the file says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from dice_py.data import Message
+from dice_py.errors import DataError
+from dice_py.models.control_tokens import ControlTokens, Guard
+from dice_py.rows.messages import TEMPLATE_COLUMN, TOOLS_COLUMN, fields_of, options_of
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation as the template sees it."""
+
+    messages: list[dict[str, Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+    """`tools` and `chat_template_kwargs`."""
+
+    @staticmethod
+    def of(messages: list[Message]) -> Conversation:
+        """From the messages of an artifact."""
+        return Conversation([fields_of(message) for message in messages], options_of(messages))
+
+    def without(self, key: str) -> Conversation:
+        """The conversation without a field of its messages, or without an option."""
+        messages = [{name: value for name, value in message.items() if name != key} for message in self.messages]
+        return Conversation(messages, {name: value for name, value in self.options.items() if name != key})
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        controls: the control tokens of the tokenizer, which has a template.
+        time: what strftime_now prints; None: the present time.
+    """
+
+    def __init__(self, controls: ControlTokens, time: datetime | None) -> None:
+        self.controls, self.time = controls, time
+
+    def render(
+        self, conversation: Conversation, where: str, *, prompt: bool = False, guard: Guard | None = None
+    ) -> str:
+        """The rendered text; with `guard`, its texts have placeholders for spellings of control tokens.
+
+        Args:
+            prompt: whether the beginning of the answer follows.
+
+        Raises:
+            DataError: the template refuses the conversation, or changes a spelling of a control token in a text.
+        """
+        text = self._apply(conversation, where, prompt)
+        if guard is None:
+            return text
+        hidden = Conversation(guard.hide(conversation.messages), guard.hide(conversation.options))
+        guarded = self._apply(hidden, where, prompt)
+        if guard.restore(guarded) != text:
+            shown = ", ".join(map(repr, list(guard.placeholders)[:3]))
+            raise DataError(
+                f"{where}: the texts hold what spells a control token of the tokenizer ({shown}), and the chat "
+                "template reads or changes it, so that it cannot be kept as text; remove it from the texts"
+            )
+        return guarded
+
+    def _apply(self, conversation: Conversation, where: str, prompt: bool) -> str:
+        options = dict(conversation.options.get(TEMPLATE_COLUMN, {}))
+        if self.time is not None:
+            options["strftime_now"] = self.time.strftime
+        try:
+            return str(
+                self.controls.tokenizer.apply_chat_template(
+                    conversation.messages,
+                    tools=conversation.options.get(TOOLS_COLUMN),
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **options,
+                )
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            from jinja2.exceptions import TemplateError
+
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{where}: the chat template refuses these messages: {kind}{first_line}") from None
+
+    def check_complete(self, conversation: Conversation, text: str, where: str, *, turns: int, prompt: bool) -> None:
+        """Checks that the last `turns` turns, and with `prompt` the options, are in the rendered text.
+
+        Raises:
+            DataError: with the key that changes nothing, or the turn that is left out.
+        """
+
+        def changes(other: Conversation) -> bool:
+            try:
+                return self._apply(other, where, prompt) != text
+            except DataError:
+                return True  # without it, the template does not even render
+
+        checked = conversation.messages[len(conversation.messages) - turns :]
+        keys = dict.fromkeys(key for message in checked for key in message if key not in ("role", "content"))
+        if prompt:
+            keys |= dict.fromkeys(conversation.options)
+        for key in keys:
+            if key != TEMPLATE_COLUMN and not changes(conversation.without(key)):
+                raise _not_rendered(where, key)
+        if prompt:
+            self._check_variables(conversation, changes, where)
+        for at, message in enumerate(checked, start=len(conversation.messages) - turns):
+            if message["content"].strip() not in text:
+                # Trimmed inside, or escaped; or left out.
+                other = [*conversation.messages]
+                other[at] = {**message, "content": f"{message['content']} x"}
+                if not changes(Conversation(other, conversation.options)):
+                    raise DataError(
+                        f"{where}: the chat template leaves out the content of turn {at} ({message['role']}): "
+                        f"{message['content']!r:.60}; remove the turn, or use a template that renders it"
+                    )
+
+    def _check_variables(self, conversation: Conversation, changes: Callable[[Conversation], bool], where: str) -> None:
+        """Each variable of the data is one that the template reads. A value that is its default changes nothing."""
+        variables = conversation.options.get(TEMPLATE_COLUMN, {})
+        for name in variables:
+            left = {key: value for key, value in variables.items() if key != name}
+            if not re.search(rf"\b{re.escape(name)}\b", str(self.controls.tokenizer.chat_template)) and not changes(
+                Conversation(conversation.messages, {**conversation.options, TEMPLATE_COLUMN: left})
+            ):
+                raise _not_rendered(where, f"{TEMPLATE_COLUMN}.{name}", TEMPLATE_COLUMN)
+
+
+def _not_rendered(where: str, key: str, ignored: str | None = None) -> DataError:
+    return DataError(
+        f"{where}: the chat template does not render {key!r}, so the model would not see it; use a template that does, "
+        f"or leave it out with data.ignored_keys=[{ignored or key}]"
+    )

@@ -1,0 +1,45 @@
+"""The time that a chat template prints: fixed when the run, or a stage's output folder, is made, and stored there.
+
+A template that prints today's date (`strftime_now`, as Llama 3's does) would render other prompts each day, so that no
+key would hold.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from dice_py.config.shared import ModelConfig
+from dice_py.errors import DataError
+from dice_py.events import Report, no_report
+from dice_py.storage.files import read_json, write_json
+
+FILE = "rendered-at.json"
+"""Its name in `inputs/` of a run, or in a stage's output folder."""
+
+
+def prints_time(folder: Path) -> bool:
+    """True if a chat template of a model folder asks for the time."""
+    files = (*folder.glob("*.jinja"), *folder.glob("*/*.jinja"), *folder.glob("*chat_template*.json"))
+    return any(
+        b"strftime_now" in file.read_bytes() for file in (*files, folder / "tokenizer_config.json") if file.is_file()
+    )
+
+
+def with_template_time(models: ModelConfig, policy: Path, file: Path, report: Report = no_report) -> ModelConfig:
+    """The config with the time that the policy's template prints: that of `file`, which is written the first time.
+
+    Nothing changes where `template_time` is set, or the template prints no time.
+    """
+    if models.template_time is not None or not prints_time(policy):
+        return models
+    try:
+        fixed = models.model_validate(models.model_dump() | {"template_time": read_json(file)})
+        if fixed.template_time is not None:
+            return fixed
+    except (DataError, ValueError):
+        pass  # absent or damaged
+    now = datetime.now().isoformat(timespec="seconds")
+    write_json(file, now)
+    report("note", text=f"the chat template prints the time: {now} from now on, kept in {file} (model.template_time)")
+    return models.model_copy(update={"template_time": now})

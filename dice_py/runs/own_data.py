@@ -1,0 +1,205 @@
+"""The user's data in a run: read, checked and split into training and held-out parts, as copies in `inputs/`.
+
+The copies are artifacts under one key, and keep the digests of the files that they were made from. So a run goes on
+without its sources, and notices when one of them changes.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from dice_py.config.run import RunConfig
+from dice_py.config.stages import BufferConfig, ReplayConfig
+from dice_py.data import prompt_key, read_pairs, read_prompts
+from dice_py.errors import DataError
+from dice_py.storage.integrity import is_kept
+from dice_py.storage.keys import digest, file_digest, seed_for, versions
+from dice_py.storage.parquet import intact_key, parquet_meta, write_parquet
+from dice_py.storage.schemas import PROMPTS_READ
+
+if TYPE_CHECKING:
+    from dice_py.runs.folder import Run
+
+_HELD_OUT = 0.1  # at most this share of a user's prompts or pairs is held out when no file of them is named
+
+
+def own_copies(run: Run, outputs: dict[str, Path]) -> str:
+    """Brings the run's copies of the user's data up to date, and returns their key.
+
+    A source that is gone does not matter while the copies are whole, since they keep its digest.
+
+    Raises:
+        DataError: a source is gone, and a copy is not there or damaged.
+    """
+    config, data = run.config, run.config.data
+    buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}
+    sources = {
+        "prompts": _prompts_file(config),
+        "replay": data.replay,
+        "eval_prompts": data.eval_prompts,
+        "eval_pairs": data.eval_pairs,
+        **{f"buffer {name}": path for name, path in buffers.items()},
+    }
+    stored = _kept_sources(outputs)
+    contents: dict[str, str] = {}
+    for name, file in sources.items():
+        if file is not None:
+            gone = name in stored and not Path(file).is_file()
+            contents[name] = stored[name] if gone else file_digest(Path(file))
+    columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
+    held_out = [config.evaluate.prompts, config.evaluate.pairs]
+    rows = [data.on_bad_row, data.max_bad_rows, data.ignored_keys]
+    key = digest("inputs", columns, contents, config.seed, held_out, rows, versions("polars"))
+    # Every file is looked at, so that each damaged one is set aside.
+    kept = {name: is_kept(file, key, run.report) for name, file in outputs.items()}
+    listed = (parquet_meta(outputs["prompts"]) or {}).get("files", []) if kept["prompts"] else []
+    if kept["prompts"] and all(kept[name] for name in listed):
+        return key
+    changed = sorted(name for name, content in contents.items() if stored and stored.get(name) != content)
+    if changed:
+        run.report("note", text=f"the data of the run is read again: {', '.join(changed)} changed")
+    for name, file in sources.items():
+        if file is not None and not Path(file).is_file():
+            raise DataError(
+                f"{file} is gone, and the run's own copy of the data in {outputs['prompts'].parent} is damaged or not "
+                f"complete; bring {name} back to that place, and resume"
+            )
+    _split(run, outputs, key, contents)
+    return key
+
+
+def _kept_sources(outputs: dict[str, Path]) -> dict[str, str]:
+    """The digests of the sources, as any of the run's copies that is whole keeps them."""
+    for file in outputs.values():
+        meta = parquet_meta(file) if intact_key(file) is not None else None
+        if isinstance(meta, dict) and isinstance(meta.get("sources"), dict):
+            return dict(meta["sources"])
+    return {}
+
+
+def _prompts_file(config: RunConfig) -> str:
+    """The file of the prompts. Where round 0 makes the policy, the offline pairs' prompts serve if none is named."""
+    file = config.data.prompts or config.data.replay
+    assert file is not None
+    return file
+
+
+def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]) -> None:
+    """Reads the user's files and writes `inputs/`; the prompts last, since their key marks all of them as complete.
+
+    Args:
+        sources: the digests of the user's files, which the copies keep.
+    """
+    config, data = run.config, run.config.data
+    prompts_file = Path(_prompts_file(config))
+
+    def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
+        more = {} if pool is None else pools[pool]
+        return read_pairs(
+            Path(name),
+            prompt_column=data.prompt_column,
+            chosen_column=data.chosen_column,
+            rejected_column=data.rejected_column,
+            # The first round draws first, and a pair of a later round would stop it.
+            current_round=1,
+            **more,
+            **reading,
+        )
+
+    pools = pool_columns(config)
+    reading: dict[str, Any] = {"rule": data.bad_rows, "ignored": data.ignored_keys, "report": run.report}
+    prompts = read_prompts(prompts_file, data.prompt_column, **reading)
+    offline = pairs_of(data.replay, "replay") if data.replay else None
+    buffers = {name: pairs_of(buffer.path, name) for name, buffer in config.replay.buffers.items()}
+    rng = random.Random(seed_for(config.seed, "held out"))
+    if data.eval_prompts:
+        eval_prompts: pl.DataFrame | None = read_prompts(Path(data.eval_prompts), data.prompt_column, **reading)
+    else:
+        eval_prompts = _drawn(prompts, config.evaluate.prompts, rng)
+    eval_pairs = pairs_of(data.eval_pairs) if data.eval_pairs else _drawn(offline, config.evaluate.pairs, rng)
+    held = set() if eval_prompts is None else set(_keys(eval_prompts))
+    if eval_pairs is not None:
+        held |= set(eval_pairs["key"])
+    before = prompts.height
+    prompts = prompts.filter(~_keys(prompts).is_in(list(held)))
+    if prompts.is_empty():
+        raise DataError(f"{prompts_file}: all of its {before} prompts are held out; give more, or data.eval_prompts")
+    if offline is not None:
+        offline = _not_held_out(offline, held, f"data.replay ({data.replay})")
+    for name, pairs in buffers.items():
+        buffers[name] = _not_held_out(pairs, held, f"replay.buffers.{name}")
+    copies = {"offline": offline, "eval_prompts": eval_prompts, "eval_pairs": eval_pairs}
+    copies |= {f"buffer {name}": pairs for name, pairs in buffers.items()}
+    _write_copies(outputs, key, copies, prompts, sources)
+    counts = [("prompts for the rounds", prompts), ("offline pairs", offline)]
+    text = ", ".join(f"{0 if frame is None else frame.height} {noun}" for noun, frame in counts)
+    text += "".join(f", {pairs.height} in buffer {name}" for name, pairs in buffers.items())
+    held_out = [("prompts", eval_prompts), ("pairs", eval_pairs)]
+    text += "; held out: " + ", ".join(f"{0 if frame is None else frame.height} {noun}" for noun, frame in held_out)
+    run.report("note", text=text)
+
+
+def _drawn(frame: pl.DataFrame | None, most: int, rng: random.Random) -> pl.DataFrame | None:
+    """Rows to hold out, at most `most` and `_HELD_OUT` of all; None for no row."""
+    if frame is None or not most:
+        return None
+    rows = sorted(rng.sample(range(frame.height), min(most, int(frame.height * _HELD_OUT))))
+    return frame[rows] if rows else None
+
+
+def _keys(prompts: pl.DataFrame) -> pl.Series:
+    return pl.Series([prompt_key(messages) for messages in prompts["messages"].to_list()], dtype=pl.String)
+
+
+def _not_held_out(pairs: pl.DataFrame, held: set[str], name: str) -> pl.DataFrame:
+    """The pairs on prompts that are not held out."""
+    kept = pairs.filter(~pl.col("key").is_in(list(held)))
+    if kept.is_empty():
+        raise DataError(
+            f"all {pairs.height} offline pairs of {name} are on prompts that are held out (data.eval_pairs, "
+            "data.eval_prompts), so none is left to replay: give other files, or leave data.eval_pairs out to have a "
+            "share held out"
+        )
+    return kept
+
+
+def _write_copies(
+    outputs: dict[str, Path],
+    key: str,
+    copies: dict[str, pl.DataFrame | None],
+    prompts: pl.DataFrame,
+    sources: dict[str, str],
+) -> None:
+    """Writes the copies that there are, then the prompts, which name the others."""
+    made = {name: frame for name, frame in copies.items() if frame is not None}
+    for name, frame in made.items():
+        schema = PROMPTS_READ if name == "eval_prompts" else None
+        write_parquet(outputs[name], frame, key=key, schema=schema, meta={"sources": sources})
+    meta = {"sources": sources, "files": list(made)}
+    write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS_READ, meta=meta)
+
+
+def pool_columns(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The columns that the draw needs of each file of pairs, as keywords of `read_pairs`.
+
+    By the buffer's name; "replay" is data.replay.
+    """
+    data, replay = config.data, config.replay
+
+    def columns(pool: ReplayConfig | BufferConfig, weight_column: str | None) -> dict[str, Any]:
+        return {
+            "weight_column": weight_column,
+            "margin_column": data.margin_column if pool.margin_power > 0 else None,
+            "round_column": data.round_column if pool.half_life is not None else None,
+            "source_column": data.source_column if replay.stratify_by == "source" else None,
+        }
+
+    named = {
+        name: columns(buffer, buffer.weight_column) | {"weight_key": f"replay.buffers.{name}.weight_column"}
+        for name, buffer in replay.buffers.items()
+    }
+    return {"replay": columns(replay, data.weight_column), **named}

@@ -1,0 +1,204 @@
+"""One round of a run: the job of each stage, in order, each with what the stages before it made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dice_py.config.stages import ReplayConfig
+from dice_py.replay.buffer import ReplayBuffer
+from dice_py.replay.mined import append_mined
+from dice_py.runs.candidates import Candidates, candidates
+from dice_py.runs.folder import Run
+from dice_py.runs.inputs import Inputs, round_prompts
+from dice_py.stages.evaluate import EvaluateJob
+from dice_py.stages.generate import GenerateJob
+from dice_py.stages.job import StageFile, StageResult
+from dice_py.stages.mine import MineJob
+from dice_py.stages.replay import ReplayJob
+from dice_py.stages.score import ScoreJob
+from dice_py.stages.train import TrainJob
+from dice_py.storage.keys import seed_for
+from dice_py.storage.parquet import parquet_key
+
+
+def run_round_zero(run: Run, inputs: Inputs) -> Path:
+    """Trains π_1 by DPO from the SFT model on all offline pairs; returns its folder."""
+    config, base, sft = run.config, run.round_folder(0), inputs.reference
+    assert inputs.offline is not None
+    run.report_gpus(None)
+    run.report("round", number=0, rounds=config.rounds)
+    replay_job = ReplayJob(
+        config=ReplayConfig(),  # all pairs, each once: the shares and weights of `replay` are those of the rounds
+        score_config=config.score,
+        models=config.model,
+        policy=sft,
+        mined=None,
+        generations=[],
+        scores=[],
+        prompts=None,
+        offline=inputs.offline,
+        bad_rows=config.data.bad_rows,
+        input_keys=[parquet_key(inputs.offline)],
+        out=base / "replay",
+        seed=seed_for(config.seed, 0, "replay"),
+    )
+    training_set, training_set_key = run.run_stage(0, replay_job).files[0]
+    train_job = TrainJob(
+        config=config.round0.training(config.train),
+        models=config.model,
+        policy=sft,
+        training_set=training_set,
+        training_set_key=training_set_key,
+        out=base / "train",
+        beta=config.beta,
+        seed=seed_for(config.seed, 0, "train"),
+        devices=config.devices,
+    )
+    run.run_stage(0, train_job, following="generate")
+    return train_job.target
+
+
+def run_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> Path:
+    """Generate, score, mine, replay, train: the new policy's folder."""
+    config, base = run.config, run.round_folder(number)
+    prompts, prompts_key = round_prompts(run, inputs, number, base / "generate")
+    run.list_files(prompts)
+    run.run_stage(
+        number,
+        GenerateJob(
+            config=config.generate,
+            models=config.model,
+            policy=policy,
+            prompts=prompts,
+            prompts_key=prompts_key,
+            out=base / "generate",
+            seed=config.seed,
+            round_number=number,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            devices=config.devices,
+            bad_rows=config.data.bad_rows,
+        ),
+    )
+    # In a pool of rounds, those of the earlier ones too: their responses are scored again.
+    pool = candidates(run.folder, run.manifest, number, config.mine.pool_rounds, run.report)
+    scored = _shards(run.run_stage(number, _score_job(run, pool, number, policy, reference)))
+    mine_job = MineJob(
+        config=config.mine,
+        generations=pool.generations,
+        scores=[file for file, _ in scored],
+        score_keys=[key for _, key in scored],
+        rounds=pool.rounds,
+        out=base / "mine",
+        seed=seed_for(config.seed, number, "mine"),
+    )
+    mined = run.run_stage(number, mine_job)
+    replayed = run.run_stage(number, _replay_job(run, inputs, number, pool, scored, mined.files[0], policy))
+    training_set, training_set_key = replayed.files[0]
+    train_job = TrainJob(
+        config=config.train,
+        models=config.model,
+        policy=policy,
+        training_set=training_set,
+        training_set_key=training_set_key,
+        out=base / "train",
+        beta=config.beta,
+        seed=seed_for(config.seed, number, "train"),
+        devices=config.devices,
+    )
+    run.run_stage(number, train_job)
+    return train_job.target
+
+
+def _shards(result: StageResult) -> list[StageFile]:
+    """The shards of a stage, without what it wrote beside them (the gate)."""
+    return [(file, key) for file, key in result.files if file.suffix == ".parquet"]
+
+
+def _score_job(run: Run, pool: Candidates, number: int, policy: Path, reference: Path) -> ScoreJob:
+    config = run.config
+    return ScoreJob(
+        config=config.score,
+        models=config.model,
+        policy=policy,
+        reference=reference,
+        generations=pool.generations,
+        generation_keys=pool.keys,
+        out=run.round_folder(number) / "score",
+        beta=config.beta,
+        # Those of earlier rounds were sampled by other policies.
+        sampled=tuple(sampled_in == number for sampled_in in pool.rounds),
+        devices=config.devices,
+    )
+
+
+def _replay_job(
+    run: Run, inputs: Inputs, number: int, pool: Candidates, scored: list[StageFile], mined: StageFile, policy: Path
+) -> ReplayJob:
+    """The replay of a round. Where a run keeps a buffer of its rounds, the mined pairs are appended to it first."""
+    config = run.config
+    mined_file, mined_key = mined
+    scores = [file for file, _ in scored]
+    buffer = None
+    if config.replay.buffer is not None:
+        # Not a stage: appending pairs that the buffer already has does nothing.
+        buffer = ReplayBuffer(run.folder / "buffer", config.replay.buffer.capacity, seed_for(config.seed, "buffer"))
+        append_mined(
+            buffer,
+            number,
+            mined=mined_file,
+            generations=pool.generations,
+            scores=scores,
+            prompts=pool.prompts,
+            key=mined_key,
+            report=run.report,
+        )
+        run.list_files(buffer.path(number))
+    return ReplayJob(
+        config=config.replay,
+        score_config=config.score,
+        models=config.model,
+        policy=policy,
+        mined=mined_file,
+        generations=pool.generations,
+        scores=scores,
+        prompts=pool.prompts,
+        offline=inputs.offline,
+        bad_rows=config.data.bad_rows,
+        input_keys=[
+            mined_key,
+            parquet_key(inputs.offline) if inputs.offline else None,
+            {name: parquet_key(file) for name, file in inputs.buffers.items()},
+        ],
+        out=run.round_folder(number) / "replay",
+        seed=seed_for(config.seed, number, "replay"),
+        buffers=inputs.buffers,
+        rounds_buffer=buffer,
+        round_number=number,
+    )
+
+
+def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> dict[str, Any]:
+    """The metrics of round `number`'s new policy on held-out data."""
+    config = run.config
+    job = EvaluateJob(
+        config=config.evaluate,
+        generate_config=config.generate,
+        score_config=config.score,
+        models=config.model,
+        policy=policy,
+        start=inputs.policy,
+        reference=reference,
+        initial_reference=inputs.reference,
+        prompts=inputs.eval_prompts,
+        pairs=inputs.eval_pairs,
+        input_keys=[parquet_key(file) if file else None for file in (inputs.eval_prompts, inputs.eval_pairs)],
+        out=run.round_folder(number) / "evaluate",
+        shared=run.folder / "evaluate",
+        seed=seed_for(config.seed, "evaluate"),
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        judges=("oracle",) if config.is_world else (),
+        devices=config.devices,
+        bad_rows=config.data.bad_rows,
+    )
+    return dict(run.run_stage(number, job, is_last=number == config.rounds).counts)

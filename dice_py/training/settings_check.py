@@ -1,0 +1,152 @@
+"""Settings of a training that only the libraries can judge, tried before a run spends hours on what comes before it.
+
+Each is tried by what the trainer itself will do with it: the optimizer is built and steps on one weight, the scheduler
+is built on it, the adapters are put into the policy without its weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dice_py.config.training import LoraConfig, TrainConfig
+from dice_py.errors import UsageError
+
+
+def check_training_settings(config: TrainConfig, policy: Path, *, section: str = "train", remote_code: bool) -> None:
+    """Checks the trackers, the optimizer, the scheduler and the LoRA targets.
+
+    Args:
+        policy: the model's folder, of which only config.json is read.
+        section: of the config, for error messages.
+        remote_code: as model.trust_remote_code.
+
+    Raises:
+        UsageError: the message names the setting, what is missing, and the remedy.
+    """
+    _check_trackers(config.report_to, section)
+    optimizer = _check_optimizer(config, section)
+    _check_scheduler(config, optimizer, section)
+    if config.lora is not None:
+        _check_adapters(config.lora, policy, section, remote_code)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _check_trackers(names: list[str], section: str) -> None:
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name in ("none", "all"):
+            raise UsageError(f"{section}.report_to has {name!r}; name the trackers, or leave it empty for none")
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UsageError(
+                f"{section}.report_to has {name!r}, which transformers does not know; it knows "
+                f"{', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if name not in available:
+            raise UsageError(
+                f"{section}.report_to has {name!r}, which is not installed; add it with: pip install {name} (or leave "
+                f"it out of {section}.report_to)"
+            )
+
+
+def _check_optimizer(config: TrainConfig, section: str) -> Any:
+    """An optimizer as the trainer would build it, of one weight on the CPU."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    known = [str(kind.value) for kind in OptimizerNames]
+    if config.optim not in known:
+        raise UsageError(
+            f"{section}.optim is {config.optim!r}, which transformers does not know; it knows {', '.join(known)}"
+        )
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                optim=config.optim,
+                learning_rate=config.learning_rate,
+                use_cpu=True,
+                report_to="none",
+            )
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([weight], **options)
+    except Exception as error:  # each library has errors of its own
+        raise UsageError(
+            f"{section}.optim is {config.optim!r}, which cannot be used here ({_first_line(error)}); set "
+            f"{section}.optim=adamw_torch_fused"
+        ) from None
+    return optimizer
+
+
+def _check_scheduler(config: TrainConfig, optimizer: Any, section: str) -> None:
+    from transformers import SchedulerType, get_scheduler
+
+    known = [str(kind.value) for kind in SchedulerType]
+    name = config.lr_scheduler_type
+    key = f"{section}.lr_scheduler_type"
+    if name not in known:
+        raise UsageError(f"{key} is {name!r}, which transformers does not know; it knows {', '.join(known)}")
+    try:
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10)
+    except Exception as error:
+        raise UsageError(
+            f"{key} is {name!r}, which needs settings that there are none of here ({_first_line(error)}); set "
+            f"{key}=cosine, linear or constant_with_warmup"
+        ) from None
+    if not hasattr(scheduler, "get_last_lr") or not _steps_alone(scheduler):
+        raise UsageError(
+            f"{key} is {name!r}, which follows a metric of an evaluation during training, and there is none; set "
+            f"{key}=cosine, linear or constant_with_warmup"
+        )
+
+
+def _steps_alone(scheduler: Any) -> bool:
+    """Whether the scheduler needs nothing but the number of the step."""
+    import inspect
+
+    parameters = inspect.signature(scheduler.step).parameters
+    return all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
+
+
+def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: bool) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"{section}.lora is set, but peft is not installed; add it with: pip install peft")
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dice_py.training.trainer import peft_config
+
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(policy, trust_remote_code=remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
+    key = f"{section}.lora.target_modules"
+    names = [name for name, _ in model.named_modules() if name]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
+    if lora.target_modules != "all-linear":
+        for target in lora.target_modules:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise UsageError(
+                    f"{key} has {target!r}, which is no module of {policy}; its modules with weights are "
+                    f"{', '.join(leaves)}"
+                )
+    try:
+        get_peft_model(model, peft_config(lora))
+    except Exception as error:
+        raise UsageError(
+            f"{section}.lora cannot be put into {policy} ({_first_line(error)}); its modules with weights are "
+            f"{', '.join(leaves)}"
+        ) from None

@@ -1,0 +1,85 @@
+"""How much of an update rounding leaves, and in which dtype the policy is then saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_llama, make_qwen2
+from tiny_sets import CPU
+from transformers import AutoModelForCausalLM
+
+from dice_py.config.training import TrainConfig
+from dice_py.errors import UsageError
+from dice_py.training.update import Update, check_update, measure_update, start_weights
+
+
+def update_of(step: float) -> Update:
+    start = {"a": torch.linspace(0.5, 1.0, 64).bfloat16(), "ids": torch.arange(3)}
+    trained = [("a", start["a"].float() + step), ("ids", torch.arange(3))]
+    return measure_update(trained, start.__getitem__, torch.bfloat16)
+
+
+def test_the_update_of_a_start_on_the_grid() -> None:
+    # The numbers of bfloat16 between 0.5 and 1 are 2^-8 apart.
+    update = update_of(2**-8)
+    assert (update.rms, update.largest, update.kept) == (2**-8, 2**-8, 1.0)
+    lost = update_of(2**-10)
+    assert (lost.largest, lost.kept) == (2**-10, 0.0)
+    assert update_of(0.0) == (0.0, 0.0, 1.0)
+
+
+def test_nothing_is_lost_in_float32() -> None:
+    start = {"a": torch.randn(32, generator=torch.Generator().manual_seed(0))}
+    update = measure_update([("a", start["a"] * 1.001)], start.__getitem__, torch.float32)
+    assert update.kept == 1.0
+    assert update.rms > 0
+
+
+@pytest.mark.parametrize(
+    ("save_dtype", "kept", "want"),
+    [
+        ("auto", 1.0, torch.bfloat16),
+        ("auto", 0.6, torch.bfloat16),
+        ("auto", 0.4, torch.float32),
+        ("auto", 0.0, torch.float32),
+        ("stored", 0.4, torch.bfloat16),
+        ("stored", 0.9, torch.bfloat16),
+        ("float32", 1.0, torch.float32),
+    ],
+)
+def test_the_dtype_of_the_saved_policy(save_dtype: str, kept: float, want: torch.dtype) -> None:
+    config = TrainConfig(save_dtype=save_dtype)  # type: ignore[arg-type]
+    dtype, note = check_update(Update(1e-6, 2e-6, kept), config, torch.bfloat16, 20)
+    assert dtype == want
+    assert (note is not None) == (kept < 0.5 and save_dtype != "float32")
+    if note is not None:
+        assert f"leaves {kept:.0%} of the update" in note
+        assert "train.save_dtype=" in note
+
+
+def test_an_update_that_rounding_takes_away_is_an_error_where_rounding_is_asked_for() -> None:
+    with pytest.raises(UsageError, match=r"bfloat16.*leaves 0%.*train\.save_dtype=float32"):
+        check_update(Update(1e-6, 2e-6, 0.0), TrainConfig(save_dtype="stored"), torch.bfloat16, 20)
+
+
+def test_a_policy_that_did_not_change_names_learning_rate_steps_and_warm_up() -> None:
+    with pytest.raises(UsageError) as raised:
+        check_update(Update(0.0, 0.0, 1.0), TrainConfig(warmup_steps=50), torch.float32, 1)
+    for part in ("changed no weight", "train.learning_rate is 5e-07", "1 step,", "train.warmup_steps=50"):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_qwen2])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_start_weights_are_those_of_the_loaded_model(make: object, pickled: bool, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")  # type: ignore[operator]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if pickled:  # another format of the same weights: read by loading the model
+        (folder / "model.safetensors").unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    values = dict(model.named_parameters())
+    start = start_weights(folder, values, CPU)
+    assert values
+    assert all(torch.equal(start(name), value) for name, value in values.items())
