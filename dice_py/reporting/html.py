@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dice_py.errors import DataError
 from dice_py.reporting.charts import gap_curve_svg
 from dice_py.reporting.foreign_text import html_text
 from dice_py.reporting.formatting import mining_rows, number, seconds
-from dice_py.storage.files import Manifest, read_sealed, write_sealed_text
+from dice_py.storage.digests import file_state
+from dice_py.storage.files import Manifest, read_json, write_sealed_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --accent: #2467c9; --muted: #777; }
@@ -68,7 +70,7 @@ def _evaluation(folder: Path, rounds: list[str]) -> list[str]:
     """The metrics of all rounds, side by side."""
     files = {name: folder / name / "evaluate" / "metrics.json" for name in rounds}
     # A round that is still to be made again may have a damaged file.
-    metrics = {name: values for name, file in files.items() if (values := read_sealed(file)) is not None}
+    metrics = {name: values for name, file in files.items() if (values := _stored(file)) is not None}
     if not metrics:
         return []
     names = list(dict.fromkeys(key for values in metrics.values() for key in values))
@@ -89,8 +91,18 @@ def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
         if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
             rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
             parts.append(_table(stage, ["", ""], rows))
-    mining = read_sealed(folder / name / "mine" / "mining.json")
+    mining = _stored(folder / name / "mine" / "mining.json")
     return parts if mining is None else [*parts, *_mining(mining)]
+
+
+def _stored(file: Path) -> dict[str, Any] | None:
+    """A JSON file of a stage, also of an older version, which wrote no digest; None if it is absent or damaged."""
+    if file_state(file) not in ("intact", "unmarked"):
+        return None
+    try:
+        return dict(read_json(file))
+    except DataError:
+        return None
 
 
 def _mining(summary: dict[str, Any]) -> list[str]:

@@ -173,6 +173,13 @@ class Run:
         )
         return result
 
+    def list_files(self, *paths: Path | None) -> None:
+        """Names files that are no stage's (data, prompts, buffer) in the manifest, with their digests."""
+        others = self.manifest.data.setdefault("others", {})
+        for path in paths:
+            if path is not None and path.is_relative_to(self.folder):
+                others[self._relative(path)] = stored_digest(path)
+
     def _files(self, entry: dict[str, Any]) -> list[StageFile]:
         return [(self.folder / made["file"], made["key"]) for made in entry["files"]]
 

@@ -25,26 +25,23 @@ from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
 from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
-from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, UsageError
+from dice_py.errors import DamagedError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
 from dice_py.runs.inputs import prepare
 from dice_py.runs.profile import write_profile
-from dice_py.runs.reasons import changes, listed
 from dice_py.runs.round import evaluate_round, run_round, run_round_zero
 from dice_py.runs.stored_config import (
     CONFIG_FILE,
+    check_folder,
     has_config,
-    restore_config,
-    settings,
     store_config,
     stored_config,
     with_absolute_paths,
 )
 from dice_py.runs.throughput import remember_run
-from dice_py.storage.files import Manifest, make_folder, remove_temporaries
-from dice_py.storage.integrity import set_aside
+from dice_py.storage.files import make_folder, remove_temporaries
 from dice_py.storage.keys import versions
 
 AfterRound = Callable[[Path], object]
@@ -71,7 +68,7 @@ def run(
         DiceError: raised by a stage.
     """
     config = with_absolute_paths(config)
-    _check_folder(config, folder)
+    check_folder(config, folder)
     make_folder(folder)
     return _run(config, folder, report, after_round, force)
 
@@ -85,7 +82,7 @@ def _run(
         run = Run(folder, config, report, monitor, force=force)
         try:
             run.report("started", pid=os.getpid())
-            changed = _store(run)
+            changed = store_config(run.folder, run.config, run.manifest, run.report)
             metrics = _checked_rounds(run, after_round)
             if changed and not run.remade:
                 run.report("note", text="the changed settings touch no stage that was done before")
@@ -105,26 +102,6 @@ def _run(
             run.close()
 
 
-def _store(run: Run) -> list[str]:
-    """Stores the config, and returns which settings changed, which is reported too.
-
-    A stored config that is not as the run wrote it is set aside first.
-    """
-    file = run.folder / CONFIG_FILE
-    changed: list[str] = []
-    if file.exists():
-        try:
-            before = restore_config(run.folder, run.report)
-        except DiceError:
-            set_aside(file, run.report)
-        else:
-            changed = changes(settings(with_absolute_paths(before)), settings(run.config))
-            if changed:
-                run.report("note", text=f"settings changed: {listed(changed)}")
-    store_config(run.folder, run.config, run.manifest)
-    return changed
-
-
 def _checked_rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     """All rounds. When a stage meets a damaged artifact of the run, they begin again, so that its stage makes it."""
     met: set[str] = set()
@@ -136,28 +113,6 @@ def _checked_rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
                 raise
             met.add(str(error))
             run.report("note", text=f"{error}. The files of the run are checked again")
-
-
-def _check_folder(config: RunConfig, folder: Path) -> None:
-    stored = folder / CONFIG_FILE
-    if stored.exists():
-        # A run that failed before its first stage has nothing to lose: it may be started with another config.
-        begun = Manifest(folder / "manifest.json").data["stages"] or any(folder.glob("round-*"))
-        if not begun:
-            return
-        try:
-            before = with_absolute_paths(stored_config(folder)[0])
-        except DataError:
-            return  # It is damaged and has no copy, so the keys of the artifacts decide what is kept.
-        changed = changes(settings(before), settings(config))
-        if changed:
-            raise UsageError(
-                f"{folder} holds a run of another config (see {stored}): {listed(changed)}. Give another --run-dir, "
-                f"continue that run as it is with: dice resume {folder}, or change it with: dice resume {folder} "
-                "--set section.key=value"
-            )
-    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
 
 
 def _write_profile_of_stopped(folder: Path) -> None:
@@ -192,6 +147,8 @@ def resume(
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     inputs = prepare(run)
+    files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs, *inputs.buffers.values()]
+    run.list_files(*files)
     run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
     if config.has_round_zero:
         inputs = replace(inputs, policy=run_round_zero(run, inputs))

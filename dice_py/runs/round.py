@@ -63,6 +63,7 @@ def run_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Pa
     """Generate, score, mine, replay, train: the new policy's folder."""
     config, base = run.config, run.round_folder(number)
     prompts, prompts_key = round_prompts(run, inputs, number, base / "generate")
+    run.list_files(prompts)
     run.run_stage(
         number,
         GenerateJob(
@@ -152,6 +153,7 @@ def _replay_job(
             key=mined_key,
             report=run.report,
         )
+        run.list_files(buffer.path(number))
     return ReplayJob(
         config=config.replay,
         score_config=config.score,

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dice_py.config.loading import dump, load_resolved
 from dice_py.config.run import RunConfig
-from dice_py.errors import DataError, DiceError
+from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.events import Report
 from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.storage.digests import file_state
@@ -22,12 +22,54 @@ from dice_py.storage.integrity import set_aside
 CONFIG_FILE = "config.yaml"
 
 
-def store_config(folder: Path, config: RunConfig, manifest: Manifest) -> None:
-    """Writes the config of a run atomically, and its copy into the manifest."""
+def check_folder(config: RunConfig, folder: Path) -> None:
+    """Checks that a run of this config may be made, or continued, in a folder.
+
+    Raises:
+        UsageError: the folder holds a run of another config, or something else.
+    """
+    stored = folder / CONFIG_FILE
+    if stored.exists():
+        # A run that failed before its first stage has nothing to lose: it may be started with another config.
+        begun = Manifest(folder / "manifest.json").data["stages"] or any(folder.glob("round-*"))
+        if not begun:
+            return
+        try:
+            before = with_absolute_paths(stored_config(folder)[0])
+        except DataError:
+            return  # It is damaged and has no copy, so the keys of the artifacts decide what is kept.
+        changed = changes(settings(before), settings(config))
+        if changed:
+            raise UsageError(
+                f"{folder} holds a run of another config (see {stored}): {listed(changed)}. Give another --run-dir, "
+                f"continue that run as it is with: dice resume {folder}, or change it with: dice resume {folder} "
+                "--set section.key=value"
+            )
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
+
+
+def store_config(folder: Path, config: RunConfig, manifest: Manifest, report: Report) -> list[str]:
+    """Writes the config of a run atomically, and its copy into the manifest; returns what changed, which is reported.
+
+    A stored config that is not as the run wrote it is set aside first.
+    """
+    file = folder / CONFIG_FILE
+    changed: list[str] = []
+    if file.exists():
+        try:
+            before = restore_config(folder, report)
+        except DiceError:
+            set_aside(file, report)
+        else:
+            changed = changes(settings(with_absolute_paths(before)), settings(config))
+            if changed:
+                report("note", text=f"settings changed: {listed(changed)}")
     text = f"{dump(config)}# To change a setting: dice resume RUN --set section.key=value\n"
-    write_sealed_text(folder / CONFIG_FILE, text, "# {}")
+    write_sealed_text(file, text, "# {}")
     manifest.data["config"] = config.model_dump(mode="json")
     manifest.save()
+    return changed
 
 
 def stored_config(folder: Path) -> tuple[RunConfig, str | None]:

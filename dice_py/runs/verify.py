@@ -88,11 +88,11 @@ def _artifacts(folder: Path) -> Iterator[Path]:
 def _listed_and_absent(folder: Path) -> list[Path]:
     """What the manifest names and is not there; of a model, its stamp."""
     absent = [] if (folder / CONFIG_FILE).exists() else [folder / CONFIG_FILE]
-    for entry in Manifest(folder / "manifest.json").data["stages"].values():
-        for made in entry.get("files", []):
-            path = folder / made["file"]
-            if not path.exists():
-                absent.append(path)
-            elif path.is_dir() and not (path / MODEL_STAMP).exists():
-                absent.append(path / MODEL_STAMP)
+    manifest = Manifest(folder / "manifest.json").data
+    made = [file["file"] for entry in manifest["stages"].values() for file in entry.get("files", [])]
+    for path in (folder / name for name in [*made, *manifest.get("others", {})]):
+        if not path.exists():
+            absent.append(path)
+        elif path.is_dir() and not (path / MODEL_STAMP).exists():
+            absent.append(path / MODEL_STAMP)
     return absent

@@ -207,7 +207,7 @@ def test_a_model_folder_without_weights(own) -> None:
 def test_prompts_that_cannot_be_used(own) -> None:
     empty = Path("empty.jsonl")
     empty.touch()
-    assert own(prompts=empty) == "error: empty.jsonl is empty"
+    assert own(prompts=empty) == f"error: {empty.absolute()} is empty"
     assert "absent.jsonl" in own(prompts=Path("absent.jsonl"))
 
 
@@ -279,7 +279,7 @@ def test_a_file_that_is_no_gguf(own, refused) -> None:
     said = refused(3, "generate", "--policy", page, "--prompts", prompts, "-o", "out")
     assert said.startswith("error: --policy: model.gguf is not a GGUF file")
     said = own(policy=page)
-    assert said.startswith("error: model.policy (--policy): model.gguf is not a GGUF file")
+    assert said.startswith(f"error: model.policy (--policy): {page.absolute()} is not a GGUF file")
 
 
 def test_an_sft_model_beside_a_policy_or_without_pairs(own, refused) -> None:

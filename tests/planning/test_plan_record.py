@@ -24,7 +24,7 @@ from dice_py.runs.measured_costs import COSTS as COSTS_KIND
 from dice_py.runs.measured_costs import EvaluateCosts, recall_costs, remember_costs
 from dice_py.runs.throughput import costs_key, lengths_key, remember_run
 from dice_py.storage.cache import remember
-from dice_py.storage.files import Manifest, write_json
+from dice_py.storage.files import Manifest, read_json, write_json, write_sealed
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import GENERATIONS, PROMPTS
 from dice_py.training.parallelism import ProcessLayout
@@ -125,9 +125,10 @@ def test_costs_are_measured_once(remembering: dict[str, Any], tmp_path: Path) ->
     assert planned(fresh=True) == ["measured", 2, *EVERYTHING]
     # Other prompts may be answered at another length, at the same speed.
     key = lengths_key(remembering["config"], remembering["inputs"].policy, remembering["inputs"].prompts)
-    stored = json.loads((tmp_path / "cache" / "remembered.json").read_text())
+    remembered = tmp_path / "cache" / "remembered.json"
+    stored = read_json(remembered)
     del stored["response lengths"][key]
-    (tmp_path / "cache" / "remembered.json").write_text(json.dumps(stored))
+    write_sealed(remembered, stored, "remembered")
     assert planned() == ["stored", 2, ("probe", "lengths")]
 
 

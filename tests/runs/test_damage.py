@@ -120,6 +120,16 @@ def test_a_file_that_is_gone_is_made_again(copy: Path, finished: Path) -> None:
     assert_same_results(copy, finished)
 
 
+@pytest.mark.parametrize(
+    "name", ["inputs/offline.parquet", "round-01/generate/prompts.parquet", "buffer/round-01.parquet"]
+)
+def test_files_of_no_stage_that_are_gone_are_made_again(copy: Path, finished: Path, name: str) -> None:
+    (copy / name).unlink()
+    assert verify_run(copy)["missing"] == [str(copy / name)]
+    assert made_again(resume(copy)) == []
+    assert_same_results(copy, finished)
+
+
 def test_config_and_manifest_damaged_together(copy: Path, finished: Path) -> None:
     flip(copy / "config.yaml")
     truncate(copy / "manifest.json")
