@@ -25,7 +25,7 @@ from dice_py.storage.files import write_json
 if TYPE_CHECKING:
     import numpy as np
 
-_PART = 8 * 2**20  # bytes in memory; a multiple of the width of every type
+_PART = 2**18  # bytes in memory, which stay in the cache of a core; a multiple of the width of every type
 SETTLED_NS = 2 * 10**9
 """Age below which a change of a file may have left its times as they were."""
 SMALL = 2**20

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,33 @@ def test_no_pair_is_a_warning(dice: Any, options: list[str], names: str, memory:
     assert "warning: no pair is left of 6 responses to 2 prompts" in said
     assert names in said
     assert pl.read_parquet(tmp_path / "pairs.parquet").is_empty()
+
+
+@pytest.mark.parametrize("order", ["in order", "shuffled"])
+@pytest.mark.parametrize(
+    "options", [{"debias": "none"}, {}, {"pairing": "all_pairs"}, {"pairing": "max_random", "seed": 7}]
+)
+def test_ties_do_not_depend_on_files_and_segments(tmp_path: Path, order: str, options: dict[str, Any]) -> None:
+    """Integer scores of a judge, of which many are equal: in memory, in one file, and streamed from several."""
+    n = 3000
+    frame = pl.DataFrame(
+        {
+            "prompt_id": [row // 6 for row in range(n)],
+            "reward": [random.Random(row).randrange(2) for row in range(n)],
+            "response_tokens": [1 + (row * 104729) % 50 for row in range(n)],
+        }
+    )
+    if order == "shuffled":
+        frame = frame.sample(fraction=1, shuffle=True, seed=1)
+    expected = mine_pairs(frame, **options)
+    assert expected.dropped_prompts["tied"] > 0
+    for cuts, memory in (([], 1.0), ([], 1e-5), ([700, 701, 2000], 1e-5)):
+        folder = tmp_path / f"{len(cuts)}-{memory}"
+        folder.mkdir()
+        edges = [0, *cuts, n]
+        for part, (start, end) in enumerate(itertools.pairwise(edges)):
+            frame[start:end].write_parquet(folder / f"{part}.parquet", row_group_size=500)
+        summary = mine_files([str(folder)], tmp_path / "pairs.parquet", memory_gib=memory, **options)
+        assert pl.read_parquet(tmp_path / "pairs.parquet").equals(expected.pairs)
+        assert summary["dropped_prompts"] == expected.dropped_prompts
+        assert summary["dropped_pairs"] == expected.dropped_pairs

@@ -17,7 +17,8 @@
 //! | `numeric` | exact comparisons and sums, vectors of float32, correlation |
 //!
 //! Pairs, penalty and counts do not depend on the number of threads, on how the input is cut into batches, or on the
-//! order of rows (except for exact ties, which go to the lower row number).
+//! order of rows (except that the order of a prompt's own rows decides which of several responses of equal reward is
+//! taken: [`pairs::ties`]).
 
 mod error;
 pub mod input;
