@@ -14,6 +14,7 @@ from tiny_models import make_llama, make_tokenizer
 from dice_py.compute.stage_process import run_in_subprocess
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig, ScoreConfig
+from dice_py.data import prompts_frame
 from dice_py.events import no_report
 from dice_py.generation.engines.base import Request, Sample, sample_all
 from dice_py.generation.engines.decoding import SeededSampling
@@ -21,7 +22,9 @@ from dice_py.generation.engines.factory import build_engine
 from dice_py.models.loading import load_model
 from dice_py.models.vocabulary import KnownTokens
 from dice_py.scoring.scorer import Scorer
+from dice_py.stages.generate import GenerateJob
 from dice_py.storage.keys import seed_for
+from dice_py.storage.parquet import read_parquet
 
 FLOAT32 = ModelConfig(device="cpu", dtype="float32")
 CONFIG = GenerateConfig(samples=2, max_new_tokens=12, temperature=1.0, vllm={"kv_cache_gib": 0.1, "max_num_seqs": 32})
@@ -80,6 +83,17 @@ def check(masked: list[Sample], free: list[Sample], difference: float) -> None:
 
 def test_the_transformers_engine(tmp_path: Path) -> None:
     check(*sampled("transformers", make_llama(tmp_path / "model", vocab_size=ROWS)))
+
+
+def test_the_stage_passes_them_on(tmp_path: Path) -> None:
+    prompts = prompts_frame([[{"role": "user", "content": text}] for text in ("hi", "ho")])
+    job = GenerateJob(
+        config=CONFIG.model_copy(update={"engine": "transformers", "samples": 8}), models=FLOAT32,
+        policy=make_llama(tmp_path / "model", vocab_size=ROWS), prompts=prompts, prompts_key="k", out=tmp_path / "out",
+        seed=0, round_number=1, max_prompt_tokens=64,
+    )  # fmt: skip
+    (file, _), *_ = job.run().files
+    assert int(read_parquet(file)["token_ids"].explode().max()) < KNOWN.size  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
