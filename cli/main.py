@@ -39,7 +39,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise InterruptedRunError("interrupted; completed shards are kept: repeat the command to continue") from None
+            raise InterruptedRunError(
+                "interrupted; completed shards are kept: repeat the command to continue"
+            ) from None
         except UnicodeEncodeError as error:
             if not isinstance(error.object, str) or not "\ud800" <= error.object[error.start] <= "\udfff":
                 raise

@@ -15,6 +15,7 @@ from tiny_models import make_mistral
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
+from dice_py.runs import round as round_jobs
 from dice_py.scoring.pairs import score_pairs
 from dice_py.storage.files import read_json
 from dice_py.storage.keys import seed_for
@@ -79,7 +80,7 @@ def test_a_second_round_replays_what_the_first_mined(tmp_path: Path, monkeypatch
     monkeypatch.setattr(run_folder, "run_in_subprocess", no_worker)
     entry = ReplayBuffer(folder / "buffer", 8, seed_for(config.seed, "buffer"))
     entry.append(1, kept[0].drop("round", "index", "priority")[:3], "another past")
-    monkeypatch.setattr(loop, "append_mined", lambda *_, **__: None)
+    monkeypatch.setattr(round_jobs, "append_mined", lambda *_, **__: None)
     events = Events()
     with pytest.raises(AssertionError, match="replay:ReplayJob"):
         loop.resume(folder, events)
