@@ -10,12 +10,13 @@ from datetime import datetime
 from pathlib import Path
 
 from dice_py.config.shared import ModelConfig
-from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.storage.files import read_json, write_json
+from dice_py.storage.files import read_sealed, write_sealed
 
 FILE = "rendered-at.json"
 """Its name in `inputs/` of a run, or in a stage's output folder."""
+
+_KEY = "template time"
 
 
 def prints_time(folder: Path) -> bool:
@@ -26,20 +27,24 @@ def prints_time(folder: Path) -> bool:
     )
 
 
-def with_template_time(models: ModelConfig, policy: Path, file: Path, report: Report = no_report) -> ModelConfig:
+def with_template_time(
+    models: ModelConfig, policy: Path, file: Path, report: Report = no_report, *, copy: str | None = None
+) -> ModelConfig:
     """The config with the time that the policy's template prints: that of `file`, which is written the first time.
 
     Nothing changes where `template_time` is set, or the template prints no time.
+
+    Args:
+        copy: the time of the first call as it was kept elsewhere, for a file that is gone or damaged.
     """
     if models.template_time is not None or not prints_time(policy):
         return models
-    try:
-        fixed = models.model_validate(models.model_dump() | {"template_time": read_json(file)})
-        if fixed.template_time is not None:
-            return fixed
-    except (DataError, ValueError):
-        pass  # absent or damaged
-    now = datetime.now().isoformat(timespec="seconds")
-    write_json(file, now)
-    report("note", text=f"the chat template prints the time: {now} from now on, kept in {file} (model.template_time)")
-    return models.model_copy(update={"template_time": now})
+    stored = read_sealed(file, _KEY)
+    if stored is not None:
+        return models.model_copy(update={"template_time": stored["time"]})
+    time = copy or datetime.now().isoformat(timespec="seconds")
+    write_sealed(file, {"time": time}, _KEY)
+    if copy is None:
+        text = f"the chat template prints the time: {time} from now on, kept in {file} (model.template_time)"
+        report("note", text=text)
+    return models.model_copy(update={"template_time": time})

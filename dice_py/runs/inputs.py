@@ -92,7 +92,10 @@ def prepare(run: Run) -> Inputs:
         return outputs[name] if parquet_key(outputs[name]) == key else None
 
     policy, reference = _models(run)
-    models = with_template_time(config.model, policy, folder / FILE, run.report)
+    known = run.manifest.data.get("template_time")
+    models = with_template_time(config.model, policy, folder / FILE, run.report, copy=known)
+    if models.template_time is not None:
+        run.manifest.data["template_time"] = models.template_time
     run.config = config.model_copy(update={"model": models})
     inputs = Inputs(
         policy=policy,

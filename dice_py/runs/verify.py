@@ -28,6 +28,7 @@ _SEALED = {
     "mining.json",
     "metrics.json",
     "step0.json",
+    "rendered-at.json",
 }
 
 

@@ -53,6 +53,13 @@ def test_the_time_of_the_first_call_is_kept(tmp_path: Path, monkeypatch: pytest.
         again = with_template_time(ModelConfig(), policy, file)
         assert again.template_time != first.template_time
         assert with_template_time(ModelConfig(), policy, file) == again
+    # A run keeps a copy in its manifest.
+    file.write_text("damaged")
+    assert with_template_time(ModelConfig(), policy, file, notes, copy="2025-12-31T00:00:00").template_time == (
+        "2025-12-31T00:00:00"
+    )
+    assert with_template_time(ModelConfig(), policy, file).template_time == "2025-12-31T00:00:00"
+    assert len(notes.texts) == 1
 
 
 def test_a_time_of_the_config_is_used_and_no_file_written_without_need(tmp_path: Path) -> None:
