@@ -10,7 +10,7 @@ import errno
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from dice_py.errors import DataError, DiskFullError, UsageError
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from dice_py.config.stages import BufferConfig
 
 _FOLDERS_OUT = ("out", "run_dir")
 _KINDS = (
@@ -136,16 +138,31 @@ def check_table(path: Path, option: str, columns: Iterable[str], made_by: str) -
 
 
 def check_shards(shards: tuple[Path | None, list[Path], list[Path], Path | None]) -> None:
-    """Refuses files that were given in place of others, before the model is looked for."""
+    """Refuses files that were given in place of others, before the model is looked for.
+
+    Raises:
+        UsageError: mined pairs without the files that their row numbers refer to.
+        DataError: a file is not the one that its option means.
+    """
     mined, generations, scores, prompts = shards
-    if mined is None or prompts is None:
+    if mined is None:
         return
+    if not generations or not scores or prompts is None:
+        raise UsageError("--mined also needs --generations, --scores and --prompts, which its row numbers refer to")
     check_table(mined, "--mined", ("prompt_id", "chosen_row", "rejected_row"), "dice mine")
     for file in generations:
         check_table(file, "--generations", ("prompt_token_ids", "token_ids", "response"), "dice generate")
     for file in scores:
         check_table(file, "--scores", ("logp",), "dice score")
     check_table(prompts, "--prompts", ("prompt_id", "messages"), "dice generate (prompts.parquet)")
+
+
+def check_buffers(buffers: Mapping[str, BufferConfig]) -> dict[str, Path]:
+    """The files of named buffers, by name; DataError where one is no regular file."""
+    files = {name: Path(buffer.path) for name, buffer in buffers.items()}
+    for name, file in files.items():
+        check_input_file(file, f"replay.buffers.{name} (--buffer)")
+    return files
 
 
 def check_oracle_prompts(file: Path | None, prompts: pl.DataFrame | None) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from cli.options import Config, Json, Out, Policy, Reference, Set, StageSeed, stage_config
 from cli.output import echo_note, model_folder, print_result, run_job
-from cli.paths import check_input_file, check_oracle_prompts, check_shards, check_table
+from cli.paths import check_buffers, check_oracle_prompts, check_shards, check_table
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
@@ -227,14 +227,10 @@ def _replay(
     from dice_py.storage.parquet import write_parquet
 
     mined, generations, scores, prompts = shards
-    if mined is not None and (not generations or not scores or prompts is None):
-        raise UsageError("--mined also needs --generations, --scores and --prompts, which its row numbers refer to")
     _check_replay(resolved, pairs is not None, round_number)
     check_shards(shards)
     files = {} if pairs is None else {"replay": pairs}
-    files |= {name: Path(buffer.path) for name, buffer in resolved.replay.buffers.items()}
-    for name, file in files.items():
-        check_input_file(file, "--replay" if name == "replay" else f"replay.buffers.{name} (--buffer)")
+    files |= check_buffers(resolved.replay.buffers)
     pool = pool_columns(resolved)
     frames = {
         name: read_pairs(file, current_round=round_number, **columns, **pool[name], **_reading(resolved))

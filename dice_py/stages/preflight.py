@@ -70,6 +70,7 @@ class PreflightJob(Job):
         for role, folder in (("model.policy", self.policy), ("model.reference", self.reference)):
             check_checkpoint(folder, role, self.config.model)
         config = self.config
+        load_tokenizer(self.policy, config.model)  # whose own errors come before a comparison's
         check_same_tokenizer(self.policy, self.reference, config.model, report)
         if not config.has_round_zero:  # else both are the SFT model, and round 0 makes the policy
             check_distinct(self.policy, self.reference, allowed=config.score.allow_same_model, report=report)

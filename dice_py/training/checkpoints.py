@@ -118,7 +118,7 @@ def save_model(
         DataError: on every rank, if a weight is not finite.
         UsageError: on every rank, if no weight changed.
     """
-    import torch
+    from accelerate.utils import broadcast_object_list
 
     accelerator = trainer.accelerator
     gathered: dict[str, Any] | None = None
@@ -131,11 +131,12 @@ def save_model(
             _save(trainer, gathered, config, models, policy, target, stamp)
         except DiceError as failure:
             error = failure
-    failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device))
+    if accelerator.num_processes > 1:
+        errors = [error]
+        broadcast_object_list(errors)
+        error = errors[0]
     if error is not None:
         raise error
-    if bool(failed.any()):
-        raise DataError("the main process could not save the trained policy, and says why")
 
 
 def _save(

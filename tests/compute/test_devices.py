@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch as real_torch
 
 from dice_py.compute.devices import Group, device_in_group, find_groups
 from dice_py.config.shared import DevicesConfig, ModelConfig
@@ -29,6 +30,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         torch = types.ModuleType("torch")
         torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+        torch.device = real_torch.device  # type: ignore[attr-defined]
         torch.cuda = types.SimpleNamespace(is_available=lambda: ask() > 0, device_count=ask)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "torch", torch)
         if visible is None:
@@ -87,7 +89,7 @@ def test_groups_of_several_gpus(gpus: Callable[..., None]) -> None:
         ("auto", {"gpus": [0, 4]}, r"devices\.gpus names GPU 4, but 3 GPU\(s\) are visible"),
         ("auto", {"gpus": [1, 1]}, r"devices\.gpus names GPU 1 twice"),
         ("auto", {"gpus": []}, r"devices\.gpus is an empty list"),
-        ("cuda:3", {}, r"model\.device is 'cuda:3', but 3 GPU\(s\) are visible"),
+        ("cuda:3", {}, r"model\.device is 'cuda:3', but torch sees 3 GPUs"),
         ("cuda:x", {}, r"model\.device is 'cuda:x'"),
         ("cuda:1", {"gpus": [0, 2]}, r"model\.device is 'cuda:1', but devices\.gpus is \[0, 2\]"),
         ("auto", {"size": 4}, r"tensor_parallel_size is 4, but the stage has 3 GPU\(s\)"),

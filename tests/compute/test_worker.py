@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -17,6 +18,7 @@ import pytest
 import worker_works as works
 from places import child_environment
 from processes import PATIENCE, gone, has_text, wait_for
+from small_disk import small_disk
 
 from dice_py.compute.failures import failure_fields, is_out_of_memory
 from dice_py.compute.stage_process import run_in_subprocess
@@ -240,12 +242,14 @@ def test_a_log_that_cannot_be_opened_is_a_sentence(stage, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_disk_under_the_log_hides_no_result(stage, tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "worker.log").symlink_to("/dev/full")
-    with pytest.raises(DiskFullError):  # from `print`
-        stage(works.add, left=1, right=2)
-    with pytest.raises(RuntimeError, match="ValueError: a bug"):
-        stage(works.fail, error=ValueError("a bug"))
+    with small_disk(tmp_path / "deep", "8k") as disk:
+        (disk / "worker.log").touch()
+        with contextlib.suppress(OSError):
+            (disk / "full").write_bytes(b"x" * 2**14)
+        with pytest.raises(DiskFullError):  # from `print`
+            stage(works.add, left=1, right=2)
+        with pytest.raises(RuntimeError, match="ValueError: a bug"):
+            stage(works.fail, error=ValueError("a bug"))
 
 
 # --- nobody is left behind ---------------------------------------------------------------------------------

@@ -154,7 +154,9 @@ def score(seen: Seen, reference: Path, out: Path, policy_logps: str) -> tuple[pl
         generation_keys=[parquet_key(file) or "" for file in files], out=out, beta=0.1, sampled=(True, True),
     )  # fmt: skip
     result = job.run()
-    return pl.concat([pl.read_parquet(file) for file, _ in result.files]), result.counts["policy_logps_gate"]
+    return pl.concat([pl.read_parquet(file) for file, _ in result.files if file.suffix == ".parquet"]), result.counts[
+        "policy_logps_gate"
+    ]
 
 
 @pytest.mark.usefixtures("release_models")

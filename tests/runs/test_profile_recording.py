@@ -44,8 +44,8 @@ class Work(MineJob):
     def __init__(self, work: Callable[[], object]) -> None:
         object.__setattr__(self, "work", work)
 
-    def key(self) -> str:
-        return "key"
+    def key_fields(self) -> dict[str, Any]:
+        return {}
 
     def run(self, report: Report = no_report) -> StageResult:
         self.work()  # type: ignore[attr-defined]

@@ -24,4 +24,4 @@ def small_disk(folder: Path, size: str = "64k") -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a traceback may hold a file open

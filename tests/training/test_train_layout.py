@@ -191,7 +191,7 @@ def test_own_file_is_used_as_it_is(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("mixed_precision: bf16\n", "has no num_processes; use a file that `accelerate config` wrote"),
-        ("- 1\n", "has no num_processes"),
+        ("- 1\n", "must hold a mapping"),
         ("num_processes: '2'\n", "has no num_processes"),
         ("a: [\n", "is not valid YAML"),
         ("num_processes: 8\nnum_machines: 2\n", "is for several machines, but training runs on one"),

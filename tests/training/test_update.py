@@ -16,7 +16,7 @@ from dice_py.training.update import Update, check_update, measure_update, start_
 
 
 def update_of(step: float) -> Update:
-    start = {"a": torch.linspace(0.5, 1.0, 64).bfloat16(), "ids": torch.arange(3)}
+    start = {"a": torch.linspace(0.5, 0.98, 64).bfloat16(), "ids": torch.arange(3)}
     trained = [("a", start["a"].float() + step), ("ids", torch.arange(3))]
     return measure_update(trained, start.__getitem__, torch.bfloat16)
 
