@@ -95,7 +95,7 @@ class PreflightJob(Job):
             if not self.force:
                 raise
             report("note", text=f"warning: {error}. The run goes on, since --force was given")
-        if facts.offline is not None and not config.has_round_zero:
+        if facts.offline is not None:
             warn_of_rewards(config, self.policy, self.reference, facts.offline, report)
         return StageResult([], {})
 

@@ -54,7 +54,8 @@ def make_folder(folder: Path) -> None:
         raise UsageError(f"{folder}: no folder can be made there ({error.strerror}); choose another place") from None
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's entries, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -106,13 +107,13 @@ def atomic(path: Path) -> Iterator[Path]:
         _remove(temporary)
         yield temporary
         for part in (*temporary.rglob("*"), temporary):
-            _fsync(part)
+            fsync(part)
         if temporary.is_dir() and path.is_dir():
             # A folder cannot be renamed over one that has files. The old one is removed first, which loses nothing:
             # a folder is replaced only after its key has become outdated.
             shutil.rmtree(path)
         temporary.rename(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             _remove(temporary)

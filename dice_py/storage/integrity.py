@@ -7,7 +7,6 @@ written last and lists the digest of every other file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from dice_py.errors import DamagedError
 from dice_py.events import Report
 from dice_py.storage.digests import content_digest, file_state
-from dice_py.storage.files import TEMPORARY, read_sealed, write_sealed
+from dice_py.storage.files import TEMPORARY, fsync, read_sealed, write_sealed
 from dice_py.storage.parquet import parquet_key
 
 MODEL_STAMP = "dice.json"
@@ -73,7 +72,7 @@ def write_stamp(folder: Path, value: Mapping[str, Any], name: str = MODEL_STAMP)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
     files = [path for path in files if path != folder / name]
     for path in (*files, *{path.parent for path in files}):
-        _sync(path)
+        fsync(path)
     digests = dict(zip([str(path.relative_to(folder)) for path in files], _digests(files), strict=True))
     write_sealed(folder / name, {**value, "files": digests}, str(value["key"]))
 
@@ -120,14 +119,6 @@ def check_intact(paths: Iterable[Path | None]) -> None:
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part.endswith(TEMPORARY) for part in path.parts)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digests(files: list[Path]) -> list[str | None]:

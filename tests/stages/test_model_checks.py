@@ -201,6 +201,15 @@ def test_swapped_models(config: RunConfig, llama: Path, tuned: Path, cache_folde
 
 
 @pytest.mark.usefixtures("release_models")
+def test_before_round_zero_only_the_loss_of_the_sft_model_is_looked_at(
+    config: RunConfig, llama: Path, cache_folder: Path
+) -> None:
+    """Policy and reference are one folder then, so that no reward is right."""
+    (said,) = warnings_of(config, llama, llama, offline(llama, 20))
+    assert said.startswith("warning: the policy's mean loss on chosen answers is")  # its weights are random
+
+
+@pytest.mark.usefixtures("release_models")
 def test_swapped_models_in_an_evaluation(llama: Path, tuned: Path, tmp_path: Path) -> None:
     def turns(role: str, text: str) -> list[Message]:
         return [{"role": role, "content": text}]
