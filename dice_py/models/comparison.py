@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.bin_weights import bin_records, bin_values
+from dice_py.models.identity import model_identity
 from dice_py.models.weight_files import read_header, weight_files
 from dice_py.models.weight_records import TensorRecord, tensor_records
+from dice_py.storage.integrity import read_stamp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +43,9 @@ def check_distinct(policy: Path, reference: Path, *, allowed: bool, report: Repo
         UsageError: the weights are the same, in the same or another sharding, order or float type.
         DataError: a file of weights is incomplete.
     """
-    if policy.resolve() == reference.resolve() or have_same_weights(policy, reference):
+    if policy.resolve() == reference.resolve() or have_same_weights(
+        policy, reference, rounded=not _is_start(reference, policy)
+    ):
         text = f"policy and reference are the same model ({policy} and {reference}), so that every reward is 0"
         if not allowed:
             raise UsageError(
@@ -74,8 +78,12 @@ def warn_of_unrelated(policy: Path, reference: Path, report: Report) -> None:
     )
 
 
-def have_same_weights(first: Path, second: Path) -> bool:
-    """True if two folders hold the same values, whatever their sharding, order, names' prefix or float type."""
+def have_same_weights(first: Path, second: Path, *, rounded: bool = True) -> bool:
+    """True if two folders hold the same values, whatever their sharding, order, names' prefix or float type.
+
+    Args:
+        rounded: whether values are the same too that rounding to the other's float type makes the same.
+    """
     one, other = _stored(first), _stored(second)
     # As sets, since tied weights may be stored once or twice.
     values = [{(tuple(each.record.shape), each.record.digest) for each in side.values()} for side in (one, other)]
@@ -84,9 +92,18 @@ def have_same_weights(first: Path, second: Path) -> bool:
     if one.keys() != other.keys() or any(one[name].record.shape != other[name].record.shape for name in one):
         return False
     # Stored in another type: equal if one side, rounded to the other's type, is the other.
-    return all(_equal_rounded(one[name], other[name], _SAMPLED_VALUES) for name in one) and all(
-        _equal_rounded(one[name], other[name], None) for name in one
+    return all(
+        _equal(one[name], other[name], count, rounded=rounded) for count in (_SAMPLED_VALUES, None) for name in one
     )
+
+
+def _is_start(reference: Path, policy: Path) -> bool:
+    """Whether `dice train` made the policy from the reference, which it does not do if no weight changes.
+
+    It saves an update in float32 that rounding would take away, so that rounded weights say nothing of such a policy.
+    """
+    stamp = read_stamp(policy)
+    return stamp is not None and "start" in stamp and stamp["start"] == model_identity(reference)
 
 
 def weights_cosine(first: Path, second: Path) -> float | None:
@@ -161,25 +178,25 @@ def _read(file: Path, name: str, start: int, count: int) -> np.ndarray:
     return raw.astype(np.float32)
 
 
-def _equal_rounded(one: _Stored, other: _Stored, count: int | None) -> bool:
-    """Whether two tensors of the same shape are equal up to rounding; `count` values of them, or all."""
-    if one.record.dtype == other.record.dtype:
-        return one.record.digest == other.record.digest
-    if one.record.dtype not in _FLOATS or other.record.dtype not in _FLOATS:
-        return False
-    if count is not None:
-        return _equal_values(one.values(count), other.values(count), one.record.dtype, other.record.dtype)
-    size = math.prod(one.record.shape)
-    return all(
-        _equal_values(one.values(_PART, at), other.values(_PART, at), one.record.dtype, other.record.dtype)
-        for at in range(0, size, _PART)
-    )
-
-
-def _equal_values(one: np.ndarray, other: np.ndarray, one_type: str, other_type: str) -> bool:
+def _equal(one: _Stored, other: _Stored, count: int | None, *, rounded: bool) -> bool:
+    """Whether two tensors of the same shape are equal, maybe up to rounding; `count` values of them, or all."""
     import numpy as np
 
-    return bool(np.array_equal(_rounded(one, other_type), other) or np.array_equal(one, _rounded(other, one_type)))
+    types = one.record.dtype, other.record.dtype
+    if types[0] == types[1]:
+        return one.record.digest == other.record.digest
+    if not set(types) <= set(_FLOATS):
+        return False
+
+    def equal(a: np.ndarray, b: np.ndarray) -> bool:
+        if not rounded:
+            return np.array_equal(a, b)
+        return np.array_equal(_rounded(a, types[1]), b) or np.array_equal(a, _rounded(b, types[0]))
+
+    if count is not None:
+        return equal(one.values(count), other.values(count))
+    size = math.prod(one.record.shape)
+    return all(equal(one.values(_PART, at), other.values(_PART, at)) for at in range(0, size, _PART))
 
 
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:

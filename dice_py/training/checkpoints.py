@@ -11,6 +11,7 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError, DiceError
 from dice_py.events import Report
+from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement
 from dice_py.models.saving import share_weights
 from dice_py.storage.files import atomic, read_json, read_sealed, write_json
@@ -112,7 +113,7 @@ def save_model(
     Args:
         policy: the folder that training started from; its generation_config.json is copied.
         target: written atomically.
-        stamp: its `counts` receive `saved_dtype`, and the figures of the update.
+        stamp: its `counts` receive `saved_dtype`, and the figures of the update; `start`, the identity of `policy`.
 
     Raises:
         DataError: on every rank, if a weight is not finite.
@@ -171,6 +172,7 @@ def _save(
     if note is not None:
         trainer.report("note", text=note)
     stamp["counts"] |= {"saved_dtype": str(dtype).removeprefix("torch."), "update_rms": update.rms}
+    stamp["start"] = model_identity(policy)
     if weights is not None:
         weights = {
             name: value.to(dtype=dtype) if value.is_floating_point() else value for name, value in values.items()

@@ -13,6 +13,8 @@ from tiny_models import make_llama, make_mistral, make_qwen2
 
 from dice_py.errors import UsageError
 from dice_py.models.comparison import check_distinct, have_same_weights, warn_of_unrelated, weights_cosine
+from dice_py.models.identity import model_identity
+from dice_py.storage.integrity import write_stamp
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -88,6 +90,22 @@ def test_16_bit_types_of_each_other(llama: Path, copy: Path) -> None:
     other = Path(shutil.copytree(copy, copy.with_name("half")))
     change_weights(other, to(torch.float16))
     assert have_same_weights(copy, other)
+
+
+def test_a_trained_policy_that_rounds_to_its_start(llama: Path, copy: Path, other: Path) -> None:
+    """Its training saved it in float32 since in bfloat16 it would have been the start again."""
+    change_weights(copy, to(torch.bfloat16))
+    policy = Path(shutil.copytree(copy, copy.with_name("policy")))
+    change_weights(policy, to(torch.float32))
+    write_stamp(policy, {"key": "k", "counts": {}, "start": model_identity(copy)})
+    with pytest.raises(UsageError, match="are the same model"):  # no weight of it was changed
+        check_distinct(policy, copy, allowed=False)
+    change_weights(policy, lambda weights: weights[UP].mul_(1 + 1e-6))
+    assert have_same_weights(policy, copy)
+    check_distinct(policy, copy, allowed=False)
+    write_stamp(policy, {"key": "k", "counts": {}, "start": model_identity(other)})
+    with pytest.raises(UsageError, match="are the same model"):
+        check_distinct(policy, copy, allowed=False)
 
 
 @pytest.mark.parametrize("change", [1e-6, 1.0])

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
+from dice_py.models.comparison import check_distinct
+from dice_py.models.identity import model_identity
+from dice_py.storage.integrity import MODEL_STAMP
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +74,9 @@ def test_an_update_that_bfloat16_would_round_away_is_kept_in_float32(
     changed = [name for name, value in trained.items() if not torch.equal(value, start[name].float())]
     assert len(changed) >= (10 if lora is None else 7)
     assert json.loads((run.model / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
+    # By the stamp the next round knows that it is no rounded copy of its start.
+    assert json.loads((run.model / MODEL_STAMP).read_text(encoding="utf-8"))["start"] == model_identity(run.policy)
+    check_distinct(run.model, run.policy, allowed=False)
 
 
 def test_a_large_update_is_saved_as_the_start_is(in_bfloat16: Stage) -> None:
