@@ -89,6 +89,32 @@ impl End {
         }
     }
 
+    /// The response at an index of the order, from zero; `None` beyond its end. Changes the order of `responses`.
+    pub fn nth(
+        self,
+        responses: &mut [Response],
+        index: usize,
+        alpha: f64,
+        ties: TieHash,
+    ) -> Option<Response> {
+        if index >= responses.len() {
+            return None;
+        }
+        let by_rank = |a: &Response, b: &Response| {
+            self.by_score(a, b, alpha)
+                .then_with(|| self.by_reward(a, b).then_with(|| ties.rank(a).cmp(&ties.rank(b))))
+        };
+        let nth = *responses.select_nth_unstable_by(index, by_rank).1;
+        // Among equal scores, groups of other rewards are ordered by their lengths.
+        let of_other_group =
+            |other: &Response| other.raw != nth.raw && self.by_score(other, &nth, alpha).is_eq();
+        if responses.iter().any(of_other_group) {
+            self.sort(responses, alpha, ties);
+            return Some(responses[index]);
+        }
+        Some(nth)
+    }
+
     /// Sorts the groups of equal reward among responses of equal score by their lengths.
     fn sort_groups(self, tied: &mut [Response]) {
         let mut sorted: Vec<(u32, Response)> = Vec::with_capacity(tied.len());
@@ -210,4 +236,36 @@ pub fn difference(a: f64, b: f64, length_diff: i64, alpha: f64) -> f64 {
 #[inline(always)]
 pub fn saturate_to_f32(margin: f64) -> f32 {
     margin.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Half of the scores are adjusted, so that equal scores have other rewards at the same length too.
+        #[test]
+        fn nth_is_that_of_the_sorted(
+            values in prop::collection::vec((-3i32..3, 1u32..5, any::<bool>()), 1..40), alpha in 0i32..3, seed: u64
+        ) {
+            let response = |(row, &(reward, length, adjusted)): (usize, &(i32, u32, bool))| {
+                let raw = f64::from(reward);
+                Response { score: if adjusted { 0.0 } else { raw }, raw, row: row as u64, length }
+            };
+            let responses: Vec<Response> = values.iter().enumerate().map(response).collect();
+            let (alpha, ties) = (f64::from(alpha) / 2.0, TieHash::new(seed, 7, 0));
+            for end in [End::Best, End::Worst] {
+                let mut sorted = responses.clone();
+                end.sort(&mut sorted, alpha, ties);
+                for (index, expected) in sorted.iter().enumerate() {
+                    let found = end.nth(&mut responses.clone(), index, alpha, ties);
+                    prop_assert_eq!(found.map(|response| response.row), Some(expected.row));
+                }
+                prop_assert!(end.nth(&mut sorted, responses.len(), alpha, ties).is_none());
+                let first = end.first(&responses, alpha, ties);
+                prop_assert_eq!(first.map(|response| response.row), Some(sorted[0].row));
+            }
+        }
+    }
 }

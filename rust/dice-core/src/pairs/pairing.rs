@@ -133,23 +133,14 @@ impl Pairing {
 /// The best with a random response that it beats.
 fn random(group: &mut Group, alpha: f64, ties: TieHash, salt: u64) -> Option<Pair> {
     let best = End::Best.first(&group.chosen, alpha, ties)?;
-    // Those that it beats come first; the others stay in the list.
-    let mut count = 0;
-    for i in 0..group.rejected.len() {
-        if beats(&best, &group.rejected[i], alpha) {
-            group.rejected.swap(i, count);
-            count += 1;
-        }
-    }
-    let worse = &mut group.rejected[..count];
-    End::Worst.sort(worse, alpha, ties);
-    let index = (u128::from(splitmix64(salt)) * count as u128) >> 64;
-    worse.get(index as usize).map(|rejected| Pair::new(&best, rejected, alpha))
+    let worse = &mut group.rejected;
+    worse.retain(|response| beats(&best, response, alpha));
+    let index = (u128::from(splitmix64(salt)) * worse.len() as u128) >> 64;
+    End::Worst.nth(worse, index as usize, alpha, ties).map(|rejected| Pair::new(&best, &rejected, alpha))
 }
 
 /// The best with the response nearest to `mean − deviations · std` of the scores, of those that it beats.
 fn sweet_spot(group: &mut Group, alpha: f64, ties: TieHash, deviations: f64) -> Option<Pair> {
-    let best = End::Best.first(&group.chosen, alpha, ties)?;
     let score = |response: &Response| response.score - alpha * f64::from(response.length);
     // In a fixed order, so that the sums do not depend on the order of rows.
     End::Best.sort(&mut group.all, alpha, ties);
@@ -158,14 +149,26 @@ fn sweet_spot(group: &mut Group, alpha: f64, ties: TieHash, deviations: f64) -> 
     let variance = group.all.iter().map(|response| (score(response) - mean).powi(2)).sum::<f64>() / count;
     let spot = mean - deviations * variance.sqrt();
     let distance = |response: &Response| (score(response) - spot).abs();
-    let worse = || group.rejected.iter().filter(|response| beats(&best, response, alpha));
-    let nearest = worse().min_by(|a, b| distance(a).total_cmp(&distance(b)))?;
-    let as_near = || worse().filter(|response| distance(response) == distance(nearest));
-    if as_near().nth(1).is_none() {
-        return Some(Pair::new(&best, nearest, alpha));
+    let best = End::Best.first(&group.chosen, alpha, ties)?;
+    let mut nearest: Option<(f64, &Response)> = None;
+    let mut several = false;
+    for response in group.rejected.iter().filter(|response| beats(&best, response, alpha)) {
+        let distance = distance(response);
+        if nearest.is_none_or(|(least, _)| distance < least) {
+            (nearest, several) = (Some((distance, response)), false);
+        } else {
+            several |= nearest.is_some_and(|(least, _)| distance == least);
+        }
     }
-    let equal: Vec<Response> = as_near().copied().collect();
-    End::Worst.first(&equal, alpha, ties).map(|rejected| Pair::new(&best, &rejected, alpha))
+    let (least, nearest) = nearest?;
+    let nearest = if several {
+        let as_near = |response: &&Response| beats(&best, response, alpha) && distance(response) == least;
+        let equal: Vec<Response> = group.rejected.iter().filter(as_near).copied().collect();
+        End::Worst.first(&equal, alpha, ties)?
+    } else {
+        *nearest
+    };
+    Some(Pair::new(&best, &nearest, alpha))
 }
 
 /// Appends the pairs of the `top` best with the `bottom` worst responses that have the greatest margins. Returns the
