@@ -133,9 +133,16 @@ impl Pairing {
 /// The best with a random response that it beats.
 fn random(group: &mut Group, alpha: f64, ties: TieHash, salt: u64) -> Option<Pair> {
     let best = End::Best.first(&group.chosen, alpha, ties)?;
-    let worse = &mut group.rejected;
-    worse.retain(|response| beats(&best, response, alpha));
-    let index = (u128::from(splitmix64(salt)) * worse.len() as u128) >> 64;
+    // Those that it beats come first; the others stay in the list.
+    let mut count = 0;
+    for i in 0..group.rejected.len() {
+        if beats(&best, &group.rejected[i], alpha) {
+            group.rejected.swap(i, count);
+            count += 1;
+        }
+    }
+    let worse = &mut group.rejected[..count];
+    let index = (u128::from(splitmix64(salt)) * count as u128) >> 64;
     End::Worst.nth(worse, index as usize, alpha, ties).map(|rejected| Pair::new(&best, &rejected, alpha))
 }
 
