@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.journal import Journal
@@ -125,19 +126,25 @@ class ShardWriter:
     def write(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes the shard's file from the journal, atomically, and removes the journal.
 
-        The file has the columns of `GENERATIONS` (storage/schemas.py), the shard's key, and the sums `cut_off` and
-        `response_tokens`.
+        The file has the columns of `GENERATIONS` (storage/schemas.py), the shard's key, the sums `cut_off` and
+        `response_tokens`, and `samples`, a digest of the responses' tokens and finish reasons: a GPU may sample others
+        under the same key.
 
         Raises:
             DiskFullError: the journal is kept.
         """
-        meta = {"cut_off": 0, "response_tokens": 0}
+        meta: dict[str, Any] = {"cut_off": 0, "response_tokens": 0}
+        content = xxhash.xxh3_128()
         with atomic(self.file) as temporary, ParquetStream(temporary) as stream:
             for first in range(0, self.rows, ROWS_IN_MEMORY):
                 frame = self._frame(range(first, min(first + ROWS_IN_MEMORY, self.rows)), tokenizer)
                 meta["cut_off"] += int((frame["finish_reason"] == "length").sum())
                 meta["response_tokens"] += int(frame["response_tokens"].sum())
+                content.update(frame["response_tokens"].to_numpy().tobytes())
+                content.update(frame["token_ids"].explode().drop_nulls().to_numpy().tobytes())
+                content.update(" ".join(frame["finish_reason"]).encode())
                 stream.write(frame)
+            meta["samples"] = content.hexdigest()
             stream.describe(self.key, meta)
         self.journal.remove()
 

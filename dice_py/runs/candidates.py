@@ -14,7 +14,7 @@ from dice_py.runs.folder import round_name
 from dice_py.storage.files import Manifest
 from dice_py.storage.integrity import is_kept
 from dice_py.storage.keys import digest
-from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
+from dice_py.storage.parquet import parquet_key, parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PROMPTS
 
 
@@ -24,7 +24,7 @@ class Candidates:
 
     generations: list[Path]
     keys: list[str]
-    """The key of each shard."""
+    """The key of each shard with the digest of its samples, since a GPU may sample others under the same key."""
     rounds: list[int]
     """The round that sampled each shard."""
     prompts: Path
@@ -46,8 +46,9 @@ def candidates(
         name = round_name(earlier)
         generated = manifest.stage(f"{name}/generate")
         assert generated is not None
-        generations += [folder / shard["file"] for shard in generated["files"]]
-        keys += [shard["key"] for shard in generated["files"]]
+        for shard in generated["files"]:
+            generations.append(folder / shard["file"])
+            keys.append(f"{shard['key']} {parquet_meta(generations[-1])['samples']}")
         rounds += [earlier] * len(generated["files"])
         prompts.append(folder / name / "generate" / "prompts.parquet")
     if len(prompts) == 1:

@@ -15,11 +15,13 @@ from tiny_models import make_mistral
 from dice_py.compute.stage_process import WarmPool
 from dice_py.config.loading import load_resolved
 from dice_py.errors import DamagedError, DataError, UsageError
+from dice_py.generation import shard
 from dice_py.reporting.html import write_report
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
 from dice_py.runs.status import run_status
 from dice_py.runs.verify import verify_run
+from dice_py.storage.keys import seed_for
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +95,19 @@ def test_what_is_damaged_is_set_aside_and_made_again(copy: Path, finished: Path,
         assert any(str(Path(name).name) in note and "set aside" in note for note in notes(events)), kind
     assert_same_results(copy, finished)
     assert verify_run(copy)["damaged"] == []
+    assert made_again(resume(copy)) == []
+
+
+def test_samples_that_come_out_otherwise_are_scored_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose kernels may take another token under the same seed."""
+    flip(copy / "round-01/generate/generations-00001.parquet")
+    kept = (copy / "round-01/score/scores-00000.parquet").stat().st_mtime_ns
+    monkeypatch.setattr(shard, "seed_for", lambda *parts: seed_for("another", *parts))
+    events = resume(copy)
+    assert made_again(events)[:5] == ["generate", "score", "mine", "replay", "train"]
+    why = "round-01/score is made again (the first stage that is), because of: generations"
+    assert why in notes(events)
+    assert (copy / "round-01/score/scores-00000.parquet").stat().st_mtime_ns == kept
     assert made_again(resume(copy)) == []
 
 

@@ -48,8 +48,9 @@ def make_generations(folder: Path, number: int, tokens: Any = lambda prompt: [10
             for s in range(SAMPLES)
         ]
         file = base / f"generations-{shard:05d}.parquet"
-        write_parquet(file, pl.DataFrame(rows, schema=GENERATIONS, orient="row"), key=f"shard {number} {shard}")
-        made.append({"file": str(file.relative_to(folder)), "key": f"shard {number} {shard}"})
+        frame = pl.DataFrame(rows, schema=GENERATIONS, orient="row")
+        write_parquet(file, frame, key=f"key {number}", meta={"samples": shard})
+        made.append({"file": str(file.relative_to(folder)), "key": f"key {number}"})
     Manifest(folder / "manifest.json").record(f"round-{number:02d}/generate", files=made)
     return made
 
@@ -119,7 +120,7 @@ def test_one_round_is_its_own_pool(run: Path) -> None:
         "round-02/generate/generations-00000.parquet",
         "round-02/generate/generations-00001.parquet",
     ]
-    assert (pool.keys, pool.rounds) == (["shard 2 0", "shard 2 1"], [2, 2])
+    assert (pool.keys, pool.rounds) == (["key 2 0", "key 2 1"], [2, 2])
     assert pool.prompts == run / "round-02/generate/prompts.parquet"
     assert not (run / "round-02/mine").exists()
 
@@ -127,7 +128,7 @@ def test_one_round_is_its_own_pool(run: Path) -> None:
 def test_a_pool_is_of_the_last_rounds_the_oldest_first(run: Path) -> None:
     assert pool_of(run, number=1) == pool_of(run, number=1, pool_rounds=1)
     pool = pool_of(run)
-    assert pool.keys == ["shard 1 0", "shard 1 1", "shard 2 0", "shard 2 1"]
+    assert pool.keys == ["key 1 0", "key 1 1", "key 2 0", "key 2 1"]
     assert pool.rounds == [1, 1, 2, 2]
     assert pool == pool_of(run, pool_rounds=9)
     prompts = read_parquet(pool.prompts)
