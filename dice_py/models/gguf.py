@@ -34,7 +34,7 @@ _MAGIC = b"GGUF"
 _STAMP = "gguf.json"
 """In a converted folder: the key, the file's digest, and what the file holds."""
 _OLDEST_TRANSFORMERS = (5, 19)
-_RECIPE = 1  # to be increased when a change of code makes another folder from the same file
+_RECIPE = 2  # to be increased when a change of code makes another folder, or another stamp, from the same file
 
 
 def gguf_file(name: str, role: str) -> Path | None:
