@@ -8,7 +8,6 @@ in float32 and stored in the base's own type, as peft's `merge_and_unload` and o
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
+from dice_py.models.adapter_sum import add_adapter
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.folder_check import read_object
 from dice_py.models.identity import model_identity
@@ -34,7 +34,7 @@ from dice_py.timing import timed
 _CONFIG = "adapter_config.json"
 _WEIGHTS, _WEIGHTS_BIN = "adapter_model.safetensors", "adapter_model.bin"
 _STAMP = "merged.json"
-_RECIPE = 1  # to be increased when a change of code makes another folder from the same adapter and base
+_RECIPE = 2  # to be increased when a change of code makes another folder from the same adapter and base
 _TEXT_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -140,7 +140,7 @@ def _merge(adapter: Path, base: Path, folder: Path) -> None:
     for tensor in stored_tensors(base).values():
         types[tensor.dtype] += tensor.numel()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = _with_adapter(model, adapter, base).to(dtype=types.most_common(1)[0][0])
+    model = add_adapter(model, adapter, base).to(dtype=types.most_common(1)[0][0])
     # The adapter's tokenizer, where it has one: training may have added a template.
     texts = _text_files(adapter) if any(file.name.startswith("tokenizer") for file in _text_files(adapter)) else []
     with atomic(folder) as temporary:
@@ -160,25 +160,3 @@ def _check_finite(adapter: Path) -> None:
         broken = [name for name, record in tensor_records(file).items() if not record.finite]
         if broken:
             raise DataError(f"{file}: {broken[0]} holds NaN or infinite numbers; the training that saved it diverged")
-
-
-def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
-    """The model with the adapter added to its weights."""
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            wrapped = PeftModel.from_pretrained(model, adapter)
-            absent = [str(each.message) for each in caught if "missing adapter keys" in str(each.message)]
-        if absent:
-            raise ValueError(absent[0])
-        return wrapped.merge_and_unload(safe_merge=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # peft and torch raise many kinds for what does not fit
-        text = (str(error).strip().splitlines() or [""])[0][:300]
-        raise DataError(
-            f"{adapter}: the adapter cannot be merged into its base model {base} ({type(error).__name__}: {text}); "
-            "merge it yourself with peft's merge_and_unload, save the model, and give that folder"
-        ) from None

@@ -117,7 +117,9 @@ def _read_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
 
 
 def _config_error(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: transformers cannot build the model that it describes: {error_line(error)}")
+    return DataError(
+        f"{file}: transformers cannot build the model that it describes: {error_line(error)}; correct it, or download it again"
+    )
 
 
 def _check_generation_config(folder: Path) -> None:
@@ -128,7 +130,9 @@ def _check_generation_config(folder: Path) -> None:
         try:
             GenerationConfig.from_pretrained(folder)
         except Exception as error:  # raised for values by many kinds of checks
-            raise DataError(f"{file}: transformers does not accept it: {error_line(error)}") from None
+            raise DataError(
+                f"{file}: transformers does not accept it: {error_line(error)}; correct or delete it"
+            ) from None
 
 
 def _build(folder: Path, read: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
