@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError, DiceError, UsageError
-from dice_py.models.bin_weights import non_finite_bin
+from dice_py.models.bin_weights import bin_records, non_finite_bin
 from dice_py.models.folder_check import check_model_folder, read_object
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement, require
 from dice_py.models.weight_files import first_few, weight_files
 from dice_py.models.weight_names import compare_weights, error_line, stored_tensors
-from dice_py.models.weight_records import tensor_records
+from dice_py.models.weight_records import TensorRecord, tensor_records
 from dice_py.storage.cache import recall, remember
 from dice_py.storage.keys import digest, versions
 from dice_py.timing import timed
@@ -60,8 +60,10 @@ def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
         with _quiet():
             transformers_config = _read_config(folder, config)
             _check_generation_config(folder)
-            compare_weights(folder, _build(folder, transformers_config, config))
+            built = _build(folder, transformers_config, config)
+            compare_weights(folder, built)
         _check_finite(folder)
+        _check_tied(folder, built.all_tied_weights_keys)
     except DiceError as error:
         raise type(error)(f"{role}: {error}") from None
     remember("checkpoint", key, True)
@@ -117,8 +119,9 @@ def _read_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
 
 
 def _config_error(file: Path, error: Exception) -> DataError:
+    cause = error_line(error)
     return DataError(
-        f"{file}: transformers cannot build the model that it describes: {error_line(error)}; correct it, or download it again"
+        f"{file}: transformers cannot build the model that it describes: {cause}; correct it, or download it again"
     )
 
 
@@ -173,4 +176,22 @@ def _check_finite(folder: Path) -> None:
             raise DataError(
                 f"{file}: {len(broken)} tensors hold NaN or infinite numbers ({first_few(broken)}); the training that "
                 "saved it diverged, or the file is damaged"
+            )
+
+
+def _check_tied(folder: Path, tied: dict[str, str]) -> None:
+    """Refuses weights that config.json ties and the files hold apart: transformers unties them, vLLM drops one.
+
+    Args:
+        tied: names of weights by the name of the weight that they are tied to, as transformers has them.
+    """
+    held: dict[str, TensorRecord] = {}
+    for file in weight_files(folder):
+        held |= bin_records(file) if file.suffix == ".bin" else tensor_records(file)
+    for name, other in tied.items():
+        if name in held and other in held and held[name].digest != held[other].digest:
+            raise DataError(
+                f"{folder}: config.json says that {name} and {other} are one tensor (tie_word_embeddings), but the "
+                "files hold two that differ, and libraries differ in which they use; if both are meant, set "
+                "tie_word_embeddings to false in config.json, else delete one"
             )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dice_py.errors import DataError
 from dice_py.models.bin_weights import bin_tensors
 from dice_py.models.folder_check import read_object
-from dice_py.models.weight_files import first_few, read_header, weight_files
+from dice_py.models.weight_files import first_few, is_old_buffer, read_header, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -161,14 +161,12 @@ def _wrapper(missing: list[str], unexpected: list[str]) -> str:
     return f". Each name begins with {prefix!r}, that of a wrapper: save the model that it wraps"
 
 
-# Masks that models before transformers 4 or so saved as buffers.
-_OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")
 _OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|multi_?modal|mm_projector|connector")
 
 
 def _is_known(folder: Path, name: str) -> bool:
     """Whether a tensor that the model does not have is a buffer of older versions, or of a part that reads no text."""
-    if _OLD_MASKS.search(name):
+    if is_old_buffer(name):
         return True
     config = read_object(folder / "config.json")
     return any(key in config for key in ("vision_config", "audio_config")) and bool(_OTHER_SENSES.search(name))

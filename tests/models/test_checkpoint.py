@@ -73,6 +73,7 @@ def test_names_with_a_prefix(copy: Path, binary: bool) -> None:
     said = refusal(as_bin(copy) if binary else copy)
     assert "21 missing (lm_head.weight, " in said
     assert "21 that the model does not have (base_model.lm_head.weight" in said
+    assert said.endswith("Each name begins with 'base_model.', that of a wrapper: save the model that it wraps")
 
 
 def test_names_without_the_prefix_that_transformers_adds(copy: Path) -> None:
@@ -116,10 +117,21 @@ def test_a_tensor_in_two_shards(copy: Path) -> None:
     assert f"{DOWN} in two files of weights" in refusal(copy)
 
 
-def test_tied_weights_may_be_stored_twice(tmp_path: Path) -> None:
+@BIN
+def test_tied_weights_may_be_stored_twice_if_they_are_equal(tmp_path: Path, binary: bool) -> None:
     folder = make_qwen2(tmp_path / "qwen")
     change_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] * 1}))
-    check_checkpoint(folder, "policy", CPU)
+    check_checkpoint(as_bin(folder) if binary else folder, "policy", CPU)
+
+
+@BIN
+def test_tied_weights_that_differ(tmp_path: Path, binary: bool) -> None:
+    """transformers would score with the stored head, vLLM sample with the embeddings."""
+    folder = make_qwen2(tmp_path / "qwen")
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] * 2}))
+    said = refusal(as_bin(folder) if binary else folder)
+    assert "config.json says that lm_head.weight and model.embed_tokens.weight are one tensor" in said
+    check_checkpoint(change_config(folder, tie_word_embeddings=False), "policy", CPU)
 
 
 # --- values
