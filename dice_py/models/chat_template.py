@@ -47,6 +47,7 @@ class ChatTemplate:
 
     def __init__(self, controls: ControlTokens, time: datetime | None) -> None:
         self.controls, self.time = controls, time
+        self._complete: set[tuple[Any, ...]] = set()  # the forms of conversations of which each turn is rendered
 
     def render(
         self, conversation: Conversation, where: str, *, prompt: bool = False, guard: Guard | None = None
@@ -115,16 +116,24 @@ class ChatTemplate:
             raise _not_rendered(where, *lost)
         if prompt:
             self._check_variables(conversation, changes, where)
+        # Whether a turn is rendered depends on its place among the roles: that is tried once for each form, since a
+        # content that is left out may stand elsewhere in the text.
+        form = (turns, prompt, *((message["role"], *message, bool(message["content"])) for message in checked))
+        known = form in self._complete
         for at, message in enumerate(checked, start=len(conversation.messages) - turns):
-            if message["content"].strip() not in text:
-                # Trimmed inside, or escaped; or left out.
-                other = [*conversation.messages]
-                other[at] = {**message, "content": f"{message['content']} x"}
+            content = message["content"].strip()
+            if content and (not known or content not in text):
+                other, before = (
+                    [*conversation.messages],
+                    "x " if content in text else "",
+                )  # else trimmed, escaped or cut
+                other[at] = {**message, "content": f"{before}{message['content']} x"}
                 if not changes(Conversation(other, conversation.options)):
                     raise DataError(
                         f"{where}: the chat template leaves out the content of turn {at} ({message['role']}): "
                         f"{message['content']!r:.60}; remove the turn, or use a template that renders it"
                     )
+        self._complete.add(form)
 
     def _check_variables(self, conversation: Conversation, changes: Callable[[Conversation], bool], where: str) -> None:
         """Each variable of the data is one that the template reads. A value that is its default changes nothing."""

@@ -96,22 +96,34 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
     Where that file is absent or names none, those of config.json, as in transformers.
 
     Raises:
-        DataError: one of the files is not JSON.
+        DataError: one of the files is not JSON, or names what is no token id of the model.
     """
-    stops = {int(tokenizer.eos_token_id)}
-    listed = None
+    eos = int(tokenizer.eos_token_id)
+    listed = source = None
+    most = None
     for name in ("generation_config.json", "config.json"):
         file = folder / name
-        if listed is None and file.is_file():
-            try:
-                values = json.loads(file.read_text(encoding="utf-8"))
-                listed = values.get("eos_token_id")
-                if listed is None and isinstance(values.get("text_config"), dict):
-                    listed = values["text_config"].get("eos_token_id")
-            except (OSError, ValueError, AttributeError, RecursionError) as error:
-                raise DataError(f"{file} cannot be read ({error}); fix it, or fetch the model again") from None
-    for token in listed if isinstance(listed, list) else [listed]:
-        if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            nested = values.get("text_config")
+            text = nested if isinstance(nested, dict) else {}
+            if listed is None:
+                listed, source = values.get("eos_token_id"), file
+                listed = text.get("eos_token_id") if listed is None else listed
+            size = values.get("vocab_size", text.get("vocab_size"))
+            most = max(size, len(tokenizer)) if isinstance(size, int) else None
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise DataError(f"{file} cannot be read ({error}); fix it, or fetch the model again") from None
+    stops = {eos}
+    for token in listed if isinstance(listed, list) else [] if listed is None else [listed]:
+        if not isinstance(token, int) or isinstance(token, bool) or (most is not None and token >= most):
+            raise DataError(
+                f"{source}: eos_token_id is {listed!r:.60}, but {token!r:.20} is no token id of the model; correct it "
+                f"(the tokenizer's end-of-sequence token is {eos})"
+            )
+        if token >= 0:  # -1 stands for none
             stops.add(token)
     return sorted(stops)
 

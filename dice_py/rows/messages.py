@@ -66,13 +66,15 @@ def prompt_key(messages: list[Message]) -> str:
 
 
 def read_messages(value: Any, role: str, where: str, column: str, ignored: Collection[str] = ()) -> list[Message]:
-    """Messages from text (one turn of `role`), a list of messages, or such a list as JSON text.
+    """Messages from text (one turn of `role`), a list of messages, one message, or either as JSON text.
 
     Raises:
         DataError: `where` and `column` are in the message.
     """
     if isinstance(value, str):
         value = _messages_in_text(value, where, column)
+    elif isinstance(value, dict):
+        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{where}: {column!r} is an empty text")

@@ -101,7 +101,9 @@ def test_messages_as_json_text(tmp_path: Path) -> None:
     pairs = read_pairs(jsonl(tmp_path / "q.jsonl", {"prompt": json.dumps(turns), **answers}))
     assert pairs["prompt"].to_list() == [turns]
     assert pairs["chosen"].to_list() == [[{"role": "assistant", "content": "chosen"}]]
-    assert first(jsonl(tmp_path / "p.jsonl", {"prompt": json.dumps({"messages": turns})})) == turns
+    for value in (turns[0], {"messages": turns}):
+        assert first(jsonl(tmp_path / "p.jsonl", {"prompt": json.dumps(value)})) == turns
+        assert first(jsonl(tmp_path / "p.jsonl", {"prompt": value})) == turns
     for text in ('[{"from": "human", "value": "hi"}]', str(turns)):
         with pytest.raises(DataError, match=r"line 1: 'prompt' (holds|is a list of messages written as Python text)"):
             read_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": text}))
