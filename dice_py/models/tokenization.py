@@ -14,7 +14,7 @@ from dice_py.config.shared import ModelConfig
 from dice_py.data import Message, file_places
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.models.chat_template import ChatTemplate, Conversation
+from dice_py.models.chat_template import ChatTemplate, Conversation, turn_tokens
 from dice_py.models.control_tokens import ControlTokens
 from dice_py.models.loading import require
 from dice_py.rows.bad_rows import BadRowRule, BadRows
@@ -50,7 +50,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         raise DataError(f"{folder}: its tokenizer has no end-of-sequence token, so a response cannot end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    controls = ControlTokens.of(tokenizer, stop_token_ids(folder, tokenizer))
+    stops = stop_token_ids(folder, tokenizer)
+    controls = ControlTokens.of(tokenizer, {*stops, *turn_tokens(tokenizer)})
     time = None if config.template_time is None else datetime.fromisoformat(config.template_time)
     _templates[tokenizer] = ChatTemplate(controls, time)
     return tokenizer
@@ -86,7 +87,7 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     if tokenizer not in _templates:
-        _templates[tokenizer] = ChatTemplate(ControlTokens.of(tokenizer), None)
+        _templates[tokenizer] = ChatTemplate(ControlTokens.of(tokenizer, turn_tokens(tokenizer)), None)
     return _templates[tokenizer]
 
 
