@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError
-from dice_py.models.weight_files import check_is_weights, is_lfs_pointer, read_header, weight_files
+from dice_py.models.weight_files import check_is_weights, first_few, is_lfs_pointer, read_header, weight_files
 
 _QUANTIZED = ("quantization_config", "compression_config")
 _QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
@@ -45,7 +45,10 @@ def _check(folder: Path) -> None:
     if is_adapter(folder):
         raise DataError(f"{folder} is an adapter (adapter_config.json) that is not merged into its base model")
     if not (folder / "config.json").is_file():
-        raise DataError(f"{folder} has no config.json; it is not a model folder in the Hugging Face layout")
+        inside = sorted(str(file.parent.relative_to(folder)) for file in folder.glob("*/*config.json"))
+        inside += sorted(str(file.parent.relative_to(folder)) for file in folder.glob("snapshots/*/config.json"))
+        hint = f"; give one that it holds: {first_few(list(dict.fromkeys(inside)))}" if inside else ""
+        raise DataError(f"{folder} has no config.json; it is not a model folder in the Hugging Face layout{hint}")
     config = read_object(folder / "config.json")
     _check_not_quantized(folder, config)
     files = weight_files(folder)

@@ -75,6 +75,10 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
             f"{folder}: transformers cannot load a tokenizer from it: {first_line}; its tokenizer's files are damaged, "
             "missing, or written by a newer version of the libraries"
         ) from None
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        file = folder / "tokenizer_config.json"
+        raise DataError(f"{file}: model_max_length is {longest!r:.40}, not a number; correct or remove it")
     # Without the file of their vocabulary, some classes load with nothing but their special tokens.
     ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     if len(ordinary) <= _FEWEST_TOKENS:
@@ -100,8 +104,7 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
         DataError: one of the files is not JSON, or names what is no token id of the model.
     """
     eos = int(tokenizer.eos_token_id)
-    listed = source = None
-    most = None
+    listed = source = rows = None
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         if not file.is_file():
@@ -113,13 +116,18 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
             if listed is None:
                 listed, source = values.get("eos_token_id"), file
                 listed = text.get("eos_token_id") if listed is None else listed
-            size = values.get("vocab_size", text.get("vocab_size"))
-            most = max(size, len(tokenizer)) if isinstance(size, int) else None
+            sizes = [each.get("vocab_size") for each in (values, text)]
+            rows = max((size for size in sizes if isinstance(size, int)), default=None)
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise DataError(f"{file} cannot be read ({error}); fix it, or fetch the model again") from None
+    if rows is not None and eos >= rows:
+        raise DataError(
+            f"{folder}: the tokenizer's end-of-sequence token {tokenizer.eos_token!r} has id {eos}, but the model's "
+            f"vocabulary has {rows} entries, so a response cannot end; correct eos_token in tokenizer_config.json"
+        )
     stops = {eos}
     for token in listed if isinstance(listed, list) else [] if listed is None else [listed]:
-        if not isinstance(token, int) or isinstance(token, bool) or (most is not None and token >= most):
+        if not isinstance(token, int) or isinstance(token, bool) or (rows is not None and token >= rows):
             raise DataError(
                 f"{source}: eos_token_id is {listed!r:.60}, but {token!r:.20} is no token id of the model; correct it "
                 f"(the tokenizer's end-of-sequence token is {eos})"

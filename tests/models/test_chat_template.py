@@ -285,6 +285,21 @@ def test_stop_tokens_that_are_none(tmp_path: Path, value: Any, name: str) -> Non
         load_tokenizer(tmp_path, ModelConfig())
 
 
+def test_an_end_of_sequence_token_that_the_model_lacks(tmp_path: Path) -> None:
+    """transformers adds a special token that the vocabulary does not have."""
+    file = saved(tmp_path, config={"vocab_size": 262}) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<end>"}))
+    with pytest.raises(DataError, match=r"'<end>' has id 262, but the model's vocabulary has 262 entries"):
+        load_tokenizer(tmp_path, ModelConfig())
+
+
+def test_a_longest_sequence_that_is_no_number(tmp_path: Path) -> None:
+    file = saved(tmp_path) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: model_max_length is 'long', not a number"):
+        load_tokenizer(tmp_path, ModelConfig())
+
+
 @pytest.mark.parametrize("value", [None, -1, [], [4, 2], 5])
 def test_stop_tokens_that_are_well(tmp_path: Path, value: Any) -> None:
     folder = saved(tmp_path, config={"vocab_size": 262}, generation_config={"eos_token_id": value})
