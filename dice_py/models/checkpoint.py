@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _CHECKS = 2  # to be increased when what passed before need not pass now
 _ENCODER = "which is no causal language model: it cannot generate text token by token"
+_NOT_TEXT_ALONE = (
+    "which reads more than text, and transformers has no causal language model of it; give one of text alone"
+)
 
 
 def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
@@ -155,7 +158,9 @@ def _build(folder: Path, read: PreTrainedConfig, config: ModelConfig) -> PreTrai
         raise UsageError(f"{folder}: the model needs a package that is not installed: {error_line(error)}") from None
     except Exception as error:  # sizes that do not go together fail anywhere in the constructor
         if "Unrecognized configuration class" in str(error):
-            raise DataError(f"{folder / 'config.json'}: a model of type {read.model_type!r}, {_ENCODER}") from None
+            senses = any(hasattr(read, name) for name in ("vision_config", "audio_config"))
+            cause = _NOT_TEXT_ALONE if senses else _ENCODER
+            raise DataError(f"{folder / 'config.json'}: a model of type {read.model_type!r}, {cause}") from None
         raise _config_error(folder / "config.json", error) from None
     if config.attn_implementation is not None:
         try:

@@ -206,6 +206,11 @@ def test_an_encoder_and_decoder(tmp_path: Path) -> None:
     assert "a model of type 't5', which is no causal language model" in refusal(tmp_path)
 
 
+def test_a_model_of_images_and_text(copy: Path) -> None:
+    change_config(copy, model_type="llava", text_config={"num_hidden_layers": 2}, vision_config={})
+    assert "a model of type 'llava', which reads more than text" in refusal(copy)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
