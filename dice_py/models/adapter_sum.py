@@ -7,12 +7,17 @@ that the base has no place for; and does not give the base the rows of tokens th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError
-from dice_py.models.weight_files import first_few
+from dice_py.models.bin_weights import bin_tensors
+from dice_py.models.weight_files import first_few, weight_files
 from dice_py.models.weight_names import error_line
+
+KEPT = 0.5
+"""With less of the adapter's changes than this left by rounding, the sum is stored in float32, as a training's is."""
 
 
 def add_adapter(model: Any, adapter: Path, base: Path) -> Any:
@@ -55,6 +60,39 @@ def add_adapter(model: Any, adapter: Path, base: Path) -> Any:
             f"{adapter}: the adapter cannot be merged into its base model {base} ({text}); check that this is the base "
             "it was trained on, or give the folder of a model that you merged yourself"
         ) from None
+
+
+def share_kept(model: Any, base: Path, dtype: Any) -> float:
+    """The share of an adapter's changes Δ that rounding to `dtype` leaves: Δ'·Δ / Δ·Δ; 1 if nothing changed.
+
+    Tensors that the base's files hold by other names are left out.
+    """
+    import torch
+
+    squares = kept = 0.0
+    state = model.state_dict()
+    for file in weight_files(base):
+        for name, stored in _each_tensor(file):
+            after = state.get(name)
+            if after is None or not stored.is_floating_point() or stored.shape != after.shape:
+                continue
+            before = stored.float()
+            change, rounded = after - before, after.to(dtype).float() - before
+            squares += float(change.square().sum(dtype=torch.float64))
+            kept += float((rounded * change).sum(dtype=torch.float64))
+    return kept / squares if squares else 1.0
+
+
+def _each_tensor(file: Path) -> Iterator[tuple[str, Any]]:
+    """The tensors of a file of weights by name, one at a time in memory where its format allows it."""
+    from safetensors import safe_open
+
+    if file.suffix == ".bin":
+        yield from bin_tensors(file, "cpu").items()
+        return
+    with safe_open(file, framework="pt") as handle:
+        for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
+            yield name, handle.get_tensor(name)
 
 
 def _check_kind(config: Any) -> None:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.bin_weights import bin_records, bin_values
-from dice_py.models.identity import model_identity
+from dice_py.models.identity import MERGED_STAMP, model_identity
 from dice_py.models.weight_files import is_old_buffer, read_header, weight_files
 from dice_py.models.weight_records import TensorRecord, tensor_records
-from dice_py.storage.integrity import read_stamp
+from dice_py.storage.integrity import MODEL_STAMP, read_stamp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,12 +104,12 @@ def have_same_weights(first: Path, second: Path, *, rounded: bool = True) -> boo
 
 
 def _is_start(reference: Path, policy: Path) -> bool:
-    """Whether `dice train` made the policy from the reference, which it does not do if no weight changes.
+    """Whether `dice train` or the merge of an adapter made the policy from the reference.
 
-    It saves an update in float32 that rounding would take away, so that rounded weights say nothing of such a policy.
+    Both save an update in float32 that rounding would take away, so that rounded weights say nothing of such a policy.
     """
-    stamp = read_stamp(policy)
-    return stamp is not None and "start" in stamp and stamp["start"] == model_identity(reference)
+    starts = [stamp.get("start") for name in (MODEL_STAMP, MERGED_STAMP) if (stamp := read_stamp(policy, name))]
+    return any(start is not None and start == model_identity(reference) for start in starts)
 
 
 def weights_cosine(first: Path, second: Path) -> float | None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from broken_models import CPU, change_config, change_weights
+from broken_models import CPU, WEIGHTS, change_config, change_weights
+from own_run import Events
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import make_llama, make_qwen2
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dice_py.errors import DataError
+from dice_py.errors import DataError, UsageError
 from dice_py.models.checkpoint import check_checkpoint
+from dice_py.models.comparison import check_distinct
 from dice_py.models.sources import resolve_model
 
 ADAPTER = "adapter_model.safetensors"
@@ -87,6 +90,27 @@ def test_tokens_that_the_training_added(
     folder, ours = merged(tmp_path / "adapter")
     assert AutoConfig.from_pretrained(folder).vocab_size == 270
     assert torch.allclose(ours, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 0.0, 1.0])
+def test_changes_that_rounding_takes_away(scale: float, tmp_path: Path, cache_folder: Path) -> None:
+    """The base in bfloat16, added to in steps that are too small for it, would be the base again."""
+    base = make_llama(tmp_path / "base")
+    change_weights(base, lambda weights: {name: weight.bfloat16() for name, weight in weights.items()})
+    trained(tmp_path / "adapter", base)
+    change_weights(
+        tmp_path / "adapter", lambda held: [w.mul_(scale) for name, w in held.items() if "lora_B" in name], ADAPTER
+    )
+    events = Events()
+    folder = resolve_model(str(tmp_path / "adapter"), None, role="--policy", report=events)
+    small = 0 < scale < 1
+    assert {w.dtype for w in load_file(folder / WEIGHTS).values()} == {torch.float32 if small else torch.bfloat16}
+    assert any("would leave 0% of what the adapter changes" in fields["text"] for _, fields in events.events) is small
+    if scale:
+        check_distinct(folder, base, allowed=False)
+    else:
+        with pytest.raises(UsageError, match="are the same model"):
+            check_distinct(folder, base, allowed=False)
 
 
 def test_rows_that_only_the_embeddings_have(tmp_path: Path, cache_folder: Path) -> None:
