@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from dice_py.config.training import LoraConfig
 from dice_py.errors import DataError
 from dice_py.models.identity import model_identity
+from dice_py.models.identity import model_identity
 from dice_py.models.loading import load_model
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.digests import content_digest
@@ -69,7 +70,8 @@ def test_model_folder_is_complete(trained: tuple[Stage, dict[str, Any]], llama: 
     run, counts = trained
     stamp = read_json(run.model / "dice.json")
     files = {file.name: content_digest(file) for file in run.model.iterdir() if file.name != "dice.json"}
-    assert stamp == {"key": run.job().key(), "counts": counts, "files": files}
+    start = model_identity(llama)
+    assert stamp == {"key": run.job().key(), "counts": counts, "start": start, "files": files}
     assert is_trained(run.model, run.job().key())
     assert not is_trained(run.model, run.job("another").key())
     assert not is_trained(run.out, run.job().key())
