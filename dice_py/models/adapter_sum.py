@@ -31,7 +31,6 @@ def add_adapter(model: Any, adapter: Path, base: Path) -> Any:
     Raises:
         DataError: the adapter does not fit the base, or is of a kind that cannot be merged.
     """
-    import torch
     from peft import PeftConfig, PeftModel
 
     try:
@@ -45,13 +44,7 @@ def add_adapter(model: Any, adapter: Path, base: Path) -> Any:
         if absent:
             raise ValueError(absent[0])
         _check_all_used(wrapped, adapter)
-        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-        tied = head is not None and _weight(head) is _weight(embeddings)
-        if tied and (head.__class__ is not torch.nn.Linear or embeddings.__class__ is not torch.nn.Embedding):
-            _set_weight(head, torch.nn.Parameter(_weight(head).detach().clone(), requires_grad=False))
-        merged = wrapped.merge_and_unload(safe_merge=True)
-        _tie_what_is_equal(merged)
-        return merged
+        return merge(wrapped, safe=True)
     except MemoryError:
         raise
     except Exception as error:  # peft and torch raise many kinds for what does not fit
@@ -60,6 +53,29 @@ def add_adapter(model: Any, adapter: Path, base: Path) -> Any:
             f"{adapter}: the adapter cannot be merged into its base model {base} ({text}); check that this is the base "
             "it was trained on, or give the folder of a model that you merged yourself"
         ) from None
+
+
+def merge(wrapped: Any, *, safe: bool = False) -> Any:
+    """The model of a PeftModel, with its adapter added to the weights.
+
+    Tied embeddings and head stay tied only if both are still equal, and config.json says it.
+
+    Args:
+        safe: whether NaN is an error.
+
+    Raises:
+        ValueError: NaN, with `safe`.
+    """
+    import torch
+
+    model = wrapped.get_base_model()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and _weight(head) is _weight(embeddings)
+    if tied and (head.__class__ is not torch.nn.Linear or embeddings.__class__ is not torch.nn.Embedding):
+        _set_weight(head, torch.nn.Parameter(_weight(head).detach().clone(), requires_grad=False))
+    merged = wrapped.merge_and_unload(safe_merge=safe)
+    _tie_what_is_equal(merged)
+    return merged
 
 
 def share_kept(model: Any, base: Path, dtype: Any) -> float:

@@ -152,23 +152,28 @@ def _build(folder: Path, read: PreTrainedConfig, config: ModelConfig) -> PreTrai
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(read, trust_remote_code=config.trust_remote_code, **options)
 
+    kernel = config.attn_implementation
     try:
-        model = build()
+        # Where one is asked for, not the one that config.json may name: that need not be installed.
+        model = build() if kernel is None else build(attn_implementation="eager")
     except ImportError as error:
-        raise UsageError(f"{folder}: the model needs a package that is not installed: {error_line(error)}") from None
+        raise UsageError(
+            f"{folder}: the model needs a package that is not installed: {error_line(error)}; if that is an attention "
+            "kernel that config.json names, choose another with --set model.attn_implementation=sdpa"
+        ) from None
     except Exception as error:  # sizes that do not go together fail anywhere in the constructor
         if "Unrecognized configuration class" in str(error):
             senses = any(hasattr(read, name) for name in ("vision_config", "audio_config"))
             cause = _NOT_TEXT_ALONE if senses else _ENCODER
             raise DataError(f"{folder / 'config.json'}: a model of type {read.model_type!r}, {cause}") from None
         raise _config_error(folder / "config.json", error) from None
-    if config.attn_implementation is not None:
+    if kernel is not None:
         try:
-            model = build(attn_implementation=config.attn_implementation)
+            model = build(attn_implementation=kernel)
         except Exception as error:  # a package, a GPU or a kernel that is missing, or a name that is not known
             raise UsageError(
-                f"model.attn_implementation is {config.attn_implementation!r}, which cannot be used here: "
-                f"{error_line(error)}; leave it out (--set model.attn_implementation=sdpa), or install what it needs"
+                f"model.attn_implementation is {kernel!r}, which cannot be used here: {error_line(error)}; leave it "
+                "out (--set model.attn_implementation=sdpa), or install what it needs"
             ) from None
     return model
 

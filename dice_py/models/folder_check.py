@@ -80,13 +80,20 @@ def read_object(file: Path) -> dict[str, Any]:
         DataError: the file is cut off, no JSON, or no object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_constant)
     except (OSError, ValueError, RecursionError) as error:
         cause = "it is a git-lfs pointer" if file.is_file() and is_lfs_pointer(file) else str(error)
         raise DataError(f"{file} is not complete JSON ({cause}); download or copy it again") from None
     if not isinstance(content, dict):
         raise DataError(f"{file} holds a JSON {type(content).__name__}, not an object; download or copy it again")
     return content
+
+
+def _constant(text: str) -> float:
+    """A number that JSON does not have. Infinity is a limit that some models' configs set; NaN is never meant."""
+    if text == "NaN":
+        raise ValueError("it has the number NaN")
+    return float(text)
 
 
 def _check_type(folder: Path, config: dict[str, Any]) -> None:

@@ -151,12 +151,12 @@ def check_loaded(folder: Path, architecture: str, loading: dict[str, Any], shape
 
 
 def _wrapper(missing: list[str], unexpected: list[str]) -> str:
-    """What stands before the names of all weights, if nothing else is wrong with them."""
+    """What stands before the names of the weights, if that is what is wrong with them."""
     first = unexpected[0] if unexpected else ""
     expected = next((name for name in missing if first.endswith(f".{name}")), None)
     prefix = "" if expected is None else first.removesuffix(expected)
     held = {name.removeprefix(prefix) for name in unexpected if name.startswith(prefix)}
-    if not prefix or not held >= set(missing):
+    if not prefix or len(held & set(missing)) < len(missing) / 2:  # tied weights are missing and not stored
         return ""
     return f". Each name begins with {prefix!r}, that of a wrapper: save the model that it wraps"
 

@@ -67,6 +67,12 @@ def test_load_model_refuses_other_shapes(copy: Path) -> None:
         load_model(copy, CPU)
 
 
+def test_names_with_a_prefix_of_tied_weights(tmp_path: Path) -> None:
+    folder = make_qwen2(tmp_path / "qwen")
+    change_weights(folder, lambda weights: {f"module.{name}": value for name, value in weights.items()})
+    assert refusal(folder).endswith("Each name begins with 'module.', that of a wrapper: save the model that it wraps")
+
+
 @BIN
 def test_names_with_a_prefix(copy: Path, binary: bool) -> None:
     change_weights(copy, lambda weights: {f"base_model.{name}": value for name, value in weights.items()})
@@ -253,6 +259,15 @@ def test_a_broken_generation_config(copy: Path, content: str) -> None:
 def test_attention_that_is_not_here(llama: Path, name: str) -> None:
     said = refusal(llama, 2, ModelConfig(device="cpu", attn_implementation=name))
     assert f"model.attn_implementation is '{name}', which cannot be used here: " in said
+
+
+def test_attention_that_config_json_names(copy: Path) -> None:
+    """Another may be asked for instead."""
+    change_config(copy, attn_implementation="flash_attention_2")
+    assert "choose another with --set model.attn_implementation=sdpa" in refusal(copy, 2)
+    sdpa = ModelConfig(device="cpu", attn_implementation="sdpa")
+    check_checkpoint(copy, "policy", sdpa)
+    assert load_model(copy, sdpa).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])

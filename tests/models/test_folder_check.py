@@ -219,3 +219,12 @@ def test_a_folder_around_a_model(copy: Path, tmp_path: Path, inside: str) -> Non
 def test_a_name_that_is_too_long_for_a_file(name: str) -> None:
     with pytest.raises(DataError, match=r"cannot be a path \(File name too long\); give a shorter one"):
         resolve_model(name, None, role="--policy")
+
+
+def test_numbers_that_json_does_not_have(copy: Path) -> None:
+    file = copy / "config.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, "rms_norm_eps": float("nan")}))
+    assert f"{file} is not complete JSON (it has the number NaN)" in refusal(copy)
+    file.write_text(json.dumps({**whole, "time_step_limit": [0.0, float("inf")]}))  # as Mamba 2's has it
+    check_model_folder(copy, role="--policy")
