@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from dice_py.config.training import LoraConfig
 from dice_py.errors import DataError
 from dice_py.models.identity import model_identity
-from dice_py.models.identity import model_identity
 from dice_py.models.loading import load_model
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.digests import content_digest
