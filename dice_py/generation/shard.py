@@ -7,6 +7,7 @@ each shard, so that a process reads only the prompts of its own shards.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from dice_py.errors import DataError
 from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.journal import Journal
 from dice_py.storage.files import atomic
@@ -117,7 +119,17 @@ class ShardWriter:
         return missing
 
     def add(self, row: int, sample: Sample) -> None:
-        """Appends a finished response to the journal. It survives this process only after `journal.flush`."""
+        """Appends a finished response to the journal. It survives this process only after `journal.flush`.
+
+        Raises:
+            DataError: its log-probability is NaN, so that its tokens mean nothing.
+        """
+        if math.isnan(sample.logp):
+            raise DataError(
+                f"prompt {self.prompts[row // self.samples][0]}: the policy's log-probabilities are NaN, so that what "
+                "it samples means nothing; set model.dtype to float32 or bfloat16 if it is float16, whose range is "
+                "small, else config.json does not fit the weights (norms, positions)"
+            )
         self.journal.append(row, sample)
         self.sampled_here.sequences += 1
         self.sampled_here.tokens += len(sample.token_ids)

@@ -2,13 +2,13 @@
 
 Sampling, scoring and training all need one model folder: engines differ in what they make of an adapter's. The folder
 is `merged/KEY` in the cache; its key is a digest of both contents and of the versions that merge them. The sum is taken
-in float32 and stored in the base's own type, as peft's `merge_and_unload` and our trainer do.
+in float32 and stored in the base's own type, as peft's `merge_and_unload` and our trainer do; in float32 where rounding
+would take away most of what the adapter changes.
 """
 
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
+from dice_py.models.adapter_sum import KEPT, add_adapter, share_kept
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.folder_check import read_object
-from dice_py.models.identity import model_identity
+from dice_py.models.identity import MERGED_STAMP, model_identity
 from dice_py.models.loading import require
 from dice_py.models.saving import share_weights
 from dice_py.models.weight_files import check_is_weights, read_header
@@ -33,8 +34,7 @@ from dice_py.timing import timed
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS, _WEIGHTS_BIN = "adapter_model.safetensors", "adapter_model.bin"
-_STAMP = "merged.json"
-_RECIPE = 1  # to be increased when a change of code makes another folder from the same adapter and base
+_RECIPE = 3  # to be increased when a change of code makes another folder from the same adapter and base
 _TEXT_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -83,7 +83,7 @@ def _adapter_weights(adapter: Path) -> Path:
 def find_merged(adapter: Path, base: Path) -> Path | None:
     """The folder that an adapter was merged into, if the cache has it, every file as it was written; it reads all."""
     folder = _folder(adapter, base)
-    return folder if read_stamp(folder, _STAMP) is not None and not damaged_in(folder, _STAMP) else None
+    return folder if read_stamp(folder, MERGED_STAMP) is not None and not damaged_in(folder, MERGED_STAMP) else None
 
 
 def merge_key(adapter: Path, base: Path) -> str:
@@ -121,13 +121,13 @@ def merged_model(adapter: Path, base: Path, report: Report = no_report) -> Path:
                 if folder.exists():
                     set_aside(folder, report)
                 report("note", text=f"merging the adapter {adapter} into its base model {base}, once: {folder}")
-                _merge(adapter, base, folder)
+                _merge(adapter, base, folder, report)
                 return folder
     report("note", text=f"the adapter {adapter} was merged into its base model {base} before: {found}")
     return found
 
 
-def _merge(adapter: Path, base: Path, folder: Path) -> None:
+def _merge(adapter: Path, base: Path, folder: Path, report: Report) -> None:
     with timed("import"):
         import torch
         from transformers import AutoModelForCausalLM
@@ -140,7 +140,16 @@ def _merge(adapter: Path, base: Path, folder: Path) -> None:
     for tensor in stored_tensors(base).values():
         types[tensor.dtype] += tensor.numel()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = _with_adapter(model, adapter, base).to(dtype=types.most_common(1)[0][0])
+    model, dtype = add_adapter(model, adapter, base), types.most_common(1)[0][0]
+    kept = share_kept(model, base, dtype)
+    if kept < KEPT:
+        report(
+            "note",
+            text=f"rounding to {str(dtype).removeprefix('torch.')}, the type of {base}, would leave "
+            f"{max(0.0, kept):.0%} of what the adapter changes, so the merged model is stored in float32",
+        )
+        dtype = torch.float32
+    model = model.to(dtype=dtype)
     # The adapter's tokenizer, where it has one: training may have added a template.
     texts = _text_files(adapter) if any(file.name.startswith("tokenizer") for file in _text_files(adapter)) else []
     with atomic(folder) as temporary:
@@ -151,7 +160,8 @@ def _merge(adapter: Path, base: Path, folder: Path) -> None:
         for file in texts or _text_files(base):
             shutil.copy(file, temporary)
         share_weights(temporary)
-        write_stamp(temporary, {"key": folder.name, "adapter": str(adapter), "base": str(base)}, _STAMP)
+        origin = {"adapter": str(adapter), "base": str(base), "start": model_identity(base)}
+        write_stamp(temporary, {"key": folder.name, **origin}, MERGED_STAMP)
 
 
 def _check_finite(adapter: Path) -> None:
@@ -160,25 +170,3 @@ def _check_finite(adapter: Path) -> None:
         broken = [name for name, record in tensor_records(file).items() if not record.finite]
         if broken:
             raise DataError(f"{file}: {broken[0]} holds NaN or infinite numbers; the training that saved it diverged")
-
-
-def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
-    """The model with the adapter added to its weights."""
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            wrapped = PeftModel.from_pretrained(model, adapter)
-            absent = [str(each.message) for each in caught if "missing adapter keys" in str(each.message)]
-        if absent:
-            raise ValueError(absent[0])
-        return wrapped.merge_and_unload(safe_merge=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # peft and torch raise many kinds for what does not fit
-        text = (str(error).strip().splitlines() or [""])[0][:300]
-        raise DataError(
-            f"{adapter}: the adapter cannot be merged into its base model {base} ({type(error).__name__}: {text}); "
-            "merge it yourself with peft's merge_and_unload, save the model, and give that folder"
-        ) from None

@@ -10,12 +10,38 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dice_py.data import Message
 from dice_py.errors import DataError
 from dice_py.models.control_tokens import ControlTokens, Guard
 from dice_py.rows.messages import TEMPLATE_COLUMN, TOOLS_COLUMN, fields_of, options_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that the chat template puts around a turn, special or not: many tokenizers to which ChatML was added
+    later have <|im_start|> as an ordinary added token.
+
+    What else the template may write, such as <think> or <tool_call>, belongs to an answer, which may spell it.
+    """
+    added = {str(token): int(number) for number, token in tokenizer.added_tokens_decoder.items() if str(token)}
+    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    try:
+        asked = str(tokenizer.apply_chat_template([question], tokenize=False))
+        begun = str(tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True))
+        answered = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
+    except Exception:  # a template is a program; the prompts themselves will tell
+        return set()
+    header = pattern.match(begun, len(asked)) if begun.startswith(asked) else None
+    end = pattern.search(answered, answered.rfind("y") + 1)
+    found = {*pattern.findall(asked), *(match[0] for match in (header, end) if match)}
+    ids: list[int] = tokenizer(answered, add_special_tokens=False)["input_ids"]
+    # A tokenizer's normalizer may change a spelling so that it gives no token.
+    return {added[text] for text in found if ids.count(added[text]) == answered.count(text)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +73,7 @@ class ChatTemplate:
 
     def __init__(self, controls: ControlTokens, time: datetime | None) -> None:
         self.controls, self.time = controls, time
+        self._complete: set[tuple[Any, ...]] = set()  # the forms of conversations of which each turn is rendered
 
     def render(
         self, conversation: Conversation, where: str, *, prompt: bool = False, guard: Guard | None = None
@@ -115,16 +142,24 @@ class ChatTemplate:
             raise _not_rendered(where, *lost)
         if prompt:
             self._check_variables(conversation, changes, where)
+        # Whether a turn is rendered depends on its place among the roles: that is tried once for each form, since a
+        # content that is left out may stand elsewhere in the text.
+        form = (turns, prompt, *((message["role"], *message, bool(message["content"])) for message in checked))
+        known = form in self._complete
         for at, message in enumerate(checked, start=len(conversation.messages) - turns):
-            if message["content"].strip() not in text:
-                # Trimmed inside, or escaped; or left out.
-                other = [*conversation.messages]
-                other[at] = {**message, "content": f"{message['content']} x"}
+            content = message["content"].strip()
+            if content and (not known or content not in text):
+                other, before = (
+                    [*conversation.messages],
+                    "x " if content in text else "",
+                )  # else trimmed, escaped or cut
+                other[at] = {**message, "content": f"{before}{message['content']} x"}
                 if not changes(Conversation(other, conversation.options)):
                     raise DataError(
                         f"{where}: the chat template leaves out the content of turn {at} ({message['role']}): "
                         f"{message['content']!r:.60}; remove the turn, or use a template that renders it"
                     )
+        self._complete.add(form)
 
     def _check_variables(self, conversation: Conversation, changes: Callable[[Conversation], bool], where: str) -> None:
         """Each variable of the data is one that the template reads. A value that is its default changes nothing."""

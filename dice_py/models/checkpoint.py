@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError, DiceError, UsageError
-from dice_py.models.bin_weights import non_finite_bin
+from dice_py.models.bin_weights import bin_records, non_finite_bin
 from dice_py.models.folder_check import check_model_folder, read_object
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement, require
 from dice_py.models.weight_files import first_few, weight_files
 from dice_py.models.weight_names import compare_weights, error_line, stored_tensors
-from dice_py.models.weight_records import tensor_records
+from dice_py.models.weight_records import TensorRecord, tensor_records
 from dice_py.storage.cache import recall, remember
 from dice_py.storage.keys import digest, versions
 from dice_py.timing import timed
@@ -29,7 +29,11 @@ from dice_py.timing import timed
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_CHECKS = 2  # to be increased when what passed before need not pass now
 _ENCODER = "which is no causal language model: it cannot generate text token by token"
+_NOT_TEXT_ALONE = (
+    "which reads more than text, and transformers has no causal language model of it; give one of text alone"
+)
 
 
 def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
@@ -48,6 +52,7 @@ def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
     placement(config)
     require("accelerate", extra="train")
     key = digest(
+        _CHECKS,
         model_identity(folder),
         config.model_dump(include={"device", "attn_implementation", "trust_remote_code"}),
         versions("torch", "transformers"),
@@ -60,8 +65,10 @@ def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
         with _quiet():
             transformers_config = _read_config(folder, config)
             _check_generation_config(folder)
-            compare_weights(folder, _build(folder, transformers_config, config))
+            built = _build(folder, transformers_config, config)
+            compare_weights(folder, built)
         _check_finite(folder)
+        _check_tied(folder, built.all_tied_weights_keys)
     except DiceError as error:
         raise type(error)(f"{role}: {error}") from None
     remember("checkpoint", key, True)
@@ -117,7 +124,10 @@ def _read_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
 
 
 def _config_error(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: transformers cannot build the model that it describes: {error_line(error)}")
+    cause = error_line(error)
+    return DataError(
+        f"{file}: transformers cannot build the model that it describes: {cause}; correct it, or download it again"
+    )
 
 
 def _check_generation_config(folder: Path) -> None:
@@ -128,7 +138,9 @@ def _check_generation_config(folder: Path) -> None:
         try:
             GenerationConfig.from_pretrained(folder)
         except Exception as error:  # raised for values by many kinds of checks
-            raise DataError(f"{file}: transformers does not accept it: {error_line(error)}") from None
+            raise DataError(
+                f"{file}: transformers does not accept it: {error_line(error)}; correct or delete it"
+            ) from None
 
 
 def _build(folder: Path, read: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
@@ -140,21 +152,28 @@ def _build(folder: Path, read: PreTrainedConfig, config: ModelConfig) -> PreTrai
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(read, trust_remote_code=config.trust_remote_code, **options)
 
+    kernel = config.attn_implementation
     try:
-        model = build()
+        # Where one is asked for, not the one that config.json may name: that need not be installed.
+        model = build() if kernel is None else build(attn_implementation="eager")
     except ImportError as error:
-        raise UsageError(f"{folder}: the model needs a package that is not installed: {error_line(error)}") from None
+        raise UsageError(
+            f"{folder}: the model needs a package that is not installed: {error_line(error)}; if that is an attention "
+            "kernel that config.json names, choose another with --set model.attn_implementation=sdpa"
+        ) from None
     except Exception as error:  # sizes that do not go together fail anywhere in the constructor
         if "Unrecognized configuration class" in str(error):
-            raise DataError(f"{folder / 'config.json'}: a model of type {read.model_type!r}, {_ENCODER}") from None
+            senses = any(hasattr(read, name) for name in ("vision_config", "audio_config"))
+            cause = _NOT_TEXT_ALONE if senses else _ENCODER
+            raise DataError(f"{folder / 'config.json'}: a model of type {read.model_type!r}, {cause}") from None
         raise _config_error(folder / "config.json", error) from None
-    if config.attn_implementation is not None:
+    if kernel is not None:
         try:
-            model = build(attn_implementation=config.attn_implementation)
+            model = build(attn_implementation=kernel)
         except Exception as error:  # a package, a GPU or a kernel that is missing, or a name that is not known
             raise UsageError(
-                f"model.attn_implementation is {config.attn_implementation!r}, which cannot be used here: "
-                f"{error_line(error)}; leave it out (--set model.attn_implementation=sdpa), or install what it needs"
+                f"model.attn_implementation is {kernel!r}, which cannot be used here: {error_line(error)}; leave it "
+                "out (--set model.attn_implementation=sdpa), or install what it needs"
             ) from None
     return model
 
@@ -169,4 +188,22 @@ def _check_finite(folder: Path) -> None:
             raise DataError(
                 f"{file}: {len(broken)} tensors hold NaN or infinite numbers ({first_few(broken)}); the training that "
                 "saved it diverged, or the file is damaged"
+            )
+
+
+def _check_tied(folder: Path, tied: dict[str, str]) -> None:
+    """Refuses weights that config.json ties and the files hold apart: transformers unties them, vLLM drops one.
+
+    Args:
+        tied: names of weights by the name of the weight that they are tied to, as transformers has them.
+    """
+    held: dict[str, TensorRecord] = {}
+    for file in weight_files(folder):
+        held |= bin_records(file) if file.suffix == ".bin" else tensor_records(file)
+    for name, other in tied.items():
+        if name in held and other in held and held[name].digest != held[other].digest:
+            raise DataError(
+                f"{folder}: config.json says that {name} and {other} are one tensor (tie_word_embeddings), but the "
+                "files hold two that differ, and libraries differ in which they use; if both are meant, set "
+                "tie_word_embeddings to false in config.json, else delete one"
             )

@@ -11,15 +11,15 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.bin_weights import bin_records, bin_values
-from dice_py.models.identity import model_identity
-from dice_py.models.weight_files import read_header, weight_files
+from dice_py.models.identity import MERGED_STAMP, model_identity
+from dice_py.models.weight_files import is_old_buffer, read_header, weight_files
 from dice_py.models.weight_records import TensorRecord, tensor_records
-from dice_py.storage.integrity import read_stamp
+from dice_py.storage.integrity import MODEL_STAMP, read_stamp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ UNRELATED = 0.2
 _SAMPLED_TENSORS, _SAMPLED_VALUES = 16, 4096
 _PART = 2**22  # values that are compared at a time
 _FLOATS = ("F64", "F32", "BF16", "F16")
+_BY_TOKEN = re.compile(r"embed|lm_head|wte|wpe|word_embeddings|output\.weight$")
 _WRAPPERS = re.compile(r"^((model|transformer|base_model|language_model|text_model)\.)+")
 
 
@@ -79,31 +80,36 @@ def warn_of_unrelated(policy: Path, reference: Path, report: Report) -> None:
 
 
 def have_same_weights(first: Path, second: Path, *, rounded: bool = True) -> bool:
-    """True if two folders hold the same values, whatever their sharding, order, names' prefix or float type.
+    """True if two folders hold the same values, whatever their sharding, order, names' prefix, float type or padding.
 
     Args:
         rounded: whether values are the same too that rounding to the other's float type makes the same.
     """
     one, other = _stored(first), _stored(second)
     # As sets, since tied weights may be stored once or twice.
-    values = [{(tuple(each.record.shape), each.record.digest) for each in side.values()} for side in (one, other)]
+    values = [{_value(each) for each in side.values()} for side in (one, other)]
     if values[0] == values[1]:
         return True
-    if one.keys() != other.keys() or any(one[name].record.shape != other[name].record.shape for name in one):
+    common = one.keys() & other.keys()
+    for side in (one, other):
+        kept = {_value(side[name]) for name in common}
+        if any(_value(side[name]) not in kept for name in side.keys() - common):
+            return False  # not a second copy of tied weights
+    if not common or not all(_comparable(name, one[name], other[name]) for name in common):
         return False
     # Stored in another type: equal if one side, rounded to the other's type, is the other.
     return all(
-        _equal(one[name], other[name], count, rounded=rounded) for count in (_SAMPLED_VALUES, None) for name in one
+        _equal(one[name], other[name], count, rounded=rounded) for count in (_SAMPLED_VALUES, None) for name in common
     )
 
 
 def _is_start(reference: Path, policy: Path) -> bool:
-    """Whether `dice train` made the policy from the reference, which it does not do if no weight changes.
+    """Whether `dice train` or the merge of an adapter made the policy from the reference.
 
-    It saves an update in float32 that rounding would take away, so that rounded weights say nothing of such a policy.
+    Both save an update in float32 that rounding would take away, so that rounded weights say nothing of such a policy.
     """
-    stamp = read_stamp(policy)
-    return stamp is not None and "start" in stamp and stamp["start"] == model_identity(reference)
+    starts = [stamp.get("start") for name in (MODEL_STAMP, MERGED_STAMP) if (stamp := read_stamp(policy, name))]
+    return any(start is not None and start == model_identity(reference) for start in starts)
 
 
 def weights_cosine(first: Path, second: Path) -> float | None:
@@ -149,17 +155,31 @@ class _Stored:
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:
-    """The tensors of a folder, by their names without the prefix of a wrapper."""
+    """The tensors of a folder, by their names without the prefix of a wrapper; without buffers of older versions."""
     tensors: dict[str, _Stored] = {}
     for file in weight_files(folder):
         records = bin_records(file) if file.suffix == ".bin" else tensor_records(file)
-        tensors |= {_WRAPPERS.sub("", name): _Stored(file, name, record) for name, record in records.items()}
+        tensors |= {
+            _WRAPPERS.sub("", name): _Stored(file, name, record)
+            for name, record in records.items()
+            if not is_old_buffer(name)
+        }
     return tensors
+
+
+def _value(stored: _Stored) -> tuple[Any, ...]:
+    return tuple(stored.record.shape), stored.record.digest
+
+
+def _comparable(name: str, one: _Stored, other: _Stored) -> bool:
+    """Whether two tensors have one shape, or are embeddings or heads of which one has more rows: padding."""
+    shapes = one.record.shape, other.record.shape
+    return shapes[0] == shapes[1] or (bool(_BY_TOKEN.search(name)) and shapes[0][1:] == shapes[1][1:])
 
 
 def _is_matrix(name: str, one: _Stored, other: _Stored) -> bool:
     shape = one.record.shape
-    embeds = re.search(r"embed|lm_head|wte|wpe|word_embeddings|output\.weight$", name)
+    embeds = _BY_TOKEN.search(name)
     floats = one.record.dtype in _FLOATS and other.record.dtype in _FLOATS
     return len(shape) >= 2 and math.prod(shape) >= 256 and other.record.shape == shape and floats and not embeds
 
@@ -179,11 +199,12 @@ def _read(file: Path, name: str, start: int, count: int) -> np.ndarray:
 
 
 def _equal(one: _Stored, other: _Stored, count: int | None, *, rounded: bool) -> bool:
-    """Whether two tensors of the same shape are equal, maybe up to rounding; `count` values of them, or all."""
+    """Whether two tensors are equal in the rows that both have, maybe up to rounding; `count` values, or all."""
     import numpy as np
 
     types = one.record.dtype, other.record.dtype
-    if types[0] == types[1]:
+    same_shape = one.record.shape == other.record.shape
+    if types[0] == types[1] and same_shape:
         return one.record.digest == other.record.digest
     if not set(types) <= set(_FLOATS):
         return False
@@ -193,10 +214,12 @@ def _equal(one: _Stored, other: _Stored, count: int | None, *, rounded: bool) ->
             return np.array_equal(a, b)
         return np.array_equal(_rounded(a, types[1]), b) or np.array_equal(a, _rounded(b, types[0]))
 
+    size = min(math.prod(one.record.shape), math.prod(other.record.shape))  # of the rows that both have
     if count is not None:
-        return equal(one.values(count), other.values(count))
-    size = math.prod(one.record.shape)
-    return all(equal(one.values(_PART, at), other.values(_PART, at)) for at in range(0, size, _PART))
+        start = (size - min(count, size)) // 2
+        return equal(one.values(min(count, size), start), other.values(min(count, size), start))
+    parts = ((min(_PART, size - at), at) for at in range(0, size, _PART))
+    return all(equal(one.values(length, at), other.values(length, at)) for length, at in parts)
 
 
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Text is encoded as text: only the chat template makes control tokens, never a spelling in what somebody wrote.
 
-Control tokens are the tokenizer's special tokens and the tokens that end a response, whatever their spelling. A text
-that holds such a spelling ("</s>" in an answer about HTML) would be encoded as the token itself: it would end the
-answer there, or open a turn. So each spelling in a text is replaced by one private-use character before the template
-renders the conversation. The control tokens in the rendered text are then the template's own. They become tokens of a
-copy of the tokenizer that is told to split special tokens, the texts are put back, and one call encodes the whole. The
-texts beside a spelling are thus cut as in any other text; only where the vocabulary itself has the spelling as a piece
-is it cut after its first character.
+Control tokens are the tokenizer's special tokens, those that end a response, and those that the chat template puts
+around a turn (models/chat_template.py), whatever their spelling. A text that holds such a spelling ("</s>" in an answer
+about HTML) would be encoded as the token itself: it would end the answer there, or open a turn. So each spelling in a
+text is replaced by one private-use character before the template renders the conversation. The control tokens in the
+rendered text are then the template's own. They become tokens of a copy of the tokenizer that is told to split special
+tokens, the texts are put back, and one call encodes the whole. The texts beside a spelling are thus cut as in any other
+text; only where the vocabulary itself has the spelling as a piece is it cut after its first character.
 
 A spelling may also arise where two texts meet, or a text and the template: a text that ends with the beginning of a
 spelling, or begins with the end of one, is treated in the same way.
@@ -57,7 +57,11 @@ class ControlTokens:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = ()) -> ControlTokens:
-        """The special tokens of a tokenizer, and those of `stops` that it splits from text before anything else."""
+        """The special tokens of a tokenizer, and those of `stops` that it splits from text before anything else.
+
+        Args:
+            stops: tokens that end a response or stand around a turn, special or not.
+        """
         added = tokenizer.added_tokens_decoder
         stops = set(stops)
         by_spelling = {str(token): int(number) for number, token in added.items() if token.special or number in stops}

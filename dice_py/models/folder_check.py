@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError
-from dice_py.models.weight_files import check_is_weights, is_lfs_pointer, read_header, weight_files
+from dice_py.models.weight_files import check_is_weights, first_few, is_lfs_pointer, read_header, weight_files
 
 _QUANTIZED = ("quantization_config", "compression_config")
 _QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
@@ -45,7 +45,10 @@ def _check(folder: Path) -> None:
     if is_adapter(folder):
         raise DataError(f"{folder} is an adapter (adapter_config.json) that is not merged into its base model")
     if not (folder / "config.json").is_file():
-        raise DataError(f"{folder} has no config.json; it is not a model folder in the Hugging Face layout")
+        inside = sorted(str(file.parent.relative_to(folder)) for file in folder.glob("*/*config.json"))
+        inside += sorted(str(file.parent.relative_to(folder)) for file in folder.glob("snapshots/*/config.json"))
+        hint = f"; give one that it holds: {first_few(list(dict.fromkeys(inside)))}" if inside else ""
+        raise DataError(f"{folder} has no config.json; it is not a model folder in the Hugging Face layout{hint}")
     config = read_object(folder / "config.json")
     _check_not_quantized(folder, config)
     files = weight_files(folder)
@@ -77,13 +80,20 @@ def read_object(file: Path) -> dict[str, Any]:
         DataError: the file is cut off, no JSON, or no object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_constant)
     except (OSError, ValueError, RecursionError) as error:
         cause = "it is a git-lfs pointer" if file.is_file() and is_lfs_pointer(file) else str(error)
         raise DataError(f"{file} is not complete JSON ({cause}); download or copy it again") from None
     if not isinstance(content, dict):
         raise DataError(f"{file} holds a JSON {type(content).__name__}, not an object; download or copy it again")
     return content
+
+
+def _constant(text: str) -> float:
+    """A number that JSON does not have. Infinity is a limit that some models' configs set; NaN is never meant."""
+    if text == "NaN":
+        raise ValueError("it has the number NaN")
+    return float(text)
 
 
 def _check_type(folder: Path, config: dict[str, Any]) -> None:

@@ -49,8 +49,11 @@ def gguf_file(name: str, role: str) -> Path | None:
     """
     try:
         path = Path(name).expanduser()
+        path.exists()
     except RuntimeError:
         raise DataError(f"{role}: {name}: there is no such user or home folder; write the complete path") from None
+    except OSError as error:  # a name that is too long for a file
+        raise DataError(f"{role}: {name:.80}… cannot be a path ({error.strerror}); give a shorter one") from None
     named = path.suffix.lower() == ".gguf"
     if path.is_dir() or not (named or path.is_file()):
         return None

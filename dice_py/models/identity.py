@@ -16,6 +16,9 @@ from dice_py.models.weight_files import weight_files
 from dice_py.models.weight_records import file_content, tensor_records
 from dice_py.storage.keys import digest
 
+MERGED_STAMP = "merged.json"
+"""The stamp of a folder that an adapter was merged into; its `start` is the identity of the base model."""
+
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _OTHERS = (

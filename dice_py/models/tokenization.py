@@ -14,7 +14,7 @@ from dice_py.config.shared import ModelConfig
 from dice_py.data import Message, file_places
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.models.chat_template import ChatTemplate, Conversation
+from dice_py.models.chat_template import ChatTemplate, Conversation, turn_tokens
 from dice_py.models.control_tokens import ControlTokens
 from dice_py.models.loading import require
 from dice_py.rows.bad_rows import BadRowRule, BadRows
@@ -50,7 +50,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         raise DataError(f"{folder}: its tokenizer has no end-of-sequence token, so a response cannot end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    controls = ControlTokens.of(tokenizer, stop_token_ids(folder, tokenizer))
+    stops = stop_token_ids(folder, tokenizer)
+    controls = ControlTokens.of(tokenizer, {*stops, *turn_tokens(tokenizer)})
     time = None if config.template_time is None else datetime.fromisoformat(config.template_time)
     _templates[tokenizer] = ChatTemplate(controls, time)
     return tokenizer
@@ -74,6 +75,10 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
             f"{folder}: transformers cannot load a tokenizer from it: {first_line}; its tokenizer's files are damaged, "
             "missing, or written by a newer version of the libraries"
         ) from None
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        file = folder / "tokenizer_config.json"
+        raise DataError(f"{file}: model_max_length is {longest!r:.40}, not a number; correct or remove it")
     # Without the file of their vocabulary, some classes load with nothing but their special tokens.
     ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     if len(ordinary) <= _FEWEST_TOKENS:
@@ -86,7 +91,7 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     if tokenizer not in _templates:
-        _templates[tokenizer] = ChatTemplate(ControlTokens.of(tokenizer), None)
+        _templates[tokenizer] = ChatTemplate(ControlTokens.of(tokenizer, turn_tokens(tokenizer)), None)
     return _templates[tokenizer]
 
 
@@ -96,22 +101,38 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
     Where that file is absent or names none, those of config.json, as in transformers.
 
     Raises:
-        DataError: one of the files is not JSON.
+        DataError: one of the files is not JSON, or names what is no token id of the model.
     """
-    stops = {int(tokenizer.eos_token_id)}
-    listed = None
+    eos = int(tokenizer.eos_token_id)
+    listed = source = rows = None
     for name in ("generation_config.json", "config.json"):
         file = folder / name
-        if listed is None and file.is_file():
-            try:
-                values = json.loads(file.read_text(encoding="utf-8"))
-                listed = values.get("eos_token_id")
-                if listed is None and isinstance(values.get("text_config"), dict):
-                    listed = values["text_config"].get("eos_token_id")
-            except (OSError, ValueError, AttributeError, RecursionError) as error:
-                raise DataError(f"{file} cannot be read ({error}); fix it, or fetch the model again") from None
-    for token in listed if isinstance(listed, list) else [listed]:
-        if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            nested = values.get("text_config")
+            text = nested if isinstance(nested, dict) else {}
+            if listed is None:
+                listed, source = values.get("eos_token_id"), file
+                listed = text.get("eos_token_id") if listed is None else listed
+            sizes = [each.get("vocab_size") for each in (values, text)]
+            rows = max((size for size in sizes if isinstance(size, int)), default=None)
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise DataError(f"{file} cannot be read ({error}); fix it, or fetch the model again") from None
+    if rows is not None and eos >= rows:
+        raise DataError(
+            f"{folder}: the tokenizer's end-of-sequence token {tokenizer.eos_token!r} has id {eos}, but the model's "
+            f"vocabulary has {rows} entries, so a response cannot end; correct eos_token in tokenizer_config.json"
+        )
+    stops = {eos}
+    for token in listed if isinstance(listed, list) else [] if listed is None else [listed]:
+        if not isinstance(token, int) or isinstance(token, bool) or (rows is not None and token >= rows):
+            raise DataError(
+                f"{source}: eos_token_id is {listed!r:.60}, but {token!r:.20} is no token id of the model; correct it "
+                f"(the tokenizer's end-of-sequence token is {eos})"
+            )
+        if token >= 0:  # -1 stands for none
             stops.add(token)
     return sorted(stops)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -168,6 +169,14 @@ def check_is_weights(file: Path) -> int:
         if archive and not zipfile.is_zipfile(file):
             raise DataError(f"{file} is truncated: the end of its archive is missing; download or save it again")
     return size
+
+
+_OLD_BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$")
+
+
+def is_old_buffer(name: str) -> bool:
+    """True for the masks and frequencies that models of older versions saved beside their weights."""
+    return bool(_OLD_BUFFERS.search(name))
 
 
 def first_few(names: Sequence[str], count: int = 3) -> str:

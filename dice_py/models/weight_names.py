@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dice_py.errors import DataError
 from dice_py.models.bin_weights import bin_tensors
 from dice_py.models.folder_check import read_object
-from dice_py.models.weight_files import first_few, read_header, weight_files
+from dice_py.models.weight_files import first_few, is_old_buffer, read_header, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,10 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 held[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
         twice = sorted(tensors.keys() & held.keys())
         if twice:
-            raise DataError(f"{folder}: {first_few(twice)} in two files of weights, one of them {file.name}")
+            raise DataError(
+                f"{folder}: {first_few(twice)} in two files of weights, one of them {file.name}; which counts is not "
+                "known: download or save the model again"
+            )
         tensors |= held
     return tensors
 
@@ -140,26 +143,39 @@ def check_loaded(folder: Path, architecture: str, loading: dict[str, Any], shape
     if failed:
         parts.append(f"{len(failed)} that cannot be converted ({first_few(failed)})")
     if parts:
+        random = "What is missing would be random numbers: save" if missing else "Save"
         raise DataError(
             f"{folder}: its weights are not those that config.json describes ({architecture}): {'; '.join(parts)}. "
-            "What is missing would be random numbers: save or download the model again"
+            f"{random} or download the model again{_wrapper(missing, unexpected)}"
         )
 
 
-# Masks that models before transformers 4 or so saved as buffers.
-_OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")
+def _wrapper(missing: list[str], unexpected: list[str]) -> str:
+    """What stands before the names of the weights, if that is what is wrong with them."""
+    first = unexpected[0] if unexpected else ""
+    expected = next((name for name in missing if first.endswith(f".{name}")), None)
+    prefix = "" if expected is None else first.removesuffix(expected)
+    held = {name.removeprefix(prefix) for name in unexpected if name.startswith(prefix)}
+    if not prefix or len(held & set(missing)) < len(missing) / 2:  # tied weights are missing and not stored
+        return ""
+    return f". Each name begins with {prefix!r}, that of a wrapper: save the model that it wraps"
+
+
 _OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|multi_?modal|mm_projector|connector")
 
 
 def _is_known(folder: Path, name: str) -> bool:
     """Whether a tensor that the model does not have is a buffer of older versions, or of a part that reads no text."""
-    if _OLD_MASKS.search(name):
+    if is_old_buffer(name):
         return True
     config = read_object(folder / "config.json")
     return any(key in config for key in ("vision_config", "audio_config")) and bool(_OTHER_SENSES.search(name))
 
 
 def error_line(error: Exception) -> str:
-    """The class of an error and the first line of its text."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+    """The class of an error and the first line of its text; the second too where the first ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {text[:300]}"

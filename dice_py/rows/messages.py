@@ -33,6 +33,12 @@ TOOLS_COLUMN, TEMPLATE_COLUMN = "tools", "chat_template_kwargs"
 """TRL's columns for the functions that the model may call, and for variables of the template."""
 ROW_COLUMNS = (*SYSTEM_COLUMNS, TOOLS_COLUMN, TEMPLATE_COLUMN)
 
+_SENSES = ("images", "image", "videos", "video", "audios", "audio")
+_PARTS = {
+    "history": "beside the prompt holds earlier turns, which are not read: write them as messages of the prompt, or",
+    "functions": "is not read: rename it to tools, or",
+    "documents": "is not read: write them into the prompt, or",
+}
 # Arguments of apply_chat_template, and variables that transformers gives to a template.
 _RESERVED = frozenset(
     ("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
@@ -66,13 +72,15 @@ def prompt_key(messages: list[Message]) -> str:
 
 
 def read_messages(value: Any, role: str, where: str, column: str, ignored: Collection[str] = ()) -> list[Message]:
-    """Messages from text (one turn of `role`), a list of messages, or such a list as JSON text.
+    """Messages from text (one turn of `role`), a list of messages, one message, or either as JSON text.
 
     Raises:
         DataError: `where` and `column` are in the message.
     """
     if isinstance(value, str):
         value = _messages_in_text(value, where, column)
+    elif isinstance(value, dict):
+        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{where}: {column!r} is an empty text")
@@ -171,8 +179,7 @@ def with_row_columns(
     Raises:
         DataError: a column that cannot be read, or that contradicts the prompt.
     """
-    if "images" not in ignored and not _is_nothing(row.get("images")):
-        raise DataError(f"{where}: 'images' cannot be used, only text; leave them out with data.ignored_keys=[images]")
+    _check_all_read(row, where, ignored)
     for column in SYSTEM_COLUMNS:
         if column not in ignored:
             messages = _with_system(messages, row.get(column), where, column)
@@ -198,6 +205,16 @@ def with_row_columns(
     extra = {**_extra(messages[0]), "conversation": options}
     first: Message = {**messages[0], "extra": _json(extra, where, ", ".join(options))}
     return [first, *messages[1:]]
+
+
+def _check_all_read(row: dict[str, Any], where: str, ignored: Collection[str]) -> None:
+    """Refuses columns that are a part of the prompt, and cannot be read as one."""
+    unread = dict.fromkeys(_SENSES, "cannot be used, only text;") | _PARTS
+    if "instruction" in ignored:  # it is the prompt, as Alpaca's rows have it
+        unread["input"] = "belongs to the instruction: write both into one column, or"
+    for column, why in unread.items():
+        if column not in ignored and not _is_nothing(row.get(column)):
+            raise DataError(f"{where}: {column!r} {why} leave it out with data.ignored_keys=[{column}]")
 
 
 def _with_system(messages: list[Message], system: Any, where: str, column: str) -> list[Message]:

@@ -83,6 +83,13 @@ class LogitHead:
         with torch.inference_mode():
             expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
             logits = self.logits(self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0])
+        if not bool(expected.isfinite().all()):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise DataError(
+                f"{type(self.model).__name__}: the model's logits are NaN or infinite in {dtype} on "
+                f"{ids.shape[1]} tokens; set model.dtype to float32 or bfloat16 if it is float16 (its range is small), "
+                "else config.json does not fit the weights (norms, positions)"
+            )
         tolerance = (1e-4 if self.model.dtype == torch.float32 else 0.05) * max(1.0, expected.abs().max().item())
         max_abs_diff = (expected - logits).abs().max().item()
         if not max_abs_diff <= tolerance:

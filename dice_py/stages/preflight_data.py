@@ -67,7 +67,7 @@ def check_data(
         largest = max([largest, *ids.row(0)])
     longest = max(lengths, default=1)
     if lengths:
-        _check_max_length(config, min(lengths))
+        _check_max_length(config, lengths, report)
         for folder in (policy, reference):
             check_fits(folder, config.model, longest, 0, config.generate.max_new_tokens)
     return TokenFacts(largest, longest, encoded_pairs[0] if encoded_pairs else None)
@@ -88,14 +88,31 @@ def _check_pairs(
                 f"model in {policy}, or chosen and rejected have the same tokens"
             )
         usable.append(encoded)
+        longer = pl.max_horizontal(pl.col("chosen_ids", "rejected_ids").list.len())
+        lengths = encoded.select(pl.col("prompt_ids").list.len() + longer).to_series().to_list()
+        _warn_too_long(config, lengths, "pairs", report)
         report("note", text=f"checked: {file.name}")
     return usable
 
 
-def _check_max_length(config: RunConfig, shortest: int) -> None:
-    limit = config.train.max_length
+def _check_max_length(config: RunConfig, prompts: list[int], report: Report) -> None:
+    limit, shortest = config.train.max_length, min(prompts)
     if limit is not None and shortest >= limit:
         raise UsageError(
             f"train.max_length is {limit}, but the shortest prompt alone has {shortest} tokens: no pair could be "
             "trained on; raise it"
+        )
+    _warn_too_long(config, [length + 1 for length in prompts], "prompts", report)
+
+
+def _warn_too_long(config: RunConfig, lengths: Sequence[int], noun: str, report: Report) -> None:
+    """A note where train.max_length leaves out more than a tenth: the trainer cuts nothing."""
+    limit = config.train.max_length
+    out = 0 if limit is None else sum(length > limit for length in lengths)
+    if out > len(lengths) / 10:
+        what = "offline pairs" if noun == "pairs" else "prompts, with every answer to them,"
+        report(
+            "note",
+            text=f"warning: train.max_length={limit} leaves {out} of {len(lengths)} {what} out of the training, since "
+            f"they are longer (the longest has {max(lengths)} tokens); raise it if they are meant to be trained on",
         )

@@ -17,6 +17,7 @@ from dice_py.evaluation.metrics import reward_accuracy
 from dice_py.evaluation.plausibility import mean_loss, random_warning, swap_warning
 from dice_py.events import Report
 from dice_py.models.identity import model_identity
+from dice_py.models.limits import model_positions
 from dice_py.models.loading import placement, release_held
 from dice_py.models.sizes import model_size
 from dice_py.scoring.pairs import score_pairs
@@ -63,9 +64,10 @@ def warn_of_rewards(config: RunConfig, policy: Path, reference: Path, pairs: pl.
 
 def _few(config: RunConfig, folders: list[Path], pairs: pl.DataFrame) -> pl.DataFrame:
     """The pairs that are scored: a seeded sample, cut where it would take too long on a CPU."""
-    limit = config.train.max_length
+    limits = [model_positions(folder, config.model) for folder in folders] + [config.train.max_length]
+    limit = min((limit for limit in limits if limit is not None), default=float("inf"))
     length = pl.sum_horizontal(pl.col(name).list.len() for name in _IDS)
-    fitting = pairs.select(*_IDS).filter(length <= limit) if limit is not None else pairs.select(*_IDS)
+    fitting = pairs.select(*_IDS).filter(length <= limit)
     rows = list(range(fitting.height))
     random.Random(seed_for(config.seed, "reward check")).shuffle(rows)
     few = fitting[rows[:_PAIRS]]

@@ -11,6 +11,7 @@ from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError, DiceError
 from dice_py.events import Report
+from dice_py.models.adapter_sum import merge
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement
 from dice_py.models.saving import share_weights
@@ -160,7 +161,7 @@ def _save(
         if config.lora is not None:
             if model.dtype != torch.float32:  # Merged in 16 bits, the update would be rounded away.
                 model = model.to(device="cpu", dtype=torch.float32)
-            model = model.merge_and_unload()
+            model = merge(model)
         values = dict(model.named_parameters())
     if not all(bool(value.isfinite().all()) for value in values.values()):
         raise DataError(

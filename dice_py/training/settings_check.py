@@ -126,13 +126,15 @@ def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: b
         raise UsageError(f"{section}.lora is set, but peft is not installed; add it with: pip install peft")
     import torch
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dice_py.training.trainer import peft_config
 
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(policy, trust_remote_code=remote_code)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
+        # Eager, since an attention kernel that config.json names need not be installed.
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code, attn_implementation="eager")
     key = f"{section}.lora.target_modules"
     names = [name for name, _ in model.named_modules() if name]
     leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
@@ -144,9 +146,16 @@ def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: b
                     f"{', '.join(leaves)}"
                 )
     try:
-        get_peft_model(model, peft_config(lora))
+        wrapped = get_peft_model(model, peft_config(lora))
     except Exception as error:
         raise UsageError(
             f"{section}.lora cannot be put into {policy} ({_first_line(error)}); its modules with weights are "
             f"{', '.join(leaves)}"
         ) from None
+    head = wrapped.get_base_model().get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name for name, module in wrapped.get_base_model().named_modules() if module is head)
+        raise UsageError(
+            f"{key} has the head of {policy}, {name!r}, which the trainer applies without its adapter, so that it "
+            "would learn nothing; leave it out"
+        )

@@ -233,6 +233,9 @@ def build_trainer(
     model = load_model(policy, held, training=True)
     # Trainer writes this into the config that is saved. All forwards here pass use_cache=False themselves.
     arguments.use_cache = getattr(model.config, "use_cache", True)
+    if not getattr(model.config.get_text_config(), "output_router_logits", False):
+        # TRL adds the loss that balances experts to that of every mixture, with the outputs of its own forward.
+        arguments.router_aux_loss_coef = 0.0
     tokens: int | None = None
     if config.packed is not False:
         reason = why_padded(model, pairs, arguments)

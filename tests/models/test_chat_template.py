@@ -113,6 +113,24 @@ def test_a_turn_that_the_template_leaves_out_is_refused() -> None:
         encode_prompt(made, [turn("system", "Be brief."), turn("user", "hi")], "p 3")
 
 
+@pytest.mark.parametrize("other", ["Be brief.", "I say: Be brief. Or not."])
+def test_a_turn_that_is_left_out_though_its_text_stands_elsewhere(other: str) -> None:
+    made = tokenizer(CHATML.replace("in messages %}", "in messages if message.role != 'system' %}"))
+    with pytest.raises(DataError, match=r"leaves out the content of turn 0 \(system\): 'Be brief\.'"):
+        encode_prompt(made, [turn("system", "Be brief."), turn("user", other)])
+    made = tokenizer(CHATML.replace("in messages %}", "in messages[-1:] %}"))
+    with pytest.raises(DataError, match=r"leaves out the content of turn 0 \(user\): 'go on'"):
+        encode_prompt(made, [turn("user", "go on"), turn("assistant", other), turn("user", "go on")])
+
+
+def test_a_turn_without_content_need_not_be_rendered() -> None:
+    """Some templates write a turn's calls and no content."""
+    made = tokenizer(RICH.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"))
+    encode_prompt(made, [turn("user", "a"), turn("assistant", "", tool_calls=[CALL]), turn("user", "b")])
+    with pytest.raises(DataError, match=r"leaves out the content of turn 1 \(assistant\): 'I call'"):
+        encode_prompt(made, [turn("user", "a"), turn("assistant", "I call", tool_calls=[CALL]), turn("user", "b")])
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -256,6 +274,36 @@ def test_stop_tokens_of_either_config(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2,')
     with pytest.raises(DataError, match=r"generation_config\.json cannot be read"):
         stop_token_ids(tmp_path, made)
+
+
+@pytest.mark.parametrize("value", ["</s>", [4, "</s>"], 4.0, True, [[4]], {"a": 4}, 262, [4, 99999]])
+@pytest.mark.parametrize("name", ["generation_config", "config"])
+def test_stop_tokens_that_are_none(tmp_path: Path, value: Any, name: str) -> None:
+    saved(tmp_path, config={"vocab_size": 262})
+    (tmp_path / f"{name}.json").write_text(json.dumps({"vocab_size": 262, "eos_token_id": value}))
+    with pytest.raises(DataError, match=rf"{name}\.json: eos_token_id is .* is no token id of the model; correct it"):
+        load_tokenizer(tmp_path, ModelConfig())
+
+
+def test_an_end_of_sequence_token_that_the_model_lacks(tmp_path: Path) -> None:
+    """transformers adds a special token that the vocabulary does not have."""
+    file = saved(tmp_path, config={"vocab_size": 262}) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<end>"}))
+    with pytest.raises(DataError, match=r"'<end>' has id 262, but the model's vocabulary has 262 entries"):
+        load_tokenizer(tmp_path, ModelConfig())
+
+
+def test_a_longest_sequence_that_is_no_number(tmp_path: Path) -> None:
+    file = saved(tmp_path) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: model_max_length is 'long', not a number"):
+        load_tokenizer(tmp_path, ModelConfig())
+
+
+@pytest.mark.parametrize("value", [None, -1, [], [4, 2], 5])
+def test_stop_tokens_that_are_well(tmp_path: Path, value: Any) -> None:
+    folder = saved(tmp_path, config={"vocab_size": 262}, generation_config={"eos_token_id": value})
+    assert 4 in stop_token_ids(folder, make_tokenizer())
 
 
 def test_a_turn_end_that_is_no_stop_token_is_told(tmp_path: Path) -> None:

@@ -67,12 +67,19 @@ def test_load_model_refuses_other_shapes(copy: Path) -> None:
         load_model(copy, CPU)
 
 
+def test_names_with_a_prefix_of_tied_weights(tmp_path: Path) -> None:
+    folder = make_qwen2(tmp_path / "qwen")
+    change_weights(folder, lambda weights: {f"module.{name}": value for name, value in weights.items()})
+    assert refusal(folder).endswith("Each name begins with 'module.', that of a wrapper: save the model that it wraps")
+
+
 @BIN
 def test_names_with_a_prefix(copy: Path, binary: bool) -> None:
     change_weights(copy, lambda weights: {f"base_model.{name}": value for name, value in weights.items()})
     said = refusal(as_bin(copy) if binary else copy)
     assert "21 missing (lm_head.weight, " in said
     assert "21 that the model does not have (base_model.lm_head.weight" in said
+    assert said.endswith("Each name begins with 'base_model.', that of a wrapper: save the model that it wraps")
 
 
 def test_names_without_the_prefix_that_transformers_adds(copy: Path) -> None:
@@ -116,10 +123,21 @@ def test_a_tensor_in_two_shards(copy: Path) -> None:
     assert f"{DOWN} in two files of weights" in refusal(copy)
 
 
-def test_tied_weights_may_be_stored_twice(tmp_path: Path) -> None:
+@BIN
+def test_tied_weights_may_be_stored_twice_if_they_are_equal(tmp_path: Path, binary: bool) -> None:
     folder = make_qwen2(tmp_path / "qwen")
     change_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] * 1}))
-    check_checkpoint(folder, "policy", CPU)
+    check_checkpoint(as_bin(folder) if binary else folder, "policy", CPU)
+
+
+@BIN
+def test_tied_weights_that_differ(tmp_path: Path, binary: bool) -> None:
+    """transformers would score with the stored head, vLLM sample with the embeddings."""
+    folder = make_qwen2(tmp_path / "qwen")
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] * 2}))
+    said = refusal(as_bin(folder) if binary else folder)
+    assert "config.json says that lm_head.weight and model.embed_tokens.weight are one tensor" in said
+    check_checkpoint(change_config(folder, tie_word_embeddings=False), "policy", CPU)
 
 
 # --- values
@@ -194,6 +212,11 @@ def test_an_encoder_and_decoder(tmp_path: Path) -> None:
     assert "a model of type 't5', which is no causal language model" in refusal(tmp_path)
 
 
+def test_a_model_of_images_and_text(copy: Path) -> None:
+    change_config(copy, model_type="llava", text_config={"num_hidden_layers": 2}, vision_config={})
+    assert "a model of type 'llava', which reads more than text" in refusal(copy)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -236,6 +259,15 @@ def test_a_broken_generation_config(copy: Path, content: str) -> None:
 def test_attention_that_is_not_here(llama: Path, name: str) -> None:
     said = refusal(llama, 2, ModelConfig(device="cpu", attn_implementation=name))
     assert f"model.attn_implementation is '{name}', which cannot be used here: " in said
+
+
+def test_attention_that_config_json_names(copy: Path) -> None:
+    """Another may be asked for instead."""
+    change_config(copy, attn_implementation="flash_attention_2")
+    assert "choose another with --set model.attn_implementation=sdpa" in refusal(copy, 2)
+    sdpa = ModelConfig(device="cpu", attn_implementation="sdpa")
+    check_checkpoint(copy, "policy", sdpa)
+    assert load_model(copy, sdpa).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])

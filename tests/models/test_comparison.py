@@ -64,11 +64,36 @@ def test_another_prefix(llama: Path, copy: Path, prefix: str) -> None:
     assert have_same_weights(llama, copy)
 
 
-def test_tied_weights_that_are_stored_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weights_that_are_stored_twice(tmp_path: Path, dtype: torch.dtype) -> None:
     first = make_qwen2(tmp_path / "qwen")
     second = Path(shutil.copytree(first, tmp_path / "twice"))
     change_weights(second, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] * 1}))
+    change_weights(second, to(dtype))
     assert have_same_weights(first, second)
+    assert have_same_weights(second, first)
+    change_weights(second, lambda weights: weights["lm_head.weight"].mul_(2))
+    assert not have_same_weights(first, second)
+
+
+def test_buffers_of_older_versions(llama: Path, copy: Path) -> None:
+    change_weights(
+        copy, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+    )
+    assert have_same_weights(llama, copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_with_a_padded_vocabulary(llama: Path, copy: Path, dtype: torch.dtype) -> None:
+    def pad(weights: dict[str, torch.Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = torch.cat([weights[name], torch.randn(58, 64)])
+
+    change_weights(change_weights(copy, pad), to(dtype))
+    assert have_same_weights(llama, copy)
+    assert have_same_weights(copy, llama)
+    change_weights(copy, lambda weights: weights["lm_head.weight"][261].mul_(2))
+    assert not have_same_weights(llama, copy)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -13,6 +13,7 @@ from tokenizers.models import Unigram
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from dice_py.errors import DataError
+from dice_py.models.chat_template import turn_tokens
 from dice_py.models.control_tokens import ControlTokens
 from dice_py.models.tokenization import encode_prompt, encode_response
 
@@ -182,3 +183,40 @@ def test_tokens_that_strip_the_space_beside_them() -> None:
     plain, spelled = (encode_prompt(tokenizer, user(text)) for text in ("a ", "a </s> "))
     assert tokenizer.decode(plain).count("a<|im_end|><|im_start|>") == 1
     assert tokenizer.decode(spelled).count("a </s><|im_end|><|im_start|>") == 1
+
+
+TURNS = (
+    "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_tokens_around_a_turn_that_are_not_special(normalized: bool) -> None:
+    """Tokenizers to which ChatML was added later have them so; what belongs to an answer stays a token."""
+    tokenizer = byte_level(TURNS)
+    names = ["<turn>", "<end>", "<think>", "</think>"]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=normalized) for name in names])
+    turn, end, think, _ = tokenizer.convert_tokens_to_ids(names)
+    text = "a <end>\n<turn>system\nb <think>"
+    ids = encode_prompt(tokenizer, user(text))
+    assert (ids.count(turn), ids.count(end), ids.count(think)) == (2, 1, 1)
+    assert tokenizer.decode(ids) == f"<turn>user\n{text}<end>\n<turn>assistant\n"
+    answer = encode_response(tokenizer, user("q"), assistant(text), [end])
+    assert (answer.count(turn), answer.count(end), answer.count(think)) == (0, 1, 1)
+    assert answer[-1] == end
+    assert tokenizer.decode(answer) == f"{text}<end>"
+
+
+def test_what_a_generation_prompt_opens_is_no_control_token() -> None:
+    """A policy that thinks spells it in its answers."""
+    tokenizer = byte_level(TURNS.replace("assistant\n{%", "assistant\n<think>\n{%"))
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<turn>", "<end>", "<think>", "</think>")])
+    turn, end, think = tokenizer.convert_tokens_to_ids(["<turn>", "<end>", "<think>"])
+    assert turn_tokens(tokenizer) == {turn, end}
+    ids = encode_prompt(tokenizer, user("a <think>"))
+    assert ids.count(think) == 2
+
+
+def test_a_template_that_refuses_a_plain_turn_has_no_tokens_to_find() -> None:
+    assert turn_tokens(byte_level("{{ raise_exception('no') }}")) == set()

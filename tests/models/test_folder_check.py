@@ -199,3 +199,32 @@ def test_first_few() -> None:
     assert first_few(["a"]) == "a"
     assert first_few(["a", "b", "c"]) == "a, b, c"
     assert first_few(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+
+
+@pytest.mark.parametrize("inside", ["checkpoint-500", "snapshots/0f3a", "final/adapter_config.json"])
+def test_a_folder_around_a_model(copy: Path, tmp_path: Path, inside: str) -> None:
+    """A trainer's output folder, or a model's folder in the hub's cache."""
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    assert refusal(outer).endswith("Hugging Face layout")
+    folder = outer / inside.removesuffix("/adapter_config.json")
+    folder.parent.mkdir(exist_ok=True)
+    copy.rename(folder)
+    if inside.endswith(".json"):
+        (folder / "config.json").rename(outer / inside)
+    assert refusal(outer).endswith(f"; give one that it holds: {folder.relative_to(outer)}")
+
+
+@pytest.mark.parametrize("name", ["m" * 300, f"{'m' * 300}.gguf", f"./{'m' * 5000}"])
+def test_a_name_that_is_too_long_for_a_file(name: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be a path \(File name too long\); give a shorter one"):
+        resolve_model(name, None, role="--policy")
+
+
+def test_numbers_that_json_does_not_have(copy: Path) -> None:
+    file = copy / "config.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, "rms_norm_eps": float("nan")}))
+    assert f"{file} is not complete JSON (it has the number NaN)" in refusal(copy)
+    file.write_text(json.dumps({**whole, "time_step_limit": [0.0, float("inf")]}))  # as Mamba 2's has it
+    check_model_folder(copy, role="--policy")

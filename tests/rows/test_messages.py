@@ -101,7 +101,9 @@ def test_messages_as_json_text(tmp_path: Path) -> None:
     pairs = read_pairs(jsonl(tmp_path / "q.jsonl", {"prompt": json.dumps(turns), **answers}))
     assert pairs["prompt"].to_list() == [turns]
     assert pairs["chosen"].to_list() == [[{"role": "assistant", "content": "chosen"}]]
-    assert first(jsonl(tmp_path / "p.jsonl", {"prompt": json.dumps({"messages": turns})})) == turns
+    for value in (turns[0], {"messages": turns}):
+        assert first(jsonl(tmp_path / "p.jsonl", {"prompt": json.dumps(value)})) == turns
+        assert first(jsonl(tmp_path / "p.jsonl", {"prompt": value})) == turns
     for text in ('[{"from": "human", "value": "hi"}]', str(turns)):
         with pytest.raises(DataError, match=r"line 1: 'prompt' (holds|is a list of messages written as Python text)"):
             read_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": text}))
@@ -127,7 +129,14 @@ def test_a_content_of_parts(tmp_path: Path) -> None:
     [
         ({"tools": "get_weather"}, "'tools' is text, but not JSON"),
         ({"tools": ["get_weather"]}, "'tools' must be a list of JSON objects"),
-        ({"images": ["a.png"]}, "'images' cannot be used, only text"),
+        ({"images": ["a.png"]}, "'images' cannot be used, only text; leave it out with data.ignored_keys=.images."),
+        ({"video": "a.mp4"}, "'video' cannot be used, only text"),
+        (
+            {"history": [["a", "b"]]},
+            "'history' beside the prompt holds earlier turns, which .*, or leave",
+        ),
+        ({"functions": [{"name": "f"}]}, "'functions' is not read: rename it to tools"),
+        ({"documents": [{"text": "a"}]}, "'documents' is not read"),
         ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' must be a JSON object"),
         (
             {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
@@ -138,6 +147,21 @@ def test_a_content_of_parts(tmp_path: Path) -> None:
 def test_columns_that_cannot_be_used(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": "hi", **row}))
+
+
+def test_columns_that_say_nothing_are_no_error(tmp_path: Path) -> None:
+    empty = {"images": None, "history": [], "functions": "", "documents": None, "input": "of another column"}
+    path = jsonl(tmp_path / "p.jsonl", {"prompt": "hi", **empty}, {"prompt": "hello", **empty, "history": [["a", "b"]]})
+    assert first(path, ignored=["history"]) == [{"role": "user", "content": "hi"}]
+
+
+def test_the_input_of_an_instruction(tmp_path: Path) -> None:
+    """As Alpaca's rows have it: the prompt is both."""
+    row = {"instruction": "Translate.", "input": "Hallo"}
+    with pytest.raises(DataError, match="'input' belongs to the instruction: write both into one column, or leave it"):
+        read_prompts(jsonl(tmp_path / "p.jsonl", row), column="instruction")
+    path = jsonl(tmp_path / "p.jsonl", {**row, "input": ""})
+    assert first(path, column="instruction") == [{"role": "user", "content": "Translate."}]
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])

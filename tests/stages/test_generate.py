@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from broken_models import change_weights, copy_of
 from tiny_generation import CONFIG, Stage, questions, shard
 from tiny_models import MAX_POSITIONS, make_llama, make_mistral, make_tokenizer
 from transformers import LlamaConfig
@@ -304,3 +305,15 @@ def test_vllm_is_configured_but_not_installed(run: Stage, monkeypatch: pytest.Mo
 def test_device_that_does_not_exist(run: Stage) -> None:
     with pytest.raises(UsageError, match=r"model\.device is 'cuda:0'"):
         run(models=ModelConfig(device="cuda:0"))
+
+
+def test_samples_of_logits_that_are_not_numbers(llama: Path, tmp_path: Path) -> None:
+    """Activations that float16 cannot hold: each token would be the first of the vocabulary, with exit 0."""
+    policy = copy_of(llama, tmp_path)
+    change_weights(policy, lambda weights: [weight.mul_(1e4) for name, weight in weights.items() if "mlp" in name])
+    run = Stage(policy, tmp_path / "generate")
+    with pytest.raises(DataError, match=r"prompt 1\d: the policy's log-probabilities are NaN.* if it is float16"):
+        run(models=ModelConfig(device="cpu", dtype="float16"))
+    assert run.files() == []
+    run(models=ModelConfig(device="cpu", dtype="float32"))
+    assert run.frame()["sampled_logp"].is_finite().all()

@@ -252,6 +252,19 @@ def test_swapped_models_in_an_evaluation(llama: Path, tuned: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("release_models")
+def test_pairs_that_are_too_long_for_the_reference_are_not_looked_at(
+    config: RunConfig, llama: Path, tuned: Path, cache_folder: Path
+) -> None:
+    """The policy has more positions, so that they are offline pairs of the run all the same."""
+    pairs = offline(llama, 20).with_columns(pl.Series("prompt_ids", [[7] * 60] * 20, dtype=pl.List(pl.Int32)))
+    short = Path(shutil.copytree(tuned, tuned.with_name("short")))
+    change_config(short, max_position_embeddings=66)
+    assert warnings_of(config, llama, short, pairs) == []
+    change_config(short, max_position_embeddings=68)
+    assert any("swapped" in text for text in warnings_of(config, llama, short, pairs))
+
+
+@pytest.mark.usefixtures("release_models")
 def test_the_figures_are_kept(
     config: RunConfig, llama: Path, tuned: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,13 @@ class TestCheckOfARun:
     def test_max_length_above_a_prompt(self, tmp_path: Path) -> None:
         assert self.check(tmp_path, 256, "train.max_length=33", a="y")
 
+    def test_what_max_length_leaves_out_is_told(self, tmp_path: Path) -> None:
+        """The offline answer y and its end are 34 tokens with the prompt, the other 61."""
+        notes = self.check(tmp_path, 256, "train.max_length=60", a="y", b="w" * 28)
+        (said,) = [text for text in notes if "train.max_length" in text]
+        assert said.startswith("warning: train.max_length=60 leaves 1 of 2 offline pairs out of the training")
+        assert "the longest has 61 tokens" in said
+
     def test_no_prompt_is_short_enough(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"none of the 1 prompts of p\.parquet has at most 5 tokens"):
             self.check(tmp_path, 256, "data.max_prompt_tokens=5")

@@ -69,7 +69,8 @@ def test_model_folder_is_complete(trained: tuple[Stage, dict[str, Any]], llama: 
     run, counts = trained
     stamp = read_json(run.model / "dice.json")
     files = {file.name: content_digest(file) for file in run.model.iterdir() if file.name != "dice.json"}
-    assert stamp == {"key": run.job().key(), "counts": counts, "files": files}
+    start = model_identity(llama)
+    assert stamp == {"key": run.job().key(), "counts": counts, "start": start, "files": files}
     assert is_trained(run.model, run.job().key())
     assert not is_trained(run.model, run.job("another").key())
     assert not is_trained(run.out, run.job().key())

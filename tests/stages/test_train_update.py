@@ -10,16 +10,18 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_llama
-from tiny_sets import scored_pairs
+from tiny_models import make_llama, make_qwen2
+from tiny_sets import CPU, scored_pairs
 from tiny_training import PAIRS, Stage
 from transformers import AutoModelForCausalLM
 
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
+from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct
 from dice_py.models.identity import model_identity
 from dice_py.storage.integrity import MODEL_STAMP
+from dice_py.training import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -108,3 +110,25 @@ def test_the_final_loss_and_the_log_are_the_same_after_a_resume(run: Stage, tmp_
 
 def test_a_run_shorter_than_logging_steps_has_a_final_loss(run: Stage) -> None:
     assert run(max_steps=1, logging_steps=10)["final_loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_lora_on_one_of_two_tied_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The saved policy is the one that was trained: its head and embeddings are no longer tied."""
+    policy = make_qwen2(tmp_path / "policy")
+    run, ids, trained = Stage(policy, scored_pairs(policy, PAIRS), tmp_path), torch.arange(6, 30)[None], []
+    merge = checkpoints.merge
+
+    def watched(model: Any) -> Any:
+        with torch.no_grad():
+            trained.append(model.eval()(ids).logits)
+        return merge(model)
+
+    monkeypatch.setattr(checkpoints, "merge", watched)
+    run(lora=LoraConfig(r=4, target_modules=["embed_tokens"]), learning_rate=1e-2, max_steps=2)
+    saved = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    assert not saved.config.tie_word_embeddings
+    with torch.no_grad():
+        assert torch.allclose(saved(ids).logits, trained[0], atol=1e-4)
+        start = AutoModelForCausalLM.from_pretrained(policy)(ids).logits
+    assert (trained[0] - start).abs().max() > 0.01
+    check_checkpoint(run.model, "policy", CPU)

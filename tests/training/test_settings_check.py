@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from broken_models import change_config, copy_of
 from tiny_models import make_llama
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -77,9 +78,21 @@ def test_adapters_that_fit(policy: Path, targets: list[str] | str) -> None:
     check(policy, lora=LoraConfig(target_modules=targets))
 
 
+def test_adapters_where_config_json_names_a_kernel_that_is_not_here(policy: Path, tmp_path: Path) -> None:
+    copy = change_config(copy_of(policy, tmp_path), attn_implementation="flash_attention_2")
+    check(copy, lora=LoraConfig(target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize("targets", [["q_prj"], ["q_proj", "v_prj"], ["proj"], [""]])
 def test_a_target_that_matches_no_module(policy: Path, targets: list[str]) -> None:
     with pytest.raises(UsageError, match=r"round0\.lora\.target_modules has .* no module .*k_proj.*q_proj"):
+        check(policy, lora=LoraConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["lm_head"]])
+def test_an_adapter_on_the_head(policy: Path, targets: list[str]) -> None:
+    """TRL's trainer refuses it, after all that comes before the training."""
+    with pytest.raises(UsageError, match=r"round0\.lora\.target_modules has the head of .*'lm_head'.* leave it out"):
         check(policy, lora=LoraConfig(target_modules=targets))
 
 
