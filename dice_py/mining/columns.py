@@ -14,6 +14,7 @@ import polars as pl
 
 from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError, UsageError
+from dice_py.storage.parquet import refuse_foreign
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -130,25 +131,6 @@ def arrow_frame(table: pa.Table) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         columns = ", ".join(f"'{field.name}' ({field.type})" for field in table.schema)
         raise DataError(f"the columns {columns} cannot be read: {error}; cast them first") from None
-
-
-def refuse_foreign(name: str, dtype: pa.DataType) -> None:
-    """Raises DataError for Arrow types that Polars does not support (some would make it panic)."""
-    import pyarrow as pa
-
-    foreign = (
-        pa.types.is_union(dtype)
-        or pa.types.is_run_end_encoded(dtype)
-        or pa.types.is_interval(dtype)
-        or pa.types.is_decimal256(dtype)
-    )
-    if foreign:
-        raise DataError(f"column '{name}' has the Arrow type {dtype}, which cannot be read: cast it first")
-    if pa.types.is_dictionary(dtype):
-        refuse_foreign(name, dtype.value_type)
-    elif pa.types.is_nested(dtype):
-        for i in range(dtype.num_fields):
-            refuse_foreign(name, dtype.field(i).type)
 
 
 def native_integer(dtype: pl.DataType) -> bool:

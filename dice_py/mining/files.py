@@ -95,11 +95,20 @@ def _check_out(files: list[str], out: Path) -> None:
     """Raises UsageError if a file would be read twice, or if `out` is a folder or one of the files."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder: name a file for the pairs")
-    resolved = [Path(file).resolve() for file in files]
-    if out.resolve() in resolved:
+    if _same_file(out) in map(_same_file, map(Path, files)):
         raise UsageError(f"{out} is one of the files to be mined: name another one for the pairs")
-    seen: set[Path] = set()
-    for file, path in zip(files, resolved, strict=True):
-        if path in seen:
+    seen: set[object] = set()
+    for file in files:
+        place = _same_file(Path(file))
+        if place in seen:
             raise UsageError(f"{file} is named twice: each file counts once")
-        seen.add(path)
+        seen.add(place)
+
+
+def _same_file(path: Path) -> object:
+    """What is equal for two names of one file (links, hard ones too); a path where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path
+    return (found.st_dev, found.st_ino)

@@ -150,7 +150,8 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     only with `min_length` 0 or None.
 
     - `truncated_column`: a boolean column, true for responses cut off by the token limit; these are dropped. "auto"
-      means `finish_reason == "length"` if the frame has a column `finish_reason`; None drops none.
+      means `finish_reason`, if the frame has such a column: "length", or what other servers call it ("max_tokens",
+      "FinishReason.LENGTH", a struct with the field `type`); None drops none.
     - `duplicate_column`: text, lists of token ids (both hashed to 64 bits), or integers. Of a prompt's usable responses
       with equal values, only the first counts. A null equals nothing.
 
