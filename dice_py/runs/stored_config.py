@@ -56,6 +56,8 @@ def store_config(folder: Path, config: RunConfig, manifest: Manifest, report: Re
     """
     file = folder / CONFIG_FILE
     changed: list[str] = []
+    if file.is_dir():
+        set_aside(file, report, "is a folder, where a file belongs")
     if file.exists():
         try:
             before = restore_config(folder, report)

@@ -47,8 +47,8 @@ def verify_run(folder: Path) -> dict[str, Any]:
     read: list[Path] = []
     bad: list[Path] = []
     for path in _artifacts(folder):
-        if path.is_dir():
-            stamp = next(name for name in _STAMPS if (path / name).exists())
+        stamp = next((name for name in _STAMPS if (path / name).exists()), None)
+        if stamp is not None:
             read += [path / stamp, *(path / name for name in (read_stamp(path, stamp) or {}).get("files", {}))]
             bad += damaged_in(path, stamp)
         else:
@@ -56,7 +56,7 @@ def verify_run(folder: Path) -> dict[str, Any]:
             state = file_state(path)
             # An earlier version wrote no digest into the config, and no copy of it into the manifest.
             older = path.name == CONFIG_FILE and state == "unmarked" and not has_config(folder)
-            if state in ("damaged", "unmarked") and not older:
+            if state != "intact" and not older:  # "absent": a folder or a device in the place of a file
                 bad.append(path)
     bad += _listed_and_absent(folder)
     bad = list(dict.fromkeys(bad))
@@ -77,13 +77,14 @@ def _artifacts(folder: Path) -> Iterator[Path]:
         path = Path(entry.path)
         if entry.name.startswith(".") or DAMAGED in entry.name or entry.name.endswith(TEMPORARY):
             continue
-        if entry.is_dir(follow_symlinks=False):
+        is_artifact = path.suffix == ".parquet" or entry.name in _SEALED or entry.name == CONFIG_FILE
+        if is_artifact:
+            yield path
+        elif entry.is_dir(follow_symlinks=False):
             if any((path / name).exists() for name in _STAMPS):
                 yield path
             else:
                 yield from _artifacts(path)
-        elif path.suffix == ".parquet" or entry.name in _SEALED or entry.name == CONFIG_FILE:
-            yield path
 
 
 def _listed_and_absent(folder: Path) -> list[Path]:

@@ -46,6 +46,8 @@ def is_kept(path: Path, key: str, report: Report) -> bool:
     """
     state = file_state(path)
     if state == "absent":
+        if path.is_dir():
+            set_aside(path, report, "is a folder, where a file belongs")
         return False
     is_json = path.suffix == ".json"
     if state == "intact":

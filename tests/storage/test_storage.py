@@ -178,20 +178,18 @@ def test_no_room_is_recognized_through_other_errors() -> None:
 def test_paths_that_the_user_can_fix(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     (tmp_path / "folder").mkdir()
-    wrong = {
-        tmp_path / "folder": "Is a directory",  # a file over a folder
-        tmp_path / "file" / "below": "File exists",
-    }
-    for path, message in wrong.items():
-        with pytest.raises(OSError, match=message) as caught:
-            write_text(path, "y")
-        error_shown = path_error(caught.value)
-        assert isinstance(error_shown, UsageError)
-        assert message in str(error_shown)
-        assert str(tmp_path) in str(error_shown)
+    with pytest.raises(UsageError, match=rf"{tmp_path}/folder is a folder, where a file belongs: move it away"):
+        write_text(tmp_path / "folder", "y")
+    with pytest.raises(OSError, match="File exists") as caught:
+        write_text(tmp_path / "file" / "below", "y")
+    error_shown = path_error(caught.value)
+    assert isinstance(error_shown, UsageError)
+    assert "File exists" in str(error_shown)
+    assert str(tmp_path) in str(error_shown)
     assert names(tmp_path) == ["file", "folder"]
     assert isinstance(path_error(NO_ROOM), DiskFullError)
-    assert path_error(OSError(errno.EIO, "broken", "place")) is None
+    assert str(path_error(OSError(errno.EIO, "broken"))).startswith("broken: a disk or a network folder fails")
+    assert path_error(OSError(errno.EINVAL, "broken", "place")) is None
     assert path_error(OSError("a library's own")) is None
 
 
