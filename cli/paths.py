@@ -7,6 +7,7 @@ probed where it will go, since hours of work may lie between the call and the fi
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import stat
 import tempfile
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from dice_py.config.stages import BufferConfig
 
+_URL = re.compile(
+    r"(s3|s3a|gs|gcs|hf|https?|ftp|file|az|abfss?|adl|hdfs|memory|ssh|sftp)://?", re.IGNORECASE
+)  # Path joins //
 _FOLDERS_OUT = ("out", "run_dir")
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
@@ -42,6 +46,7 @@ class PathCommand(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Checks the values of all parameters that are paths, then runs the command."""
         options = {param.name: param.opts[0] for param in self.get_params(ctx)}
+        ctx.params.update({name: _local(value, options[name]) for name, value in ctx.params.items()})
         for name, value in ctx.params.items():
             if name == "folder" or value is None:
                 continue
@@ -60,6 +65,28 @@ class PlanCommand(PathCommand):
     """A command that writes nothing into the folder that it names."""
 
     probes_out = False
+
+
+def _local(value: Any, option: str) -> Any:
+    """A path with its ~ expanded, which shells leave in `--out=~/x`; lists of paths likewise, other values as they are.
+
+    Raises:
+        UsageError: a URL, of which a local folder would be made; or a home folder that there is not.
+    """
+    if isinstance(value, list):
+        return [_local(item, option) for item in value]
+    if not isinstance(value, Path):
+        return value
+    if _URL.match(str(value)):
+        raise UsageError(
+            f"{option}: {value} looks like a URL, and only local paths can be used: copy it to or from here"
+        )
+    if value.parts[:1] and Path(value.parts[0]).exists():  # a folder of that name is meant
+        return value
+    try:
+        return value.expanduser()
+    except RuntimeError:
+        raise UsageError(f"{option}: {value}: there is no such user or home folder; write the complete path") from None
 
 
 def kind_of(path: Path) -> str | None:
@@ -92,6 +119,9 @@ def check_output_file(path: Path, option: str) -> None:
         raise UsageError(f"{option}: {path} is a folder: name a file")
     if kind is not None:
         raise UsageError(f"{option}: {path} is {kind}, which a file cannot replace: name a regular file")
+    if path.is_symlink():
+        # The result would take the link's place: that of /dev/stdout, too, where stdout is a file.
+        raise UsageError(f"{option}: {path} is a symbolic link, which the result would replace: name the file itself")
     _probe(path.parent, path, option)
 
 
@@ -126,7 +156,7 @@ def check_table(path: Path, option: str, columns: Iterable[str], made_by: str) -
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     try:
-        present = pq.read_schema(path).names
+        present = pq.read_schema(path.absolute()).names
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{option}: {path} cannot be read as Parquet: {str(error).strip()}") from None
     missing = [name for name in columns if name not in present]

@@ -90,6 +90,37 @@ def test_pairs_that_have_no_place(refused) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+def test_a_link_is_not_replaced_by_a_result(refused) -> None:
+    """As /dev/stdout would be, where stdout is a file."""
+    scored(Path("scored.parquet"))
+    for name, target in (("pairs.parquet", "elsewhere.parquet"), ("loop", "loop"), ("input", "scored.parquet")):
+        Path(name).symlink_to(target)
+        assert f"{name} is a symbolic link, which the result would replace" in refused(
+            2, "mine", "scored.parquet", "-o", name
+        )
+        assert Path(name).is_symlink()
+
+
+def test_a_tilde_is_the_home_folder_and_a_url_is_no_folder(dice, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand the ~ of --out=~/x."""
+    home = Path("home").absolute()
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    scored(Path("scored.parquet"))
+    assert dice("mine", "scored.parquet", "--out=~/pairs.parquet")[0] == 0
+    assert (home / "pairs.parquet").is_file()
+    jsonl(home / "p.jsonl", "no JSON")
+    assert f"{home}/p.jsonl, line 1" in refused(3, "generate", *MODELS[:2], "--prompts=~/p.jsonl", "-o", "out")
+    assert "there is no such user" in refused(2, "mine", "scored.parquet", "-o", "~nosuchuser/pairs.parquet")
+    for url in ("s3://bucket/pairs.parquet", "hf://datasets/x/y.parquet", "file:///tmp/pairs.parquet"):
+        assert "looks like a URL" in refused(2, "mine", "scored.parquet", "-o", url)
+    # A name that pyarrow would take for a URL, or for that of a home folder.
+    Path("~nobody").mkdir()
+    for name in ("./x:y", "./~nobody"):
+        assert dice("mine", "scored.parquet", "-o", f"{name}/pairs.parquet")[0] == 0
+        assert (Path(name) / "pairs.parquet").is_file()
+
+
 def test_the_oracle_knows_the_prompts_of_the_world_alone(refused) -> None:
     prompts = jsonl(Path("p.jsonl"), {"prompt": "What is love?"})
     start = ("evaluate", *MODELS, "--start", "/absent/s", "-o", "out", "--oracle")
