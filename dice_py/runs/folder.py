@@ -142,6 +142,8 @@ class Run:
                 self.report("note", text=f"{name}: {path} is missing: made again")
             elif path.is_file() and file_state(path) != "intact":
                 set_aside(path, self.report)
+            elif path.is_dir() and path.suffix in (".json", ".parquet"):
+                set_aside(path, self.report, "is a folder, where a file belongs")
             # A model is set aside by its stage, with the name of the file.
 
     def _report_changed(self, name: str, entry: dict[str, Any], values: dict[str, Any]) -> None:
