@@ -25,6 +25,8 @@ TEMPORARY = ".tmp"
 KEY_NAME = "dice.key"
 """The name of an artifact's key inside its file."""
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, no quota, and more than the file system or `ulimit -f` allows for one file."""
 _TORCH_SAVE = ("PytorchStreamWriter failed writing", "unexpected pos ")
 _PATH_ERRORS = (
     errno.EACCES,
@@ -70,10 +72,10 @@ def is_disk_full(error: BaseException | None) -> bool:
     writer came, which has no other cause in practice than a disk that took less than it was given.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
         text = str(error)
-        if "No space left on device" in text or "Disk quota exceeded" in text:
+        if any(os.strerror(number) in text for number in _DISK_FULL):
             return True
         if isinstance(error, RuntimeError) and any(phrase in text for phrase in _TORCH_SAVE):
             return True
@@ -81,11 +83,18 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def _no_room(error: BaseException) -> str:
+    too_large = os.strerror(errno.EFBIG) in str(error)
+    return (
+        "a file may not grow so large here (ulimit -f, or the file system)" if too_large else "no room left on the disk"
+    )
+
+
 def path_error(error: OSError) -> DiceError | None:
     """The error to show for a path that the user can fix (permissions, a full disk, …); None for other errors."""
     path = error.filename2 or error.filename
     if is_disk_full(error):
-        return DiskFullError(f"no room left on the disk ({error}); free some space, then run the command again")
+        return DiskFullError(f"{_no_room(error)} ({error}); free some space, then run the command again")
     if error.errno in (errno.EIO, errno.ESTALE):
         where = f"{path}: " if path is not None else ""
         return DataError(f"{where}{error.strerror}: a disk or a network folder fails; check it, then start again")
@@ -102,7 +111,7 @@ def atomic(path: Path) -> Iterator[Path]:
     `path` is unchanged.
 
     Raises:
-        DiskFullError: the disk or the quota is full (ENOSPC or EDQUOT); the message names the path.
+        DiskFullError: the disk or the quota is full, or files may not be so large; the message names the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -124,7 +133,7 @@ def atomic(path: Path) -> Iterator[Path]:
             _remove(temporary)
         if is_disk_full(error) and not isinstance(error, DiskFullError):
             raise DiskFullError(
-                f"no room left on the disk while writing {path}; completed files are kept. "
+                f"{_no_room(error)} while writing {path}; completed files are kept. "
                 "Free some space, then `dice resume` the run (or run the stage again)"
             ) from error
         raise
