@@ -169,6 +169,15 @@ def test_files_of_no_stage_that_are_gone_are_made_again(copy: Path, finished: Pa
     assert_same_results(copy, finished)
 
 
+@pytest.mark.parametrize("name", ["data.prompts", "data.replay", "data.eval_pairs"])
+def test_a_setting_that_names_a_file_which_is_not_there(copy: Path, finished: Path, name: str) -> None:
+    """The run's own copy does not stand for it, as it does for a source that is gone."""
+    with pytest.raises(DataError, match=f"--set {name}: .*absent.jsonl does not exist"):
+        resume(copy, f"{name}=absent.jsonl")
+    assert made_again(resume(copy)) == []
+    assert_same_results(copy, finished)
+
+
 def test_config_and_manifest_damaged_together(copy: Path, finished: Path) -> None:
     flip(copy / "config.yaml")
     truncate(copy / "manifest.json")
