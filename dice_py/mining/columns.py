@@ -19,6 +19,9 @@ from dice_py.storage.parquet import refuse_foreign
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CHARACTERS = "response_chars"
+"""A column of `dice generate`. Where it is 0 the response is empty, though its stop token is one of its tokens."""
+
 
 class ArrowStream(Protocol):
     """Anything with the Arrow PyCapsule interface: pandas, DuckDB, DataFusion, arro3, …"""
@@ -62,6 +65,8 @@ def wanted_columns(columns: list[str], options: MiningOptions) -> list[str]:
         if options.truncated_column not in columns:
             raise DataError(missing_column(options.truncated_column, columns, "truncated_column="))
         wanted |= {options.truncated_column: None}
+    if options.min_length and CHARACTERS in columns:
+        wanted |= {CHARACTERS: None}
     refuse_twice(columns, list(wanted), "the frame")
     return list(wanted)
 

@@ -12,7 +12,7 @@ import polars as pl
 from dice_py.config.mining import MiningKeywords, MiningOptions
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.mining.columns import wanted_columns
+from dice_py.mining.columns import CHARACTERS, wanted_columns
 from dice_py.mining.options import read_options, with_mining_signature
 from dice_py.mining.pairs import mine_pairs
 from dice_py.mining.parquet_input import ScoredFiles, narrow_batches
@@ -69,6 +69,8 @@ def mine_files(
     key = digest("mine", [_footer_digest(Path(file)) for file in files.files], options.model_dump())
     try:
         columns = wanted_columns(files.schema.names, options)
+        if CHARACTERS in columns and CHARACTERS not in options.columns.values() and not files.all_have(CHARACTERS):
+            columns.remove(CHARACTERS)
         if files.rows * ROW_BYTES <= memory_gib * 2**30:
             mined = mine_pairs(pl.concat(narrow_batches(files, columns, options), rechunk=False), options)
             report("progress", stage="mine", done=files.rows, total=files.rows)

@@ -12,7 +12,7 @@ import polars as pl
 
 from dice_py.config.mining import MAX_LENGTH, MiningOptions
 from dice_py.errors import DataError
-from dice_py.mining.columns import duplicate_hash, native_integer
+from dice_py.mining.columns import CHARACTERS, duplicate_hash, native_integer
 
 _CUT_OFF = frozenset(
     ("length", "max_length", "model_length", "max_tokens", "max_new_tokens", "max_output_tokens",
@@ -40,6 +40,8 @@ def numeric_columns(narrow: pl.DataFrame, options: MiningOptions, first_row: int
     """
     key, native_key = _ordered(narrow, options.prompt_column, "prompt", first_row)
     length = _length(narrow, options.length_column, first_row)
+    if options.min_length and CHARACTERS in narrow.columns and narrow.schema[CHARACTERS].is_numeric():
+        length = pl.when(pl.col(CHARACTERS) == 0).then(0).otherwise(length).alias("length")
     columns = [key, _reward(narrow, options.reward_column, "reward"), length]
     truncated = _truncated(narrow, options.truncated_column)
     if truncated is not None:

@@ -65,6 +65,12 @@ class ScoredFiles:
         self.rows = sum(fragment.rows for fragment in self._fragments)
         self.schema = pa.schema(fields.values())
 
+    def all_have(self, column: str) -> bool:
+        """Whether every file has a column."""
+        return all(
+            column in part.fragment.physical_schema.names or column in part.partition for part in self._fragments
+        )
+
     def batches(self, columns: list[str], batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """Batches of the named columns, in the order of the row numbers.
 

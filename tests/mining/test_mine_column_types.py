@@ -190,3 +190,15 @@ def test_a_column_without_a_value_in_one_file_has_no_type_there(
     files = [str(tmp_path / f"{name}.parquet") for name in order]
     summary = mine_files(files, tmp_path / "out", memory_gib=memory)
     assert (summary["pairs"], summary["dropped"]["null"]) == (2, 6)
+
+
+@pytest.mark.parametrize("memory", [1.0, 1e-7])
+def test_a_stop_token_alone_is_an_empty_response(tmp_path: Path, memory: float) -> None:
+    frame = small(response_chars=[0, 5, 5, 5, 0, 5])
+    frame.write_parquet(tmp_path / "a.parquet")
+    summary = mine_files([str(tmp_path)], tmp_path / "out", memory_gib=memory)
+    assert summary["dropped"]["too_short"] == mine_pairs(frame).dropped["too_short"] == 2
+    assert mine_pairs(frame, min_length=0).dropped["too_short"] == 0
+    # Another file without the column says nothing of it.
+    small().write_parquet(tmp_path / "b.parquet")
+    assert mine_files([str(tmp_path)], tmp_path / "out", memory_gib=memory)["dropped"]["too_short"] == 0
