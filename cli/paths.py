@@ -7,6 +7,8 @@ probed where it will go, since hours of work may lie between the call and the fi
 from __future__ import annotations
 
 import errno
+import fnmatch
+import os
 import re
 import shutil
 import stat
@@ -28,6 +30,14 @@ _URL = re.compile(
     r"(s3|s3a|gs|gcs|hf|https?|ftp|file|az|abfss?|adl|hdfs|memory|ssh|sftp)://?", re.IGNORECASE
 )  # Path joins //
 _FOLDERS_OUT = ("out", "run_dir")
+_WRITTEN = {
+    "generate": ("prompts.parquet", "generations-*.parquet"),
+    "score": ("scores-*.parquet", "ref-logps-*.parquet"),
+    "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
+    "train": ("model", "model/*", "checkpoints", "checkpoints/*"),
+    "evaluate": ("eval_prompts.parquet", "eval_pairs.parquet", "pair-logps-*.parquet", "samples/*", "start/*"),
+}
+"""What the commands write into their --out, as patterns."""
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
@@ -58,6 +68,8 @@ class PathCommand(TyperCommand):
                 check_output_file(value, options[name])
             elif self.probes_out:
                 check_output_folder(value, options[name])
+        if isinstance(ctx.params.get("out"), Path):
+            _check_inputs_are_kept(ctx.params, _WRITTEN.get(str(self.name), ()), options)
         return super().invoke(ctx)
 
 
@@ -65,6 +77,29 @@ class PlanCommand(PathCommand):
     """A command that writes nothing into the folder that it names."""
 
     probes_out = False
+
+
+def _check_inputs_are_kept(params: Mapping[str, Any], written: tuple[str, ...], options: Mapping[str, str]) -> None:
+    """Refuses an input, or a model, that lies where the command writes a result: it would be replaced.
+
+    Raises:
+        UsageError: naming both.
+    """
+    out = os.path.realpath(params["out"])
+    for name, value in params.items():
+        for item in value if isinstance(value, list) else [value]:
+            if name == "out" or not isinstance(item, str | Path):
+                continue
+            file = str(item).partition("=")[2] if name == "buffer" else str(item)
+            for path in (file, file.rpartition(":")[0]) if name == "buffer" else (file,):  # with its share, and without
+                if not os.path.lexists(path):
+                    continue
+                inside = os.path.relpath(os.path.realpath(path), out)
+                if any(fnmatch.fnmatch(inside, pattern) for pattern in written):
+                    raise UsageError(
+                        f"{options[name]}: {path} is in {params['out']}, where a result of that name is written and "
+                        "would replace it: give another --out"
+                    )
 
 
 def _local(value: Any, option: str) -> Any:

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from command_line import contents, jsonl, scored
 
+from cli.output import write_copy
 from dice_py.synthetic.task import is_prompt, prompt_messages
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -119,6 +120,47 @@ def test_a_tilde_is_the_home_folder_and_a_url_is_no_folder(dice, refused, monkey
     for name in ("./x:y", "./~nobody"):
         assert dice("mine", "scored.parquet", "-o", f"{name}/pairs.parquet")[0] == 0
         assert (Path(name) / "pairs.parquet").is_file()
+
+
+KEPT = {
+    "out/prompts.parquet": ("generate", *MODELS[:2], "--prompts", "{}"),
+    "out/scores-00000.parquet": ("score", "{}", *MODELS),
+    "out/offline.parquet": ("replay", *MODELS[:2], "--replay", "{}"),
+    "out/buffer-x.parquet": ("replay", *MODELS[:2], "--buffer", "x={}:0.5"),
+    "out/model": ("train", "--policy", "{}", "--training-set", "t.parquet"),
+    "out/model/t.parquet": ("train", *MODELS[:2], "--training-set", "{}"),
+    "out/eval_pairs.parquet": ("evaluate", *MODELS, "--start", "/absent/s", "--pairs", "{}"),
+}
+"""Inputs that lie where the command writes."""
+
+
+@pytest.mark.parametrize("file", KEPT)
+@pytest.mark.parametrize("out", ["out", "link"])
+def test_an_input_in_the_place_of_a_result_is_kept(refused, file: str, out: str) -> None:
+    place = Path(file)
+    place.parent.mkdir(parents=True)
+    if place.suffix:
+        place.write_bytes(b"work of hours")
+    else:
+        (place / "model.safetensors").mkdir(parents=True)
+    Path("link").symlink_to("out")
+    Path("t.parquet").touch()
+    before = contents(Path())
+    arguments = [part.replace("{}", file) for part in KEPT[file]]
+    assert f"{file} is in {out}, where a result of that name is written" in refused(2, *arguments, "-o", out)
+    assert contents(Path()) == before
+
+
+def test_a_file_of_the_users_own_is_set_aside(capfd: pytest.CaptureFixture[str]) -> None:
+    """Under the name of an artifact, in the folder that --out names."""
+    file, theirs, ours = Path("prompts.parquet"), pl.DataFrame({"mine": ["x"]}), pl.DataFrame({"prompt_id": [0]})
+    theirs.write_parquet(file)
+    for _ in range(2):
+        write_copy(file, ours, key="k")
+        assert pl.read_parquet(file).equals(ours)
+    assert pl.read_parquet("prompts.parquet.damaged").equals(theirs)
+    assert not Path("prompts.parquet.damaged-2").exists()
+    assert "set aside as prompts.parquet.damaged" in capfd.readouterr().err
 
 
 def test_the_oracle_knows_the_prompts_of_the_world_alone(refused) -> None:
