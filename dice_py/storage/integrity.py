@@ -81,7 +81,10 @@ def write_stamp(folder: Path, value: Mapping[str, Any], name: str = MODEL_STAMP)
 
 def read_stamp(folder: Path, name: str = MODEL_STAMP) -> dict[str, Any] | None:
     """The value of an intact stamp, with `files`; None if there is none. The files are not read."""
-    return read_sealed(folder / name)
+    stamp = read_sealed(folder / name)
+    files = {} if stamp is None else stamp.get("files", {})
+    is_sound = isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values())
+    return stamp if is_sound else None
 
 
 def damaged_in(folder: Path, name: str = MODEL_STAMP) -> list[Path]:
