@@ -32,6 +32,15 @@ from dice_py.errors import DiceError, InterruptedRunError, UsageError
 _WRONG_CALL: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
+def _sentence_of(error: Exception) -> DiceError | None:
+    """The error to show for one of the system that the user can mend; None for all others."""
+    if not isinstance(error, OSError):
+        return None
+    from dice_py.storage.files import path_error
+
+    return path_error(error)
+
+
 class _Commands(TyperGroup):
     """Turns interruptions, and errors of paths, into a `DiceError` before Typer picks an exit code."""
 
@@ -50,9 +59,7 @@ class _Commands(TyperGroup):
                 f"{error.object[:200]} is not UTF-8 text; rename the file or folder, or convert the argument"
             ) from None
         except OSError as error:
-            from dice_py.storage.files import path_error
-
-            sentence = path_error(error)
+            sentence = _sentence_of(error)
             if sentence is None:
                 raise
             raise sentence from None
@@ -142,11 +149,17 @@ def _run() -> int:
     except (KeyboardInterrupt, Abort):
         say("error: interrupted", err=True)
         return InterruptedRunError.exit_code
-    except Exception:
+    except Exception as error:
+        sentence = _sentence_of(error)
+        if sentence is not None:
+            say(f"error: {sentence}", err=True)
+            return sentence.exit_code
         say(traceback.format_exc().rstrip("\n"), err=True)
         return 1
-    # Typer returns 130 where a signal came before a command began.
-    return InterruptedRunError.exit_code if code == 130 else int(code or 0)
+    if code == 130:  # from Typer, where a signal came before a command began
+        say("error: interrupted", err=True)
+        return InterruptedRunError.exit_code
+    return int(code or 0)
 
 
 if __name__ == "__main__":

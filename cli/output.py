@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cli.terminal import say
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from dice_py.stages.job import Job, StageResult
 
 
@@ -55,6 +57,18 @@ def model_folder(name: str, revision: str | None, role: str) -> Path:
     if needs_conversion(name, revision, role):
         return run_job(ConvertJob(name, revision, role), cache_folder() / "log").files[0][0]
     return resolve_model(name, revision, role=role, report=echo_note)
+
+
+def write_copy(path: Path, frame: pl.DataFrame, *, key: str, schema: pl.Schema | None = None) -> Path:
+    """Writes the rows of a user's file as an artifact into --out, and returns its path.
+
+    A file of that name which is none of this program's is set aside, and not overwritten.
+    """
+    from dice_py.storage.integrity import is_kept
+    from dice_py.storage.parquet import write_parquet
+
+    is_kept(path, key, echo_note)
+    return write_parquet(path, frame, key=key, schema=schema)
 
 
 def echo_note(event: str, **fields: Any) -> None:

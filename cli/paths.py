@@ -7,6 +7,9 @@ probed where it will go, since hours of work may lie between the call and the fi
 from __future__ import annotations
 
 import errno
+import fnmatch
+import os
+import re
 import shutil
 import stat
 import tempfile
@@ -23,7 +26,18 @@ if TYPE_CHECKING:
 
     from dice_py.config.stages import BufferConfig
 
+_URL = re.compile(
+    r"(s3|s3a|gs|gcs|hf|https?|ftp|file|az|abfss?|adl|hdfs|memory|ssh|sftp)://?", re.IGNORECASE
+)  # Path joins //
 _FOLDERS_OUT = ("out", "run_dir")
+_WRITTEN = {
+    "generate": ("prompts.parquet", "generations-*.parquet"),
+    "score": ("scores-*.parquet", "ref-logps-*.parquet"),
+    "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
+    "train": ("model", "model/*", "checkpoints", "checkpoints/*"),
+    "evaluate": ("eval_prompts.parquet", "eval_pairs.parquet", "pair-logps-*.parquet", "samples/*", "start/*"),
+}
+"""What the commands write into their --out, as patterns."""
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
@@ -42,6 +56,7 @@ class PathCommand(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Checks the values of all parameters that are paths, then runs the command."""
         options = {param.name: param.opts[0] for param in self.get_params(ctx)}
+        ctx.params.update({name: _local(value, options[name]) for name, value in ctx.params.items()})
         for name, value in ctx.params.items():
             if name == "folder" or value is None:
                 continue
@@ -53,6 +68,8 @@ class PathCommand(TyperCommand):
                 check_output_file(value, options[name])
             elif self.probes_out:
                 check_output_folder(value, options[name])
+        if isinstance(ctx.params.get("out"), Path):
+            _check_inputs_are_kept(ctx.params, _WRITTEN.get(str(self.name), ()), options)
         return super().invoke(ctx)
 
 
@@ -60,6 +77,51 @@ class PlanCommand(PathCommand):
     """A command that writes nothing into the folder that it names."""
 
     probes_out = False
+
+
+def _check_inputs_are_kept(params: Mapping[str, Any], written: tuple[str, ...], options: Mapping[str, str]) -> None:
+    """Refuses an input, or a model, that lies where the command writes a result: it would be replaced.
+
+    Raises:
+        UsageError: naming both.
+    """
+    out = os.path.realpath(params["out"])
+    for name, value in params.items():
+        for item in value if isinstance(value, list) else [value]:
+            if name == "out" or not isinstance(item, str | Path):
+                continue
+            file = str(item).partition("=")[2] if name == "buffer" else str(item)
+            for path in (file, file.rpartition(":")[0]) if name == "buffer" else (file,):  # with its share, and without
+                if not os.path.lexists(path):
+                    continue
+                inside = os.path.relpath(os.path.realpath(path), out)
+                if any(fnmatch.fnmatch(inside, pattern) for pattern in written):
+                    raise UsageError(
+                        f"{options[name]}: {path} is in {params['out']}, where a result of that name is written and "
+                        "would replace it: give another --out"
+                    )
+
+
+def _local(value: Any, option: str) -> Any:
+    """A path with its ~ expanded, which shells leave in `--out=~/x`; lists of paths likewise, other values as they are.
+
+    Raises:
+        UsageError: a URL, of which a local folder would be made; or a home folder that there is not.
+    """
+    if isinstance(value, list):
+        return [_local(item, option) for item in value]
+    if not isinstance(value, Path):
+        return value
+    if _URL.match(str(value)):
+        raise UsageError(
+            f"{option}: {value} looks like a URL, and only local paths can be used: copy it to or from here"
+        )
+    if value.parts[:1] and Path(value.parts[0]).exists():  # a folder of that name is meant
+        return value
+    try:
+        return value.expanduser()
+    except RuntimeError:
+        raise UsageError(f"{option}: {value}: there is no such user or home folder; write the complete path") from None
 
 
 def kind_of(path: Path) -> str | None:
@@ -92,6 +154,9 @@ def check_output_file(path: Path, option: str) -> None:
         raise UsageError(f"{option}: {path} is a folder: name a file")
     if kind is not None:
         raise UsageError(f"{option}: {path} is {kind}, which a file cannot replace: name a regular file")
+    if path.is_symlink():
+        # The result would take the link's place: that of /dev/stdout, too, where stdout is a file.
+        raise UsageError(f"{option}: {path} is a symbolic link, which the result would replace: name the file itself")
     _probe(path.parent, path, option)
 
 
@@ -126,7 +191,7 @@ def check_table(path: Path, option: str, columns: Iterable[str], made_by: str) -
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     try:
-        present = pq.read_schema(path).names
+        present = pq.read_schema(path.absolute()).names
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{option}: {path} cannot be read as Parquet: {str(error).strip()}") from None
     missing = [name for name in columns if name not in present]

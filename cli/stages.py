@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Out, Policy, Reference, Set, StageSeed, stage_config
-from cli.output import echo_note, model_folder, print_result, run_job
+from cli.output import echo_note, model_folder, print_result, run_job, write_copy
 from cli.paths import check_buffers, check_oracle_prompts, check_shards, check_table
 from dice_py.errors import UsageError
 
@@ -42,7 +42,6 @@ def generate(
     from dice_py.data import read_prompts
     from dice_py.stages.generate import GenerateJob
     from dice_py.storage.keys import digest
-    from dice_py.storage.parquet import write_parquet
     from dice_py.storage.schemas import PLACE, PROMPTS_READ
 
     resolved = stage_config(config, assign, generate__samples=samples, generate__engine=engine)
@@ -54,7 +53,7 @@ def generate(
         config=resolved.generate,
         models=_models(resolved, folder, out),
         policy=folder,
-        prompts=write_parquet(out / "prompts.parquet", frame, key=key, schema=PROMPTS_READ),
+        prompts=write_copy(out / "prompts.parquet", frame, key=key, schema=PROMPTS_READ),
         prompts_key=key,
         out=out,
         seed=seed,
@@ -224,7 +223,6 @@ def _replay(
     from dice_py.runs.own_data import pool_columns
     from dice_py.stages.replay import ReplayJob
     from dice_py.storage.keys import file_digest
-    from dice_py.storage.parquet import write_parquet
 
     mined, generations, scores, prompts = shards
     _check_replay(resolved, pairs is not None, round_number)
@@ -239,7 +237,7 @@ def _replay(
     folder = model_folder(policy, resolved.model.policy_revision, "--policy")
     contents = {name: file_digest(file) for name, file in files.items()}
     buffers = {
-        name: write_parquet(
+        name: write_copy(
             out / ("offline.parquet" if name == "replay" else f"buffer-{name}.parquet"), frame, key=contents[name]
         )
         for name, frame in frames.items()
@@ -378,15 +376,14 @@ def _write_held_out(
 ) -> tuple[StageFile | None, StageFile | None]:
     """Writes the held-out prompts and pairs as artifacts in `out`; returns them with their keys."""
     from dice_py.storage.keys import digest, file_digest
-    from dice_py.storage.parquet import write_parquet
     from dice_py.storage.schemas import PLACE, PROMPTS_READ
 
     prompts_frame, pairs_frame = frames
     prompts_file = pairs_file = None
     if prompts_frame is not None:
         key = digest(prompts_frame.drop(PLACE).to_dict(as_series=False))
-        prompts_file = write_parquet(out / "eval_prompts.parquet", prompts_frame, key=key, schema=PROMPTS_READ), key
+        prompts_file = write_copy(out / "eval_prompts.parquet", prompts_frame, key=key, schema=PROMPTS_READ), key
     if pairs is not None and pairs_frame is not None:
         key = file_digest(pairs)
-        pairs_file = write_parquet(out / "eval_pairs.parquet", pairs_frame, key=key), key
+        pairs_file = write_copy(out / "eval_pairs.parquet", pairs_frame, key=key), key
     return prompts_file, pairs_file

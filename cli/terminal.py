@@ -32,7 +32,8 @@ def readers_may_leave(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _READER_GONE:
+        # What is wrong with stderr cannot be said anywhere.
+        if error.errno not in _READER_GONE and stream is not sys.stderr:
             raise
         # The null device takes the place of the stream, whose buffer is written again when the process ends.
         null = os.open(os.devnull, os.O_WRONLY)

@@ -7,6 +7,7 @@ and a resume removes what was half written.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -36,6 +37,17 @@ def _handler(number: int, frame: FrameType | None) -> None:
     with contextlib.suppress(OSError):
         os.write(2, (b"\r" + _SHOW_CURSOR if os.isatty(2) else b"") + _AGAIN)
     os._exit(_EXIT_CODE)
+
+
+@atexit.register
+def _ignore_late_signals() -> None:
+    """At the very end Python puts the system's own handlers back, and another signal would change the exit code.
+
+    It is registered before the handlers that end processes, and so is called after them.
+    """
+    if _Interrupts.received:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def write_prompts(path: Path, shards: Sequence[Sequence[Prompt]]) -> None:
     Shard n is row group n. The file is written atomically.
     """
     schema = pa.schema({"prompt_id": pa.uint32(), "token_ids": pa.list_(pa.int32())})
-    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with atomic(path) as temporary, pq.ParquetWriter(temporary.absolute(), schema) as writer:
         for shard in shards:
             ids, tokens = zip(*shard, strict=True)
             writer.write_table(pa.table({"prompt_id": ids, "token_ids": tokens}, schema), row_group_size=len(shard))
@@ -51,7 +51,7 @@ def write_prompts(path: Path, shards: Sequence[Sequence[Prompt]]) -> None:
 
 def read_prompts(path: Path, number: int) -> list[Prompt]:
     """Reads the prompts of shard `number` from the file of `write_prompts`."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path.absolute()) as file:
         table = file.read_row_group(number)
     columns: list[list[Any]] = [table[name].to_pylist() for name in ("prompt_id", "token_ids")]
     return list(zip(*columns, strict=True))

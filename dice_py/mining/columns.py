@@ -14,9 +14,13 @@ import polars as pl
 
 from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError, UsageError
+from dice_py.storage.parquet import refuse_foreign
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+CHARACTERS = "response_chars"
+"""A column of `dice generate`. Where it is 0 the response is empty, though its stop token is one of its tokens."""
 
 
 class ArrowStream(Protocol):
@@ -61,6 +65,8 @@ def wanted_columns(columns: list[str], options: MiningOptions) -> list[str]:
         if options.truncated_column not in columns:
             raise DataError(missing_column(options.truncated_column, columns, "truncated_column="))
         wanted |= {options.truncated_column: None}
+    if options.min_length and CHARACTERS in columns:
+        wanted |= {CHARACTERS: None}
     refuse_twice(columns, list(wanted), "the frame")
     return list(wanted)
 
@@ -130,25 +136,6 @@ def arrow_frame(table: pa.Table) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         columns = ", ".join(f"'{field.name}' ({field.type})" for field in table.schema)
         raise DataError(f"the columns {columns} cannot be read: {error}; cast them first") from None
-
-
-def refuse_foreign(name: str, dtype: pa.DataType) -> None:
-    """Raises DataError for Arrow types that Polars does not support (some would make it panic)."""
-    import pyarrow as pa
-
-    foreign = (
-        pa.types.is_union(dtype)
-        or pa.types.is_run_end_encoded(dtype)
-        or pa.types.is_interval(dtype)
-        or pa.types.is_decimal256(dtype)
-    )
-    if foreign:
-        raise DataError(f"column '{name}' has the Arrow type {dtype}, which cannot be read: cast it first")
-    if pa.types.is_dictionary(dtype):
-        refuse_foreign(name, dtype.value_type)
-    elif pa.types.is_nested(dtype):
-        for i in range(dtype.num_fields):
-            refuse_foreign(name, dtype.field(i).type)
 
 
 def native_integer(dtype: pl.DataType) -> bool:

@@ -12,7 +12,7 @@ import polars as pl
 from dice_py.config.mining import MiningKeywords, MiningOptions
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.mining.columns import wanted_columns
+from dice_py.mining.columns import CHARACTERS, wanted_columns
 from dice_py.mining.options import read_options, with_mining_signature
 from dice_py.mining.pairs import mine_pairs
 from dice_py.mining.parquet_input import ScoredFiles, narrow_batches
@@ -69,6 +69,8 @@ def mine_files(
     key = digest("mine", [_footer_digest(Path(file)) for file in files.files], options.model_dump())
     try:
         columns = wanted_columns(files.schema.names, options)
+        if CHARACTERS in columns and CHARACTERS not in options.columns.values() and not files.all_have(CHARACTERS):
+            columns.remove(CHARACTERS)
         if files.rows * ROW_BYTES <= memory_gib * 2**30:
             mined = mine_pairs(pl.concat(narrow_batches(files, columns, options), rechunk=False), options)
             report("progress", stage="mine", done=files.rows, total=files.rows)
@@ -95,11 +97,20 @@ def _check_out(files: list[str], out: Path) -> None:
     """Raises UsageError if a file would be read twice, or if `out` is a folder or one of the files."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder: name a file for the pairs")
-    resolved = [Path(file).resolve() for file in files]
-    if out.resolve() in resolved:
+    if _same_file(out) in map(_same_file, map(Path, files)):
         raise UsageError(f"{out} is one of the files to be mined: name another one for the pairs")
-    seen: set[Path] = set()
-    for file, path in zip(files, resolved, strict=True):
-        if path in seen:
+    seen: set[object] = set()
+    for file in files:
+        place = _same_file(Path(file))
+        if place in seen:
             raise UsageError(f"{file} is named twice: each file counts once")
-        seen.add(path)
+        seen.add(place)
+
+
+def _same_file(path: Path) -> object:
+    """What is equal for two names of one file (links, hard ones too); a path where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path
+    return (found.st_dev, found.st_ino)

@@ -6,11 +6,20 @@ in a column of floats, the reason inside a struct); where it is not, the error n
 
 from __future__ import annotations
 
+import re
+
 import polars as pl
 
 from dice_py.config.mining import MAX_LENGTH, MiningOptions
 from dice_py.errors import DataError
-from dice_py.mining.columns import duplicate_hash, native_integer
+from dice_py.mining.columns import CHARACTERS, duplicate_hash, native_integer
+
+_CUT_OFF = frozenset(
+    ("length", "max_length", "model_length", "max_tokens", "max_new_tokens", "max_output_tokens",
+     "max_completion_tokens", "token_limit", "truncated", "incomplete")
+)  # fmt: skip
+"""Finish reasons of OpenAI's, vLLM's, SGLang's, TGI's, Anthropic's and Google's servers that mean the token limit."""
+_TYPE_IN_TEXT = re.compile(r"""^\s*\{.*?["']type["']\s*:\s*["']([^"']*)["']""", re.DOTALL)
 
 
 def numeric_columns(narrow: pl.DataFrame, options: MiningOptions, first_row: int = 0) -> tuple[pl.DataFrame, bool]:
@@ -31,6 +40,8 @@ def numeric_columns(narrow: pl.DataFrame, options: MiningOptions, first_row: int
     """
     key, native_key = _ordered(narrow, options.prompt_column, "prompt", first_row)
     length = _length(narrow, options.length_column, first_row)
+    if options.min_length and CHARACTERS in narrow.columns and narrow.schema[CHARACTERS].is_numeric():
+        length = pl.when(pl.col(CHARACTERS) == 0).then(0).otherwise(length).alias("length")
     columns = [key, _reward(narrow, options.reward_column, "reward"), length]
     truncated = _truncated(narrow, options.truncated_column)
     if truncated is not None:
@@ -56,14 +67,12 @@ def _ordered(narrow: pl.DataFrame, name: str, role: str, first_row: int) -> tupl
         key = key.cast(pl.String)
     elif dtype.is_nested() or dtype in (pl.Object, pl.Null, pl.Unknown):
         raise DataError(f"{role} column '{name}' has dtype {dtype}, which has no order: use integers or text")
-    elif dtype.is_float():
-        # As one prompt, the rows without an id would be mined together.
-        bad = narrow[name].is_nan()
-        if bad.any():
-            raise DataError(
-                f"row {_first(bad, first_row)}: the {role} is NaN (in {bad.sum()} rows of column '{name}', as a join "
-                "in pandas leaves it); fill or drop such rows first"
-            )
+    # As one prompt, the rows without an id would be mined together.
+    if dtype.is_float():
+        what = "NaN or infinite (as a join in pandas leaves it)"
+        _refuse(~narrow[name].is_finite(), f"the {role} is {what}", name, first_row)
+    elif dtype in (pl.String, pl.Categorical, pl.Enum):
+        _refuse(narrow[name].cast(pl.String).str.strip_chars() == "", f"the {role} is an empty text", name, first_row)
     return key.rank("dense").alias(role), False
 
 
@@ -103,7 +112,7 @@ def _truncated(narrow: pl.DataFrame, option: str | None) -> pl.Expr | None:
     if option is None:
         return None
     if option == "auto":
-        return _cut_off(narrow.schema["finish_reason"]) if "finish_reason" in narrow.columns else None
+        return _cut_off(narrow["finish_reason"]) if "finish_reason" in narrow.columns else None
     if narrow.schema[option] not in (pl.Boolean, pl.Null):
         raise DataError(
             f"column '{option}' has dtype {narrow.schema[option]}, but truncated_column= must name a boolean column"
@@ -111,24 +120,43 @@ def _truncated(narrow: pl.DataFrame, option: str | None) -> pl.Expr | None:
     return pl.col(option).cast(pl.Boolean)
 
 
-def _cut_off(dtype: pl.DataType) -> pl.Expr:
-    """Whether `finish_reason` is "length". In a struct the reason is the field `type`, or the only one with text."""
-    reason = pl.col("finish_reason")
+def _cut_off(reasons: pl.Series) -> pl.Expr:
+    """Whether `finish_reason` says that the token limit ended the response, in the words of any server.
+
+    In a struct the reason is the field `type` (or `reason`), or the only one with text.
+    """
+    dtype, reason = reasons.dtype, pl.col("finish_reason")
     if isinstance(dtype, pl.Struct):
         texts = [field.name for field in dtype.fields if _is_text(field.dtype)]
-        name = "type" if "type" in texts else texts[0] if len(texts) == 1 else None
+        named = [name for name in ("type", "reason") if name in texts]
+        name = named[0] if named else texts[0] if len(texts) == 1 else None
         if name is not None:
-            return reason.struct.field(name).cast(pl.String) == "length"
-    elif _is_text(dtype):
-        return reason.cast(pl.String) == "length"
+            reasons, reason = reasons.struct.field(name), reason.struct.field(name)
+    if _is_text(reasons.dtype):
+        spellings = reasons.cast(pl.String).unique().drop_nulls()
+        return reason.cast(pl.String).is_in([text for text in spellings if _is_cut_off(text)])
     raise DataError(
         f"column 'finish_reason' has dtype {dtype}, but must hold one text per response: make text of it, name a "
         "boolean column (truncated_column=/--truncated-column), or keep cut-off responses (None/none)"
     )
 
 
+def _is_cut_off(text: str) -> bool:
+    """Whether a finish reason means the token limit, as "length", "MAX_TOKENS", "FinishReason.LENGTH", or JSON do."""
+    inside = _TYPE_IN_TEXT.search(text)
+    word = inside[1] if inside else text.strip().rpartition(".")[2]
+    return word.lower().replace("-", "_").replace(" ", "_") in _CUT_OFF
+
+
 def _is_text(dtype: object) -> bool:
     return dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)
+
+
+def _refuse(bad: pl.Series, what: str, column: str, first_row: int) -> None:
+    bad = bad.fill_null(False)
+    if bad.any():
+        count = f"in {bad.sum()} rows of column '{column}'"
+        raise DataError(f"row {_first(bad, first_row)}: {what}, {count}; fill or drop such rows first")
 
 
 def _first(bad: pl.Series, first_row: int) -> int:

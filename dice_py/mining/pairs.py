@@ -146,11 +146,13 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
         TypeError: an unknown keyword.
 
     **Usable responses** have a length and a reward that is finite in float32, are not truncated, and have
-    `min_length <= length <= max_length`. A prompt needs `min_responses` of them. Empty responses (length 0) are used
+    `min_length <= length <= max_length`. A prompt needs `min_responses` of them. Empty responses (length 0, or 0
+    in a column `response_chars`, which `dice generate` writes: the stop token counts as one of their tokens) are used
     only with `min_length` 0 or None.
 
     - `truncated_column`: a boolean column, true for responses cut off by the token limit; these are dropped. "auto"
-      means `finish_reason == "length"` if the frame has a column `finish_reason`; None drops none.
+      means `finish_reason`, if the frame has such a column: "length", or what other servers call it ("max_tokens",
+      "FinishReason.LENGTH", a struct with the field `type`); None drops none.
     - `duplicate_column`: text, lists of token ids (both hashed to 64 bits), or integers. Of a prompt's usable responses
       with equal values, only the first counts. A null equals nothing.
 

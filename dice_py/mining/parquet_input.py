@@ -18,7 +18,8 @@ import pyarrow.dataset as ds
 
 from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError
-from dice_py.mining.columns import arrow_frame, hash_duplicates, refuse_foreign, refuse_twice
+from dice_py.mining.columns import arrow_frame, hash_duplicates, refuse_twice
+from dice_py.storage.parquet import UNREADABLE, refuse_foreign
 
 BATCH_ROWS = 1 << 18
 """Rows of a batch, at most."""
@@ -51,16 +52,24 @@ class ScoredFiles:
                 partition = ds.get_partition_keys(fragment.partition_expression)
                 try:
                     rows, schema = fragment.count_rows(), fragment.physical_schema
-                except (pa.ArrowException, OSError) as error:
-                    raise DataError(f"{fragment.path} cannot be read as Parquet: {error}") from None
+                    columns = [*schema, *(dataset.schema.field(name) for name in partition if name not in schema.names)]
+                    for field in columns:
+                        known = fields.get(field.name)
+                        # A column without any value in one file has no type there.
+                        if known is None or pa.types.is_null(known.type):
+                            fields[field.name] = field
+                except UNREADABLE as error:
+                    raise _unreadable(fragment.path, error) from None
                 self._fragments.append(_Fragment(fragment.path, fragment, partition, rows))
-                for field in schema:
-                    fields.setdefault(field.name, field)
-                for name in partition:
-                    fields.setdefault(name, dataset.schema.field(name))
         self.files = [fragment.file for fragment in self._fragments]
         self.rows = sum(fragment.rows for fragment in self._fragments)
         self.schema = pa.schema(fields.values())
+
+    def all_have(self, column: str) -> bool:
+        """Whether every file has a column."""
+        return all(
+            column in part.fragment.physical_schema.names or column in part.partition for part in self._fragments
+        )
 
     def batches(self, columns: list[str], batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """Batches of the named columns, in the order of the row numbers.
@@ -85,22 +94,25 @@ class ScoredFiles:
             for field in schema:
                 dtype = physical.field(field.name).type if field.name in physical.names else field.type
                 # The Arrow types of text are interchangeable. Casting a number could change its value.
-                if dtype != field.type and (_is_number(dtype) or _is_number(field.type)):
+                is_other = dtype != field.type and not pa.types.is_null(dtype)
+                if is_other and (_is_number(dtype) or _is_number(field.type)):
                     raise DataError(
                         f"{part.file} has column '{field.name}' as {dtype}, but {self._fragments[0].file} as "
                         f"{field.type}: cast one of them"
                     )
             try:
                 # To save memory, little is read ahead and buffers are not kept.
-                yield from part.fragment.to_batches(
+                for batch in part.fragment.to_batches(
                     schema=schema,
                     columns=columns,
                     batch_size=batch_rows,
                     batch_readahead=1,
                     fragment_readahead=1,
                     fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=False),
-                )
-            except (pa.ArrowException, OSError) as error:
+                ):
+                    batch.validate(full=True)  # text that is not UTF-8
+                    yield batch
+            except UNREADABLE as error:
                 raise DataError(f"{part.file} cannot be read: {error}") from None
 
 
@@ -125,14 +137,19 @@ def _dataset(argument: str) -> ds.Dataset:
         if path.is_file():
             return ds.dataset([argument], format="parquet")
         files = sorted(file for file in glob.glob(argument, recursive=True) if Path(file).is_file())  # noqa: PTH207 (patterns may be absolute)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{argument} cannot be read as Parquet: {error}") from None
+    except UNREADABLE as error:
+        raise _unreadable(argument, error) from None
     if not files:
         raise DataError(f"{argument} does not exist (or is not a file), and no file matches it as a pattern")
     try:
         return ds.dataset(files, format="parquet")
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{argument} cannot be read as Parquet: {error}") from None
+    except UNREADABLE as error:
+        raise _unreadable(argument, error) from None
+
+
+def _unreadable(file: str, error: BaseException) -> DataError:
+    remedy = "; dice mine reads Parquet: convert it" if "magic bytes not found" in str(error) else ""
+    return DataError(f"{file} cannot be read as Parquet: {error}{remedy}")
 
 
 def _is_number(dtype: pa.DataType) -> bool:

@@ -142,7 +142,7 @@ class StreamMiner:
         """Applies the options that depend on all margins, and writes `out`."""
         least, least_easy = self.options.min_margin_quantile, self.options.difficulty_quantile
         final = totals
-        source = pq.ParquetFile(unfiltered)
+        source = pq.ParquetFile(unfiltered.absolute())
         with atomic(out) as temporary, ParquetStream(temporary) as writer:
             if least is None and least_easy is None:
                 for batch in source.iter_batches():

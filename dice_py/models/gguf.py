@@ -59,8 +59,11 @@ def gguf_file(name: str, role: str) -> Path | None:
         return None
     if not path.is_file():
         raise DataError(f"{role}: {name} does not exist; give a GGUF file, a model folder or a Hugging Face id")
-    with path.open("rb") as handle:
-        magic = handle.read(len(_MAGIC))
+    try:
+        with path.open("rb") as handle:
+            magic = handle.read(len(_MAGIC))
+    except OSError as error:
+        raise DataError(f"{role}: {name} cannot be read: {error.strerror}") from None
     if magic != _MAGIC:
         raise DataError(
             f"{role}: {name} is not a GGUF file: it begins with {magic!r}, not with {_MAGIC!r}; was it downloaded "

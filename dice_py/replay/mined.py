@@ -13,7 +13,7 @@ from dice_py.models.token_ids import check_token_ids
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.storage.integrity import check_intact
 from dice_py.storage.lookup import check_row_aligned, look_up
-from dice_py.storage.parquet import parquet_rows, read_parquet
+from dice_py.storage.parquet import parquet_rows, present, read_parquet
 from dice_py.storage.schemas import PAIRS, fit
 
 BUFFER = pl.Schema(
@@ -67,6 +67,7 @@ def append_mined(
         *(pairs[name] for name in ("margin", "chosen_length", "rejected_length")),
         pl.lit(f"round-{round_number:02d}").alias("source"),
     )
+    appended = appended.filter(~have_equal_answers(gathered))
     written = buffer.append(round_number, fit(appended, BUFFER), key)
     report("note", text=f"replay buffer: {written} of {pairs.height} mined pairs written")
 
@@ -92,6 +93,7 @@ def gather_mined(
     check_mined(mined)
     check_row_aligned(generations, scores)
     rows = _rows(mined, generations, scores)
+    _check_same_responses(mined, rows, generations)
     answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
 
     def side(name: str) -> pl.DataFrame:
@@ -122,6 +124,15 @@ def gather_mined(
     )  # fmt: skip
 
 
+def have_equal_answers(pairs: pl.DataFrame) -> pl.Series:
+    """Which rows of a training set have the same answer on both sides: the same tokens, or the same text.
+
+    Two samples of one text get rewards that differ in their last digits, where they are scored in other batches.
+    """
+    alike = (pl.col("chosen_ids") == pl.col("rejected_ids")) | (pl.col("chosen") == pl.col("rejected"))
+    return pairs.select(alike.fill_null(False)).to_series()
+
+
 def check_mined(mined: pl.DataFrame, place: Path | str = "the mined pairs") -> None:
     """Checks that a frame is one of mined pairs.
 
@@ -143,6 +154,35 @@ def check_mined(mined: pl.DataFrame, place: Path | str = "the mined pairs") -> N
             raise DataError(
                 f"{place}: column '{name}' is {column[at]} in row {at}, but must be a number of zero or more"
             )
+    equal = mined["chosen_row"].cast(pl.UInt64) == mined["rejected_row"].cast(pl.UInt64)
+    if equal.any():
+        at = int(equal.arg_max() or 0)
+        raise DataError(f"{place}: row {at} names response {mined['chosen_row'][at]} as chosen and as rejected")
+
+
+def _check_same_responses(mined: pl.DataFrame, rows: pl.DataFrame, generations: list[Path]) -> None:
+    """Refuses pairs that were mined from other responses, as of another round: their row numbers fit all the same.
+
+    A file of the user's own may have been mined by other rewards, or by other lengths; but not by both.
+    """
+    named = {"reward": ["reward"], "length": ["response_tokens", "response_chars"]}
+    compared, agrees = False, False
+    for value, columns in named.items():
+        sides = [side for side in ("chosen", "rejected") if f"{side}_{value}" in mined.columns]
+        for column in (column for column in columns if column in rows.columns and len(sides) == 2):
+            compared, same = True, True
+            for side in sides:
+                keys = mined.select(pl.col(f"{side}_row").cast(pl.UInt64).alias("row"))
+                found = look_up(keys, rows, "row", who=f"the mined pairs' {side}_row", where=_files(generations))
+                ours = mined[f"{side}_{value}"].cast(pl.Float32, strict=False)
+                same &= bool((ours == found[column].cast(pl.Float32, strict=False)).fill_null(True).all())
+            agrees |= same
+    if compared and not agrees:
+        raise DataError(
+            f"the mined pairs are of other responses than {_files(generations)}: neither their rewards nor their "
+            "lengths are those of the rows that they name. Give the generations and scores that were mined (if both "
+            "columns were made otherwise: without chosen_reward and chosen_length nothing is compared)"
+        )
 
 
 def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path]) -> pl.DataFrame:
@@ -153,14 +193,15 @@ def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path]) -> p
         last = first + parquet_rows(sampled)
         here = needed.filter((needed >= first) & (needed < last)) - first
         if len(here):
-            part = read_parquet(sampled, _SAMPLED)[here]
-            part = part.with_columns(read_parquet(scored, ["logp"])["logp"].gather(here), row=here + first)
+            part = read_parquet(sampled, [*_SAMPLED, *present(sampled, "response_tokens", "response_chars")])[here]
+            values = read_parquet(scored, ["logp", *present(scored, "reward")])[here]
+            part = part.hstack(values).with_columns(row=here + first)
             _check_values(part, sampled, scored, here)
             parts.append(part.rename({"prompt_id": "sampled_prompt_id"}))
         first = last
     if not parts:
         return pl.DataFrame(schema={"row": pl.UInt64})
-    return pl.concat(parts, how="vertical_relaxed")
+    return pl.concat(parts, how="diagonal_relaxed")
 
 
 _SAMPLED = ["prompt_id", "prompt_token_ids", "token_ids", "response"]

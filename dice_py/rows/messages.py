@@ -85,6 +85,8 @@ def read_messages(value: Any, role: str, where: str, column: str, ignored: Colle
         if not value.strip():
             raise DataError(f"{where}: {column!r} is an empty text")
         return [{"role": role, "content": value}]
+    if isinstance(value, dict) and {"role", "content"} <= value.keys():
+        value = [value]  # a single message
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: {column!r} must be text or a non-empty list of messages, got {_shown(value)}")
     return [_message(item, where, column, ignored) for item in value]
@@ -161,9 +163,9 @@ def _part(part: Any, where: str, column: str, ignored: Collection[str]) -> str:
 
 def _json(value: Any, where: str, column: str) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):  # dates and bytes of a Parquet file
-        raise DataError(f"{where}: {column!r} holds {value!r:.80}, which is not JSON; convert it to text") from None
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):  # dates and bytes of a Parquet file, NaN, numbers beyond a float
+        raise DataError(f"{where}: {column!r} holds {_shown(value)}, which is not JSON; convert it to text") from None
 
 
 def with_row_columns(

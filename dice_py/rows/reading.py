@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from dice_py.errors import DataError
+from dice_py.storage.parquet import read_parquet
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         yield from _parquet_rows(path)
-    elif suffix in (".jsonl", ".ndjson"):
-        yield from _jsonl_rows(path)
-    elif suffix == ".json":
-        yield from _json_rows(path)
+    elif suffix in (".jsonl", ".ndjson", ".json"):
+        # By content: a list is often named .jsonl, and one object a line .json.
+        yield from _list_rows(path) if _is_list(path, suffix) else _jsonl_rows(path)
     else:
         raise DataError(f"{path}: unknown file type {suffix!r}; use .jsonl, .json or .parquet")
 
@@ -60,11 +58,7 @@ def _row(path: Path, place: str, read: Callable[[str], dict[str, Any]]) -> Row:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        frame = pl.read_parquet(path, glob=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
-    for index, row in enumerate(frame.iter_rows(named=True)):
+    for index, row in enumerate(read_parquet(path).iter_rows(named=True)):
         # Parquet fills the fields that one row has and another lacks with nulls, at every depth.
         yield _row(path, f"row {index}", lambda _, row=row: {name: _without_nulls(row[name]) for name in row})  # type: ignore[misc]
 
@@ -85,11 +79,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 yield _row(path, f"line {number}", lambda where, text=text: _object(_parse(text, where), where))  # type: ignore[misc]
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    """The items of one list; or, as many published sets are, one object a line under the name .json."""
-    if _begins_with_an_object(path):
-        yield from _jsonl_rows(path)
-        return
+def _list_rows(path: Path) -> Iterator[Row]:
     loaded = _parse(path.read_bytes(), str(path))
     if not isinstance(loaded, list):
         raise DataError(f"{path}: a .json file must hold one list of objects; one object per line is .jsonl")
@@ -97,16 +87,21 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield _row(path, f"item {index}", lambda where, item=item: _object(item, where))  # type: ignore[misc]
 
 
-def _begins_with_an_object(path: Path) -> bool:
-    """True where the first line that is not blank is a JSON object, and others follow it."""
+def _is_list(path: Path, suffix: str) -> bool:
+    """Whether a file is to be read as one JSON value, and not line by line."""
     with path.open("rb") as lines:
         first = next((line for line in lines if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
-        if not first.startswith(b"{") or not any(line.strip() for line in lines):
-            return False
+        is_only = not any(line.strip() for line in lines)
+    if not first.startswith(b"{" if suffix == ".json" else b"["):
+        return suffix == ".json"
+    if is_only:
+        return True
     try:
-        return isinstance(_parse(first, str(path)), dict)
+        of_a_row = dict if suffix == ".json" else list
+        is_row = isinstance(_parse(first, str(path)), of_a_row)
     except DataError:
-        return False
+        is_row = False  # it goes on in the next line
+    return not is_row
 
 
 def _parse(data: bytes, where: str) -> Any:
@@ -120,6 +115,8 @@ def _parse(data: bytes, where: str) -> Any:
         raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
     except UnicodeEncodeError:
         raise DataError(f"{where}: holds half of a surrogate pair, which is not valid text; fix or remove it") from None
+    except _TwiceError as error:
+        raise DataError(f"{where}: a JSON object has the key {str(error)!r:.80} twice; remove one of them") from None
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise DataError(f"{where}: not valid JSON ({error.msg} at {at}); fix or remove it") from None
@@ -130,12 +127,29 @@ def _parse(data: bytes, where: str) -> Any:
 
 def _loads(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return json.loads(text, object_pairs_hook=_fields)
+    except (json.JSONDecodeError, _TwiceError):
         raise
     except ValueError:
         # An integer with more digits than Python converts. It is a number nevertheless: infinite, as a float.
-        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 640 else float(digits))
+        return json.loads(
+            text,
+            object_pairs_hook=_fields,
+            parse_int=lambda digits: int(digits) if len(digits) < 640 else float(digits),
+        )
+
+
+class _TwiceError(ValueError):
+    """A JSON object has a key twice; the argument is the key."""
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of two values under one key, Python's own reader keeps the last without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return fields
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

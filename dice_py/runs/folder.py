@@ -142,6 +142,8 @@ class Run:
                 self.report("note", text=f"{name}: {path} is missing: made again")
             elif path.is_file() and file_state(path) != "intact":
                 set_aside(path, self.report)
+            elif path.is_dir() and path.suffix in (".json", ".parquet"):
+                set_aside(path, self.report, "is a folder, where a file belongs")
             # A model is set aside by its stage, with the name of the file.
 
     def _report_changed(self, name: str, entry: dict[str, Any], values: dict[str, Any]) -> None:
@@ -223,7 +225,7 @@ def locked(folder: Path) -> Iterator[None]:
         UsageError: another process holds it, or it has links or devices, through which a run would write elsewhere.
     """
     with contextlib.ExitStack() as stack:
-        check_plain(folder)
+        check_plain(folder, links=False)
         try:
             stack.enter_context(exclusive_lock(folder / ".lock", wait=False))
         except BlockingIOError:
@@ -231,11 +233,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_plain(folder: Path) -> None:
+def check_plain(folder: Path, *, links: bool) -> None:
     """Checks that a run folder holds files and folders only. It may be a link itself.
 
+    Args:
+        links: whether there may be links to files and folders, as where nothing is written.
+
     Raises:
-        UsageError: naming the first link, pipe, socket or device.
+        UsageError: naming the first pipe, socket, device, or link.
     """
     pending = [folder]
     while pending:
@@ -244,6 +249,9 @@ def check_plain(folder: Path) -> None:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
                 elif not entry.is_file(follow_symlinks=False):
+                    leads = entry.is_file() or entry.is_dir() or not Path(entry.path).exists()
+                    if links and entry.is_symlink() and leads:
+                        continue
                     what = "a symbolic link" if entry.is_symlink() else "neither a file nor a folder"
                     raise UsageError(
                         f"{entry.path} is {what}; a run writes only inside its own folder. Remove it, or put the file "

@@ -25,7 +25,7 @@ from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
 from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
-from dice_py.errors import DamagedError, InterruptedRunError, UsageError
+from dice_py.errors import DamagedError, DataError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
@@ -140,8 +140,31 @@ def resume(
     """
     if not (folder / CONFIG_FILE).is_file() and not has_config(folder):
         raise UsageError(f"{folder} holds no run (no config.yaml); `dice status` lists runs, `dice run` starts one")
-    config = with_absolute_paths(reassigned(stored_config(folder)[0], assignments))
+    before = with_absolute_paths(stored_config(folder)[0])
+    config = with_absolute_paths(reassigned(before, assignments))
+    _check_named_files(before, config)
     return _run(config, folder, report, after_round, force)
+
+
+def _check_named_files(before: RunConfig, after: RunConfig) -> None:
+    """A source that is gone does not matter to a run, which has its own copy; but one that was just named does.
+
+    Raises:
+        DataError: a changed setting names a file that is not there.
+    """
+
+    def files(config: RunConfig) -> dict[str, str | None]:
+        data = {
+            f"data.{name}": getattr(config.data, name) for name in ("prompts", "replay", "eval_prompts", "eval_pairs")
+        }
+        return data | {f"replay.buffers.{name}.path": buffer.path for name, buffer in config.replay.buffers.items()}
+
+    known = files(before)
+    for name, file in files(after).items():
+        if file is not None and file != known.get(name) and not Path(file).is_file():
+            raise DataError(
+                f"--set {name}: {file} does not exist (or is not a file); without it the run keeps its copy"
+            )
 
 
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
-from dice_py.storage.integrity import is_kept
+from dice_py.storage.integrity import is_kept, set_aside
 from dice_py.storage.keys import digest, file_digest, seed_for, versions
 from dice_py.storage.parquet import intact_key, parquet_meta, write_parquet
 from dice_py.storage.schemas import PROMPTS_READ
@@ -55,7 +55,7 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
     rows = [data.on_bad_row, data.max_bad_rows, data.ignored_keys]
     key = digest("inputs", columns, contents, config.seed, held_out, rows, versions("polars"))
     # Every file is looked at, so that each damaged one is set aside.
-    kept = {name: is_kept(file, key, run.report) for name, file in outputs.items()}
+    kept = {name: is_kept(file, key, run.report) and _is_named(file, name, run) for name, file in outputs.items()}
     listed = (parquet_meta(outputs["prompts"]) or {}).get("files", []) if kept["prompts"] else []
     if kept["prompts"] and all(kept[name] for name in listed):
         return key
@@ -79,6 +79,15 @@ def _kept_sources(outputs: dict[str, Path]) -> dict[str, str]:
         if isinstance(meta, dict) and isinstance(meta.get("sources"), dict):
             return dict(meta["sources"])
     return {}
+
+
+def _is_named(file: Path, name: str, run: Run) -> bool:
+    """Whether a copy is the one that its place is for: all have one key. Another is set aside."""
+    meta = parquet_meta(file)
+    made_as = meta.get("name", name) if isinstance(meta, dict) else name  # earlier versions wrote no name
+    if made_as != name:
+        set_aside(file, run.report, f"holds the run's {made_as}, not its {name}")
+    return bool(made_as == name)
 
 
 def _prompts_file(config: RunConfig) -> str:
@@ -178,8 +187,8 @@ def _write_copies(
     made = {name: frame for name, frame in copies.items() if frame is not None}
     for name, frame in made.items():
         schema = PROMPTS_READ if name == "eval_prompts" else None
-        write_parquet(outputs[name], frame, key=key, schema=schema, meta={"sources": sources})
-    meta = {"sources": sources, "files": list(made)}
+        write_parquet(outputs[name], frame, key=key, schema=schema, meta={"sources": sources, "name": name})
+    meta = {"sources": sources, "name": "prompts", "files": list(made)}
     write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS_READ, meta=meta)
 
 

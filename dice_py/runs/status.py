@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError, DiceError, UsageError
-from dice_py.runs.folder import is_running, stage_names
+from dice_py.runs.folder import check_plain, is_running, stage_names
 from dice_py.runs.profile import profile
 from dice_py.runs.stored_config import stored_config
 from dice_py.storage.files import Manifest
@@ -24,6 +24,7 @@ def run_status(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"{folder} holds no run (no config.yaml)")
+    check_plain(folder, links=True)
     config, _ = stored_config(folder)
     manifest = Manifest(folder / "manifest.json")
     if manifest.is_damaged:

@@ -56,6 +56,8 @@ def store_config(folder: Path, config: RunConfig, manifest: Manifest, report: Re
     """
     file = folder / CONFIG_FILE
     changed: list[str] = []
+    if file.is_dir():
+        set_aside(file, report, "is a folder, where a file belongs")
     if file.exists():
         try:
             before = restore_config(folder, report)
@@ -84,9 +86,13 @@ def stored_config(folder: Path) -> tuple[RunConfig, str | None]:
     """
     path = folder / CONFIG_FILE
     state = file_state(path)
-    if state == "intact":
-        return load_resolved(path), None
     copy = _copy(folder)
+    if state == "intact":
+        try:
+            return load_resolved(path), None
+        except DiceError:  # another file of ours, under this name
+            if copy is None:
+                raise
     if state == "absent" and copy is not None:
         return copy, None
     if copy is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dice_py.errors import UsageError
 from dice_py.runs.stored_config import CONFIG_FILE, has_config
-from dice_py.storage.digests import file_state
+from dice_py.storage.digests import file_state, stored_digest
 from dice_py.storage.files import TEMPORARY, Manifest
 from dice_py.storage.integrity import DAMAGED, MODEL_STAMP, damaged_in, read_stamp
 from dice_py.synthetic.world import WORLD_STAMP
@@ -36,7 +36,8 @@ def verify_run(folder: Path) -> dict[str, Any]:
     """Reads all artifacts of a run.
 
     Returns:
-        `run`; `files` and `bytes` that were read; `damaged`, paths of files that are not as they were written;
+        `run`; `files` and `bytes` that were read; `damaged`, paths of files that are not as they were written, or
+        not those that the manifest lists;
         `missing`, paths that the manifest or a stamp lists and that are not there.
 
     Raises:
@@ -47,8 +48,8 @@ def verify_run(folder: Path) -> dict[str, Any]:
     read: list[Path] = []
     bad: list[Path] = []
     for path in _artifacts(folder):
-        if path.is_dir():
-            stamp = next(name for name in _STAMPS if (path / name).exists())
+        stamp = next((name for name in _STAMPS if (path / name).exists()), None)
+        if stamp is not None:
             read += [path / stamp, *(path / name for name in (read_stamp(path, stamp) or {}).get("files", {}))]
             bad += damaged_in(path, stamp)
         else:
@@ -56,9 +57,9 @@ def verify_run(folder: Path) -> dict[str, Any]:
             state = file_state(path)
             # An earlier version wrote no digest into the config, and no copy of it into the manifest.
             older = path.name == CONFIG_FILE and state == "unmarked" and not has_config(folder)
-            if state in ("damaged", "unmarked") and not older:
+            if state != "intact" and not older:  # "absent": a folder or a device in the place of a file
                 bad.append(path)
-    bad += _listed_and_absent(folder)
+    bad += _listed_and_other(folder)
     bad = list(dict.fromkeys(bad))
     return {
         "run": str(folder),
@@ -77,23 +78,29 @@ def _artifacts(folder: Path) -> Iterator[Path]:
         path = Path(entry.path)
         if entry.name.startswith(".") or DAMAGED in entry.name or entry.name.endswith(TEMPORARY):
             continue
-        if entry.is_dir(follow_symlinks=False):
+        is_artifact = path.suffix == ".parquet" or entry.name in _SEALED or entry.name == CONFIG_FILE
+        if is_artifact:
+            yield path
+        elif entry.is_dir(follow_symlinks=False):
             if any((path / name).exists() for name in _STAMPS):
                 yield path
             else:
                 yield from _artifacts(path)
-        elif path.suffix == ".parquet" or entry.name in _SEALED or entry.name == CONFIG_FILE:
-            yield path
 
 
-def _listed_and_absent(folder: Path) -> list[Path]:
-    """What the manifest names and is not there; of a model, its stamp."""
+def _listed_and_other(folder: Path) -> list[Path]:
+    """What the manifest names and is not there, or is another file, intact as it may be; of a model, its stamp."""
     absent = [] if (folder / CONFIG_FILE).exists() else [folder / CONFIG_FILE]
-    manifest = Manifest(folder / "manifest.json").data
-    made = [file["file"] for entry in manifest["stages"].values() for file in entry.get("files", [])]
-    for path in (folder / name for name in [*made, *manifest.get("others", {})]):
-        if not path.exists():
+    stored = Manifest(folder / "manifest.json")
+    if stored.is_damaged and stored.path.exists():  # of another kind, if its digest holds
+        absent.append(stored.path)
+    manifest = stored.data
+    listed = manifest.get("others", {})
+    for entry in manifest["stages"].values():
+        listed = listed | {file["file"]: file.get("digest") for file in entry.get("files", [])}
+    for name, digest in listed.items():
+        path = folder / name
+        path = path / MODEL_STAMP if path.is_dir() else path
+        if not path.exists() or digest not in (None, stored_digest(path)):
             absent.append(path)
-        elif path.is_dir() and not (path / MODEL_STAMP).exists():
-            absent.append(path / MODEL_STAMP)
     return absent

@@ -15,6 +15,7 @@ import polars as pl
 from dice_py.config.mining import MineConfig, MiningOptions
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
+from dice_py.mining.columns import CHARACTERS
 from dice_py.mining.no_pairs import explain_no_pairs
 from dice_py.mining.pairs import mine_pairs
 from dice_py.stages.job import Job, StageResult
@@ -25,7 +26,8 @@ from dice_py.storage.lookup import check_row_aligned
 from dice_py.storage.parquet import parquet_rows, write_parquet
 from dice_py.storage.schemas import MINED, MINED_LABELS
 
-_RULE = "equal rewards are no pair"
+_SHORT = 64  # characters of a response that may be white space alone
+_RULE = "equal rewards are no pair; no text is no response"
 """Of the key: pairs that an earlier version mined by another rule are mined again."""
 
 
@@ -94,7 +96,10 @@ class MineJob(Job):
             wanted.append(pl.col(options.duplicate_column).hash())
         rewards = dict.fromkeys([options.reward_column, options.second_reward_column or options.reward_column])
         check_row_aligned(self.generations, self.scores)
-        responses = pl.scan_parquet(self.generations, glob=False).select(wanted).collect()
+        generations = pl.scan_parquet(self.generations, glob=False)
+        responses = generations.select(wanted).collect()
+        if options.min_length:
+            responses = responses.with_columns(_characters(generations))
         scored = pl.scan_parquet(self.scores, glob=False).select(list(rewards)).collect()
         frame = responses.hstack(scored)
         if options.policy_column is None:
@@ -102,3 +107,14 @@ class MineJob(Job):
         shards = zip(self.generations, self.rounds, strict=True)
         sampled_in = [pl.repeat(number, parquet_rows(file), dtype=pl.UInt32, eager=True) for file, number in shards]
         return frame.with_columns(pl.concat(sampled_in).alias(options.policy_column))
+
+
+def _characters(generations: pl.LazyFrame) -> pl.Series:
+    """`response_chars`, with 0 for responses of white space alone, which are as empty as those of no character.
+
+    Text is read of short responses only.
+    """
+    counts = generations.select(CHARACTERS).collect()[CHARACTERS]
+    short = generations.with_row_index("row").filter(pl.col(CHARACTERS) <= _SHORT)
+    blank = short.filter(pl.col("response").str.strip_chars() == "").select("row").collect()["row"]
+    return counts.scatter(blank, 0)

@@ -25,7 +25,7 @@ from dice_py.models.sizes import model_size
 from dice_py.models.token_ids import check_token_ids
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import check_mined, gather_mined
+from dice_py.replay.mined import check_mined, gather_mined, have_equal_answers
 from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, OfflineBuffer, mix_buffers
 from dice_py.rows.bad_rows import BadRowRule
 from dice_py.scoring.pairs import score_pairs
@@ -106,7 +106,7 @@ class ReplayJob(Job):
         check_checkpoint(self.policy, "policy", self.models)
         tokens = _PairTokens(self, report)
         pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number, tokens)
-        mined, prompts = self._mined()
+        mined, gathered, prompts = self._mined(report)
         gamma, total = self._share(pools, report)
         mix = mix_buffers(
             _prompt_keys(mined, prompts),
@@ -123,7 +123,7 @@ class ReplayJob(Job):
         )
         parts = []
         if mix.mined:
-            parts.append(gather_mined(mined[mix.mined_rows], self.generations, self.scores, prompts))
+            parts.append(gathered[mix.mined_rows])
         drawn = _with_tokens(pools, mix, tokens)
         replayed = sum(part.height for part in drawn)
         if replayed:
@@ -148,16 +148,30 @@ class ReplayJob(Job):
         buffer = self.rounds_buffer
         return [] if buffer is None else [buffer.path(number) for number in buffer.rounds(self.round_number)]
 
-    def _mined(self) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """The mined pairs and their prompts; empty frames where nothing was mined."""
+    def _mined(self, report: Report) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+        """The mined pairs, the same as rows of a training set, and their prompts; empty where nothing was mined.
+
+        Pairs of equal answers are left out.
+        """
         if self.mined is None or self.prompts is None:
             empty = pl.DataFrame(schema={"prompt_id": pl.UInt32})
-            return empty, empty
+            return empty, empty, empty
         mined = read_parquet(self.mined)
         check_mined(mined, self.mined)
         prompts = read_parquet(self.prompts, ["prompt_id", "messages"])
         _check_prompts(prompts, self.prompts)
-        return mined, prompts.filter(pl.col("prompt_id").is_in(mined["prompt_id"].unique().implode()))
+        prompts = prompts.filter(pl.col("prompt_id").is_in(mined["prompt_id"].unique().implode()))
+        if mined.is_empty():
+            return mined, mined, prompts
+        gathered = gather_mined(mined, self.generations, self.scores, prompts)
+        equal = have_equal_answers(gathered)
+        if equal.any():
+            report(
+                "note",
+                text=f"{equal.sum()} of {mined.height} mined pairs left out: chosen and rejected are the same answer "
+                "(mine.drop_duplicates counts such responses once)",
+            )
+        return mined.filter(~equal), gathered.filter(~equal), prompts
 
     def _share(self, pools: list[OfflineBuffer], report: Report) -> tuple[float, int | None]:
         """gamma and the total of the mix."""

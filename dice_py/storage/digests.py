@@ -63,7 +63,7 @@ def embed_digest(path: Path) -> None:
 def stored_digest(path: Path) -> str | None:
     """A file's digest of itself, unchecked; None if it has none or cannot be read."""
     try:
-        mark = _find_mark(path)
+        mark = _find_mark(path) if path.is_file() else None
     except OSError:
         return None
     return None if mark is None else mark[1]

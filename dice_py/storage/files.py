@@ -25,6 +25,8 @@ TEMPORARY = ".tmp"
 KEY_NAME = "dice.key"
 """The name of an artifact's key inside its file."""
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, no quota, and more than the file system or `ulimit -f` allows for one file."""
 _TORCH_SAVE = ("PytorchStreamWriter failed writing", "unexpected pos ")
 _PATH_ERRORS = (
     errno.EACCES,
@@ -70,10 +72,10 @@ def is_disk_full(error: BaseException | None) -> bool:
     writer came, which has no other cause in practice than a disk that took less than it was given.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
         text = str(error)
-        if "No space left on device" in text or "Disk quota exceeded" in text:
+        if any(os.strerror(number) in text for number in _DISK_FULL):
             return True
         if isinstance(error, RuntimeError) and any(phrase in text for phrase in _TORCH_SAVE):
             return True
@@ -81,11 +83,21 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def _no_room(error: BaseException) -> str:
+    too_large = os.strerror(errno.EFBIG) in str(error)
+    return (
+        "a file may not grow so large here (ulimit -f, or the file system)" if too_large else "no room left on the disk"
+    )
+
+
 def path_error(error: OSError) -> DiceError | None:
     """The error to show for a path that the user can fix (permissions, a full disk, …); None for other errors."""
     path = error.filename2 or error.filename
     if is_disk_full(error):
-        return DiskFullError(f"no room left on the disk ({error}); free some space, then run the command again")
+        return DiskFullError(f"{_no_room(error)} ({error}); free some space, then run the command again")
+    if error.errno in (errno.EIO, errno.ESTALE):
+        where = f"{path}: " if path is not None else ""
+        return DataError(f"{where}{error.strerror}: a disk or a network folder fails; check it, then start again")
     if error.errno in _PATH_ERRORS and path is not None:
         return UsageError(f"{path}: {error.strerror}; check the path and its permissions")
     return None
@@ -99,7 +111,7 @@ def atomic(path: Path) -> Iterator[Path]:
     `path` is unchanged.
 
     Raises:
-        DiskFullError: the disk or the quota is full (ENOSPC or EDQUOT); the message names the path.
+        DiskFullError: the disk or the quota is full, or files may not be so large; the message names the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -108,6 +120,8 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         for part in (*temporary.rglob("*"), temporary):
             fsync(part)
+        if path.is_dir() and not temporary.is_dir():
+            raise UsageError(f"{path} is a folder, where a file belongs: move it away, then run the command again")
         if temporary.is_dir() and path.is_dir():
             # A folder cannot be renamed over one that has files. The old one is removed first, which loses nothing:
             # a folder is replaced only after its key has become outdated.
@@ -119,7 +133,7 @@ def atomic(path: Path) -> Iterator[Path]:
             _remove(temporary)
         if is_disk_full(error) and not isinstance(error, DiskFullError):
             raise DiskFullError(
-                f"no room left on the disk while writing {path}; completed files are kept. "
+                f"{_no_room(error)} while writing {path}; completed files are kept. "
                 "Free some space, then `dice resume` the run (or run the stage again)"
             ) from error
         raise
@@ -209,6 +223,23 @@ def _unsealed(value: dict[str, Any]) -> dict[str, Any]:
     return {name: item for name, item in value.items() if name not in (KEY_NAME, DIGEST_NAME)}
 
 
+def _is_manifest(value: dict[str, Any]) -> bool:
+    """Whether the stages of a manifest, and the files that they list, are of the types that `Manifest` writes."""
+
+    def is_file(item: Any) -> bool:
+        return isinstance(item, dict) and isinstance(item.get("file"), str) and isinstance(item.get("key"), str)
+
+    def is_stage(entry: Any) -> bool:
+        if not isinstance(entry, dict) or not isinstance(entry.get("counts", {}), dict):
+            return False
+        files, seconds = entry.get("files", []), entry.get("seconds")
+        has_seconds = seconds is None or isinstance(seconds, int | float)
+        return has_seconds and isinstance(files, list) and all(map(is_file, files))
+
+    stages, others = value.get("stages"), value.get("others", {})
+    return isinstance(stages, dict) and all(map(is_stage, stages.values())) and isinstance(others, dict)
+
+
 class Manifest:
     """`manifest.json`: key, files, counts and seconds of each stage of each round. One process writes it.
 
@@ -220,12 +251,16 @@ class Manifest:
         self.path = path
         self.data: dict[str, Any] = {"version": 1, "created": time.time(), "stages": {}}
         stored = read_sealed(path, "manifest") or self._of_older_version()
-        self.is_damaged = stored is None and path.exists()
+        if stored is not None and not _is_manifest(stored):
+            stored = None
+        self.is_damaged = stored is None and os.path.lexists(path)
         if stored is not None:
             self.data = stored
 
     def _of_older_version(self) -> dict[str, Any] | None:
         """The content of a manifest without a digest, as version 0.3 wrote it."""
+        if not self.path.is_file():  # a pipe would wait for a writer, and a device has no end
+            return None
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

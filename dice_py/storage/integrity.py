@@ -46,6 +46,8 @@ def is_kept(path: Path, key: str, report: Report) -> bool:
     """
     state = file_state(path)
     if state == "absent":
+        if path.is_dir():
+            set_aside(path, report, "is a folder, where a file belongs")
         return False
     is_json = path.suffix == ".json"
     if state == "intact":
@@ -79,7 +81,10 @@ def write_stamp(folder: Path, value: Mapping[str, Any], name: str = MODEL_STAMP)
 
 def read_stamp(folder: Path, name: str = MODEL_STAMP) -> dict[str, Any] | None:
     """The value of an intact stamp, with `files`; None if there is none. The files are not read."""
-    return read_sealed(folder / name)
+    stamp = read_sealed(folder / name)
+    files = {} if stamp is None else stamp.get("files", {})
+    is_sound = isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values())
+    return stamp if is_sound else None
 
 
 def damaged_in(folder: Path, name: str = MODEL_STAMP) -> list[Path]:

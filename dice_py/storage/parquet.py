@@ -19,6 +19,10 @@ from dice_py.storage.digests import DIGEST_NAME, NO_DIGEST, embed_digest, file_s
 from dice_py.storage.files import KEY_NAME, atomic
 from dice_py.storage.schemas import fit
 
+UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError, pl.exceptions.PolarsError, pl.exceptions.PanicException)
+"""Errors of opening and reading a Parquet file of any content. (UnicodeDecodeError: the name of a column.)"""
+
+# pyarrow gets absolute paths: it would expand a leading ~ of others, and take "s3:" for the scheme of a URL.
 _META = "dice.meta"  # a name in a Parquet footer
 
 
@@ -39,7 +43,7 @@ def write_parquet(
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
     with atomic(path) as temporary:
         # The Arrow schema would declare Polars' large_string and large_list; without it, any reader gets plain types.
-        with pq.ParquetWriter(temporary, table.schema, compression="zstd", store_schema=False) as writer:
+        with pq.ParquetWriter(temporary.absolute(), table.schema, compression="zstd", store_schema=False) as writer:
             writer.write_table(table)
             writer.add_key_value_metadata(_footer_of(key, meta))
         embed_digest(temporary)
@@ -78,7 +82,8 @@ class ParquetStream:
     def write_arrow(self, table: pa.Table) -> None:
         """Appends rows; all parts have the columns of the first."""
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", store_schema=False)
+            path = self._path.absolute()
+            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False)
         self._writer.write_table(table)
 
     def describe(self, key: str, meta: Any) -> None:
@@ -93,7 +98,7 @@ class ParquetStream:
 
 def _footer(path: Path, name: str) -> str | None:
     try:
-        value = (pq.read_metadata(path).metadata or {}).get(name.encode())
+        value = (pq.read_metadata(path.absolute()).metadata or {}).get(name.encode())
         return value.decode() if value is not None else None
     except (OSError, pa.ArrowException, ValueError):  # ValueError: damaged text
         return None
@@ -120,9 +125,22 @@ def parquet_rows(path: Path) -> int:
         DataError: the file is absent or cannot be read.
     """
     try:
-        return int(pq.read_metadata(path).num_rows)
-    except (OSError, pa.ArrowException) as error:
+        return int(pq.read_metadata(path.absolute()).num_rows)
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
+
+
+def present(path: Path, *columns: str) -> list[str]:
+    """Those of `columns` that a Parquet file has, from its footer.
+
+    Raises:
+        DataError: the file is absent or cannot be read.
+    """
+    try:
+        names = pq.read_schema(path.absolute()).names
+    except UNREADABLE as error:
+        raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
+    return [name for name in columns if name in names]
 
 
 def parquet_meta(path: Path) -> Any:
@@ -133,6 +151,23 @@ def parquet_meta(path: Path) -> Any:
         return None
 
 
+def refuse_foreign(name: str, dtype: pa.DataType) -> None:
+    """Raises DataError for Arrow types that Polars does not support (some would make it panic)."""
+    foreign = (
+        pa.types.is_union(dtype)
+        or pa.types.is_run_end_encoded(dtype)
+        or pa.types.is_interval(dtype)
+        or pa.types.is_decimal256(dtype)
+    )
+    if foreign:
+        raise DataError(f"column '{name}' has the Arrow type {dtype}, which cannot be read: cast it first")
+    if pa.types.is_dictionary(dtype):
+        refuse_foreign(name, dtype.value_type)
+    elif pa.types.is_nested(dtype):
+        for i in range(dtype.num_fields):
+            refuse_foreign(f"{name}.{dtype.field(i).name}", dtype.field(i).type)
+
+
 def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
     """Reads one Parquet file: all columns, or only `columns`.
 
@@ -141,14 +176,21 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist")
+    # Not with Polars: a damaged file makes it panic, or end the process (an allocation of exbibytes).
     try:
-        lazy = pl.scan_parquet(path, glob=False)
-        present = lazy.collect_schema().names()
-        missing = [name for name in columns or [] if name not in present]
-        if missing:
-            raise DataError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(present)}")
-        return (lazy.select(columns) if columns else lazy).collect()
-    except pl.exceptions.PolarsError as error:
+        with pq.ParquetFile(path.absolute()) as file:
+            present = file.schema_arrow.names
+            missing = [name for name in columns or [] if name not in present]
+            if missing:
+                raise DataError(f"no column {missing[0]!r}; its columns are {', '.join(present)}")
+            for field in file.schema_arrow:
+                if columns is None or field.name in columns:
+                    refuse_foreign(field.name, field.type)
+            table = file.read(columns)
+        table.validate(full=True)  # text that is not UTF-8
+        table = table.replace_schema_metadata(None)
+        return pl.DataFrame(pl.from_arrow(table if columns is None else table.select(columns)))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None

@@ -38,12 +38,14 @@ def load_training_set(path: Path, max_length: int | None, vocabulary: int | None
                 f"{path}: column {column!r} has dtype {dtype}, but must hold log-probabilities; train on a file of "
                 "dice replay"
             )
+    decimals = [name for name, dtype in frame.schema.items() if dtype.is_numeric() and not dtype.is_float()]
+    frame = frame.cast(dict.fromkeys(decimals, pl.Float64))
     finite = pl.col("ref_chosen_logps").is_finite() & pl.col("ref_rejected_logps").is_finite()
-    bad = frame.filter(~finite.fill_null(False))
-    if bad.height:
+    bad = ~frame.select(finite.fill_null(False)).to_series()
+    if bad.any():
         raise DataError(
-            f"{path}: {bad.height} pairs have a reference log-probability that is not finite; score them "
-            "again (dice score)"
+            f"{path}: {bad.sum()} pairs have a reference log-probability that is not finite, the first in row "
+            f"{bad.arg_max()}; score them again (dice score)"
         )
     if frame.is_empty():
         raise DataError(f"{path} has no pairs; the mine stage reports why it dropped prompts")

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from command_line import contents, jsonl, scored
 
+from cli.output import write_copy
 from dice_py.synthetic.task import is_prompt, prompt_messages
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -88,6 +89,78 @@ def test_pairs_that_have_no_place(refused) -> None:
         assert out in refused(2, "mine", "scored.parquet", "-o", out)
     assert Path("pipe").is_fifo()
     assert Path("/dev/null").is_char_device()
+
+
+def test_a_link_is_not_replaced_by_a_result(refused) -> None:
+    """As /dev/stdout would be, where stdout is a file."""
+    scored(Path("scored.parquet"))
+    for name, target in (("pairs.parquet", "elsewhere.parquet"), ("loop", "loop"), ("input", "scored.parquet")):
+        Path(name).symlink_to(target)
+        assert f"{name} is a symbolic link, which the result would replace" in refused(
+            2, "mine", "scored.parquet", "-o", name
+        )
+        assert Path(name).is_symlink()
+
+
+def test_a_tilde_is_the_home_folder_and_a_url_is_no_folder(dice, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand the ~ of --out=~/x."""
+    home = Path("home").absolute()
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    scored(Path("scored.parquet"))
+    assert dice("mine", "scored.parquet", "--out=~/pairs.parquet")[0] == 0
+    assert (home / "pairs.parquet").is_file()
+    jsonl(home / "p.jsonl", "no JSON")
+    assert f"{home}/p.jsonl, line 1" in refused(3, "generate", *MODELS[:2], "--prompts=~/p.jsonl", "-o", "out")
+    assert "there is no such user" in refused(2, "mine", "scored.parquet", "-o", "~nosuchuser/pairs.parquet")
+    for url in ("s3://bucket/pairs.parquet", "hf://datasets/x/y.parquet", "file:///tmp/pairs.parquet"):
+        assert "looks like a URL" in refused(2, "mine", "scored.parquet", "-o", url)
+    # A name that pyarrow would take for a URL, or for that of a home folder.
+    Path("~nobody").mkdir()
+    for name in ("./x:y", "./~nobody"):
+        assert dice("mine", "scored.parquet", "-o", f"{name}/pairs.parquet")[0] == 0
+        assert (Path(name) / "pairs.parquet").is_file()
+
+
+KEPT = {
+    "out/prompts.parquet": ("generate", *MODELS[:2], "--prompts", "{}"),
+    "out/scores-00000.parquet": ("score", "{}", *MODELS),
+    "out/offline.parquet": ("replay", *MODELS[:2], "--replay", "{}"),
+    "out/buffer-x.parquet": ("replay", *MODELS[:2], "--buffer", "x={}:0.5"),
+    "out/model": ("train", "--policy", "{}", "--training-set", "t.parquet"),
+    "out/model/t.parquet": ("train", *MODELS[:2], "--training-set", "{}"),
+    "out/eval_pairs.parquet": ("evaluate", *MODELS, "--start", "/absent/s", "--pairs", "{}"),
+}
+"""Inputs that lie where the command writes."""
+
+
+@pytest.mark.parametrize("file", KEPT)
+@pytest.mark.parametrize("out", ["out", "link"])
+def test_an_input_in_the_place_of_a_result_is_kept(refused, file: str, out: str) -> None:
+    place = Path(file)
+    place.parent.mkdir(parents=True)
+    if place.suffix:
+        place.write_bytes(b"work of hours")
+    else:
+        (place / "model.safetensors").mkdir(parents=True)
+    Path("link").symlink_to("out")
+    Path("t.parquet").touch()
+    before = contents(Path())
+    arguments = [part.replace("{}", file) for part in KEPT[file]]
+    assert f"{file} is in {out}, where a result of that name is written" in refused(2, *arguments, "-o", out)
+    assert contents(Path()) == before
+
+
+def test_a_file_of_the_users_own_is_set_aside(capfd: pytest.CaptureFixture[str]) -> None:
+    """Under the name of an artifact, in the folder that --out names."""
+    file, theirs, ours = Path("prompts.parquet"), pl.DataFrame({"mine": ["x"]}), pl.DataFrame({"prompt_id": [0]})
+    theirs.write_parquet(file)
+    for _ in range(2):
+        write_copy(file, ours, key="k")
+        assert pl.read_parquet(file).equals(ours)
+    assert pl.read_parquet("prompts.parquet.damaged").equals(theirs)
+    assert not Path("prompts.parquet.damaged-2").exists()
+    assert "set aside as prompts.parquet.damaged" in capfd.readouterr().err
 
 
 def test_the_oracle_knows_the_prompts_of_the_world_alone(refused) -> None:

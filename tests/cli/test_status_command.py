@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 from pathlib import Path
 
@@ -78,3 +79,34 @@ def test_a_run_folder_that_was_damaged(refused, broken: str) -> None:
     (folder / broken).write_text("{")
     code, problem = (2, "is not valid YAML") if broken == "config.yaml" else (3, "is damaged")
     assert f"runs/first/{broken} {problem}" in refused(code, "status", folder)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
+def test_what_is_no_file_in_the_place_of_one(dice, refused, name: str, kind: str) -> None:
+    """It is never opened: a pipe would wait for a writer, and /dev/zero has no end."""
+    path = made_run(Path("runs/first")) / name
+    path.unlink()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    assert dice("status", "runs/first")[0] in (2, 3)
+    assert dice("status")[0] == 0
+    if kind != "folder":  # which is set aside
+        assert name in refused(2, "resume", "runs/first")
+    if name == "manifest.json":
+        code, out, _ = dice("status", "runs/first", "--verify")
+        assert code == 3
+        assert "runs/first/manifest.json" in out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "stages", [{"round-01/mine": None}, {"round-01/mine": {"files": [{}]}}, {"round-01/mine": {"files": None}}]
+)
+def test_a_manifest_of_other_types_is_a_damaged_one(refused, stages: dict[str, object]) -> None:
+    folder = made_run(Path("runs/first"))
+    manifest = Manifest(folder / "manifest.json")
+    manifest.data["stages"] = stages
+    manifest.save()
+    assert "manifest.json is damaged" in refused(3, "status", folder)

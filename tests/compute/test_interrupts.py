@@ -127,3 +127,23 @@ def test_outside_the_main_thread_nothing_is_handled() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+_AT_THE_END = """
+import os, signal
+class Late:
+    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM):
+        kill(own, number)
+late = Late()  # deleted with its module, when Python has put the system's handlers back
+from dice_py.compute.interrupts import stopped_by_signals
+try:
+    with stopped_by_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    raise SystemExit(5)
+"""
+
+
+def test_a_signal_at_the_very_end_does_not_change_the_exit_code() -> None:
+    ended = subprocess.run([sys.executable, "-c", _AT_THE_END], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (5, "")

@@ -58,7 +58,7 @@ def test_row_numbers_count_through_files_and_segments(tmp_path: Path) -> None:
 
 def test_nan_is_no_prompt_and_no_policy() -> None:
     ids = [0.0, 0.0, math.nan, math.nan, math.nan, 2.0]
-    with pytest.raises(DataError, match=r"row 2: the prompt is NaN \(in 3 rows of column 'prompt_id'"):
+    with pytest.raises(DataError, match=r"row 2: the prompt is NaN .*in 3 rows of column 'prompt_id'"):
         mine_pairs(small(prompt_id=ids))
     with pytest.raises(DataError, match="row 2: the policy is NaN"):
         mine_pairs(small(round=ids), policy_column="round")
@@ -158,3 +158,47 @@ def test_ties_do_not_depend_on_files_and_segments(tmp_path: Path, order: str, op
         assert pl.read_parquet(tmp_path / "pairs.parquet").equals(expected.pairs)
         assert summary["dropped_prompts"] == expected.dropped_prompts
         assert summary["dropped_pairs"] == expected.dropped_pairs
+
+
+CUT = ["length", "LENGTH", "max_tokens", "FinishReason.MAX_TOKENS", "model_length", '{"type": "length", "length": 9}']
+WHOLE = ["stop", "STOP", "eos_token", "end_turn", "tool_calls", "", '{"type": "stop", "matched": "length"}']
+
+
+@pytest.mark.parametrize("reason", [*CUT, *WHOLE])
+def test_the_words_of_other_servers_for_a_response_that_was_cut_off(reason: str) -> None:
+    reasons = [reason, "stop", "stop", "stop", "stop", None]
+    assert mine_pairs(small(finish_reason=reasons)).dropped["truncated"] == (reason in CUT)
+    structs = [{"reason": text, "matched": "length"} for text in reasons]
+    assert mine_pairs(small(finish_reason=structs)).dropped["truncated"] == (reason in CUT)
+
+
+@pytest.mark.parametrize("dtype", [pl.String, pl.Categorical])
+def test_an_empty_text_is_no_prompt(dtype: Any) -> None:
+    ids = pl.Series(["a", "a", "a", " ", "", ""]).cast(dtype)
+    with pytest.raises(DataError, match="row 3: the prompt is an empty text, in 3 rows of column 'prompt_id'; fill"):
+        mine_pairs(small(prompt_id=ids))
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("memory", [1.0, 1e-7])
+def test_a_column_without_a_value_in_one_file_has_no_type_there(
+    tmp_path: Path, order: tuple[str, str], memory: float
+) -> None:
+    none = small().with_columns(finish_reason=pl.lit(None), reward=pl.lit(None))
+    none.write_parquet(tmp_path / "a.parquet")
+    small().with_columns(finish_reason=pl.lit("stop")).write_parquet(tmp_path / "b.parquet")
+    files = [str(tmp_path / f"{name}.parquet") for name in order]
+    summary = mine_files(files, tmp_path / "out", memory_gib=memory)
+    assert (summary["pairs"], summary["dropped"]["null"]) == (2, 6)
+
+
+@pytest.mark.parametrize("memory", [1.0, 1e-7])
+def test_a_stop_token_alone_is_an_empty_response(tmp_path: Path, memory: float) -> None:
+    frame = small(response_chars=[0, 5, 5, 5, 0, 5])
+    frame.write_parquet(tmp_path / "a.parquet")
+    summary = mine_files([str(tmp_path)], tmp_path / "out", memory_gib=memory)
+    assert summary["dropped"]["too_short"] == mine_pairs(frame).dropped["too_short"] == 2
+    assert mine_pairs(frame, min_length=0).dropped["too_short"] == 0
+    # Another file without the column says nothing of it.
+    small().write_parquet(tmp_path / "b.parquet")
+    assert mine_files([str(tmp_path)], tmp_path / "out", memory_gib=memory)["dropped"]["too_short"] == 0

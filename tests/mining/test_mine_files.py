@@ -211,6 +211,12 @@ def test_input_is_not_overwritten(memory: float, tmp_path: Path) -> None:
     frame.write_parquet(path)
     with pytest.raises(UsageError, match="is one of the files"):
         mine_files([str(path)], path, memory_gib=memory)
+    (tmp_path / "hard.parquet").hardlink_to(tmp_path / "scored.parquet")
+    with pytest.raises(UsageError, match=r"hard.parquet is named twice"):
+        mine_files([str(tmp_path / "scored.parquet"), str(tmp_path / "hard.parquet")], tmp_path / "out")
+    with pytest.raises(UsageError, match=r"hard.parquet is one of the files"):
+        mine_files([str(tmp_path / "scored.parquet")], tmp_path / "hard.parquet")
+    (tmp_path / "hard.parquet").unlink()
     with pytest.raises(UsageError, match="named twice"):
         mine_files([str(path), str(tmp_path / "*.parquet")], tmp_path / "pairs.parquet", memory_gib=memory)
     with pytest.raises(UsageError, match="is a folder"):

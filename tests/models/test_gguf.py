@@ -154,6 +154,11 @@ def test_what_is_no_gguf_file(tmp_path: Path) -> None:
     assert f"{gone} does not exist" in text
 
 
+def test_a_file_that_cannot_be_read() -> None:
+    with pytest.raises(DataError, match=r"--policy: /proc/self/mem cannot be read: Input/output error"):
+        gguf_file("/proc/self/mem", "--policy")
+
+
 def test_a_damaged_file(tiny: Path, tmp_path: Path, cache_folder: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny.read_bytes()[:3000])

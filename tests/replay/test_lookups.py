@@ -150,3 +150,21 @@ def test_no_left_join_remains() -> None:
     package = Path(dice_py.__file__).parent
     left = [str(file.relative_to(package)) for file in package.rglob("*.py") if 'how="left"' in file.read_text()]
     assert sorted(left) == ["mining/gather.py", "storage/lookup.py"]
+
+
+def test_pairs_mined_from_other_responses_are_refused(tmp_path: Path) -> None:
+    """As those of another round, of which every row number fits."""
+    files = make_round(tmp_path)
+    other = read_parquet(files["mined"]).with_columns(pl.col("chosen_length") + 1)
+    with pytest.raises(DataError, match=r"are of other responses than .*neither their rewards nor their lengths"):
+        gather(files, mined=other)
+    # Mined by another reward, or by lengths of the user's own; or by both, and then without what can be compared.
+    gather(files, mined=other.with_columns(chosen_reward=pl.lit(0.1), rejected_reward=pl.lit(0.1)))
+    gather(files, mined=other.select("prompt_id", "chosen_row", "rejected_row"))
+
+
+def test_a_pair_of_one_response_is_refused(tmp_path: Path) -> None:
+    files = make_round(tmp_path)
+    same = read_parquet(files["mined"]).with_columns(rejected_row=pl.col("chosen_row"))
+    with pytest.raises(DataError, match="row 0 names response 1 as chosen and as rejected"):
+        gather(files, mined=same)

@@ -94,3 +94,35 @@ def test_decimals_and_whole_floats_are_numbers(tmp_path: Path) -> None:
     pl.DataFrame(rows, schema_overrides=schema).write_parquet(tmp_path / "q.parquet")
     pairs = read_pairs(tmp_path / "q.parquet", weight_column="w", margin_column="m", round_column="r")
     assert pairs.select("weight", "margin", "round").rows() == [(2.0, 0.25, 1), (3.0, -1.5, 2)]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_under_the_name_jsonl(tmp_path: Path, indent: int | None) -> None:
+    path = write(tmp_path / "p.jsonl", json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=indent))
+    assert read_prompts(path)["where"].to_list() == ["p.jsonl, item 0", "p.jsonl, item 1"]
+    # A line that is a list is no row, and not a file of its own either.
+    with pytest.raises(DataError, match=r"p\.jsonl, line 1: expected a JSON object, not a list"):
+        read_prompts(write(tmp_path / "p.jsonl", '["a"]', {"prompt": "b"}))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "a", "prompt": "b"}', '{"prompt": [{"role": "user", "content": "", "content": "b"}]}']
+)
+def test_a_key_that_is_there_twice(tmp_path: Path, line: str) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, line)
+    with pytest.raises(DataError, match=r"p\.jsonl, line 2: a JSON object has the key '(prompt|content)' twice"):
+        read_prompts(path)
+    assert read_prompts(path, rule=SKIP).height == 1
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "9" * 5000])
+def test_numbers_that_json_cannot_say_do_not_reach_a_template(tmp_path: Path, value: str) -> None:
+    line = '{"prompt": "a", "tools": [{"name": "f", "most": ' + value + "}]}"
+    with pytest.raises(DataError, match=r"p\.jsonl, line 1: 'tools' holds .* which is not JSON"):
+        read_prompts(write(tmp_path / "p.jsonl", line))
+
+
+def test_a_single_message_is_a_list_of_one(tmp_path: Path) -> None:
+    message = {"role": "user", "content": "a"}
+    one = read_prompts(write(tmp_path / "p.jsonl", {"prompt": message}))["messages"].to_list()
+    assert one == read_prompts(write(tmp_path / "p.jsonl", {"prompt": [message]}))["messages"].to_list()

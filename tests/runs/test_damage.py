@@ -111,6 +111,45 @@ def test_samples_that_come_out_otherwise_are_scored_again(copy: Path, monkeypatc
     assert made_again(resume(copy)) == []
 
 
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        ("round-01/generate/generations-00000.parquet", "round-01/generate/generations-00001.parquet"),
+        ("inputs/prompts.parquet", "inputs/eval_prompts.parquet"),
+        ("inputs/eval_prompts.parquet", "inputs/prompts.parquet"),
+        ("inputs/offline.parquet", "inputs/eval_pairs.parquet"),
+    ],
+)
+def test_another_file_in_the_place_of_one(copy: Path, finished: Path, source: str, place: str) -> None:
+    """It is as it was written, and not the one that the manifest lists."""
+    shutil.copy(copy / source, copy / place)
+    found = verify_run(copy)
+    assert (found["damaged"], found["missing"]) == ([str(copy / place)], [])
+    events = resume(copy)
+    assert any(Path(place).name in note for note in notes(events)) or place.startswith("round")
+    assert_same_results(copy, finished)
+    assert verify_run(copy)["damaged"] == []
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "inputs/prompts.parquet", "round-01/mine/mining.json"])
+def test_a_folder_in_the_place_of_a_file_is_set_aside(copy: Path, finished: Path, name: str) -> None:
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    assert str(copy / name) in verify_run(copy)["damaged"]
+    resume(copy)
+    assert Path(f"{copy / name}.damaged").is_dir()
+    assert_same_results(copy, finished)
+
+
+@pytest.mark.parametrize(("source", "place"), [("manifest.json", "config.yaml"), ("config.yaml", "manifest.json")])
+def test_config_and_manifest_in_each_others_place(copy: Path, finished: Path, source: str, place: str) -> None:
+    shutil.copy(copy / source, copy / place)
+    events = resume(copy)
+    assert any(f"{place} is damaged" in note for note in notes(events))
+    assert [event for event, _ in events.events if event in ("shard", "throughput")] == []
+    assert_same_results(copy, finished)
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_manifest_is_made_again_from_the_files(copy: Path, finished: Path, kind: str) -> None:
     DAMAGE[kind](copy / "manifest.json")
@@ -141,6 +180,15 @@ def test_a_file_that_is_gone_is_made_again(copy: Path, finished: Path) -> None:
 def test_files_of_no_stage_that_are_gone_are_made_again(copy: Path, finished: Path, name: str) -> None:
     (copy / name).unlink()
     assert verify_run(copy)["missing"] == [str(copy / name)]
+    assert made_again(resume(copy)) == []
+    assert_same_results(copy, finished)
+
+
+@pytest.mark.parametrize("name", ["data.prompts", "data.replay", "data.eval_pairs"])
+def test_a_setting_that_names_a_file_which_is_not_there(copy: Path, finished: Path, name: str) -> None:
+    """The run's own copy does not stand for it, as it does for a source that is gone."""
+    with pytest.raises(DataError, match=f"--set {name}: .*absent.jsonl does not exist"):
+        resume(copy, f"{name}=absent.jsonl")
     assert made_again(resume(copy)) == []
     assert_same_results(copy, finished)
 

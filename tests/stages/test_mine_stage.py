@@ -277,6 +277,31 @@ def test_the_training_set_is_gathered_from_the_pool(run: Path, pairing: Any) -> 
         assert found[f"ref_{side}_logps"].to_list() == rows["logp"].gather(at).to_list()
     buffer = ReplayBuffer(run / "buffer", 100, 0)
     append_mined(buffer, 2, mined=run / "out/mined.parquet", **files, prompts=pool.prompts, key="mined")
-    kept = buffer.read()
-    assert kept["chosen_ids"].to_list() == found["chosen_ids"].to_list()
-    assert kept["margin"].to_list() == pairs["margin"].to_list()
+    kept, differ = buffer.read(), found["chosen_ids"] != found["rejected_ids"]
+    assert (pairing == "max_min") == differ.all()  # the same sample of two rounds is no pair
+    assert kept["chosen_ids"].to_list() == found.filter(differ)["chosen_ids"].to_list()
+    assert kept["margin"].to_list() == pairs.filter(differ)["margin"].to_list()
+
+
+@pytest.mark.parametrize("length", ["tokens", "chars"])
+@pytest.mark.parametrize("text", ["", " \n\t "])
+def test_a_response_without_text_is_not_mined(run: Path, text: str, length: Any) -> None:
+    """Its stop token is one token, which has a log-probability and so a reward."""
+    pool = pool_of(run, pool_rounds=1)
+    scores = make_scores(run, pool)
+    for file in pool.generations:
+        first = pl.col("sample_id") == 0
+        shard = read_parquet(file).with_columns(
+            response=pl.when(first).then(pl.lit(text)).otherwise("response"),
+            response_tokens=pl.when(first).then(1).otherwise("response_tokens"),
+            response_chars=pl.when(first).then(len(text)).otherwise("response_chars"),
+        )
+        write_parquet(file, shard, key=str(parquet_key(file)), schema=GENERATIONS)
+    named = {"debias": "none", "length": length}
+    result = mine_job(run, MineConfig.model_validate(named), pool, scores).run()
+    assert result.counts["dropped"]["too_short"] == 4
+    rows = {row for side in ("chosen_row", "rejected_row") for row in read_parquet(result.files[0][0])[side].to_list()}
+    assert not any(row % SAMPLES == 0 for row in rows)
+    # Asked for by name, they are as others.
+    kept = mine_job(run, MineConfig.model_validate({**named, "min_length": 0}), pool, scores).run()
+    assert kept.counts["dropped"]["too_short"] == 0

@@ -153,6 +153,23 @@ def test_prompts_mined_in_this_round_are_not_replayed(llama: Path, tmp_path: Pat
         run(strict, llama, tmp_path / "out", **round_files, rounds_buffer=buffer, round_number=2)
 
 
+@pytest.mark.parametrize("column", ["token_ids", "response"])
+def test_mined_pairs_of_equal_answers_are_left_out_and_counted(llama: Path, tmp_path: Path, column: str) -> None:
+    """Two samples of one text, whose rewards differ in their last digits."""
+    files = make_round(tmp_path / "1")
+    shard = pl.read_parquet(files["generations"][0])
+    same = shard.with_columns(
+        pl.when(pl.col("prompt_id") == 0).then(pl.col(column).first()).otherwise(column).alias(column)
+    )
+    write_parquet(files["generations"][0], same, key="g")
+    training_set, summary, notes = run(ReplayConfig(gamma=0.0), llama, tmp_path / "out", **files)
+    assert training_set.height == summary["mined"] == 1
+    assert "1 of 2 mined pairs left out: chosen and rejected are the same answer" in notes[0]
+    buffer = ReplayBuffer(tmp_path / "buffer", 10, 0)
+    append_mined(buffer, 1, **files)
+    assert buffer.read(2).height == 1
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 def test_first_round_has_no_earlier_round_to_replay(llama: Path, tmp_path: Path, gamma: float) -> None:
     round_files = make_round(tmp_path / "1")

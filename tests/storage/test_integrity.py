@@ -12,7 +12,15 @@ from damage import empty, flip, truncate
 from dice_py.errors import DamagedError
 from dice_py.storage.digests import content_digest, embed_digest, file_state, stored_digest
 from dice_py.storage.files import read_sealed, write_json, write_sealed, write_sealed_text
-from dice_py.storage.integrity import check_intact, damaged_in, is_kept, read_stamp, set_aside, write_stamp
+from dice_py.storage.integrity import (
+    MODEL_STAMP,
+    check_intact,
+    damaged_in,
+    is_kept,
+    read_stamp,
+    set_aside,
+    write_stamp,
+)
 from dice_py.storage.parquet import ParquetStream, intact_key, parquet_key, parquet_meta, write_parquet
 
 FRAME = pl.DataFrame({"row": range(500), "text": [f"answer {number}" for number in range(500)]})
@@ -166,3 +174,10 @@ def test_what_a_stage_reads_is_checked(shard: Path, tmp_path: Path) -> None:
     flip(shard)
     with pytest.raises(DamagedError, match=r"shard\.parquet is damaged"):
         check_intact([tmp_path / "own.parquet", shard])
+
+
+@pytest.mark.parametrize("files", [None, ["model.safetensors"], {"model.safetensors": None}])
+def test_a_stamp_of_other_types_is_none(folder: Path, files: object) -> None:
+    write_sealed(folder / MODEL_STAMP, {"key": "k", "files": files}, "k")
+    assert read_stamp(folder) is None
+    assert damaged_in(folder) == [folder / MODEL_STAMP]

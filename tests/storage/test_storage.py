@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,8 @@ def test_a_really_full_disk(tiny_disk: Path) -> None:
 def test_no_room_is_recognized_through_other_errors() -> None:
     assert is_disk_full(OSError(errno.ENOSPC, "full"))
     assert is_disk_full(OSError(errno.EDQUOT, "quota"))
+    assert is_disk_full(OSError(errno.EFBIG, "ulimit -f"))
+    assert is_disk_full(RuntimeError("I/O error: File too large (os error 27)"))
     # From safetensors, which is written in Rust: no errno.
     assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
     # From torch.save, whose writer only says how far it came.
@@ -175,23 +178,34 @@ def test_no_room_is_recognized_through_other_errors() -> None:
     assert not is_disk_full(None)
 
 
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(DiskFullError, match=r"a file may not grow so large here .* while writing .*/a.json"):
+            write_text(tmp_path / "a.json", "x" * 2000)
+        with pytest.raises(DiskFullError, match="a file may not grow so large here"):
+            write_parquet(tmp_path / "a.parquet", pl.DataFrame({"x": [os.urandom(2000).hex()]}), key="k")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == []
+
+
 def test_paths_that_the_user_can_fix(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     (tmp_path / "folder").mkdir()
-    wrong = {
-        tmp_path / "folder": "Is a directory",  # a file over a folder
-        tmp_path / "file" / "below": "File exists",
-    }
-    for path, message in wrong.items():
-        with pytest.raises(OSError, match=message) as caught:
-            write_text(path, "y")
-        error_shown = path_error(caught.value)
-        assert isinstance(error_shown, UsageError)
-        assert message in str(error_shown)
-        assert str(tmp_path) in str(error_shown)
+    with pytest.raises(UsageError, match=rf"{tmp_path}/folder is a folder, where a file belongs: move it away"):
+        write_text(tmp_path / "folder", "y")
+    with pytest.raises(OSError, match="File exists") as caught:
+        write_text(tmp_path / "file" / "below", "y")
+    error_shown = path_error(caught.value)
+    assert isinstance(error_shown, UsageError)
+    assert "File exists" in str(error_shown)
+    assert str(tmp_path) in str(error_shown)
     assert names(tmp_path) == ["file", "folder"]
     assert isinstance(path_error(NO_ROOM), DiskFullError)
-    assert path_error(OSError(errno.EIO, "broken", "place")) is None
+    assert str(path_error(OSError(errno.EIO, "broken"))).startswith("broken: a disk or a network folder fails")
+    assert path_error(OSError(errno.EINVAL, "broken", "place")) is None
     assert path_error(OSError("a library's own")) is None
 
 
