@@ -149,10 +149,8 @@ class ChatTemplate:
         for at, message in enumerate(checked, start=len(conversation.messages) - turns):
             content = message["content"].strip()
             if content and (not known or content not in text):
-                other, before = (
-                    [*conversation.messages],
-                    "x " if content in text else "",
-                )  # else trimmed, escaped or cut
+                other = [*conversation.messages]
+                before = "x " if content in text else ""  # else it was trimmed inside, escaped, or cut
                 other[at] = {**message, "content": f"{before}{message['content']} x"}
                 if not changes(Conversation(other, conversation.options)):
                     raise DataError(

@@ -38,8 +38,8 @@ def load_training_set(path: Path, max_length: int | None, vocabulary: int | None
                 f"{path}: column {column!r} has dtype {dtype}, but must hold log-probabilities; train on a file of "
                 "dice replay"
             )
-    decimals = [name for name, dtype in frame.schema.items() if dtype.is_numeric() and not dtype.is_float()]
-    frame = frame.cast(dict.fromkeys(decimals, pl.Float64))
+    # Databases write decimals, of which Polars cannot say whether they are finite.
+    frame = frame.cast({name: pl.Float64 for name, dtype in frame.schema.items() if dtype.is_decimal()})
     finite = pl.col("ref_chosen_logps").is_finite() & pl.col("ref_rejected_logps").is_finite()
     bad = ~frame.select(finite.fill_null(False)).to_series()
     if bad.any():
