@@ -23,7 +23,7 @@ from dice_py.errors import DataError
 from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.journal import Journal
 from dice_py.storage.files import atomic
-from dice_py.storage.keys import seed_for
+from dice_py.storage.keys import digest, seed_for
 from dice_py.storage.parquet import ParquetStream
 from dice_py.storage.schemas import GENERATIONS
 
@@ -146,17 +146,17 @@ class ShardWriter:
             DiskFullError: the journal is kept.
         """
         meta: dict[str, Any] = {"cut_off": 0, "response_tokens": 0}
-        content = xxhash.xxh3_128()
+        lengths, token_ids, reasons = (xxhash.xxh3_128() for _ in range(3))
         with atomic(self.file) as temporary, ParquetStream(temporary) as stream:
             for first in range(0, self.rows, ROWS_IN_MEMORY):
                 frame = self._frame(range(first, min(first + ROWS_IN_MEMORY, self.rows)), tokenizer)
                 meta["cut_off"] += int((frame["finish_reason"] == "length").sum())
                 meta["response_tokens"] += int(frame["response_tokens"].sum())
-                content.update(frame["response_tokens"].to_numpy().tobytes())
-                content.update(frame["token_ids"].explode().drop_nulls().to_numpy().tobytes())
-                content.update(" ".join(frame["finish_reason"]).encode())
+                lengths.update(frame["response_tokens"].to_numpy().tobytes())
+                token_ids.update(frame["token_ids"].explode().drop_nulls().to_numpy().tobytes())
+                reasons.update("".join(f"{reason} " for reason in frame["finish_reason"]).encode())
                 stream.write(frame)
-            meta["samples"] = content.hexdigest()
+            meta["samples"] = digest(*(part.hexdigest() for part in (lengths, token_ids, reasons)))
             stream.describe(self.key, meta)
         self.journal.remove()
 

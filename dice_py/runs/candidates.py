@@ -48,7 +48,7 @@ def candidates(
         assert generated is not None
         for shard in generated["files"]:
             generations.append(folder / shard["file"])
-            keys.append(f"{shard['key']} {parquet_meta(generations[-1])['samples']}")
+            keys.append(_content_key(shard["key"], generations[-1]))
         rounds += [earlier] * len(generated["files"])
         prompts.append(folder / name / "generate" / "prompts.parquet")
     if len(prompts) == 1:
@@ -58,6 +58,12 @@ def candidates(
     if not is_kept(pooled, key, report):
         write_parquet(pooled, _same_prompts(prompts, generations), key=key, schema=PROMPTS)
     return Candidates(generations, keys, rounds, pooled)
+
+
+def _content_key(key: str, shard: Path) -> str:
+    """`key` with the digest of the samples; `key` alone where an earlier version, which wrote no digest, sampled."""
+    samples = (parquet_meta(shard) or {}).get("samples")
+    return f"{key} {samples}" if samples else key
 
 
 def _same_prompts(prompts: Iterable[Path], generations: list[Path]) -> pl.DataFrame:

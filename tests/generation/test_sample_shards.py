@@ -343,7 +343,9 @@ def test_events_of_a_shard(llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
         "prompt_tokens": 3,
         "tokens_per_second": 3 / seconds,
     }
-    assert parquet_meta(file) == {"cut_off": 0, "response_tokens": 9}
+    meta = parquet_meta(file)
+    assert len(meta.pop("samples")) == 24  # the digest
+    assert meta == {"cut_off": 0, "response_tokens": 9}
     assert pl.read_parquet(file)["response_tokens"].to_list() == [1, 1, 1, 2, 2, 2]
 
 
@@ -371,15 +373,16 @@ def test_journals_are_closed_after_a_failure(llama: Path, tmp_path: Path, monkey
 
 
 def test_a_file_in_parts_is_the_same(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    frames = []
+    frames, metas = [], []
     for part in (4096, 4):
         monkeypatch.setattr("dice_py.generation.shard.ROWS_IN_MEMORY", part)
         out = tmp_path / str(part)
         out.mkdir()
         Sampling(llama, out, monkeypatch, ScriptedEngine(width=100))(RecordingQueue(range(1)))
         frames.append(pl.read_parquet(out / shard(0)))
-        assert parquet_meta(out / shard(0)) == {"cut_off": 0, "response_tokens": 6}
+        metas.append(parquet_meta(out / shard(0)))
     assert frames[0].equals(frames[1])
+    assert metas[0] == metas[1]
 
 
 def test_prompts_are_read_by_shard(tmp_path: Path) -> None:
