@@ -13,11 +13,9 @@ from typing import Any
 
 from dice_py.errors import DataError
 from dice_py.models.bin_weights import bin_tensors
+from dice_py.models.rounding import measure_change
 from dice_py.models.weight_files import first_few, weight_files
 from dice_py.models.weight_names import error_line
-
-KEPT = 0.5
-"""With less of the adapter's changes than this left by rounding, the sum is stored in float32, as a training's is."""
 
 
 def add_adapter(model: Any, adapter: Path, base: Path) -> Any:
@@ -79,24 +77,14 @@ def merge(wrapped: Any, *, safe: bool = False) -> Any:
 
 
 def share_kept(model: Any, base: Path, dtype: Any) -> float:
-    """The share of an adapter's changes Δ that rounding to `dtype` leaves: Δ'·Δ / Δ·Δ; 1 if nothing changed.
+    """The share of an adapter's changes Δ that rounding to `dtype` leaves, as models/rounding.py measures it.
 
     Tensors that the base's files hold by other names are left out.
     """
-    import torch
-
-    squares = kept = 0.0
     state = model.state_dict()
-    for file in weight_files(base):
-        for name, stored in _each_tensor(file):
-            after = state.get(name)
-            if after is None or not stored.is_floating_point() or stored.shape != after.shape:
-                continue
-            before = stored.float()
-            change, rounded = after - before, after.to(dtype).float() - before
-            squares += float(change.square().sum(dtype=torch.float64))
-            kept += float((rounded * change).sum(dtype=torch.float64))
-    return kept / squares if squares else 1.0
+    stored = ((name, before) for file in weight_files(base) for name, before in _each_tensor(file))
+    pairs = ((before, state[name]) for name, before in stored if name in state and before.shape == state[name].shape)
+    return measure_change(pairs, dtype).kept
 
 
 def _each_tensor(file: Path) -> Iterator[tuple[str, Any]]:

@@ -16,11 +16,12 @@ from typing import Any
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.models.adapter_sum import KEPT, add_adapter, share_kept
+from dice_py.models.adapter_sum import add_adapter, share_kept
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.folder_check import read_object
 from dice_py.models.identity import MERGED_STAMP, model_identity
 from dice_py.models.loading import require
+from dice_py.models.rounding import ENOUGH
 from dice_py.models.saving import share_weights
 from dice_py.models.weight_files import check_is_weights, read_header
 from dice_py.models.weight_names import stored_tensors
@@ -142,7 +143,7 @@ def _merge(adapter: Path, base: Path, folder: Path, report: Report) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model, dtype = add_adapter(model, adapter, base), types.most_common(1)[0][0]
     kept = share_kept(model, base, dtype)
-    if kept < KEPT:
+    if kept < ENOUGH:
         report(
             "note",
             text=f"rounding to {str(dtype).removeprefix('torch.')}, the type of {base}, would leave "

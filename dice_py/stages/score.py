@@ -99,6 +99,8 @@ class ScoreJob(Job):
         scoring = _Scoring(self, report)
         gate = scoring.run()
         files = [shard.out for shard in scoring.shards]
+        for stale in set(self.out.glob("scores-*.parquet")) - set(files):
+            stale.unlink()  # of more shards, once; whoever reads the folder would take them for these
         rewards = pl.scan_parquet(files, glob=False).select("reward").collect()["reward"]
         finite = rewards.filter(rewards.is_finite())
         counts = {

@@ -14,11 +14,12 @@ from dice_py.events import Report
 from dice_py.models.adapter_sum import merge
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement
+from dice_py.models.rounding import measure_change
 from dice_py.models.saving import share_weights
 from dice_py.storage.files import atomic, read_json, read_sealed, write_json
 from dice_py.storage.integrity import MODEL_STAMP, damaged_in, read_stamp, set_aside, write_stamp
 from dice_py.training.parallelism import SHARDED, ProcessLayout
-from dice_py.training.update import check_update, measure_update, start_weights
+from dice_py.training.update import check_update, start_weights
 
 if TYPE_CHECKING:
     from dice_py.training.pair_trainer import PairTrainer
@@ -168,7 +169,8 @@ def _save(
             "training ended with weights that are not finite; lower train.learning_rate, or set train.max_grad_norm"
         )
     stored = stored_dtype(policy, models)
-    update = measure_update(values.items(), start_weights(policy, values, models), stored)
+    start = start_weights(policy, values, models)
+    update = measure_change(((start(name), value) for name, value in values.items()), stored)
     dtype, note = check_update(update, config, stored, trainer.state.global_step)
     if note is not None:
         trainer.report("note", text=note)

@@ -107,6 +107,12 @@ def test_only_the_shard_of_another_key_is_scored_again(run: Stage) -> None:
     assert run.of("progress", "total")[-1] == run.of("progress", "done")[-1] == 2 * 4
 
 
+def test_scores_of_shards_that_are_no_more_are_removed(run: Stage) -> None:
+    run()
+    run(generations=run.generations[:1], keys=KEYS[:1])
+    assert sorted(run.out.glob("scores-*")) == run.files[:1]
+
+
 def test_resume_takes_the_kept_half(run: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
     whole = [file.read_bytes() for file in run.files]

@@ -1,4 +1,4 @@
-"""How much of an update rounding leaves, and in which dtype the policy is then saved."""
+"""In which dtype a trained policy is saved."""
 
 from __future__ import annotations
 
@@ -12,29 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
-from dice_py.training.update import Update, check_update, measure_update, start_weights
-
-
-def update_of(step: float) -> Update:
-    start = {"a": torch.linspace(0.5, 0.98, 64).bfloat16(), "ids": torch.arange(3)}
-    trained = [("a", start["a"].float() + step), ("ids", torch.arange(3))]
-    return measure_update(trained, start.__getitem__, torch.bfloat16)
-
-
-def test_the_update_of_a_start_on_the_grid() -> None:
-    # The numbers of bfloat16 between 0.5 and 1 are 2^-8 apart.
-    update = update_of(2**-8)
-    assert (update.rms, update.largest, update.kept) == (2**-8, 2**-8, 1.0)
-    lost = update_of(2**-10)
-    assert (lost.largest, lost.kept) == (2**-10, 0.0)
-    assert update_of(0.0) == (0.0, 0.0, 1.0)
-
-
-def test_nothing_is_lost_in_float32() -> None:
-    start = {"a": torch.randn(32, generator=torch.Generator().manual_seed(0))}
-    update = measure_update([("a", start["a"] * 1.001)], start.__getitem__, torch.float32)
-    assert update.kept == 1.0
-    assert update.rms > 0
+from dice_py.models.rounding import Change
+from dice_py.training.update import check_update, start_weights
 
 
 @pytest.mark.parametrize(
@@ -51,7 +30,7 @@ def test_nothing_is_lost_in_float32() -> None:
 )
 def test_the_dtype_of_the_saved_policy(save_dtype: str, kept: float, want: torch.dtype) -> None:
     config = TrainConfig(save_dtype=save_dtype)  # type: ignore[arg-type]
-    dtype, note = check_update(Update(1e-6, 2e-6, kept), config, torch.bfloat16, 20)
+    dtype, note = check_update(Change(1e-6, 2e-6, kept), config, torch.bfloat16, 20)
     assert dtype == want
     assert (note is not None) == (kept < 0.5 and save_dtype != "float32")
     if note is not None:
@@ -61,12 +40,12 @@ def test_the_dtype_of_the_saved_policy(save_dtype: str, kept: float, want: torch
 
 def test_an_update_that_rounding_takes_away_is_an_error_where_rounding_is_asked_for() -> None:
     with pytest.raises(UsageError, match=r"bfloat16.*leaves 0%.*train\.save_dtype=float32"):
-        check_update(Update(1e-6, 2e-6, 0.0), TrainConfig(save_dtype="stored"), torch.bfloat16, 20)
+        check_update(Change(1e-6, 2e-6, 0.0), TrainConfig(save_dtype="stored"), torch.bfloat16, 20)
 
 
 def test_a_policy_that_did_not_change_names_learning_rate_steps_and_warm_up() -> None:
     with pytest.raises(UsageError) as raised:
-        check_update(Update(0.0, 0.0, 1.0), TrainConfig(warmup_steps=50), torch.float32, 1)
+        check_update(Change(0.0, 0.0, 1.0), TrainConfig(warmup_steps=50), torch.float32, 1)
     for part in ("changed no weight", "train.learning_rate is 5e-07", "1 step,", "train.warmup_steps=50"):
         assert part in str(raised.value)
 

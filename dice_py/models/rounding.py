@@ -1,0 +1,55 @@
+"""How far weights moved, and how much of that is left when they are rounded to another dtype.
+
+At DPO's learning rates an update is small: of a start in bfloat16, which has 8 bits, rounding to bfloat16 may give the
+start again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+ENOUGH = 0.5
+"""Weights that would keep less than this of their change are stored in float32, where nobody asked for another."""
+
+
+class Change(NamedTuple):
+    """A change Δ = after − before of all weights, and Δ' = after, rounded − before.
+
+    Attributes:
+        rms: root mean square of Δ over the weights.
+        largest: largest |Δ|.
+        kept: Δ'·Δ / Δ·Δ, the share of the change that is left after rounding; 1 if nothing changed.
+    """
+
+    rms: float
+    largest: float
+    kept: float
+
+
+def measure_change(weights: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> Change:
+    """The change of weights, and what rounding to `dtype` leaves of it.
+
+    Args:
+        weights: each tensor before, and after in the dtype that it was changed in. Those that are not floating-point
+            numbers are left out.
+    """
+    import torch
+
+    squares = kept = largest = 0.0
+    count = 0
+    for before, after in weights:
+        if not after.is_floating_point():
+            continue
+        before = before.to(device=after.device, dtype=torch.float32)
+        change = after.detach().float() - before
+        squares += float(change.square().sum(dtype=torch.float64))
+        rounded = after.detach().to(dtype).float() - before
+        kept += float((rounded * change).sum(dtype=torch.float64))
+        largest = max(largest, float(change.abs().max())) if change.numel() else largest
+        count += change.numel()
+    return Change(math.sqrt(squares / max(1, count)), largest, kept / squares if squares else 1.0)
