@@ -63,7 +63,7 @@ def candidates(
 def _content_key(key: str, shard: Path) -> str:
     """`key` with the digest of the samples; `key` alone where an earlier version, which wrote no digest, sampled."""
     samples = (parquet_meta(shard) or {}).get("samples")
-    return f"{key} {samples}" if samples else key
+    return key if samples is None else f"{key} {samples}"
 
 
 def _same_prompts(prompts: Iterable[Path], generations: list[Path]) -> pl.DataFrame:

@@ -44,7 +44,8 @@ CPU = ModelConfig(device="cpu", dtype="float32")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """What `dice run --sft FILE.gguf --replay pairs.jsonl` resolves to, with small sizes."""
     folder = tmp_path_factory.mktemp("sft")
-    sft = make_gguf(folder / "sft.gguf", make_llama_for_gguf(folder / "sft", seed=2), metadata=STOP)
+    own = {"tests.round_zero": 1}  # no other file of this content is in the session's cache
+    sft = make_gguf(folder / "sft.gguf", make_llama_for_gguf(folder / "sft", seed=2), metadata=STOP | own)
     pairs = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"a bad answer {n}"} for n in range(PAIRS)]
     (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     named = [f"model.sft={sft}", f"data.replay={folder / 'pairs.jsonl'}", "data.prompts_per_round=12"]

@@ -95,15 +95,18 @@ def usable_rows(frame: pl.DataFrame, o: dict[str, Any]) -> tuple[pl.DataFrame, p
 
 
 def exact_score(rows: pl.DataFrame, alpha: float) -> pl.Series:
-    """`r - alpha * l` times a power of two, as integers."""
+    """`r - alpha * l` times a power of two, as integers in the order of the exact scores and of their differences."""
     if rows.is_empty():
         return pl.Series([], dtype=pl.Int128)
     shift = max(value.as_integer_ratio()[1].bit_length() - 1 for value in rows["r"].unique())
+    longest = int(rows["l"].max()).bit_length()  # type: ignore[arg-type]
+    if 0 < alpha < 2.0 ** -(shift + longest + 1):
+        # Less than half a unit of the rewards for the longest: rewards come first, whatever alpha is (5e-324, say).
+        alpha = 2.0 ** -(shift + longest + 1)
     over, under = alpha.as_integer_ratio()
     power = under.bit_length() - 1
     integers = (rows["r"] * 2.0**shift).cast(pl.Int64)
     widest = max(abs(v) for v in (integers.min(), integers.max())).bit_length()  # type: ignore[arg-type]
-    longest = int(rows["l"].max()).bit_length()  # type: ignore[arg-type]
     assert max(widest + power, longest + over.bit_length() + shift) < 126, "too wide for 128 bits"
     wide = rows.select(integers.cast(pl.Int128).alias("w"), pl.col("l").cast(pl.Int128))
     left = pl.col("w") * pl.lit(2**power, dtype=pl.Int128)
