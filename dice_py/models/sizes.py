@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError
+from dice_py.models.weight_files import weight_files
 from dice_py.storage.files import read_json
 from dice_py.storage.keys import digest
 
@@ -54,6 +55,14 @@ def _header(file: Path) -> dict[str, Any]:
         raise DataError(f"{file} is not a complete safetensors file ({error}); download or save it again") from None
 
 
+def _files(folder: Path) -> list[Path]:
+    """The files that transformers loads, without what else lies beside them; of an adapter, its own."""
+    try:
+        return weight_files(folder)
+    except DataError:  # no complete model: models/checkpoint.py says what it lacks
+        return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
 def model_size(folder: Path) -> ModelSize:
     """The sizes of the model in a folder, from config.json and the headers of its weights.
 
@@ -63,14 +72,15 @@ def model_size(folder: Path) -> ModelSize:
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
     text = config.get("text_config") or config
-    parameters = stored = 0
-    for weights in sorted(folder.glob("*.safetensors")):
-        stored += weights.stat().st_size
-        for name, tensor in _header(weights).items():
-            if name != "__metadata__" and tensor["dtype"] in _STORED:
-                parameters += math.prod(tensor["shape"])
+    parameters = 0
+    files = _files(folder)
+    stored = sum(weights.stat().st_size for weights in files)
+    for weights in files:
+        if weights.suffix == ".safetensors":
+            for name, tensor in _header(weights).items():
+                if name != "__metadata__" and tensor["dtype"] in _STORED:
+                    parameters += math.prod(tensor["shape"])
     if not parameters:  # pytorch_model*.bin has no header: count by file size
-        stored = sum(weights.stat().st_size for weights in folder.glob("pytorch_model*.bin"))
         parameters = stored // DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
     hidden = int(text.get("hidden_size") or 0)
     heads = int(text.get("num_attention_heads") or 0)

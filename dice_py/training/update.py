@@ -14,6 +14,7 @@ from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
 from dice_py.models.loading import load_model
 from dice_py.models.rounding import ENOUGH, Change
+from dice_py.models.weight_files import weight_files
 from dice_py.training.schedule import warmup_steps
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def start_weights(policy: Path, names: Iterable[str], models: ModelConfig) -> Ca
     from safetensors import safe_open
 
     files: dict[str, Any] = {}
-    for file in sorted(policy.glob("*.safetensors")):
+    # Only what transformers loads: an older sharding may lie beside it, with the same names.
+    for file in (each for each in weight_files(policy) if each.suffix == ".safetensors"):
         handle = safe_open(file, framework="pt")
         files |= dict.fromkeys(handle.keys(), handle)
     if all(name in files for name in names):
