@@ -78,6 +78,8 @@ def _check_optimizer(config: TrainConfig, section: str) -> Any:
                 output_dir=folder,
                 optim=config.optim,
                 learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                adam_beta2=config.adam_beta2,
                 use_cpu=True,
                 report_to="none",
             )

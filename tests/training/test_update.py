@@ -53,6 +53,16 @@ def test_a_policy_that_did_not_change_names_learning_rate_steps_and_warm_up() ->
         assert part in str(raised.value)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_policy_that_hardly_changed_is_warned_of(stored: torch.dtype) -> None:
+    dtype, note = check_update(Change(1e-13, 2e-12, 0.0 if stored == torch.bfloat16 else 0.9), TrainConfig(), stored, 9)
+    assert dtype == torch.float32
+    assert note is not None
+    assert "no weight of the policy changed by more than 2.0e-12" in note
+    assert "train.learning_rate is 5e-07" in note
+    assert "train.max_grad_norm is 1" in note
+
+
 @pytest.mark.parametrize("make", [make_llama, make_qwen2])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_start_weights_are_those_of_the_loaded_model(make: object, pickled: bool, tmp_path: Path) -> None:
