@@ -17,6 +17,15 @@ from dice_py.storage.keys import digest
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 _NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+_CONFIG_NAMES = {
+    "hidden": ("hidden_size", "n_embd", "d_model", "emb_dim"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_size": ("head_dim",),
+    "inner": ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim"),
+    "vocabulary": ("vocab_size",),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,16 @@ def _files(folder: Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
+def _number(config: dict[str, Any], size: str) -> int:
+    """A size in a model's config, by its names in transformers' families; of sizes by layer, the largest."""
+    for name in _CONFIG_NAMES[size]:
+        value = config.get(name)
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
+        if any(numbers):
+            return int(max(numbers))
+    return 0
+
+
 def model_size(folder: Path) -> ModelSize:
     """The sizes of the model in a folder, from config.json and the headers of its weights.
 
@@ -71,7 +90,8 @@ def model_size(folder: Path) -> ModelSize:
     """
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
-    text = config.get("text_config") or config
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) and nested else config
     parameters = 0
     files = _files(folder)
     stored = sum(weights.stat().st_size for weights in files)
@@ -82,17 +102,16 @@ def model_size(folder: Path) -> ModelSize:
                     parameters += math.prod(tensor["shape"])
     if not parameters:  # pytorch_model*.bin has no header: count by file size
         parameters = stored // DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
-    hidden = int(text.get("hidden_size") or 0)
-    heads = int(text.get("num_attention_heads") or 0)
+    hidden, heads = _number(text, "hidden"), _number(text, "heads")
     return ModelSize(
         parameters=parameters,
         stored_bytes=stored,
         hidden=hidden,
-        layers=int(text.get("num_hidden_layers") or 0),
+        layers=_number(text, "layers"),
         heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_size=int(text.get("head_dim") or (hidden // heads if heads else 0)),
-        inner=int(text.get("intermediate_size") or 4 * hidden),
-        vocabulary=int(text.get("vocab_size") or 0),
+        kv_heads=_number(text, "kv_heads") or heads,
+        head_size=_number(text, "head_size") or (hidden // heads if heads else 0),
+        inner=_number(text, "inner") or 4 * hidden,
+        vocabulary=_number(text, "vocabulary"),
         shape=digest({k: v for k, v in config.items() if k not in _NAMES and not k.endswith("token_id")}, parameters),
     )
