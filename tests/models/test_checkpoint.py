@@ -116,6 +116,7 @@ def test_parts_of_a_model_of_images_are_no_fault(copy: Path) -> None:
 def test_another_shape_is_told_with_both(copy: Path, binary: bool) -> None:
     change_config(copy, intermediate_size=128)
     said = refusal(as_bin(copy) if binary else copy)
+    assert said.count("of another shape") == 1
     assert "6 of another shape (" in said
     assert "model.layers.0.mlp.down_proj.weight is [64, 96], not [64, 128]" in said
 
