@@ -251,3 +251,11 @@ def test_a_link_to_nothing_that_is_not_read(copy: Path) -> None:
     for name in ("README.md", "pytorch_model.bin", "optimizer.pt"):
         (copy / name).symlink_to("../../blobs/0f3a")
     check_model_folder(copy, role="--policy")
+
+
+def test_an_index_without_metadata(copy: Path) -> None:
+    in_shards(copy)
+    content = json.loads((copy / INDEX).read_text())
+    del content["metadata"]
+    (copy / INDEX).write_text(json.dumps(content))
+    assert 'has no object "metadata", without which transformers loads no weights: add one, {}' in refusal(copy)
