@@ -17,7 +17,10 @@ class LoraConfig(Section):
 
     r: Positive = Field(default=16, description="rank")
     alpha: Positive = Field(default=32, description="scale: adapters are multiplied by alpha / r")
-    dropout: Probability = Field(default=0.0, description="dropout on the adapters' input")
+    dropout: Probability = Field(
+        default=0.0,
+        description="on the adapters' input; changes nothing, since DPO trains without any dropout",
+    )
     target_modules: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="names of the adapted modules; all-linear: every linear layer but the head"
     )
@@ -63,7 +66,7 @@ class TrainConfig(Section):
     optim: str = Field(
         default="adamw_torch_fused", description="an optimizer of transformers; the default is also transformers' own"
     )
-    adam_beta2: Probability = Field(default=0.999, description="AdamW's β₂")
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.999, description="AdamW's β₂")
     lora: LoraConfig | None = Field(default=None, description="train adapters; none: train all weights")
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass instead of storing them"

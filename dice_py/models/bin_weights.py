@@ -41,11 +41,6 @@ def bin_tensors(file: Path, device: Literal["cpu", "meta"]) -> dict[str, torch.T
     return {str(name): tensor for name, tensor in held.items()}
 
 
-def non_finite_bin(file: Path) -> list[str]:
-    """The names of the tensors that hold NaN or infinities."""
-    return [name for name, tensor in bin_tensors(file, "cpu").items() if not _is_finite(tensor)]
-
-
 def bin_records(file: Path) -> dict[str, TensorRecord]:
     """The records of all tensors, as `tensor_records` gives them for safetensors."""
     import torch
@@ -54,8 +49,9 @@ def bin_records(file: Path) -> dict[str, TensorRecord]:
     for name, tensor in bin_tensors(file, "cpu").items():
         values = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
         kind = str(tensor.dtype).removeprefix("torch.")
-        record = TensorRecord(_NAMES.get(kind, kind), list(tensor.shape), bytes_digest(values.data), _is_finite(tensor))
-        records[name] = record
+        finite, zero = _is_finite(tensor), not bool(values.any())
+        digest = bytes_digest(values.data)
+        records[name] = TensorRecord(_NAMES.get(kind, kind), list(tensor.shape), digest, finite, zero)
     return records
 
 

@@ -20,6 +20,8 @@ from dice_py.rows.messages import TEMPLATE_COLUMN, TOOLS_COLUMN, fields_of, opti
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_WORD, _TAG = re.compile(r"\w+"), re.compile(r"</?[\w|]+>")
+
 
 def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Token ids that the chat template puts around a turn, special or not: many tokenizers to which ChatML was added
@@ -158,6 +160,26 @@ class ChatTemplate:
                         f"{message['content']!r:.60}; remove the turn, or use a template that renders it"
                     )
         self._complete.add(form)
+
+    def check_words(self, response: list[Message], text: str, where: str) -> None:
+        """Checks that every word of a response is in what was rendered of it, in this order.
+
+        Templates of models that reason drop what stands before </think>: right for earlier turns, and a loss in an
+        answer. They may write tags and white space in their own way.
+
+        Raises:
+            DataError: with the words that are left out.
+        """
+        rendered, at = text.casefold(), 0
+        for message in response:
+            for word in _WORD.finditer(_TAG.sub(lambda tag: " " * len(tag[0]), message["content"])):
+                found = rendered.find(word[0].casefold(), at)
+                if found < 0:
+                    raise DataError(
+                        f"{where}: the chat template leaves out a part of the answer, from "
+                        f"{message['content'][word.start() :]!r:.60} on; use a template that renders it, or remove it"
+                    )
+                at = found + len(word[0].casefold())
 
     def _check_variables(self, conversation: Conversation, changes: Callable[[Conversation], bool], where: str) -> None:
         """Each variable of the data is one that the template reads. A value that is its default changes nothing."""

@@ -1,13 +1,15 @@
 """Checks that a folder holds a causal language model with all of its weights, before any work is done with it.
 
 Configs and headers come first (models/folder_check.py), then the model is built on the meta device and its weights'
-names and shapes are compared (models/weight_names.py), and last the weights are read once, for NaN
-(models/weight_records.py). What has passed is remembered under the model's content.
+names and shapes are compared (models/weight_names.py), and last the weights are read once, for NaN and
+zeros (models/weight_records.py). What has passed is remembered under the model's content.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError, DiceError, UsageError
-from dice_py.models.bin_weights import bin_records, non_finite_bin
+from dice_py.models.bin_weights import bin_records
 from dice_py.models.folder_check import check_model_folder, read_object
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import placement, require
@@ -29,7 +31,10 @@ from dice_py.timing import timed
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_CHECKS = 2  # to be increased when what passed before need not pass now
+_CHECKS = 3  # to be increased when what passed before need not pass now
+_MOST_ZEROS = 0.1
+"""Share of the matrices' values; in LLaMA Pro's added blocks, the matrices of zeros are a twentieth of the model."""
+_WORDS = re.compile(r"(embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head)\.weight$")
 _ENCODER = "which is no causal language model: it cannot generate text token by token"
 _NOT_TEXT_ALONE = (
     "which reads more than text, and transformers has no causal language model of it; give one of text alone"
@@ -67,8 +72,7 @@ def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
             _check_generation_config(folder)
             built = _build(folder, transformers_config, config)
             compare_weights(folder, built)
-        _check_finite(folder)
-        _check_tied(folder, built.all_tied_weights_keys)
+        _check_tied(folder, built.all_tied_weights_keys, _check_values(folder))
     except DiceError as error:
         raise type(error)(f"{role}: {error}") from None
     remember("checkpoint", key, True)
@@ -178,28 +182,47 @@ def _build(folder: Path, read: PreTrainedConfig, config: ModelConfig) -> PreTrai
     return model
 
 
-def _check_finite(folder: Path) -> None:
+def _check_values(folder: Path) -> dict[str, TensorRecord]:
+    """Refuses NaN, infinities, and weights that were never written. Returns the records of all tensors by name."""
+    held: dict[str, TensorRecord] = {}
     for file in weight_files(folder):
-        if file.suffix == ".bin":
-            broken = non_finite_bin(file)
-        else:
-            broken = [name for name, record in tensor_records(file).items() if not record.finite]
+        records = bin_records(file) if file.suffix == ".bin" else tensor_records(file)
+        broken = [name for name, record in records.items() if not record.finite]
         if broken:
             raise DataError(
                 f"{file}: {len(broken)} tensors hold NaN or infinite numbers ({first_few(broken)}); the training that "
                 "saved it diverged, or the file is damaged"
             )
+        held |= records
+    _check_written(folder, held)
+    return held
 
 
-def _check_tied(folder: Path, tied: dict[str, str]) -> None:
+def _check_written(folder: Path, held: dict[str, TensorRecord]) -> None:
+    """Refuses a model of which the words' embeddings, the head, or a good part of all matrices are zeros.
+
+    A few matrices of zeros are sound: blocks that are added to a model begin as the identity.
+    """
+    matrices = {name: math.prod(record.shape) for name, record in held.items() if len(record.shape) > 1}
+    empty = [name for name in matrices if held[name].zero]
+    share = sum(matrices[name] for name in empty) / max(1, sum(matrices.values()))
+    words = [name for name in empty if _WORDS.search(name)]
+    if words or share >= _MOST_ZEROS:
+        raise DataError(
+            f"{folder}: {len(empty)} of {len(matrices)} matrices hold nothing but zeros "
+            f"({first_few([*words, *(name for name in empty if name not in words)])}), {share:.0%} of their values: "
+            "they were never written, as where a download or a copy reserves the space first and is then cut off; "
+            "download or save the model again"
+        )
+
+
+def _check_tied(folder: Path, tied: dict[str, str], held: dict[str, TensorRecord]) -> None:
     """Refuses weights that config.json ties and the files hold apart: transformers unties them, vLLM drops one.
 
     Args:
         tied: names of weights by the name of the weight that they are tied to, as transformers has them.
+        held: the records of all tensors.
     """
-    held: dict[str, TensorRecord] = {}
-    for file in weight_files(folder):
-        held |= bin_records(file) if file.suffix == ".bin" else tensor_records(file)
     for name, other in tied.items():
         if name in held and other in held and held[name].digest != held[other].digest:
             raise DataError(

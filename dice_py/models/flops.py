@@ -57,8 +57,11 @@ class Shape:
 def shape_of(model: PreTrainedModel) -> Shape:
     """The shape of a loaded model."""
     config: Any = model.config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, sizes = _by_layer(config, "num_attention_heads"), _by_layer(config, "head_dim")
+    attention = [
+        count * (size or (config.hidden_size // count if count else 0))
+        for count, size in zip(heads, sizes, strict=True)
+    ]
     head = model.get_output_embeddings().weight
     embeddings = {id(head), id(model.get_input_embeddings().weight)}
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -67,16 +70,27 @@ def shape_of(model: PreTrainedModel) -> Shape:
     for name, weight in model.named_parameters():
         if id(weight) not in embeddings:
             layers += weight.numel() * used // experts if experts and used and ".experts." in name else weight.numel()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = max(_by_layer(config, "intermediate_size")) or 4 * config.hidden_size
     return Shape(
         name=f"{config.model_type} {config.num_hidden_layers}x{config.hidden_size}, {head.shape[0]} tokens",
         layer_weights=layers,
         head_weights=head.numel(),
         vocabulary=head.shape[0],
         hidden=config.hidden_size,
-        widest=max(inner, heads * size),
-        attention=config.num_hidden_layers * heads * size,
+        widest=max(inner, *attention),
+        attention=sum(attention),
     )
+
+
+def _by_layer(config: Any, name: str) -> list[int]:
+    """A size of each layer; 0 where the config has none. Some configs have a list, some raise where layers differ."""
+    layers = config.num_hidden_layers
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError, of Gemma 4
+        value = [getattr(each, name, None) for each in config.per_layer_config]
+    values = list(value) if isinstance(value, list | tuple) else [value] * layers
+    return [each if isinstance(each, int) else 0 for each in [*values, *[None] * layers][:layers]]
 
 
 @cache

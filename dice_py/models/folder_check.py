@@ -7,6 +7,7 @@ on from here.
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from dice_py.models.weight_files import check_is_weights, first_few, is_lfs_poin
 
 _QUANTIZED = ("quantization_config", "compression_config")
 _QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
+_READ_IF_THERE = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja")
+"""Without one of these, a model is another: it stops elsewhere, or its prompts read otherwise."""
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _NOT_ENCODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -32,13 +35,26 @@ def check_model_folder(folder: Path, *, role: str) -> None:
         role: how error messages name the model, such as "--policy".
 
     Raises:
-        DataError: a file is missing, cut off or no JSON object; the model is quantized, an encoder, or an adapter that
-            was not merged.
+        DataError: a file is missing, cut off, no JSON object, or a link to nothing; the model is quantized, an encoder,
+            or an adapter that was not merged.
     """
     try:
         _check(folder)
     except DataError as error:
-        raise DataError(f"{role}: {error}") from None
+        raise DataError(f"{role}: {_broken_links(folder, '*') or error}") from None
+
+
+def _broken_links(folder: Path, *patterns: str) -> str | None:
+    """What is wrong with a copy of a folder of the Hugging Face cache, whose files are links to others beside it."""
+    links = (file for file in folder.glob("*") if any(fnmatch(file.name, pattern) for pattern in patterns))
+    broken = sorted(file.name for file in links if file.is_symlink() and not file.exists())
+    if not broken:
+        return None
+    target = (folder / broken[0]).readlink()
+    return (
+        f"{folder}: {first_few(broken)} {'are links' if broken[1:] else 'is a link'} to what is not there ({target}); "
+        "copy the model with the files that its links point to (cp -rL), or download it again"
+    )
 
 
 def _check(folder: Path) -> None:
@@ -49,6 +65,9 @@ def _check(folder: Path) -> None:
         inside += sorted(str(file.parent.relative_to(folder)) for file in folder.glob("snapshots/*/config.json"))
         hint = f"; give one that it holds: {first_few(list(dict.fromkeys(inside)))}" if inside else ""
         raise DataError(f"{folder} has no config.json; it is not a model folder in the Hugging Face layout{hint}")
+    broken = _broken_links(folder, *_READ_IF_THERE)
+    if broken is not None:
+        raise DataError(broken)
     config = read_object(folder / "config.json")
     _check_not_quantized(folder, config)
     files = weight_files(folder)

@@ -18,4 +18,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     scaling = getattr(text, "logits_scaling", None)
     if scale is None and scaling:
         scale = scaling if text.model_type == "hyperclovax" else 1.0 / scaling  # Granite and MiniCPM3 divide
-    return 1.0 if scale is None else float(scale), getattr(text, "final_logit_softcapping", None) or None
+    # The last two are RecurrentGemma's and xLSTM's.
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    cap = next((value for name in names if (value := getattr(text, name, None))), None)
+    return 1.0 if scale is None else float(scale), cap

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError
@@ -31,7 +33,7 @@ def check_same_tokenizer(policy: Path, reference: Path, models: ModelConfig, rep
     """Compares the vocabulary, the special tokens and the chat template of two model folders, and their sizes.
 
     A folder without a tokenizer is not compared, and padding tokens do not count: they are in no sequence. Another chat
-    template is a note, since the policy's renders all texts.
+    template, or another way from text to the same tokens, is a note, since the policy's serves all texts.
 
     Raises:
         DataError: the first token that differs; or the reference has no row for a token that the policy can sample.
@@ -45,12 +47,14 @@ def check_same_tokenizer(policy: Path, reference: Path, models: ModelConfig, rep
         else:
             ours, theirs = read_tokenizer(policy, models), read_tokenizer(reference, models)
             _compare(ours, theirs, policy, reference)
-        if ours is not None and theirs is not None and theirs.chat_template != ours.chat_template:
-            report(
-                "note",
-                text=f"the chat templates of {policy} and {reference} differ: the policy's renders all prompts, so the "
-                "reference may see text in a form that it was not trained on",
-            )
+        if ours is not None and theirs is not None:
+            differ = ["chat templates"] if theirs.chat_template != ours.chat_template else []
+            for what in [*differ, *_other_steps(ours, theirs)]:
+                report(
+                    "note",
+                    text=f"the {what} of {policy} and {reference} differ: the policy's make the tokens of all texts, "
+                    "so the reference may see text in a form that it was not trained on",
+                )
     _check_sizes(policy, reference, models, ours)
 
 
@@ -74,6 +78,21 @@ def _compare(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, pol
                 f"the tokenizers of policy and reference differ: {name} is {one!r} in {policy}, but {other!r} in "
                 f"{reference}; {_REMEDY}"
             )
+
+
+_STEPS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "normalizers of the tokenizers": lambda state: state["normalizer"],
+    "pre-tokenizers": lambda state: state["pre_tokenizer"],
+    "merges of the tokenizers": lambda state: state["model"].get("merges"),
+}
+
+
+def _other_steps(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> list[str]:
+    """The steps from text to tokens that differ in two fast tokenizers of one vocabulary."""
+    if not (ours.is_fast and theirs.is_fast):
+        return []
+    one, other = (json.loads(each.backend_tokenizer.to_str()) for each in (ours, theirs))
+    return [what for what, step in _STEPS.items() if step(one) != step(other)]
 
 
 def _shown(token: str | None) -> str:

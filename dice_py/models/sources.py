@@ -12,6 +12,14 @@ from dice_py.models.gguf import converted_model, find_converted, gguf_file, gguf
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import require
 
+_WANTED = (
+    *("*.json", "*.safetensors", "adapter_model.bin", "*.model", "*.jinja", "*.txt", "tokenizer*", "*.tiktoken"),
+    "*.py",
+)
+"""Of a repository on the hub; code is run with model.trust_remote_code alone."""
+_TWICE = ["original/*", "consolidated*"]
+"""The same weights in another layout."""
+
 
 def resolve_model(name: str, revision: str | None, *, role: str, report: Report = no_report) -> Path:
     """The local folder of a model: `name` itself if it is a folder, what a GGUF file was converted to or an adapter was
@@ -99,22 +107,14 @@ def _snapshot(name: str, revision: str | None, role: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=_TWICE))
+
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[
-                    "*.json",
-                    "*.safetensors",
-                    "adapter_model.bin",
-                    "*.model",
-                    "*.jinja",
-                    "*.txt",
-                    "tokenizer*",
-                ],
-            )
-        )
+        folder = fetch(*_WANTED)
+        if any(folder.glob("*.safetensors")) or is_adapter(folder):
+            return folder
+        return fetch(*_WANTED, "pytorch_model*.bin*")  # many older models have no other weights
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

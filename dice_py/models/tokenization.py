@@ -15,7 +15,7 @@ from dice_py.data import Message, file_places
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.models.chat_template import ChatTemplate, Conversation, turn_tokens
-from dice_py.models.control_tokens import ControlTokens
+from dice_py.models.control_tokens import ControlTokens, Guard
 from dice_py.models.loading import require
 from dice_py.rows.bad_rows import BadRowRule, BadRows
 from dice_py.storage.schemas import PAIRS
@@ -232,8 +232,8 @@ def encode_response(
     """Token ids of an offline response as the policy would have sampled it: up to and with its first stop token.
 
     What the template writes after the stop token (a line break, for example) is cut off, since it is never sampled. A
-    stop token is appended if the template writes none. Prompt and response are tokenized separately, as in sampling.
-    The texts give no control tokens, so a stop token that is spelled in the response does not end it.
+    stop token is appended if the template writes none. The response's tokens follow those of the prompt, as in
+    sampling. The texts give no control tokens, so a stop token that is spelled in the response does not end it.
 
     Raises:
         DataError: the template renders the prompt differently once a response follows, refuses the messages, or leaves
@@ -245,6 +245,8 @@ def encode_response(
     before = template.render(asked, where, prompt=True)
     full = template.render(answered, where)
     template.check_complete(answered, full, where, turns=len(response), prompt=False)
+    if full.startswith(before):
+        template.check_words(response, full[len(before) :], where)
     if guard is not None:
         before, full = (
             template.render(asked, where, prompt=True, guard=guard),
@@ -255,7 +257,7 @@ def encode_response(
             f"{where}: the chat template renders the prompt differently once a response follows it, so the tokens of "
             "the response cannot be separated; use a template whose generation prompt is a prefix of the conversation"
         )
-    ids = template.controls.encode(full[len(before) :], guard, where)
+    ids = _encode_rest(template.controls, before, full, guard, where)
     for index, token in enumerate(ids):
         if token in stops:
             rest = ids[index + 1 :]
@@ -266,6 +268,18 @@ def encode_response(
                 )
             return ids[: index + 1]
     return [*ids, int(tokenizer.eos_token_id)]
+
+
+def _encode_rest(controls: ControlTokens, before: str, full: str, guard: Guard | None, where: str) -> list[int]:
+    """Token ids of what follows `before` in `full`, as a model that has read the former would write them.
+
+    SentencePiece puts a space before a text: encoded alone, " Yes" would begin with two, and "Yes" after a line break
+    with one. Only where a token would reach over the border is the rest encoded alone.
+    """
+    whole, first = controls.encode(full, guard, where), controls.encode(before, guard, where)
+    if whole[: len(first)] == first:
+        return whole[len(first) :]
+    return controls.encode(full[len(before) :], guard, where)
 
 
 def encode_pairs(

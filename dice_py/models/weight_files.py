@@ -82,13 +82,16 @@ def weight_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """The files of an index, all of which are there."""
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        named = content["weight_map"]
         files = sorted({str(name) for name in named.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         cause = "it is a git-lfs pointer" if is_lfs_pointer(index) else type(error).__name__
         raise DataError(f"{index} is not a complete index of weights ({cause}); download or save it again") from None
     if any(Path(name).name != name for name in files):
         raise DataError(f"{index} names files outside of its folder ({first_few(files)})")
+    if not isinstance(content.get("metadata"), dict):
+        raise DataError(f'{index} has no object "metadata", without which transformers loads no weights: add one, {{}}')
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
         raise DataError(

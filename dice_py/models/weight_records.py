@@ -1,4 +1,4 @@
-"""One pass over a model's weights: a digest of each tensor's values, and whether all of them are finite.
+"""One pass over a model's weights: a digest of each tensor's values, and whether all are finite, or all are 0.
 
 The result of a file is kept in the cache folder under its path, and is used again while size, inode and times of the
 file stay what they were. A file that changed less than two seconds before it was read is not kept, since a further
@@ -48,6 +48,8 @@ class TensorRecord:
     digest: str
     """xxh3-128 of its values' bytes."""
     finite: bool
+    zero: bool = False
+    """Whether all of its values are 0."""
 
 
 def tensor_records(file: Path) -> dict[str, TensorRecord]:
@@ -56,7 +58,7 @@ def tensor_records(file: Path) -> dict[str, TensorRecord]:
     Raises:
         DataError: as of `read_header`, or the file cannot be read.
     """
-    kept = _remembered(file, lambda: {name: asdict(record) for name, record in _read(file)})
+    kept = _remembered(file, _RECORDS, lambda: {name: asdict(record) for name, record in _read(file)})
     return {name: TensorRecord(**record) for name, record in kept.items()}
 
 
@@ -66,7 +68,7 @@ def file_content(file: Path) -> str:
     Raises:
         DataError: the file cannot be read.
     """
-    return str(_remembered(file, lambda: {"digest": content_digest(file)})["digest"])
+    return str(_remembered(file, _CONTENT, lambda: {"digest": content_digest(file)})["digest"])
 
 
 def non_finite(values: np.ndarray, dtype: str) -> bool:
@@ -89,7 +91,7 @@ def _record(handle: BinaryIO, file: Path, name: str, tensor: StoredTensor) -> Te
     import numpy as np
     import xxhash
 
-    state, finite = xxhash.xxh3_128(), True
+    state, finite, zero = xxhash.xxh3_128(), True, True
     handle.seek(tensor.start)
     left = tensor.end - tensor.start
     while left:
@@ -98,8 +100,9 @@ def _record(handle: BinaryIO, file: Path, name: str, tensor: StoredTensor) -> Te
             raise DataError(f"{file} ends within {name}; was it changed while it was read?")
         state.update(part.data)
         finite = finite and not non_finite(part, tensor.dtype)
+        zero = zero and not part.any()
         left -= part.size
-    return TensorRecord(tensor.dtype, list(tensor.shape), state.hexdigest(), finite)
+    return TensorRecord(tensor.dtype, list(tensor.shape), state.hexdigest(), finite, zero)
 
 
 def _stamp(file: Path) -> list[int]:
@@ -107,7 +110,9 @@ def _stamp(file: Path) -> list[int]:
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-_in_process: dict[str, tuple[list[int], dict[str, Any]]] = {}
+_RECORDS, _CONTENT = "records 2", "content"
+"""What is remembered of a file. The number changes with the fields of TensorRecord."""
+_in_process: dict[tuple[str, str], tuple[list[int], dict[str, Any]]] = {}
 
 
 def forget() -> None:
@@ -115,23 +120,25 @@ def forget() -> None:
     _in_process.clear()
 
 
-def _remembered(file: Path, make: Any) -> dict[str, Any]:
-    """The result of `make` (JSON), which is kept by the file's path as long as its stamp holds."""
+def _remembered(file: Path, kind: str, make: Any) -> dict[str, Any]:
+    """The result of `make` (JSON), which is kept by its kind and the file's path as long as its stamp holds."""
     path = os.path.realpath(file)
+    key = (kind, path)
     try:
         stamp, began = _stamp(file), time.time_ns()
         if stamp[0] < SMALL:
             return dict(make())
-        if path in _in_process and _in_process[path][0] == stamp:
-            return _in_process[path][1]
-        place = cache_folder() / "weights" / f"{bytes_digest(path.encode('utf-8', 'surrogateescape'))}.json"
+        if key in _in_process and _in_process[key][0] == stamp:
+            return _in_process[key][1]
+        name = bytes_digest(f"{kind}\0{path}".encode("utf-8", "surrogateescape"))
+        place = cache_folder() / "weights" / f"{name}.json"
         stored = _stored(place, stamp)
         made: dict[str, Any] = make() if stored is None else stored
         unchanged = _stamp(file) == stamp
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
     if unchanged and max(stamp[2:]) < began - SETTLED_NS:
-        _in_process[path] = (stamp, made)
+        _in_process[key] = (stamp, made)
         if stored is None:
             with contextlib.suppress(OSError, DiskFullError):  # it is read again the next time
                 write_json(place, {"file": path, "stamp": stamp, "content": made})

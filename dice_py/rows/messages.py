@@ -103,10 +103,11 @@ def _messages_in_text(text: str, where: str, column: str) -> Any:
             f"{where}: {column!r} is a list of messages written as Python text ({text[:40]!r}…); write it as JSON, or "
             "as a list"
         )
-    if not text.lstrip().startswith(("[", "{")):
+    if not text.lstrip().startswith(("[", "{", '"[', '"{')):
         return text
     try:
         value = json.loads(text)
+        value = json.loads(value) if isinstance(value, str) else value  # an export of what was JSON text already
     except (ValueError, RecursionError):
         return text
     if isinstance(value, dict):

@@ -27,7 +27,7 @@ from dice_py.stages.reward_check import warn_of_rewards
 from dice_py.storage.keys import versions
 from dice_py.storage.parquet import parquet_rows
 from dice_py.training.memory_check import check_training_memory
-from dice_py.training.schedule import training_steps, warmup_note
+from dice_py.training.schedule import setting_notes, training_steps
 from dice_py.training.settings_check import check_training_settings
 
 
@@ -106,8 +106,7 @@ class PreflightJob(Job):
             trainings.append(("round0", self.config.round0.training(train), None))
         for section, training, steps in trainings:
             check_training_settings(training, self.policy, section=section, remote_code=remote_code)
-            note = warmup_note(training, steps, section=section) if steps else None
-            if note is not None:
+            for note in setting_notes(training, steps, section=section):
                 report("note", text=note)
 
     def _most_steps(self) -> int | None:

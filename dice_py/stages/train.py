@@ -41,7 +41,7 @@ from dice_py.training.checkpoints import checkpoint_stamp, is_trained, keep_mode
 from dice_py.training.dataset import load_training_set
 from dice_py.training.launcher import launch
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
-from dice_py.training.schedule import training_steps, warmup_note
+from dice_py.training.schedule import setting_notes, training_steps
 from dice_py.training.settings_check import check_training_settings
 from dice_py.training.trainer import train_rank
 
@@ -134,8 +134,7 @@ class TrainJob(Job):
             noun="pair",
         )
         steps = training_steps(self.config, pairs.height, layout.processes)
-        note = warmup_note(self.config, steps)
-        if note is not None:
+        for note in setting_notes(self.config, steps):
             report("note", text=note)
         checkpoints = self.out / "checkpoints"
         checkpoint = None

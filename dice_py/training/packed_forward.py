@@ -134,6 +134,8 @@ def add_packed_forward(model: PreTrainedModel, outputs: tuple[str, ...] = ("log_
         outputs: what TRL asks of its head; what no loss reads is left out.
     """
     needed = tuple(name for name in outputs if name in _NEEDED)
+    if model.base_model is model:  # TRL's forward reads `base_model`, on padded rows
+        model.base_model_prefix = "model"
     add_fused_lm_head(model, outputs=needed)
     forward_of_trl = model.forward
 

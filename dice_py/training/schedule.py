@@ -1,4 +1,4 @@
-"""The steps of a training, and how many of them the learning rate rises over."""
+"""The steps of a training, how many of them the learning rate rises over, and settings that would train nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dice_py.config.training import TrainConfig
 
 _LONG = 1 / 3
 """A warm-up that is longer than this share of the steps is reported."""
+
+LEAST_CHANGE = 1e-9
+"""A change of every weight below it is none: near 0.02, a usual size of weights, float32 has steps of twice that."""
 
 
 def training_steps(config: TrainConfig, pairs: int, processes: int = 1) -> int:
@@ -28,6 +31,28 @@ def warmup_steps(config: TrainConfig, steps: int) -> int:
     if isinstance(config.warmup_steps, int):
         return config.warmup_steps
     return int(config.warmup_steps * steps)
+
+
+def setting_notes(config: TrainConfig, steps: int | None, *, section: str = "train") -> list[str]:
+    """Warnings of settings with which a training does nothing, or that do nothing in a training.
+
+    Args:
+        steps: optimizer steps of the training; None: not known yet.
+        section: of the config, for the texts.
+    """
+    notes = []
+    if config.learning_rate < LEAST_CHANGE:
+        notes.append(
+            f"warning: {section}.learning_rate is {config.learning_rate:g}, with which the policy hardly moves from "
+            "its start; DPO's is 5e-7, and 1e-5 with adapters"
+        )
+    if config.lora is not None and config.lora.dropout:
+        notes.append(
+            f"warning: {section}.lora.dropout is {config.lora.dropout:g} and changes nothing: DPO trains without "
+            "dropout, since rewards compare two models"
+        )
+    warmup = warmup_note(config, steps, section=section) if steps else None
+    return notes if warmup is None else [*notes, warmup]
 
 
 def warmup_note(config: TrainConfig, steps: int, *, section: str = "train") -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
+from dice_py.training.lora import peft_config, special_layers
 
 
 def check_training_settings(config: TrainConfig, policy: Path, *, section: str = "train", remote_code: bool) -> None:
@@ -78,6 +79,8 @@ def _check_optimizer(config: TrainConfig, section: str) -> Any:
                 output_dir=folder,
                 optim=config.optim,
                 learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                adam_beta2=config.adam_beta2,
                 use_cpu=True,
                 report_to="none",
             )
@@ -129,8 +132,6 @@ def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: b
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dice_py.training.trainer import peft_config
-
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(policy, trust_remote_code=remote_code)
         # Eager, since an attention kernel that config.json names need not be installed.
@@ -145,13 +146,20 @@ def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: b
                     f"{key} has {target!r}, which is no module of {policy}; its modules with weights are "
                     f"{', '.join(leaves)}"
                 )
+    special = set(special_layers(model))
     try:
-        wrapped = get_peft_model(model, peft_config(lora))
+        wrapped = get_peft_model(model, peft_config(lora, model))
     except Exception as error:
         raise UsageError(
             f"{section}.lora cannot be put into {policy} ({_first_line(error)}); its modules with weights are "
             f"{', '.join(leaves)}"
         ) from None
+    adapted = {name for name, module in wrapped.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)}
+    if adapted & special:
+        raise UsageError(
+            f"{key} has {min(adapted & special)!r} of {policy}, which returns more than a tensor, so that PEFT cannot "
+            "add to it; leave it out"
+        )
     head = wrapped.get_base_model().get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         name = next(name for name, module in wrapped.get_base_model().named_modules() if module is head)

@@ -36,14 +36,15 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from dice_py.config.shared import ModelConfig
-from dice_py.config.training import LoraConfig, TrainConfig
+from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
-from dice_py.models.loading import load_model, placement, require
+from dice_py.models.loading import load_model, placement
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.files import read_json, read_sealed, write_json, write_sealed
 from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model, stamp_checkpoint
 from dice_py.training.dataset import COLUMNS, load_training_set
+from dice_py.training.lora import peft_config
 from dice_py.training.methods.registry import METHODS
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.schedule import training_steps, warmup_steps
@@ -98,26 +99,6 @@ def final_loss(log: list[dict[str, Any]], steps: int) -> float | None:
         if count >= steps:
             break
     return total / count if count else None
-
-
-def peft_config(lora: LoraConfig | None) -> Any:
-    """PEFT's config of the adapters; None to train all weights.
-
-    Raises:
-        UsageError: PEFT is not installed.
-    """
-    if lora is None:
-        return None
-    require("peft", extra="train")
-    from peft import LoraConfig as PeftLora
-
-    return PeftLora(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _accumulation_steps(config: TrainConfig, processes: int) -> int:
@@ -255,7 +236,7 @@ def build_trainer(
         args=arguments,
         train_dataset=Dataset(pairs.select(COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
         processing_class=load_tokenizer(policy, models),
-        peft_config=peft_config(config.lora),
+        peft_config=None if config.lora is None else peft_config(config.lora, model),
     )
 
 

@@ -14,7 +14,8 @@ from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
 from dice_py.models.loading import load_model
 from dice_py.models.rounding import ENOUGH, Change
-from dice_py.training.schedule import warmup_steps
+from dice_py.models.weight_files import weight_files
+from dice_py.training.schedule import LEAST_CHANGE, warmup_steps
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,8 @@ def start_weights(policy: Path, names: Iterable[str], models: ModelConfig) -> Ca
     from safetensors import safe_open
 
     files: dict[str, Any] = {}
-    for file in sorted(policy.glob("*.safetensors")):
+    # Only what transformers loads: an older sharding may lie beside it, with the same names.
+    for file in (each for each in weight_files(policy) if each.suffix == ".safetensors"):
         handle = safe_open(file, framework="pt")
         files |= dict.fromkeys(handle.keys(), handle)
     if all(name in files for name in names):
@@ -41,7 +43,7 @@ def start_weights(policy: Path, names: Iterable[str], models: ModelConfig) -> Ca
 def check_update(
     update: Change, config: TrainConfig, stored: torch.dtype, steps: int
 ) -> tuple[torch.dtype, str | None]:
-    """The dtype to save the policy in, and a note if that is not plainly the stored one.
+    """The dtype to save the policy in, and a note if that is not plainly the stored one, or the update is next to none.
 
     Args:
         update: measured with the rounding to `stored`.
@@ -51,9 +53,6 @@ def check_update(
     Raises:
         UsageError: the policy did not change, or would not in the dtype that train.save_dtype asks for.
     """
-    import torch
-
-    name = str(stored).removeprefix("torch.")
     settings = (
         f"train.learning_rate is {config.learning_rate:g}, and the training had {steps} step{'s' * (steps != 1)}, "
         f"of which train.warmup_steps={config.warmup_steps} took {min(warmup_steps(config, steps), steps)}"
@@ -63,6 +62,22 @@ def check_update(
             f"the training changed no weight of the policy, so the round would end where it began: {settings}. Raise "
             "the learning rate, lower train.warmup_steps, or train on more pairs"
         )
+    dtype, note = _save_dtype(update, config, stored, settings)
+    if update.largest < LEAST_CHANGE:
+        least = (
+            f"warning: no weight of the policy changed by more than {update.largest:.1e}, so the round ends where it "
+            f"began: {settings}, train.max_grad_norm is {config.max_grad_norm:g}. Raise the learning rate"
+        )
+        note = least if note is None else f"{note}. {least}"
+    return dtype, note
+
+
+def _save_dtype(
+    update: Change, config: TrainConfig, stored: torch.dtype, settings: str
+) -> tuple[torch.dtype, str | None]:
+    import torch
+
+    name = str(stored).removeprefix("torch.")
     if config.save_dtype == "float32":
         return torch.float32, None
     lost = f"rounding to {name}, the dtype of the start, leaves {max(0.0, update.kept):.0%} of the update"

@@ -17,6 +17,7 @@ from tiny_models import make_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dice_py.errors import DataError, DiceError
+from dice_py.models import weight_records
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.sources import needs_conversion, resolve_model
 from dice_py.stages.convert import ConvertJob
@@ -216,3 +217,13 @@ def test_a_base_that_lacks_weights(folders: Path) -> None:
     change_weights(Path("base"), lambda weights: weights.pop("lm_head.weight"))
     with pytest.raises(DataError, match=r"its base model: .* 1 missing \(lm_head\.weight\)"):
         resolve()
+
+
+def test_an_adapter_that_is_as_large_as_most_are(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of large files: the content of the adapter's, for its key, and each tensor's, for NaN."""
+    monkeypatch.setattr(weight_records, "SMALL", 0)
+    monkeypatch.setattr(weight_records, "SETTLED_NS", -(10**18))
+    merged = resolve_model("adapter", None, role="policy")
+    weight_records.forget()  # as in another process
+    assert resolve_model("adapter", None, role="policy") == merged
+    check_checkpoint(merged, "policy", CPU)

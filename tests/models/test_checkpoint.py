@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.loading import load_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
+OUT = "model.layers.1.self_attn.o_proj.weight"
 BIN = pytest.mark.parametrize("binary", [False, True], ids=["safetensors", "bin"])
 
 
@@ -113,6 +116,7 @@ def test_parts_of_a_model_of_images_are_no_fault(copy: Path) -> None:
 def test_another_shape_is_told_with_both(copy: Path, binary: bool) -> None:
     change_config(copy, intermediate_size=128)
     said = refusal(as_bin(copy) if binary else copy)
+    assert said.count("of another shape") == 1
     assert "6 of another shape (" in said
     assert "model.layers.0.mlp.down_proj.weight is [64, 96], not [64, 128]" in said
 
@@ -168,6 +172,32 @@ def test_the_largest_numbers_are_finite(copy: Path) -> None:
 def test_values_of_a_binary_file(copy: Path) -> None:
     change_weights(copy, lambda weights: weights[DOWN].fill_(float("nan")))
     assert f"pytorch_model.bin: 1 tensors hold NaN or infinite numbers ({DOWN})" in refusal(as_bin(copy))
+
+
+@pytest.mark.parametrize(
+    ("zeros", "said"),
+    [
+        (lambda name: True, r"16 of 16 matrices hold nothing but zeros \(.*embed_tokens\.weight.*100% of their values"),
+        (lambda name: name.startswith("lm_head"), r"1 of 16 matrices .* \(lm_head\.weight\)"),
+        (lambda name: ".layers.1." in name, r"7 of 16 matrices .*layers\.1\.mlp\.down_proj\.weight"),
+    ],
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_that_were_never_written(copy: Path, zeros: Callable[[str], bool], said: str, pickled: bool) -> None:
+    change_weights(copy, lambda weights: [weight.zero_() for name, weight in weights.items() if zeros(name)])
+    assert re.search(said, refusal(as_bin(copy) if pickled else copy))
+
+
+def test_the_end_of_a_file_that_was_never_written(copy: Path) -> None:
+    content = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    assert "they were never written, as where a download" in refusal(copy)
+
+
+def test_a_block_that_was_added_may_begin_with_zeros(copy: Path) -> None:
+    """As LLaMA Pro's: the block then changes nothing until it is trained. So may biases and norms."""
+    change_weights(copy, lambda weights: [weights[name].zero_() for name in ("model.norm.weight", OUT)])
+    check_checkpoint(copy, "policy", CPU)
 
 
 def test_integers_in_place_of_weights(copy: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from hypothesis import given, settings
@@ -138,3 +139,34 @@ def test_matmul_rate_is_measured_once_and_changes_no_draw() -> None:
 
 def test_name_of_a_cpu_says_how_many_threads() -> None:
     assert device_name(torch.device("cpu")).endswith(f"CPU, {torch.get_num_threads()} threads")
+
+
+GEMMA = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="transformers is older than Gemma 4")
+def test_layers_whose_heads_have_several_sizes() -> None:
+    """Gemma 4's config raises where it is asked for one size of all."""
+    config = transformers.Gemma4TextConfig(
+        **{**SHAPE, **GEMMA, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 262, "global_head_dim": 32}
+    )
+    shape = shape_of(transformers.Gemma4ForCausalLM(config))
+    assert shape.attention == 2 * 16 + 2 * 32
+    assert shape.widest == 64
+
+
+def test_a_feed_forward_size_by_layer() -> None:
+    config = transformers.Gemma3nTextConfig(
+        **{**SHAPE, **GEMMA, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 262},
+        **{"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]},
+    )
+    config.intermediate_size = [48, 80]
+    shape = shape_of(transformers.Gemma3nForCausalLM(config))
+    assert (shape.attention, shape.widest) == (2 * 2 * 16, 80)
+
+
+def test_a_model_without_attention() -> None:
+    config = transformers.MambaConfig(vocab_size=262, hidden_size=32, num_hidden_layers=2, state_size=8)
+    shape = shape_of(transformers.MambaForCausalLM(config))
+    assert shape.attention == 0
+    assert shape.widest >= 32

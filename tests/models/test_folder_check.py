@@ -228,3 +228,34 @@ def test_numbers_that_json_does_not_have(copy: Path) -> None:
     assert f"{file} is not complete JSON (it has the number NaN)" in refusal(copy)
     file.write_text(json.dumps({**whole, "time_step_limit": [0.0, float("inf")]}))  # as Mamba 2's has it
     check_model_folder(copy, role="--policy")
+
+
+@pytest.mark.parametrize("gone", ["config.json", WEIGHTS, "generation_config.json", "tokenizer.json", "*"])
+def test_a_copy_of_a_cache_whose_links_lead_nowhere(copy: Path, gone: str) -> None:
+    blobs, folder = copy.parent / "blobs", copy.parent / "snapshots" / "0f3a"
+    blobs.mkdir()
+    folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(copy.iterdir())):
+        file.rename(blobs / f"{number}")
+        (folder / file.name).symlink_to(f"../../blobs/{number}")
+    check_model_folder(folder, role="--policy")
+    for file in folder.glob(gone):
+        file.resolve().unlink()
+    said = refusal(folder)
+    assert f"{folder}: " in said
+    assert "to what is not there (../../blobs/" in said
+    assert "(cp -rL)" in said
+
+
+def test_a_link_to_nothing_that_is_not_read(copy: Path) -> None:
+    for name in ("README.md", "pytorch_model.bin", "optimizer.pt"):
+        (copy / name).symlink_to("../../blobs/0f3a")
+    check_model_folder(copy, role="--policy")
+
+
+def test_an_index_without_metadata(copy: Path) -> None:
+    in_shards(copy)
+    content = json.loads((copy / INDEX).read_text())
+    del content["metadata"]
+    (copy / INDEX).write_text(json.dumps(content))
+    assert 'has no object "metadata", without which transformers loads no weights: add one, {}' in refusal(copy)

@@ -46,6 +46,31 @@ def test_a_models_size_from_headers_alone(tmp_path: Path) -> None:
     assert model_size(tmp_path).shape != size.shape
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"n_embd": 8, "n_layer": 2, "n_head": 4, "n_inner": None},  # GPT-2, GPT-J, CodeGen
+        {"d_model": 8, "n_layers": 2, "n_heads": 4},  # MPT
+        {"hidden_size": 8, "n_layer": 2, "n_head": 4},  # BLOOM
+        {"hidden_size": 8, "num_layers": 2, "num_heads": 4},  # GPT-Neo
+        {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 32},  # OPT
+        {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": [16, 32]},  # Gemma 3n
+        {"text_config": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": [4, 2]}},
+    ],
+)
+def test_sizes_that_families_name_in_their_own_way(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    size = model_size(tmp_path)
+    assert (size.hidden, size.layers, size.heads, size.kv_heads, size.head_size, size.inner) == (8, 2, 4, 4, 2, 32)
+
+
+@pytest.mark.parametrize("value", ["many", None, [], {}, ["a"]])
+def test_sizes_that_are_no_numbers(tmp_path: Path, value: Any) -> None:
+    """What is wrong with the config is models/checkpoint.py's to say."""
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": value, "text_config": value, "n_layer": 3}))
+    assert (model_size(tmp_path).hidden, model_size(tmp_path).layers) == (0, 3)
+
+
 def test_truncated_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 900) + b"{")
     with pytest.raises(DataError, match=r"model\.safetensors is not a complete safetensors file"):

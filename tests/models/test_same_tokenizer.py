@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,26 @@ def test_padded_sizes_may_differ_down_to_the_tokenizer(tmp_path: Path) -> None:
         DataError, match=r"small: the policy can sample token id 261, but this model's vocabulary has 261 entries"
     ):
         check_same_tokenizer(policy, model(tmp_path / "small", make_tokenizer(), 261), ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda state: state.update(normalizer={"type": "Lowercase"}), "normalizers of the tokenizers"),
+        (lambda state: state["pre_tokenizer"].update(use_regex=True), "pre-tokenizers"),
+        (lambda state: state["model"].update(merges=[["a", "b"]]), "merges of the tokenizers"),
+    ],
+)
+def test_another_way_to_the_same_tokens_is_a_note(tmp_path: Path, change: Callable[[Any], None], what: str) -> None:
+    made, notes = make_tokenizer(), Notes()
+    state = json.loads(made.backend_tokenizer.to_str())
+    state["model"]["vocab"]["ab"] = len(made)
+    folders = []
+    for name in ("policy", "reference"):
+        made._tokenizer = type(made.backend_tokenizer).from_str(json.dumps(state))
+        folders.append(model(tmp_path / name, made))
+        change(state)
+        made.padding_side = "left"  # which makes no difference
+    check_same_tokenizer(*folders, ModelConfig(), notes)
+    (note,) = notes.texts
+    assert note.startswith(f"the {what} of ")

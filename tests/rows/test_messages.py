@@ -103,11 +103,20 @@ def test_messages_as_json_text(tmp_path: Path) -> None:
     assert pairs["chosen"].to_list() == [[{"role": "assistant", "content": "chosen"}]]
     for value in (turns[0], {"messages": turns}):
         assert first(jsonl(tmp_path / "p.jsonl", {"prompt": json.dumps(value)})) == turns
+        assert first(jsonl(tmp_path / "p.jsonl", {"prompt": json.dumps(json.dumps(value))})) == turns
         assert first(jsonl(tmp_path / "p.jsonl", {"prompt": value})) == turns
     for text in ('[{"from": "human", "value": "hi"}]', str(turns)):
         with pytest.raises(DataError, match=r"line 1: 'prompt' (holds|is a list of messages written as Python text)"):
             read_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": text}))
-    for text in ("[1, 2]", '{"a": 1}', "[Sum] what?", '[{"id": 1}, {"id": 2}]', "[" * 100_000):
+    for text in (
+        "[1, 2]",
+        '{"a": 1}',
+        "[Sum] what?",
+        '"[1, 2]"',
+        '"[Sum]" is what?',
+        '[{"id": 1}, {"id": 2}]',
+        "[" * 100_000,
+    ):
         assert first(jsonl(tmp_path / "p.jsonl", {"prompt": text})) == [{"role": "user", "content": text}]
 
 

@@ -49,7 +49,7 @@ def make_generations(folder: Path, number: int, tokens: Any = lambda prompt: [10
         ]
         file = base / f"generations-{shard:05d}.parquet"
         frame = pl.DataFrame(rows, schema=GENERATIONS, orient="row")
-        write_parquet(file, frame, key=f"key {number}", meta={"samples": shard})
+        write_parquet(file, frame, key=f"key {number}", meta={"samples": str(shard)})
         made.append({"file": str(file.relative_to(folder)), "key": f"key {number}"})
     Manifest(folder / "manifest.json").record(f"round-{number:02d}/generate", files=made)
     return made

@@ -132,3 +132,10 @@ def test_lora_on_one_of_two_tied_tensors(tmp_path: Path, monkeypatch: pytest.Mon
         start = AutoModelForCausalLM.from_pretrained(policy)(ids).logits
     assert (trained[0] - start).abs().max() > 0.01
     check_checkpoint(run.model, "policy", CPU)
+
+
+@pytest.mark.parametrize("setting", ["learning_rate", "max_grad_norm"])
+def test_settings_that_leave_the_policy_next_to_its_start_are_warned_of(run: Stage, setting: str) -> None:
+    counts = run(max_steps=2, **{setting: 1e-30})
+    assert "warning: no weight of the policy changed by more than" in notes(run)
+    assert counts["update_rms"] < 1e-12

@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from broken_models import change_config
+from safetensors.torch import load_file
 from tiny_families import build
 from tiny_models import make_tokenizer
 from tiny_sets import CPU, scored_pairs
@@ -33,6 +35,20 @@ def test_a_mixture_is_trained(policy: Path, lora: LoraConfig | None, packed: boo
     assert counts["step0_loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert counts["update_rms"] > 0
     check_checkpoint(run.model, "policy", CPU)
+
+
+@pytest.mark.parametrize("packed", ["auto", False])
+def test_routers_that_return_more_than_a_tensor_have_no_adapters(packed: bool | str, tmp_path: Path) -> None:
+    """As Llama 4's, which are linear layers by their class."""
+    policy = tmp_path / "policy"
+    build("Llama4").save_pretrained(policy)
+    make_tokenizer().save_pretrained(policy)
+    run = Stage(policy, scored_pairs(policy, PAIRS), tmp_path)
+    assert run(lora=LoraConfig(r=2), packed=packed, max_steps=2)["update_rms"] > 0
+    start, trained = load_file(policy / "model.safetensors"), run.weights()
+    changed = {name for name, value in trained.items() if not torch.equal(value, start[name])}
+    assert any("self_attn" in name for name in changed)
+    assert not any("router" in name for name in changed)
 
 
 def test_the_loss_that_balances_experts_is_added_where_it_is_asked_for(policy: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 from plan_data import own
 
 from dice_py.config.loading import resolve
-from dice_py.config.training import TrainConfig
+from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
-from dice_py.training.schedule import training_steps, warmup_note, warmup_steps
+from dice_py.training.schedule import setting_notes, training_steps, warmup_note, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,19 @@ def test_a_warm_up_of_more_than_a_third_of_the_steps_is_warned_of() -> None:
 def test_neither_a_number_of_steps_nor_a_share(text: str) -> None:
     with pytest.raises(UsageError, match=r"train\.warmup_steps"):
         resolve([], [f"train.warmup_steps={text}"])
+
+
+def test_settings_that_train_nothing_or_do_nothing_are_warned_of() -> None:
+    assert setting_notes(TrainConfig(), 100) == []
+    assert setting_notes(TrainConfig(lora=LoraConfig(), learning_rate=1e-5), None) == []
+    (text,) = setting_notes(TrainConfig(learning_rate=5e-12), 100, section="round0")
+    assert text.startswith("warning: round0.learning_rate is 5e-12, with which the policy hardly moves")
+    (text,) = setting_notes(TrainConfig(lora=LoraConfig(dropout=0.1)), None)
+    assert text.startswith("warning: train.lora.dropout is 0.1 and changes nothing")
+    assert len(setting_notes(TrainConfig(warmup_steps=50, learning_rate=1e-12), 20)) == 2
+
+
+@pytest.mark.parametrize("value", ["1", "1.0", "-0.1", "nan"])
+def test_a_decay_with_which_no_optimizer_can_be_built(value: str) -> None:
+    with pytest.raises(UsageError, match=r"train\.adam_beta2"):
+        resolve([], [f"train.adam_beta2={value}"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from broken_models import change_config, copy_of
+from tiny_families import build
 from tiny_models import make_llama
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -99,3 +100,11 @@ def test_an_adapter_on_the_head(policy: Path, targets: list[str]) -> None:
 def test_a_target_that_cannot_have_adapters(policy: Path) -> None:
     with pytest.raises(UsageError, match=r"round0\.lora cannot be put into .*q_proj"):
         check(policy, lora=LoraConfig(target_modules=["input_layernorm"]))
+
+
+@pytest.mark.parametrize("targets", [["router"], ["q_proj", "feed_forward.router"]])
+def test_an_adapter_on_a_router_that_returns_more_than_a_tensor(targets: list[str], tmp_path: Path) -> None:
+    build("Llama4").save_pretrained(tmp_path)
+    check(tmp_path, lora=LoraConfig())
+    with pytest.raises(UsageError, match=r"target_modules has 'model\.layers\.\d\.feed_forward\.router' of"):
+        check(tmp_path, lora=LoraConfig(target_modules=targets))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from broken_models import WEIGHTS, in_shards
+from safetensors.torch import load_file, save_file
 from tiny_models import make_llama, make_qwen2
 from tiny_sets import CPU
 from transformers import AutoModelForCausalLM
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
 from dice_py.models.rounding import Change
+from dice_py.models.sizes import model_size
 from dice_py.training.update import check_update, start_weights
 
 
@@ -50,6 +53,16 @@ def test_a_policy_that_did_not_change_names_learning_rate_steps_and_warm_up() ->
         assert part in str(raised.value)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_policy_that_hardly_changed_is_warned_of(stored: torch.dtype) -> None:
+    dtype, note = check_update(Change(1e-13, 2e-12, 0.0 if stored == torch.bfloat16 else 0.9), TrainConfig(), stored, 9)
+    assert dtype == torch.float32
+    assert note is not None
+    assert "no weight of the policy changed by more than 2.0e-12" in note
+    assert "train.learning_rate is 5e-07" in note
+    assert "train.max_grad_norm is 1" in note
+
+
 @pytest.mark.parametrize("make", [make_llama, make_qwen2])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_start_weights_are_those_of_the_loaded_model(make: object, pickled: bool, tmp_path: Path) -> None:
@@ -62,3 +75,19 @@ def test_start_weights_are_those_of_the_loaded_model(make: object, pickled: bool
     start = start_weights(folder, values, CPU)
     assert values
     assert all(torch.equal(start(name), value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_another_save_beside_the_start_are_not_taken_for_it(sharded: bool, tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model")
+    other = load_file(make_llama(tmp_path / "other", seed=3) / WEIGHTS)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    size = model_size(folder).parameters
+    if sharded:
+        in_shards(folder)
+    for name in ("model-00003-of-00004.safetensors", "model.zero.safetensors", "zz.safetensors"):
+        save_file(other, folder / name)
+    values = dict(model.named_parameters())
+    start = start_weights(folder, values, CPU)
+    assert all(torch.equal(start(name), value) for name, value in values.items())
+    assert model_size(folder).parameters == size
