@@ -8,7 +8,7 @@ from typing import Any
 from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.runs.folder import check_plain, is_running, stage_names
 from dice_py.runs.profile import profile
-from dice_py.runs.stored_config import stored_config
+from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.storage.files import Manifest
 
 
@@ -22,8 +22,8 @@ def run_status(folder: Path) -> dict[str, Any]:
         UsageError: the folder holds no run.
         DataError: its manifest is damaged.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"{folder} holds no run (no config.yaml)")
+    if not (folder / CONFIG_FILE).is_file() and not has_config(folder):
+        raise UsageError(f"{folder} holds no run (no {CONFIG_FILE})")
     check_plain(folder, links=True)
     config, _ = stored_config(folder)
     manifest = Manifest(folder / "manifest.json")

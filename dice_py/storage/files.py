@@ -178,7 +178,7 @@ def read_json(path: Path) -> Any:
         return _unsealed(value) if isinstance(value, dict) else value
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: of its text, its syntax, or an integer's digits
         raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -212,7 +212,7 @@ def read_sealed(path: Path, key: str | None = None) -> dict[str, Any] | None:
         if file_state(path) != "intact":
             return None
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or (key is not None and value.get(KEY_NAME) != key):
         return None
@@ -227,7 +227,7 @@ def _is_manifest(value: dict[str, Any]) -> bool:
     """Whether the stages of a manifest, and the files that they list, are of the types that `Manifest` writes."""
 
     def is_file(item: Any) -> bool:
-        return isinstance(item, dict) and isinstance(item.get("file"), str) and isinstance(item.get("key"), str)
+        return isinstance(item, dict) and _is_inside(item.get("file")) and isinstance(item.get("key"), str)
 
     def is_stage(entry: Any) -> bool:
         if not isinstance(entry, dict) or not isinstance(entry.get("counts", {}), dict):
@@ -237,7 +237,13 @@ def _is_manifest(value: dict[str, Any]) -> bool:
         return has_seconds and isinstance(files, list) and all(map(is_file, files))
 
     stages, others = value.get("stages"), value.get("others", {})
-    return isinstance(stages, dict) and all(map(is_stage, stages.values())) and isinstance(others, dict)
+    has_stages = isinstance(stages, dict) and all(map(is_stage, stages.values()))
+    return has_stages and isinstance(others, dict) and all(map(_is_inside, others))
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a manifest names a file of its own folder: what is damaged of a stage is renamed, and none elsewhere."""
+    return isinstance(name, str) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 class Manifest:
@@ -263,7 +269,7 @@ class Manifest:
             return None
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         is_older = isinstance(stored, dict) and isinstance(stored.get("stages"), dict) and KEY_NAME not in stored
         return stored if is_older else None

@@ -147,7 +147,7 @@ def parquet_meta(path: Path) -> Any:
     """The `meta` value in the footer of `path`; None if there is none."""
     try:
         return json.loads(_footer(path, _META) or "null")
-    except ValueError:  # damaged text
+    except (ValueError, RecursionError):  # damaged text
         return None
 
 
