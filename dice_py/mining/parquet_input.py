@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from dice_py.config.mining import MiningOptions
-from dice_py.errors import DataError
+from dice_py.errors import DataError, DiceError, OutOfMemoryError
 from dice_py.mining.columns import arrow_frame, hash_duplicates, refuse_twice
 from dice_py.rows.file_kinds import is_url, other_format
 from dice_py.storage.parquet import UNREADABLE, refuse_foreign
@@ -116,6 +116,8 @@ class ScoredFiles:
                     batch.validate(full=True)  # text that is not UTF-8
                     yield batch
             except UNREADABLE as error:
+                if isinstance(error, MemoryError):  # pyarrow's is an ArrowException too
+                    raise _no_memory(part.file) from None
                 raise DataError(f"{part.file} cannot be read: {error}") from None
 
 
@@ -156,7 +158,13 @@ def _dataset(argument: str) -> ds.Dataset:
         raise _unreadable(argument, error) from None
 
 
-def _unreadable(file: str, error: BaseException) -> DataError:
+def _no_memory(file: str) -> OutOfMemoryError:
+    return OutOfMemoryError(f"{file}: there is not enough memory to read it; lower --memory, or raise the limit")
+
+
+def _unreadable(file: str, error: BaseException) -> DiceError:
+    if isinstance(error, MemoryError):
+        return _no_memory(file)
     what = other_format(Path(file)) if Path(file).is_file() else None
     if what is not None:
         return DataError(f"{file} {what}")

@@ -83,9 +83,11 @@ def _no_file(path: Path) -> str:
     """The sentence about a path that is no file."""
     text = str(path)
     try:
-        is_folder = path.is_dir()
-    except OSError:
-        is_folder = False
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError:  # a name that is too long
+        is_folder = is_there = False
+    if is_there and not is_folder:
+        return f"{path} is a pipe or a device, not a regular file; give a file"
     if is_folder:
         saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
         remedy = f"; {_TO_PARQUET['.arrow']}" if saved else ""

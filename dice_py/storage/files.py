@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -145,6 +146,31 @@ def remove_temporaries(folder: Path) -> None:
         _remove(temporary)
 
 
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes the temporary files and folders that killed processes left in a folder, which others may be using.
+
+    Args:
+        folder: what lies in folders inside of it is left.
+        name: of the file that they were to become; None: of any.
+    """
+    stem = r".+\.(\d{1,7})" if name is None else re.escape(name) + r"\.(\d+)(?:\.\w+)?"
+    leftover = re.compile(rf"\.{stem}{re.escape(TEMPORARY)}")
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        found = leftover.fullmatch(path.name)
+        if found is not None and not _process_exists(int(found[1])):
+            _remove(path)
+
+
+def _process_exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -251,11 +277,16 @@ class Manifest:
 
     It carries its digest of itself. A damaged one reads as an empty one (`is_damaged`): the stages find their files by
     the keys and digests that these carry.
+
+    Raises:
+        OSError: it is there and may not be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data: dict[str, Any] = {"version": 1, "created": time.time(), "stages": {}}
+        if path.is_file():
+            path.open("rb").close()  # what may not be read is not damaged, and must not be set aside
         stored = read_sealed(path, "manifest") or self._of_older_version()
         if stored is not None and not _is_manifest(stored):
             stored = None
