@@ -26,18 +26,26 @@ from cli.runs import resume, run, status
 from cli.stages import evaluate, generate, replay, score, train
 from cli.terminal import prepare_streams, say
 from dice_py.compute.interrupts import stopped_by_signals
-from dice_py.errors import DiceError, InterruptedRunError, UsageError
+from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, UsageError
 
 # Typer has Click's errors, under a path that depends on its version.
 _WRONG_CALL: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+_NO_ROOM = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
+"""What the loader of shared libraries says where `ulimit -v` is too low for them."""
+
 
 def _sentence_of(error: Exception) -> DiceError | None:
     """The error to show for one of the system that the user can mend; None for all others."""
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, ImportError) and any(part in text for part in _NO_ROOM)):
+        return OutOfMemoryError(f"there is not enough memory ({text or 'MemoryError'}); free some, or raise the limit")
     if not isinstance(error, OSError):
         return None
     from dice_py.storage.files import path_error
 
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
+        return UsageError("the working directory was removed: change to one that is there, and start again")
     return path_error(error)
 
 

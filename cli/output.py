@@ -36,7 +36,10 @@ def run_job(job: Job, folder: Path) -> StageResult:
     from cli.progress import Display
     from dice_py.compute.stage_process import run_in_subprocess
     from dice_py.stages.registry import stage_of
+    from dice_py.storage.files import remove_leftovers
 
+    for written in (folder, folder / "samples", folder / "start"):
+        remove_leftovers(written)
     stage = stage_of(job)
     with Display() as display:
         display("stage", stage=stage.name, status="running")

@@ -193,7 +193,9 @@ def check_table(path: Path, option: str, columns: Iterable[str], made_by: str) -
     try:
         present = pq.read_schema(path.absolute()).names
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{option}: {path} cannot be read as Parquet: {str(error).strip()}") from None
+        raise DataError(
+            f"{option}: {path} cannot be read as Parquet: {str(error).strip()} Give the file that {made_by} wrote"
+        ) from None
     missing = [name for name in columns if name not in present]
     if missing:
         raise DataError(

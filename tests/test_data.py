@@ -168,7 +168,7 @@ def test_json_files_that_are_no_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("read", [read_prompts, read_pairs])
 def test_files_without_rows(tmp_path: Path, read: Callable[..., Any]) -> None:
     assert refused(read, tmp_path / "absent.jsonl") == f"{tmp_path / 'absent.jsonl'} does not exist (or is not a file)"
-    assert "does not exist (or is not a file)" in refused(read, tmp_path)
+    assert refused(read, tmp_path) == f"{tmp_path} is a folder; give one file of .jsonl, .json or .parquet"
     for kind in KINDS:
         path = tmp_path / f"empty.{kind}"
         path.touch()
@@ -181,7 +181,7 @@ def test_files_without_rows(tmp_path: Path, read: Callable[..., Any]) -> None:
         assert refused(read, path).startswith(f"{path} holds no p")
     path = tmp_path / "rows.csv"
     path.write_text("prompt\na\n")
-    assert refused(read, path) == f"{path}: unknown file type '.csv'; use .jsonl, .json or .parquet"
+    assert refused(read, path).startswith(f"{path}: unknown file type '.csv'; use .jsonl, .json or .parquet: Polars")
 
 
 def test_parquet_that_is_broken(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def wanted_columns(columns: list[str], options: MiningOptions) -> list[str]:
     if options.min_length and CHARACTERS in columns:
         wanted |= {CHARACTERS: None}
     refuse_twice(columns, list(wanted), "the frame")
+    for name in wanted:
+        # Polars would take the first for all columns, and the second for a pattern.
+        if name in ("", "*") or (name.startswith("^") and name.endswith("$")):
+            raise DataError(f"the column name {name!r} cannot be read: rename the column")
     return list(wanted)
 
 

@@ -19,6 +19,7 @@ from dice_py.mining.parquet_input import ScoredFiles, narrow_batches
 from dice_py.mining.segments import SEGMENT_BYTES
 from dice_py.mining.streaming import StreamMiner
 from dice_py.storage.digests import bytes_digest
+from dice_py.storage.files import remove_leftovers
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import write_parquet
 
@@ -64,6 +65,7 @@ def mine_files(
         raise DataError(f"{', '.join(scored)}: there are no rows; pass files with at least one response")
     source = scored[0] if len(scored) == 1 else f"{scored[0]}, …"
     _check_out(files.files, out)
+    remove_leftovers(out.parent, out.name)
     # Sizes and footers stand for the contents: a digest of those would have to read the text, too. Places and times do
     # not count, so that two equal minings write equal files.
     key = digest("mine", [_footer_digest(Path(file)) for file in files.files], options.model_dump())

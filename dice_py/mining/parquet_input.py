@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from dice_py.config.mining import MiningOptions
-from dice_py.errors import DataError
+from dice_py.errors import DataError, DiceError, OutOfMemoryError
 from dice_py.mining.columns import arrow_frame, hash_duplicates, refuse_twice
+from dice_py.rows.file_kinds import is_url, other_format
 from dice_py.storage.parquet import UNREADABLE, refuse_foreign
 
 BATCH_ROWS = 1 << 18
@@ -87,8 +88,10 @@ class ScoredFiles:
             physical = part.fragment.physical_schema
             missing = [name for name in columns if name not in physical.names and name not in part.partition]
             if missing:
+                remedy = "; mine such files alone, or keep cut-off responses (truncated_column=None/none)"
                 raise DataError(
                     f"{part.file} has no column '{missing[0]}'; its columns are {', '.join(physical.names)}"
+                    + (remedy if missing[0] == "finish_reason" else "")
                 )
             refuse_twice(physical.names, columns, part.file)
             for field in schema:
@@ -113,6 +116,8 @@ class ScoredFiles:
                     batch.validate(full=True)  # text that is not UTF-8
                     yield batch
             except UNREADABLE as error:
+                if isinstance(error, MemoryError):  # pyarrow's is an ArrowException too
+                    raise _no_memory(part.file) from None
                 raise DataError(f"{part.file} cannot be read: {error}") from None
 
 
@@ -140,15 +145,31 @@ def _dataset(argument: str) -> ds.Dataset:
     except UNREADABLE as error:
         raise _unreadable(argument, error) from None
     if not files:
-        raise DataError(f"{argument} does not exist (or is not a file), and no file matches it as a pattern")
+        why = (
+            "is no regular file"
+            if path.exists()
+            else "does not exist (or is not a file), and no file matches it as a pattern"
+        )
+        remedy = "; only local files are read: get it first" if is_url(argument) else ""
+        raise DataError(f"{argument} {why}{remedy}")
     try:
         return ds.dataset(files, format="parquet")
     except UNREADABLE as error:
         raise _unreadable(argument, error) from None
 
 
-def _unreadable(file: str, error: BaseException) -> DataError:
-    remedy = "; dice mine reads Parquet: convert it" if "magic bytes not found" in str(error) else ""
+def _no_memory(file: str) -> OutOfMemoryError:
+    return OutOfMemoryError(f"{file}: there is not enough memory to read it; lower --memory, or raise the limit")
+
+
+def _unreadable(file: str, error: BaseException) -> DiceError:
+    if isinstance(error, MemoryError):
+        return _no_memory(file)
+    what = other_format(Path(file)) if Path(file).is_file() else None
+    if what is not None:
+        return DataError(f"{file} {what}")
+    is_other = "magic bytes not found" in str(error) or "smaller than the minimum" in str(error)
+    remedy = "; dice mine reads Parquet: convert it" if is_other else ""
     return DataError(f"{file} cannot be read as Parquet: {error}{remedy}")
 
 

@@ -69,7 +69,6 @@ class StreamMiner:
             UsageError: rows in random order that need too many segments.
         """
         make_folder(out.parent)
-        _remove_leftovers(out)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=TEMPORARY, dir=out.parent))
         try:
             return self._mine(folder, out, key)
@@ -225,22 +224,3 @@ def _summary(mined: _native.MineSummary, totals: _Totals, dropped_pairs: dict[st
         "prompts": mined.prompts,
         "rows": mined.rows,
     }
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Removes the temporary folders beside `out` of processes that were killed."""
-    for path in out.parent.iterdir():
-        number = path.name.removeprefix(f".{out.name}.").split(".")[0]
-        ours = path.name.startswith(f".{out.name}.") and path.name.endswith(TEMPORARY) and number.isdigit()
-        if ours and path.is_dir() and not _process_exists(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _process_exists(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

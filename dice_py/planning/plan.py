@@ -39,6 +39,7 @@ from dice_py.planning.counts import Data, count_rounds
 from dice_py.planning.decoding import draw_lengths
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
 from dice_py.planning.response_lengths import calibrated_lengths
+from dice_py.runs.event_log import read_events
 from dice_py.runs.folder import Run
 from dice_py.runs.inputs import Inputs, prepare, round_prompts
 from dice_py.runs.measured_costs import (
@@ -49,7 +50,6 @@ from dice_py.runs.measured_costs import (
     remember_costs,
     remember_lengths,
 )
-from dice_py.runs.profile import read_events
 from dice_py.runs.throughput import costs_key, lengths_key, run_engine
 from dice_py.stages.preflight import PreflightJob
 from dice_py.storage.parquet import parquet_rows, read_parquet

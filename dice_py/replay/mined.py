@@ -11,6 +11,7 @@ from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.models.token_ids import check_token_ids
 from dice_py.replay.buffer import ReplayBuffer
+from dice_py.replay.same_responses import check_same_responses, named
 from dice_py.storage.integrity import check_intact
 from dice_py.storage.lookup import check_row_aligned, look_up
 from dice_py.storage.parquet import parquet_rows, present, read_parquet
@@ -93,18 +94,18 @@ def gather_mined(
     check_mined(mined)
     check_row_aligned(generations, scores)
     rows = _rows(mined, generations, scores)
-    _check_same_responses(mined, rows, generations)
+    check_same_responses(mined, rows, generations, scores)
     answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
 
     def side(name: str) -> pl.DataFrame:
         keys = mined.select(pl.col("prompt_id"), pl.col(f"{name}_row").cast(pl.UInt64).alias("row"))
-        found = look_up(keys, rows, "row", who=f"the mined pairs' {name}_row", where=_files(generations))
+        found = look_up(keys, rows, "row", who=f"the mined pairs' {name}_row", where=named(generations))
         other = (found["prompt_id"] != found["sampled_prompt_id"]).fill_null(True)
         if other.any():
             at = int(other.arg_max() or 0)
             raise DataError(
                 f"row {at} of the mined pairs is of prompt {found['prompt_id'][at]}, but its {name}_row "
-                f"{found['row'][at]} in {_files(generations)} is of prompt {found['sampled_prompt_id'][at]}: give the "
+                f"{found['row'][at]} in {named(generations)} is of prompt {found['sampled_prompt_id'][at]}: give the "
                 "generations that were mined, in the same order"
             )
         ids, logp = pl.col("token_ids").alias(f"{name}_ids"), pl.col("logp").alias(f"ref_{name}_logps")
@@ -160,31 +161,6 @@ def check_mined(mined: pl.DataFrame, place: Path | str = "the mined pairs") -> N
         raise DataError(f"{place}: row {at} names response {mined['chosen_row'][at]} as chosen and as rejected")
 
 
-def _check_same_responses(mined: pl.DataFrame, rows: pl.DataFrame, generations: list[Path]) -> None:
-    """Refuses pairs that were mined from other responses, as of another round: their row numbers fit all the same.
-
-    A file of the user's own may have been mined by other rewards, or by other lengths; but not by both.
-    """
-    named = {"reward": ["reward"], "length": ["response_tokens", "response_chars"]}
-    compared, agrees = False, False
-    for value, columns in named.items():
-        sides = [side for side in ("chosen", "rejected") if f"{side}_{value}" in mined.columns]
-        for column in (column for column in columns if column in rows.columns and len(sides) == 2):
-            compared, same = True, True
-            for side in sides:
-                keys = mined.select(pl.col(f"{side}_row").cast(pl.UInt64).alias("row"))
-                found = look_up(keys, rows, "row", who=f"the mined pairs' {side}_row", where=_files(generations))
-                ours = mined[f"{side}_{value}"].cast(pl.Float32, strict=False)
-                same &= bool((ours == found[column].cast(pl.Float32, strict=False)).fill_null(True).all())
-            agrees |= same
-    if compared and not agrees:
-        raise DataError(
-            f"the mined pairs are of other responses than {_files(generations)}: neither their rewards nor their "
-            "lengths are those of the rows that they name. Give the generations and scores that were mined (if both "
-            "columns were made otherwise: without chosen_reward and chosen_length nothing is compared)"
-        )
-
-
 def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path]) -> pl.DataFrame:
     """The rows of both kinds of shards that the pairs name, with their number in `row`."""
     needed = pl.concat([mined[side].cast(pl.UInt64) for side in ("chosen_row", "rejected_row")]).unique()
@@ -204,6 +180,8 @@ def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path]) -> p
     return pl.concat(parts, how="diagonal_relaxed")
 
 
+_ROUNDING = 0.01
+"""Nats by which the sum of a response's log-probabilities may be above zero in half precision."""
 _SAMPLED = ["prompt_id", "prompt_token_ids", "token_ids", "response"]
 
 
@@ -222,7 +200,10 @@ def _check_values(part: pl.DataFrame, sampled: Path, scored: Path, numbers: pl.S
     if bad.any():
         at = int(bad.arg_max() or 0)
         raise DataError(f"{scored}: column 'logp' is {logp[at]} in row {numbers[at]}, but must be a finite number")
-
-
-def _files(paths: list[Path]) -> str:
-    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else ", ".join(map(str, paths))
+    above = logp.cast(pl.Float64) > _ROUNDING
+    if above.any():
+        at = int(above.arg_max() or 0)
+        raise DataError(
+            f"{scored}: column 'logp' is {logp[at]} in row {numbers[at]}, but the logarithm of a probability is never "
+            "above zero (are they losses, of the other sign?): score these generations"
+        )

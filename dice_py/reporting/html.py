@@ -31,6 +31,8 @@ stroke-width: 2; } .sampled { opacity: .4; }
 p.note { color: var(--muted); }
 """
 
+_UNKNOWN = "not known: the manifest does not name it"
+
 
 def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
     top = "".join(f"<th>{html_text(cell)}</th>" for cell in head)
@@ -56,14 +58,19 @@ def write_report(folder: Path) -> Path:
 
 
 def _head(name: str, manifest: dict[str, Any]) -> list[str]:
+    start, reference = (_folder_of(manifest.get(role)) for role in ("policy", "reference"))
     return [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>DICE run {html_text(name)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>DICE run {html_text(name)}</h1>",
-        f"<p>policy at the start: {html_text(manifest['policy']['folder'])}<br>"
-        f"reference of round 1: {html_text(manifest['reference']['folder'])}</p>",
+        f"<p>policy at the start: {html_text(start)}<br>reference of round 1: {html_text(reference)}</p>",
     ]
+
+
+def _folder_of(model: Any) -> str:
+    """The folder of a model that the manifest names."""
+    return str(model.get("folder", _UNKNOWN)) if isinstance(model, dict) else _UNKNOWN
 
 
 def _evaluation(folder: Path, rounds: list[str]) -> list[str]:
@@ -85,14 +92,19 @@ def _evaluation(folder: Path, rounds: list[str]) -> list[str]:
 def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
     """The stages of a round, their counts, and its mining. `entries`: the manifest's, of all rounds."""
     stages = {key.split("/")[1]: entry for key, entry in entries.items() if key.startswith(name + "/")}
-    rows = [[stage, entry["status"], seconds(entry.get("seconds"))] for stage, entry in stages.items()]
+    rows = [[stage, str(entry.get("status", "–")), seconds(entry.get("seconds"))] for stage, entry in stages.items()]
     parts = [f"<h2>{html_text(name)}</h2>", _table("stages", ["stage", "status", "time"], rows)]
     for stage, entry in stages.items():
         if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
             rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
             parts.append(_table(stage, ["", ""], rows))
     mining = _stored(folder / name / "mine" / "mining.json")
-    return parts if mining is None else [*parts, *_mining(mining)]
+    if mining is None:
+        return parts
+    try:
+        return [*parts, *_mining(mining)]
+    except (LookupError, TypeError, ValueError, AttributeError):  # of a round that is still to be made again
+        return [*parts, "<p class='note'>mine: mining.json cannot be shown, since it is not as dice writes it.</p>"]
 
 
 def _stored(file: Path) -> dict[str, Any] | None:
@@ -100,9 +112,10 @@ def _stored(file: Path) -> dict[str, Any] | None:
     if file_state(file) not in ("intact", "unmarked"):
         return None
     try:
-        return dict(read_json(file))
+        value = read_json(file)
     except DataError:
         return None
+    return value if isinstance(value, dict) else None
 
 
 def _mining(summary: dict[str, Any]) -> list[str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from dice_py.errors import DataError
+from dice_py.rows.file_kinds import check_file
 from dice_py.storage.parquet import read_parquet
 
 
@@ -36,20 +40,15 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Yields the rows of a file.
 
     Raises:
-        DataError: the file is absent, empty, of an unknown type, or cannot be read at all.
+        DataError: the file is absent, empty, of a kind that is not read, or cannot be read at all.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist (or is not a file)")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
+    check_file(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         yield from _parquet_rows(path)
-    elif suffix in (".jsonl", ".ndjson", ".json"):
+    else:
         # By content: a list is often named .jsonl, and one object a line .json.
         yield from _list_rows(path) if _is_list(path, suffix) else _jsonl_rows(path)
-    else:
-        raise DataError(f"{path}: unknown file type {suffix!r}; use .jsonl, .json or .parquet")
 
 
 def _row(path: Path, place: str, read: Callable[[str], dict[str, Any]]) -> Row:
@@ -58,9 +57,39 @@ def _row(path: Path, place: str, read: Callable[[str], dict[str, Any]]) -> Row:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    for index, row in enumerate(read_parquet(path).iter_rows(named=True)):
+    rows = _with_python_times(read_parquet(path)).iter_rows(named=True)
+    for index in itertools.count():
+        try:
+            row = next(rows, None)
+        except (ValueError, OverflowError, pl.exceptions.PanicException) as error:
+            raise DataError(
+                f"{path} cannot be read: a time inside of a column ({error}); write it as text, or leave it out"
+            ) from None
+        if row is None:
+            return
         # Parquet fills the fields that one row has and another lacks with nulls, at every depth.
         yield _row(path, f"row {index}", lambda _, row=row: {name: _without_nulls(row[name]) for name in row})  # type: ignore[misc]
+
+
+def _with_python_times(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows, without dates and times that Python's types cannot hold (the year 148108): such columns are not read.
+
+    One that is read is refused as any other date is, since no column of the data is one.
+    """
+    day, years = 86_400, (-62_135_510_400, 253_402_214_400)  # seconds of the years 1 and 9999, in any time zone
+    held = []
+    for name, dtype in frame.schema.items():
+        if dtype == pl.Date:
+            least, most = years[0] // day, years[1] // day
+        elif isinstance(dtype, pl.Datetime | pl.Duration):
+            per_second = {"ms": 10**3, "us": 10**6, "ns": 10**9}[dtype.time_unit]
+            seconds = years if isinstance(dtype, pl.Datetime) else (-day * 10**8, day * 10**8)
+            least, most = max(-(2**63), seconds[0] * per_second), min(2**63 - 1, seconds[1] * per_second)
+        else:
+            continue
+        column = frame[name]
+        held.append(pl.when(column.to_physical().is_between(least, most)).then(column).alias(name))
+    return frame.with_columns(held)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -119,7 +148,8 @@ def _parse(data: bytes, where: str) -> Any:
         raise DataError(f"{where}: a JSON object has the key {str(error)!r:.80} twice; remove one of them") from None
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where}: not valid JSON ({error.msg} at {at}); fix or remove it") from None
+        what = error.msg.removesuffix(" at")  # as some of Python's messages end
+        raise DataError(f"{where}: not valid JSON ({what} at {at}); fix or remove it") from None
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply; fix or remove it") from None
     return value

@@ -103,7 +103,11 @@ class Run:
         fields = job.key_fields()
         name, key = f"{round_name(number)}/{stage.name}", job.key()
         entry = self.manifest.stage(name)
-        if entry is not None and entry.get("key") == key and entry.get("status") == "done":
+        # An entry without all of its fields is none of a stage that is done.
+        complete = (
+            entry is not None and entry.get("status") == "done" and {"seconds", "counts", "files"} <= entry.keys()
+        )
+        if entry is not None and entry.get("key") == key and complete:
             files = self._files(entry)
             incomplete = job.incomplete(files)
             if not incomplete:
@@ -188,6 +192,11 @@ class Run:
     def _relative(self, path: Path) -> str:
         """How the manifest names a path."""
         return str(path.relative_to(self.folder))
+
+
+def _is_done(entry: dict[str, Any]) -> bool:
+    """Whether a stage is done; one whose entry lacks a field is made again."""
+    return entry.get("status") == "done" and {"seconds", "counts", "files"} <= entry.keys()
 
 
 def _digest_of(path: Path) -> str | None:

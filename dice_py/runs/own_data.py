@@ -16,6 +16,7 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
+from dice_py.rows.file_kinds import check_file
 from dice_py.storage.integrity import is_kept, set_aside
 from dice_py.storage.keys import digest, file_digest, seed_for, versions
 from dice_py.storage.parquet import intact_key, parquet_meta, write_parquet
@@ -49,6 +50,8 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
     for name, file in sources.items():
         if file is not None:
             gone = name in stored and not Path(file).is_file()
+            if not gone:
+                check_file(Path(file))
             contents[name] = stored[name] if gone else file_digest(Path(file))
     columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
     held_out = [config.evaluate.prompts, config.evaluate.pairs]

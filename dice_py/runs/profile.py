@@ -25,16 +25,14 @@ Where groups work in parallel, start-up is that of the slowest. None (null): not
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dice_py.runs.event_log import Event, finite_number, read_events
 from dice_py.storage.files import Manifest, write_sealed
-
-Event = dict[str, Any]
 
 STARTS = ("spawn", "import", "load")
 _SUMMED = ("processes", "start_up_seconds", *(f"{name}_seconds" for name in STARTS), "work_seconds", "rest_seconds")
@@ -104,23 +102,6 @@ def write_profile(folder: Path) -> None:
         write_sealed(folder / "profile.json", values, "profile")
 
 
-def read_events(path: Path) -> list[Event]:
-    """The events of a run, in order; none without a file. A line that a kill cut short is skipped."""
-    events: list[Event] = []
-    if not path.is_file():
-        return events
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            named = isinstance(event, dict) and isinstance(event.get("event"), str)
-            if named and _number(event.get("time")) is not None:
-                events.append(event)
-    return events
-
-
 def _timeline(events: list[Event]) -> _Timeline:
     sessions: list[list[Event]] = []
     for event in events:
@@ -153,7 +134,7 @@ def _add_session(timeline: _Timeline, session: list[Event]) -> None:
         elif kind == "stage" and event.get("status") == "done":
             if isinstance(current, _Attempt):
                 current.done = True
-                current.seconds = _number(event.get("seconds")) or 0.0
+                current.seconds = finite_number(event.get("seconds")) or 0.0
             current = between.setdefault(stage.partition("/")[0], _Span())
         else:
             current.events.append(event)
@@ -187,7 +168,7 @@ def _stage(name: str, entry: dict[str, Any], attempts: list[_Attempt]) -> dict[s
     if not attempts:  # made by an older version, which recorded no events
         nothing: dict[str, Any] = dict.fromkeys(("groups", *_SUMMED, "tokens", "tokens_per_second", "mfu"))
         status = "done" if entry.get("status") == "done" else "unfinished"
-        seconds = _round_off(_number(entry.get("seconds")) or 0.0)
+        seconds = _round_off(finite_number(entry.get("seconds")) or 0.0)
         return {**head, "status": status, "seconds": seconds, **nothing, **_gpus([]), "throughput": {}}
     *earlier, last = attempts
     head["lost_seconds"] = _round_off(sum(attempt.seconds for attempt in earlier))
@@ -239,10 +220,10 @@ class _Process:
     @classmethod
     def of(cls, event: Event) -> _Process:
         parts = event.get("seconds") or {}
-        starts = {name: _number(parts.get(name)) or 0.0 for name in STARTS}
-        total = _number(parts.get("total"))
+        starts = {name: finite_number(parts.get(name)) or 0.0 for name in STARTS}
+        total = finite_number(parts.get("total"))
         if total is None:
-            total = sum(starts.values()) + (_number(parts.get("work")) or 0.0)
+            total = sum(starts.values()) + (finite_number(parts.get("work")) or 0.0)
         work = max(0.0, total - sum(starts.values()))
         return cls(event["time"] - total, event["time"], event.get("group"), starts, work)
 
@@ -299,21 +280,21 @@ def _throughput(attempt: _Attempt) -> dict[str, dict[str, Any]]:
             kinds.setdefault(str(event.get("stage")).rpartition("/")[2], []).append(event)
     throughput = {}
     for kind, events in kinds.items():
-        tokens = int(sum(_number(event.get("tokens")) or 0.0 for event in events))
+        tokens = int(sum(finite_number(event.get("tokens")) or 0.0 for event in events))
         # Shards overlap, in one process and in several: a second of work on two shards counts once.
         seconds = _covered(
-            (max(attempt.began, event["time"] - (_number(event.get("seconds")) or 0.0)), event["time"])
+            (max(attempt.began, event["time"] - (finite_number(event.get("seconds")) or 0.0)), event["time"])
             for event in events
         )
         flops = possible = 0.0
         for event in events:
-            flops_run, share = _number(event.get("flops")), _number(event.get("mfu"))
+            flops_run, share = finite_number(event.get("flops")), finite_number(event.get("mfu"))
             if flops_run and share:
                 flops += flops_run
                 possible += flops_run / share
         throughput[kind] = {
             "shards": len(events),
-            "sequences": int(sum(_number(event.get("sequences")) or 0.0 for event in events)),
+            "sequences": int(sum(finite_number(event.get("sequences")) or 0.0 for event in events)),
             "tokens": tokens,
             "seconds": _round_off(seconds),
             "tokens_per_second": _round_off(tokens / seconds) if seconds else None,
@@ -365,11 +346,6 @@ def _notes(rounds: list[dict[str, Any]], timeline: _Timeline) -> list[str]:
     events = [event for span in (timeline.before, *timeline.between.values(), *attempts) for event in span.events]
     texts = [event["text"] for event in events if event["event"] == "gpu" and event.get("text")]
     return notes + list(dict.fromkeys(texts))
-
-
-def _number(value: Any) -> float | None:
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

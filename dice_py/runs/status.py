@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.runs.folder import check_plain, is_running, stage_names
 from dice_py.runs.profile import profile
-from dice_py.runs.stored_config import stored_config
+from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.storage.files import Manifest
 
 
@@ -22,8 +23,8 @@ def run_status(folder: Path) -> dict[str, Any]:
         UsageError: the folder holds no run.
         DataError: its manifest is damaged.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"{folder} holds no run (no config.yaml)")
+    if not (folder / CONFIG_FILE).is_file() and not has_config(folder):
+        raise UsageError(f"{folder} holds no run (no {CONFIG_FILE}); `dice status` lists those under runs/")
     check_plain(folder, links=True)
     config, _ = stored_config(folder)
     manifest = Manifest(folder / "manifest.json")
@@ -59,10 +60,12 @@ def run_profile(folder: Path) -> dict[str, Any]:
 def list_runs(runs: Path) -> list[dict[str, Any]]:
     """The state of every run under `runs`, without entries, by name; "unreadable" where it cannot be read."""
     statuses = []
+    if runs.is_dir():
+        os.scandir(runs).close()  # glob finds nothing in a folder that may not be read
     for config in sorted(runs.glob("*/config.yaml")):
         try:
             status = run_status(config.parent)
-        except DiceError:  # one broken folder must not hide the others
+        except (DiceError, OSError):  # one broken folder must not hide the others
             status = {"run": str(config.parent), "state": "unreadable", "stages": 0, "done": 0}
         statuses.append({name: value for name, value in status.items() if name != "entries"})
     return statuses

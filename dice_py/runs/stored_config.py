@@ -67,10 +67,12 @@ def store_config(folder: Path, config: RunConfig, manifest: Manifest, report: Re
             changed = changes(settings(with_absolute_paths(before)), settings(config))
             if changed:
                 report("note", text=f"settings changed: {listed(changed)}")
-    text = f"{dump(config)}# To change a setting: dice resume RUN --set section.key=value\n"
-    write_sealed_text(file, text, "# {}")
+                manifest.data["config_before"] = before.model_dump(mode="json")
+    # The copy first: after a kill in between, the file is the config before.
     manifest.data["config"] = config.model_dump(mode="json")
     manifest.save()
+    text = f"{dump(config)}# To change a setting: dice resume RUN --set section.key=value\n"
+    write_sealed_text(file, text, "# {}")
     return changed
 
 
@@ -82,17 +84,28 @@ def stored_config(folder: Path) -> tuple[RunConfig, str | None]:
 
     Raises:
         UsageError: the file cannot be read as a config, and the manifest has no copy.
-        DataError: the file is damaged, and the manifest has no copy.
+        DataError: the file is damaged, and the manifest has no copy; or both are whole, and of different runs.
     """
     path = folder / CONFIG_FILE
     state = file_state(path)
     copy = _copy(folder)
     if state == "intact":
         try:
-            return load_resolved(path), None
+            config = load_resolved(path)
         except DiceError:  # another file of ours, under this name
             if copy is None:
                 raise
+        else:
+            differing = [] if copy is None else changes(settings(copy), settings(config))
+            if copy is None or not differing:
+                return config, None
+            before = _copy(folder, "config_before")
+            if before is not None and settings(before) == settings(config):
+                return copy, None  # a kill came before the file was written
+            raise DataError(
+                f"{path} and {folder / 'manifest.json'} are of different runs ({listed(differing)}). Put the one back "
+                "that is of this run; or remove the other one, and what it has is made again from this run's"
+            )
     if state == "absent" and copy is not None:
         return copy, None
     if copy is None:
@@ -167,8 +180,8 @@ def _absolute(name: str) -> str:
         return name
 
 
-def _copy(folder: Path) -> RunConfig | None:
-    copy = Manifest(folder / "manifest.json").data.get("config")
+def _copy(folder: Path, name: str = "config") -> RunConfig | None:
+    copy = Manifest(folder / "manifest.json").data.get(name)
     try:
         return None if copy is None else RunConfig.model_validate(copy)
     except ValidationError:

@@ -23,6 +23,7 @@ from dice_py.generation.engines.factory import auto_engine
 from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.models.identity import model_identity
 from dice_py.models.sizes import model_size
+from dice_py.runs.event_log import Event, read_events
 from dice_py.runs.measured_costs import (
     EvaluateCosts,
     GenerateCosts,
@@ -34,7 +35,6 @@ from dice_py.runs.measured_costs import (
     remember_costs,
     remember_lengths,
 )
-from dice_py.runs.profile import Event, read_events
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.keys import digest, versions

@@ -7,12 +7,14 @@ written anew each time. A journal checks each of its records when it is opened.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dice_py.errors import UsageError
-from dice_py.runs.stored_config import CONFIG_FILE, has_config
+from dice_py.errors import DiceError, UsageError
+from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
+from dice_py.stages.registry import ROUND_STAGES, ROUND_ZERO_STAGES
 from dice_py.storage.digests import file_state, stored_digest
 from dice_py.storage.files import TEMPORARY, Manifest
 from dice_py.storage.integrity import DAMAGED, MODEL_STAMP, damaged_in, read_stamp
@@ -30,6 +32,12 @@ _SEALED = {
     "step0.json",
     "rendered-at.json",
 }
+_TABLES = re.compile(
+    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|pair-logps-.+|(generations|scores|ref-logps)"
+    r"-\d+|round-\d+)\.parquet"
+)
+_PLACES = ("inputs", "buffer", "evaluate")
+_OF_A_ROUND = frozenset((*ROUND_STAGES, *ROUND_ZERO_STAGES))
 
 
 def verify_run(folder: Path) -> dict[str, Any]:
@@ -57,9 +65,11 @@ def verify_run(folder: Path) -> dict[str, Any]:
             state = file_state(path)
             # An earlier version wrote no digest into the config, and no copy of it into the manifest.
             older = path.name == CONFIG_FILE and state == "unmarked" and not has_config(folder)
-            if state != "intact" and not older:  # "absent": a folder or a device in the place of a file
+            foreign = state == "unmarked" and not _is_own(path.relative_to(folder))
+            if state != "intact" and not older and not foreign:  # "absent": a folder or a device in place of a file
                 bad.append(path)
     bad += _listed_and_other(folder)
+    bad += _other_config(folder)
     bad = list(dict.fromkeys(bad))
     return {
         "run": str(folder),
@@ -88,6 +98,24 @@ def _artifacts(folder: Path) -> Iterator[Path]:
                 yield from _artifacts(path)
 
 
+def _is_own(path: Path) -> bool:
+    """Whether a run writes files of this name at this place. People keep tables of their own beside them."""
+    *parents, name = path.parts
+    if not parents:
+        return name in _SEALED or name == CONFIG_FILE
+    in_round = re.fullmatch(r"round-\d+", parents[0]) is not None and parents[1:2] and parents[1] in _OF_A_ROUND
+    return (name in _SEALED or _TABLES.fullmatch(name) is not None) and bool(parents[0] in _PLACES or in_round)
+
+
+def _other_config(folder: Path) -> list[Path]:
+    """The config, if it cannot be used, or is another one than the manifest has, intact as it may be."""
+    try:
+        problem = stored_config(folder)[1]
+    except DiceError as error:
+        problem = str(error)
+    return [] if problem is None else [folder / CONFIG_FILE]
+
+
 def _listed_and_other(folder: Path) -> list[Path]:
     """What the manifest names and is not there, or is another file, intact as it may be; of a model, its stamp."""
     absent = [] if (folder / CONFIG_FILE).exists() else [folder / CONFIG_FILE]
@@ -95,6 +123,8 @@ def _listed_and_other(folder: Path) -> list[Path]:
     if stored.is_damaged and stored.path.exists():  # of another kind, if its digest holds
         absent.append(stored.path)
     manifest = stored.data
+    if not stored.path.exists() and any(folder.glob("round-*/*")):
+        absent.append(stored.path)
     listed = manifest.get("others", {})
     for entry in manifest["stages"].values():
         listed = listed | {file["file"]: file.get("digest") for file in entry.get("files", [])}

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -145,6 +146,31 @@ def remove_temporaries(folder: Path) -> None:
         _remove(temporary)
 
 
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes the temporary files and folders that killed processes left in a folder, which others may be using.
+
+    Args:
+        folder: what lies in folders inside of it is left.
+        name: of the file that they were to become; None: of any.
+    """
+    stem = r".+\.(\d{1,7})" if name is None else re.escape(name) + r"\.(\d+)(?:\.\w+)?"
+    leftover = re.compile(rf"\.{stem}{re.escape(TEMPORARY)}")
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        found = leftover.fullmatch(path.name)
+        if found is not None and not _process_exists(int(found[1])):
+            _remove(path)
+
+
+def _process_exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -178,7 +204,7 @@ def read_json(path: Path) -> Any:
         return _unsealed(value) if isinstance(value, dict) else value
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: of its text, its syntax, or an integer's digits
         raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -212,7 +238,7 @@ def read_sealed(path: Path, key: str | None = None) -> dict[str, Any] | None:
         if file_state(path) != "intact":
             return None
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or (key is not None and value.get(KEY_NAME) != key):
         return None
@@ -227,7 +253,7 @@ def _is_manifest(value: dict[str, Any]) -> bool:
     """Whether the stages of a manifest, and the files that they list, are of the types that `Manifest` writes."""
 
     def is_file(item: Any) -> bool:
-        return isinstance(item, dict) and isinstance(item.get("file"), str) and isinstance(item.get("key"), str)
+        return isinstance(item, dict) and _is_inside(item.get("file")) and isinstance(item.get("key"), str)
 
     def is_stage(entry: Any) -> bool:
         if not isinstance(entry, dict) or not isinstance(entry.get("counts", {}), dict):
@@ -237,7 +263,13 @@ def _is_manifest(value: dict[str, Any]) -> bool:
         return has_seconds and isinstance(files, list) and all(map(is_file, files))
 
     stages, others = value.get("stages"), value.get("others", {})
-    return isinstance(stages, dict) and all(map(is_stage, stages.values())) and isinstance(others, dict)
+    has_stages = isinstance(stages, dict) and all(map(is_stage, stages.values()))
+    return has_stages and isinstance(others, dict) and all(map(_is_inside, others))
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a manifest names a file of its own folder: what is damaged of a stage is renamed, and none elsewhere."""
+    return isinstance(name, str) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 class Manifest:
@@ -245,11 +277,16 @@ class Manifest:
 
     It carries its digest of itself. A damaged one reads as an empty one (`is_damaged`): the stages find their files by
     the keys and digests that these carry.
+
+    Raises:
+        OSError: it is there and may not be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data: dict[str, Any] = {"version": 1, "created": time.time(), "stages": {}}
+        if path.is_file():
+            path.open("rb").close()  # what may not be read is not damaged, and must not be set aside
         stored = read_sealed(path, "manifest") or self._of_older_version()
         if stored is not None and not _is_manifest(stored):
             stored = None
@@ -263,7 +300,7 @@ class Manifest:
             return None
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         is_older = isinstance(stored, dict) and isinstance(stored.get("stages"), dict) and KEY_NAME not in stored
         return stored if is_older else None

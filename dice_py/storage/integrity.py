@@ -91,6 +91,9 @@ def damaged_in(folder: Path, name: str = MODEL_STAMP) -> list[Path]:
     """The files of a stamped folder that are missing or not as they were written; the stamp itself if that is one.
 
     It reads all files.
+
+    Raises:
+        OSError: one is there and may not be read, which is no damage.
     """
     stamp = read_stamp(folder, name)
     if stamp is None:
@@ -130,7 +133,7 @@ def _digests(files: list[Path]) -> list[str | None]:
     def digest(path: Path) -> str | None:
         try:
             return content_digest(path)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     with ThreadPoolExecutor(_READERS) as readers:

@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dice_py.errors import DataError
+from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.storage.digests import DIGEST_NAME, NO_DIGEST, embed_digest, file_state
 from dice_py.storage.files import KEY_NAME, atomic
 from dice_py.storage.schemas import fit
@@ -147,7 +147,7 @@ def parquet_meta(path: Path) -> Any:
     """The `meta` value in the footer of `path`; None if there is none."""
     try:
         return json.loads(_footer(path, _META) or "null")
-    except ValueError:  # damaged text
+    except (ValueError, RecursionError):  # damaged text
         return None
 
 
@@ -192,5 +192,9 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
         return pl.DataFrame(pl.from_arrow(table if columns is None else table.select(columns)))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+    except MemoryError:  # pyarrow's is an ArrowException too
+        raise OutOfMemoryError(
+            f"{path}: there is not enough memory to read it; free some, or raise the limit"
+        ) from None
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None

@@ -57,7 +57,7 @@ def test_inputs_that_are_no_regular_files(refused, arguments: tuple[str, ...]) -
 def test_a_pipe_in_a_config(refused) -> None:
     os.mkfifo("pipe.jsonl")
     said = refused(3, "run", *MODELS, "--set", "data.prompts=pipe.jsonl", "--set", "replay.gamma=0", "--run-dir", "r")
-    assert "pipe.jsonl is a folder, a pipe or a device, not a regular file" in said
+    assert "pipe.jsonl is a pipe or a device, not a regular file" in said
 
 
 @pytest.mark.parametrize("name", ["score", "mined", "train"])

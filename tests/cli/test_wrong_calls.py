@@ -290,3 +290,30 @@ def test_an_sft_model_beside_a_policy_or_without_pairs(own, refused) -> None:
     assert "model.sft (--sft) is given without offline pairs" in said
     said = refused(3, "run", "--sft", "/absent", "--replay", "pairs.jsonl")
     assert said.startswith("error: model.sft (--sft): /absent is not a folder")
+
+
+def test_a_working_directory_that_was_removed(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    named = ["--policy", "./p", "--reference", "./r", "--prompts", "p.jsonl", "--replay", "r.jsonl"]
+    said = refused(2, "run", *named, "--run-dir", tmp_path / "run")
+    assert "the working directory was removed" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), ImportError("libarrow.so.2600: failed to map segment from shared object")],
+    ids=["allocation", "import"],
+)
+def test_too_little_memory_for_the_command_itself(
+    refused: Callable[..., str], error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dice_py.runs.status.run_status", full)
+    assert "there is not enough memory" in refused(4, "status", tmp_path)

@@ -244,7 +244,8 @@ def test_few_prompts_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     same(summary, out, dice_py.mine_pairs(frame, **options))
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [1.0, THOUSAND])
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, memory: float) -> None:
     scored().write_parquet(tmp_path / "scored.parquet")
     # No process has the number that is one above the greatest.
     dead = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
@@ -252,8 +253,11 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     for folder in (left, other):
         folder.mkdir()
         (folder / "segment-00000.arrow").write_text("half")
-    mine_files([str(tmp_path / "scored.parquet")], tmp_path / "pairs.parquet", memory_gib=THOUSAND)
+    half = tmp_path / f".pairs.parquet.{dead}{TEMPORARY}"
+    half.write_text("half")
+    mine_files([str(tmp_path / "scored.parquet")], tmp_path / "pairs.parquet", memory_gib=memory)
     assert not left.exists()
+    assert not half.exists()
     assert other.exists()
 
 

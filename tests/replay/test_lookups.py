@@ -104,6 +104,11 @@ def test_a_wrong_file_of_mined_pairs(tmp_path: Path, change: Any, said: str) -> 
     [
         ("scores", {"logp": pl.lit(None, pl.Float32)}, r"scores-00000.*'logp' is None in row 1"),
         ("scores", {"logp": pl.lit(float("nan"))}, r"scores-00000.*'logp' is nan in row 1"),
+        (
+            "scores",
+            {"logp": pl.lit(7.5)},
+            r"'logp' is 7.5 in row 1, but the logarithm .* never above zero",
+        ),
         ("scores", {"logp": pl.lit("text")}, r"scores-00000.*'logp' has dtype String"),
         ("generations", {"token_ids": pl.lit("text")}, r"generations-00000.*'token_ids' is String, not a list"),
         ("generations", {"token_ids": pl.lit([2**63], pl.List(pl.UInt64))}, r"token id 9223372036854775808 in row 0"),

@@ -28,7 +28,7 @@ from dice_py.config.run import RunConfig
 from dice_py.reporting.html import write_report
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
-from dice_py.runs.profile import read_events
+from dice_py.runs.event_log import read_events
 from dice_py.runs.verify import verify_run
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,9 @@ from dice_py.config.loading import resolve
 from dice_py.errors import DataError, InterruptedRunError
 from dice_py.events import Report, no_report
 from dice_py.runs import loop
+from dice_py.runs.event_log import read_events
 from dice_py.runs.folder import Run
-from dice_py.runs.profile import profile, read_events
+from dice_py.runs.profile import profile
 from dice_py.stages.job import StageResult
 from dice_py.stages.mine import MineJob
 from dice_py.storage.files import read_json
