@@ -170,6 +170,8 @@ class ChatTemplate:
         Raises:
             DataError: with the words that are left out.
         """
+        if len(response) == 1 and response[0]["content"].strip() in text:
+            return
         rendered, at = text.casefold(), 0
         for message in response:
             for word in _WORD.finditer(_TAG.sub(lambda tag: " " * len(tag[0]), message["content"])):

@@ -276,7 +276,9 @@ def _encode_rest(controls: ControlTokens, before: str, full: str, guard: Guard |
     SentencePiece puts a space before a text: encoded alone, " Yes" would begin with two, and "Yes" after a line break
     with one. Only where a token would reach over the border is the rest encoded alone.
     """
-    whole, first = controls.encode(full, guard, where), controls.encode(before, guard, where)
+    # Tokenizers cut texts at control tokens, so that nothing before the last one matters, but that it is not the first.
+    start = max((match.start() for match in controls.pattern.finditer(before)), default=0)
+    whole, first = (controls.encode(text[start:], guard, where) for text in (full, before))
     if whole[: len(first)] == first:
         return whole[len(first) :]
     return controls.encode(full[len(before) :], guard, where)

@@ -103,11 +103,7 @@ class Run:
         fields = job.key_fields()
         name, key = f"{round_name(number)}/{stage.name}", job.key()
         entry = self.manifest.stage(name)
-        # An entry without all of its fields is none of a stage that is done.
-        complete = (
-            entry is not None and entry.get("status") == "done" and {"seconds", "counts", "files"} <= entry.keys()
-        )
-        if entry is not None and entry.get("key") == key and complete:
+        if entry is not None and entry.get("key") == key and _is_done(entry):
             files = self._files(entry)
             incomplete = job.incomplete(files)
             if not incomplete:
