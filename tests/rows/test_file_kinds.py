@@ -35,8 +35,8 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", gzip.compress(ROWS.encode()), "is compressed by gzip; unpack it first (gunzip)"),
-        ("a.jsonl.gz", gzip.compress(ROWS.encode()), "is compressed by gzip; unpack it first (gunzip)"),
+        ("a.jsonl", gzip.compress(ROWS.encode(), mtime=0), "is compressed by gzip; unpack it first (gunzip)"),
+        ("a.jsonl.gz", gzip.compress(ROWS.encode(), mtime=0), "is compressed by gzip; unpack it first (gunzip)"),
         ("a.jsonl.bz2", bz2.compress(ROWS.encode()), "is compressed by bzip2"),
         ("a.json.xz", lzma.compress(ROWS.encode()), "is compressed by xz"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(9), "is compressed by zstd"),
@@ -115,7 +115,7 @@ def test_times_that_python_cannot_hold_are_not_read(dtype: pa.DataType, far: int
     [
         ("a.csv", b"prompt_id\n1\n", "dice mine reads Parquet: convert it"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "with: git lfs pull"),
-        ("a.parquet.gz", gzip.compress(b"x"), "is compressed by gzip"),
+        ("a.parquet.gz", gzip.compress(b"x", mtime=0), "is compressed by gzip"),
         ("a.jsonl", ROWS.encode(), "dice mine reads Parquet: convert it"),
     ],
 )
