@@ -259,7 +259,8 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOTrainer
 
-    from dice_py.training.trainer import peft_config, trainer_arguments
+    from dice_py.training.lora import peft_config
+    from dice_py.training.trainer import trainer_arguments
 
     config = settings(options, way)
     arguments = trainer_arguments(config, models(options), folder / "stock", BETA, SEED, pairs=options.pairs)
@@ -271,12 +272,13 @@ def stock(folder: Path, options: argparse.Namespace, spans: dict[str, float], wa
         timed(spans, DPOTrainer, "train", "training"),
         timed(spans, DPOTrainer, "save_model", "save"),
     ):
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, held))
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, held)),
+            model=model,
             args=arguments,
             train_dataset=Dataset.from_dict(pl.read_parquet(folder / "texts.parquet").to_dict(as_series=False)),
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-            peft_config=peft_config(config.lora),
+            peft_config=None if config.lora is None else peft_config(config.lora, model),
         )
         trainer.train()
         trainer.save_model(str(folder / "stock-model"))
