@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import DAMAGE, assert_same_results, empty, flip, notes, prepare_nothing, results, run_inline, truncate
+from damage import DAMAGE, assert_same_results, empty, flip, notes, results, truncate
 from own_run import Events, own_config
 from tiny_models import make_mistral
 
-from dice_py.compute.stage_process import WarmPool
 from dice_py.config.loading import load_resolved
 from dice_py.errors import DamagedError, DataError, UsageError
 from dice_py.generation import shard
 from dice_py.reporting.html import write_report
-from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
 from dice_py.runs.status import run_status
 from dice_py.runs.verify import verify_run
 from dice_py.storage.keys import seed_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline_stages")]
 
 CHANGES = ("rounds=1", "score.policy_logps=reuse_if_equal", "replay.buffer.capacity=50", "train.save_steps=")
 # The stages that a resume makes again.
@@ -49,17 +47,8 @@ ONCE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _inline() -> Any:
-    """Stages run in this process, which has torch already: a resume takes a second and not twenty."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "run_in_subprocess", run_inline)
-        patch.setattr(WarmPool, "prepare", prepare_nothing)
-        yield
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(inline_stages: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run. Read only."""
     base = tmp_path_factory.mktemp("damage")
     loop.run(own_config(base / "own", make_mistral, *CHANGES), base / "run", after_round=write_report)

@@ -9,35 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import assert_same_results, notes, prepare_nothing, results, run_inline
+from damage import assert_same_results, notes, results
 from own_run import Events, own_config
 from tiny_models import make_mistral
 
-from dice_py.compute.stage_process import WarmPool
 from dice_py.errors import DataError
 from dice_py.reporting.html import write_report
-from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
 from dice_py.runs.status import run_status
 from dice_py.runs.verify import verify_run
 from dice_py.storage.files import read_json, read_sealed, write_sealed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline_stages")]
 
 NESTED = "[" * 100_000
 DIGITS = '{"a": ' + "9" * 6000 + "}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _inline() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "run_in_subprocess", run_inline)
-        patch.setattr(WarmPool, "prepare", prepare_nothing)
-        yield
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(inline_stages: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two rounds. Read only."""
     base = tmp_path_factory.mktemp("foreign")
     config = own_config(base / "own", make_mistral, "rounds=2", "train.save_steps=")
