@@ -25,7 +25,7 @@ from cli.plan import plan
 from cli.runs import resume, run, status
 from cli.stages import evaluate, generate, replay, score, train
 from cli.terminal import prepare_streams, say
-from dice_py.compute.interrupts import stopped_by_signals
+from dice_py.compute.interrupts import settle, stopped_by_signals
 from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, UsageError
 
 # Typer has Click's errors, under a path that depends on its version.
@@ -135,7 +135,7 @@ def _check_arguments(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """The console script: runs the application and turns errors into sentences and exit codes."""
+    """Runs the application and turns errors into sentences and exit codes."""
     prepare_streams()
     sys.exit(_run())
 
@@ -170,5 +170,17 @@ def _run() -> int:
     return int(code or 0)
 
 
+def console_script() -> None:
+    """`dice`: `main` as a process's whole work. The end of the process, seconds with torch, is part of it."""
+    with stopped_by_signals():
+        try:
+            main()
+        except SystemExit as ended:
+            settle(int(ended.code or 0))
+            raise
+        except KeyboardInterrupt:  # while an error was told
+            sys.exit(InterruptedRunError.exit_code)
+
+
 if __name__ == "__main__":
-    main()
+    console_script()

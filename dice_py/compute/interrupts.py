@@ -22,10 +22,11 @@ _AGAIN = b"error: interrupted again: stopped at once; completed files are kept, 
 
 
 class _Interrupts:
-    """Whether signals are handled, and whether one has come."""
+    """Whether signals are handled, whether one has come, and whether the program's exit code is settled."""
 
     active = False
     received = False
+    settled = False
 
 
 def _handler(number: int, frame: FrameType | None) -> None:
@@ -45,9 +46,22 @@ def _ignore_late_signals() -> None:
 
     It is registered before the handlers that end processes, and so is called after them.
     """
-    if _Interrupts.received:
+    if _Interrupts.received or _Interrupts.settled:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def settle(code: int) -> None:
+    """A signal from here on ends the process at once, with its exit code: its work is done, and its results are told.
+
+    To be called in the main thread. After a signal that stopped the work, the second one is handled as before.
+    """
+    if _Interrupts.received:
+        return
+    _Interrupts.settled = True
+    for number in _SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            signal.signal(number, lambda *_: os._exit(code))
 
 
 @contextlib.contextmanager
@@ -55,7 +69,8 @@ def stopped_by_signals() -> Iterator[None]:
     """Handles signals as above inside the block, once for all blocks inside each other.
 
     A signal that is ignored stays ignored, as under nohup. Outside the main thread, which alone may handle signals, it
-    does nothing. After a signal has come, its handler stays: the end of the program can be interrupted too.
+    does nothing. After a signal has come, its handler stays: the end of the program can be interrupted too. So do those
+    of `settle`.
     """
     if _Interrupts.active or threading.current_thread() is not threading.main_thread():
         yield
@@ -69,7 +84,7 @@ def stopped_by_signals() -> Iterator[None]:
         yield
     finally:
         _Interrupts.active = False
-        if not _Interrupts.received:
+        if not _Interrupts.received and not _Interrupts.settled:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

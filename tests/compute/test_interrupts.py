@@ -147,3 +147,25 @@ except KeyboardInterrupt:
 def test_a_signal_at_the_very_end_does_not_change_the_exit_code() -> None:
     ended = subprocess.run([sys.executable, "-c", _AT_THE_END], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (5, "")
+
+
+_AFTER_THE_END = """
+import atexit, os, signal, sys, time
+from dice_py.compute.interrupts import settle, stopped_by_signals
+def signalled():
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(60)
+atexit.register(signalled)
+with stopped_by_signals():
+    settle(3)
+    {at_once}
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("at_once", ["signalled()", "pass"])
+def test_a_signal_after_the_work_ends_the_process_at_once_with_its_exit_code(name: str, at_once: str) -> None:
+    code = _AFTER_THE_END.format(name=name, at_once=at_once)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50)
+    assert (ended.returncode, ended.stderr) == (3, "")
