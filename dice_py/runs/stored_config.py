@@ -20,6 +20,8 @@ from dice_py.storage.files import Manifest, write_sealed_text
 from dice_py.storage.integrity import set_aside
 
 CONFIG_FILE = "config.yaml"
+LOG = "events.jsonl"
+"""All that a run has that was killed before its config was written."""
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
@@ -29,7 +31,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
         UsageError: the folder holds a run of another config, or something else.
     """
     stored = folder / CONFIG_FILE
-    if stored.exists():
+    if stored.exists() or has_config(folder):
         # A run that failed before its first stage has nothing to lose: it may be started with another config.
         begun = Manifest(folder / "manifest.json").data["stages"] or any(folder.glob("round-*"))
         if not begun:
@@ -45,7 +47,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
                 f"continue that run as it is with: dice resume {folder}, or change it with: dice resume {folder} "
                 "--set section.key=value"
             )
-    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") and path.name != LOG for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
 
 
