@@ -35,6 +35,7 @@ _WRITTEN = {
     "score": ("scores-*.parquet", "ref-logps-*.parquet"),
     "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
     "train": ("model", "model/*", "checkpoints", "checkpoints/*"),
+    "extrapolate": ("model", "model/*"),
     "evaluate": ("eval_prompts.parquet", "eval_pairs.parquet", "pair-logps-*.parquet", "samples/*", "start/*"),
 }
 """What the commands write into their --out, as patterns."""

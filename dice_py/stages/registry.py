@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dice_py.stages.convert import ConvertJob
 from dice_py.stages.evaluate import EvaluateJob
+from dice_py.stages.extrapolate import ExtrapolateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.job import Job
 from dice_py.stages.mine import MineJob
@@ -37,6 +38,7 @@ class Stage:
 
 _TABLE = (
     Stage("world", WorldJob, (), "close other programs", None),
+    Stage("extrapolation", ExtrapolateJob, (), "close other programs", None),
     Stage("convert", ConvertJob, (), "close other programs", None),
     Stage("preflight", PreflightJob, (), "close other programs", "generate"),
     Stage(
