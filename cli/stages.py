@@ -280,7 +280,7 @@ def train(
 ) -> None:
     """Stage 5: one DPO run, with the policy as its own reference.
 
-    The new policy goes to OUT/model.
+    The new policy goes to OUT/model; with train.lora, the adapter that was merged into it to OUT/adapter.
     """
     from dice_py.stages.train import TrainJob
     from dice_py.storage.keys import file_digest
@@ -300,7 +300,8 @@ def train(
         devices=resolved.devices,
     )
     result = run_job(job, out)
-    print_result({"model": str(job.target), **result.counts}, as_json)
+    made = {"model" if folder == job.target else "adapter": str(folder) for folder, _ in result.files}
+    print_result({**made, **result.counts}, as_json)
 
 
 def evaluate(

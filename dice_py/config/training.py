@@ -13,10 +13,11 @@ Warmup = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class LoraConfig(Section):
-    """LoRA adapters. They are merged after training, so that every round ends with a complete model."""
+    """LoRA adapters. They are merged after training, so that a round ends with a complete model, and kept beside it."""
 
     r: Positive = Field(default=16, description="rank")
-    alpha: Positive = Field(default=32, description="scale: adapters are multiplied by alpha / r")
+    alpha: Positive = Field(default=32, description="scale: adapters are multiplied by alpha / r, or by alpha / √r")
+    use_rslora: bool = Field(default=False, description="scale by alpha / √r (rsLoRA, arXiv 2312.03732)")
     dropout: Probability = Field(
         default=0.0,
         description="on the adapters' input; changes nothing, since DPO trains without any dropout",
@@ -24,6 +25,15 @@ class LoraConfig(Section):
     target_modules: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="names of the adapted modules; all-linear: every linear layer but the head"
     )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="names of layers that are trained whole, in float32, beside the adapters: norms, head, embeddings",
+    )
+
+    def key_fields(self) -> dict[str, Any]:
+        """All settings. Those that came later are left out at their defaults, so that earlier keys still hold."""
+        later = {"use_rslora", "modules_to_save"}
+        return self.model_dump(exclude={name for name in later if not getattr(self, name)})
 
 
 class TrainConfig(Section):
@@ -109,7 +119,8 @@ class TrainConfig(Section):
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that decide the trained weights: all but how work is spread over processes."""
-        return self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
+        fields = self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
+        return fields if self.lora is None else fields | {"lora": self.lora.key_fields()}
 
     @model_validator(mode="after")
     def _check_processes(self) -> TrainConfig:
