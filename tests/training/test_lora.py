@@ -1,4 +1,4 @@
-"""The adapter that stays beside the policy: base + adapter is the policy, with rank-stabilized scales and whole layers."""
+"""The adapter beside the policy: base + adapter is the policy, with rank-stabilized scales and with whole layers."""
 
 from __future__ import annotations
 
