@@ -301,7 +301,10 @@ def _costs(config: RunConfig, folder: Path, manifest: Manifest, rounds: _Rounds)
             checkpoint_bytes=0,
             peak_bytes=0,
         ),
-        evaluate=EvaluateCosts(
+        # Where rounds extrapolate, their evaluations find the samples made.
+        evaluate=None
+        if config.extrapolate.tried
+        else EvaluateCosts(
             workload=(metrics.get("eval_prompts", 0), metrics.get("eval_samples", 0), metrics.get("eval_pairs", 0)),
             work=[seconds["work"] for seconds in evaluations],
             load=[seconds["load"] for seconds in evaluations],
