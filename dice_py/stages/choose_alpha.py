@@ -31,6 +31,11 @@ METRICS = {"accuracy": "implicit_reward_accuracy", "win_rate": "oracle_win_rate"
 _LENGTH = "mean_response_tokens"
 
 
+def alpha_folder(out: Path, alpha: float) -> Path:
+    """The folder of an α in that of the stage; its model is `model` there."""
+    return out / f"alpha-{float(alpha)!r}"
+
+
 @dataclass(frozen=True)
 class ChooseAlphaJob(Job):
     """Picks 0 or an α of `config.tried`, and writes `out/choice.json`; the model of an α ≠ 0 is `out/alpha-α/model`.
@@ -85,7 +90,7 @@ class ChooseAlphaJob(Job):
         return StageResult(files, choice)
 
     def _folder(self, alpha: float) -> Path:
-        return self.out / f"alpha-{alpha!r}"
+        return alpha_folder(self.out, alpha)
 
     def _job(self, alpha: float) -> ExtrapolateJob:
         trained = self.evaluation.policy

@@ -11,9 +11,10 @@ import pytest
 import torch
 from moved_models import assert_equal, expected, trained, weights
 from safetensors.torch import load_file, save_file
+from tiny_families import LATENT, SHAPE, build
 from tiny_models import make_llama, make_qwen2
 from tiny_sets import CPU
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dice_py.errors import DataError, UsageError
 from dice_py.events import no_report
@@ -201,3 +202,38 @@ def test_infinite_weights_and_alphas_are_refused(llama: Path, tmp_path: Path) ->
     for alpha in (math.nan, math.inf):
         with pytest.raises(UsageError, match="give a finite number"):
             write_extrapolated(plan, tmp_path, alpha, no_report)
+
+
+def assert_extrapolated(start: Path, after: Path, out: Path) -> None:
+    """By the models that transformers loads: 0.5 of the parameters' change is added, and buffers are AFTER's."""
+    before, now, made = (AutoModelForCausalLM.from_pretrained(folder) for folder in (start, after, out))
+    trainable = {name for name, _ in made.named_parameters(remove_duplicate=False)}
+    begun, ended = before.state_dict(), now.state_dict()
+    for name, value in made.state_dict().items():
+        change = 0.5 * (ended[name] - begun[name]) if name in trainable else torch.zeros(())
+        assert torch.allclose(value, ended[name] + change, atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GPT2", "Gemma2", "Bloom"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    """Merged experts, ties, and names with and without a prefix."""
+    build(family).save_pretrained(tmp_path / "start")
+    after = trained(tmp_path / "start", tmp_path / "after")
+    extrapolate(tmp_path / "start", after, tmp_path / "out", 0.5)
+    assert_extrapolated(tmp_path / "start", after, tmp_path / "out")
+
+
+def test_a_routers_correction_is_a_buffer(tmp_path: Path) -> None:
+    shape = {**SHAPE, **LATENT, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    groups = {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**shape, **groups))
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value += 0.5
+    model.save_pretrained(tmp_path / "after")
+    assert plan_extrapolation(tmp_path / "start", tmp_path / "after", CPU).copied == 1
+    extrapolate(tmp_path / "start", tmp_path / "after", tmp_path / "out", 0.5)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(weights(tmp_path / "out")[name], torch.full((4,), 0.5))
+    assert_extrapolated(tmp_path / "start", tmp_path / "after", tmp_path / "out")

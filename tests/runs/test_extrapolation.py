@@ -16,6 +16,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.models.identity import model_identity
 from dice_py.reporting.html import write_report
+from dice_py.runs.extrapolation import new_policy
 from dice_py.runs.loop import resume, run
 from dice_py.runs.status import run_status
 from dice_py.runs.verify import verify_run
@@ -87,6 +88,7 @@ def test_the_best_of_each_round_is_where_the_next_one_starts(
         assert found["extrapolation_alpha"] == choice["alpha"]
         assert found["mean_response_chars"] == max(values.values())
         policy = policy_of(folder, number)
+        assert new_policy(folder, base.name, found) == policy
         assert manifest[f"round-{number:02d}/evaluate"]["inputs"]["policy"] == model_identity(policy)
         assert manifest[f"round-{number:02d}/generate"]["inputs"]["policy"] == model_identity(start)
         before, after, new = (
