@@ -48,8 +48,6 @@ def logits(model: Any) -> torch.Tensor:
 def test_base_and_adapter_are_the_policy(run: Stage, llama: Path, lora: LoraConfig, packed: bool) -> None:
     run(lora=lora, packed=packed, **STEPS)
     job = run.job(lora=lora, packed=packed, **STEPS)
-    result = job.run()
-    assert result.files == [(run.model, job.key()), (job.adapter, job.key())]
     base = AutoModelForCausalLM.from_pretrained(llama)
     before = logits(base)
     loaded = logits(PeftModel.from_pretrained(base, job.adapter))
@@ -63,6 +61,7 @@ def test_base_and_adapter_are_the_policy(run: Stage, llama: Path, lora: LoraConf
     settings = json.loads((job.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == str(llama.resolve())
     assert settings["use_rslora"] == lora.use_rslora
+    assert settings["target_modules"] == sorted(settings["target_modules"])
 
 
 @pytest.mark.parametrize("stabilized", [False, True])
@@ -134,9 +133,7 @@ def test_a_training_without_its_adapter_folder_is_kept(run: Stage, llama: Path) 
     assert stamp is not None
     assert (stamp["key"], stamp["start"]) == (job.key(), model_identity(llama))
     assert damaged_in(job.adapter) == []
-    files = job.run().files
     shutil.rmtree(job.adapter)  # as an earlier version left it, or a person who needed the space
-    assert job.incomplete(files) == []
     made = (run.model / "model.safetensors").stat().st_ino
     assert job.run().files == [(run.model, job.key())]
     assert (run.model / "model.safetensors").stat().st_ino == made
