@@ -1,6 +1,6 @@
 """Extrapolates a training: θ₁ + α·(θ₁ − θ₀), of the weights θ₀ before it and θ₁ after it.
 
-ExPO (Zheng et al., arXiv 2404.16792, equation 1): a training that moved the weights a little way is carried on in the
+ExPO (Zheng et al., arXiv 2404.16792): a training that moved the weights a little way is carried on in the
 same direction, without any gradient. α = 0 gives the weights after the training, α = −1 those before it.
 
 Weights are read and written in parts of a few million values, so neither model is ever in memory. The files are those

@@ -40,11 +40,15 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "lora",
-    [LoraConfig(r=2), LoraConfig(r=4, use_rslora=True), LoraConfig(r=2, use_rslora=True, modules_to_save=WHOLE)],
-    ids=["plain", "rslora", "whole"],
+    ("lora", "packed"),
+    [
+        (LoraConfig(r=2), True),
+        (LoraConfig(r=4, use_rslora=True), False),
+        (LoraConfig(r=2, use_rslora=True, modules_to_save=WHOLE), True),
+        (LoraConfig(r=2, modules_to_save=WHOLE), False),
+    ],
+    ids=["plain", "rslora", "whole", "whole, padded"],
 )
-@pytest.mark.parametrize("packed", [True, False])
 def test_base_and_adapter_are_the_policy(run: Stage, llama: Path, lora: LoraConfig, packed: bool) -> None:
     run(lora=lora, packed=packed, **STEPS)
     job = run.job(lora=lora, packed=packed, **STEPS)
