@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from dice_py.config.loss import MINING_LABELS
 from dice_py.config.mining import MineConfig
 from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Positive, Section
 from dice_py.config.stages import (
@@ -63,10 +65,27 @@ class RunConfig(Section):
         pairs = most.get(mine.pairing, 1)
         return pairs if mine.pairs_per_prompt is None else min(pairs, mine.pairs_per_prompt)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _switch_on(cls, values: Any) -> Any:
+        """What the training method needs of the stages before it, where it is off."""
+        if not isinstance(values, Mapping):
+            return values
+        train, mine = (values.get(name, {}) for name in ("train", "mine"))
+        method = train.get("method") if isinstance(train, Mapping) else None
+        if not isinstance(method, str) or not isinstance(mine, Mapping):
+            return values
+        labels = {name: value for name, value in MINING_LABELS.get(method, {}).items() if not mine.get(name)}
+        changed = {**values, "mine": {**mine, **labels}} if labels else dict(values)
+        if method == "spa":
+            changed.setdefault("reward_reference", "initial")
+        return changed
+
     @model_validator(mode="after")
     def _check_run(self, info: ValidationInfo) -> RunConfig:
         if info.context == ONE_STAGE:
             return self
+        _check_method(self)
         if self.mine.min_responses > self.generate.samples:
             raise ValueError(
                 f"mine.min_responses is {self.mine.min_responses}, but generate.samples is "
@@ -84,6 +103,41 @@ class RunConfig(Section):
         else:
             _check_own_run(self)
         return self
+
+
+def _check_method(config: RunConfig) -> None:
+    """Checks that the training method gets what it needs of the stages before it."""
+    train, mine = config.train, config.mine
+    if train.method == "rdpo" and train.length_weight == "auto" and (mine.debias, mine.length) != ("linear", "tokens"):
+        raise ValueError(
+            "train.length_weight is auto, the penalty per token that mining finds, but mine.debias is "
+            f"{mine.debias} and mine.length is {mine.length}: set mine.debias=linear and mine.length=tokens, or "
+            "train.length_weight to a number"
+        )
+    if train.method == "spa" and config.reward_reference != "initial":
+        raise ValueError(
+            "train.method is spa, whose rewards are against the first reference, but reward_reference is "
+            f"{config.reward_reference}: set reward_reference=initial"
+        )
+    if train.weight_column is not None and train.weight_column not in WEIGHT_COLUMNS:
+        raise ValueError(
+            f"train.weight_column is {train.weight_column!r}, which no stage of a run writes; it may be one of "
+            f"{', '.join(WEIGHT_COLUMNS)}"
+        )
+    needed = WEIGHT_COLUMNS.get(train.weight_column or "margin")
+    if needed is not None and not getattr(mine, needed):
+        raise ValueError(
+            f"train.weight_column is {train.weight_column!r}, a label that mining adds with mine.{needed}: set it"
+        )
+
+
+WEIGHT_COLUMNS = {
+    "margin": None,
+    "chosen_win_rate": "win_rates",
+    "soft_label": "soft_labels",
+    "consistency": "second_reward",
+}
+"""Columns of a run's training set that pairs can be weighed by, with the setting of `mine` that adds each."""
 
 
 def _weights_offline_pairs(config: RunConfig) -> bool:

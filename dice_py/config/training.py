@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dice_py.config.loss import ADDED_FIELDS, LossConfig
 from dice_py.config.shared import Positive, Probability, Section
 
 Warmup = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -26,8 +27,8 @@ class LoraConfig(Section):
     )
 
 
-class TrainConfig(Section):
-    """DPO training of the policy, with its own start as the reference. Names are TRL's where TRL has the setting."""
+class TrainConfig(LossConfig):
+    """Training of the policy on preference pairs. Names are TRL's where TRL has the setting."""
 
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(default=5e-7, description="peak learning rate")
     lr_scheduler_type: str = Field(default="constant_with_warmup", description="a scheduler of transformers")
@@ -55,9 +56,6 @@ class TrainConfig(Section):
     )
     per_device_train_batch_size: Positive = Field(
         default=4, description="pairs per forward pass of one device, on padded rows"
-    )
-    sft_weight: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0, description="weight of the NLL of the chosen response, added to the loss (TRL's sft loss)"
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="AdamW's weight decay")
     max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(
@@ -109,7 +107,10 @@ class TrainConfig(Section):
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that decide the trained weights: all but how work is spread over processes."""
-        return self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
+        fields = self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
+        # Keys of runs that earlier versions made stay as they are.
+        same = [name for name in ADDED_FIELDS if fields[name] == type(self).model_fields[name].get_default()]
+        return {name: value for name, value in fields.items() if name not in same}
 
     @model_validator(mode="after")
     def _check_processes(self) -> TrainConfig:

@@ -72,6 +72,13 @@ TRAINING_SET = _schema(
     source=pl.String,
 )
 
+START_LOGPS = ("start_chosen_logps", "start_rejected_logps")
+"""Further columns of a training set whose reference is not the policy that training starts from: Σ log π of that
+policy, f32 in nats. The check at step 0 compares with them."""
+
+TRAINING_LABELS = _schema(margin=pl.Float32, **{n: t for n, t in MINED_LABELS.items() if not n.endswith("_policy")})
+"""Further columns of a training set, where the mined pairs have them: null for replayed pairs of files."""
+
 
 def fit(frame: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
     """Selects the columns of a schema and casts them to it. Messages keep the field `extra` where they have it."""

@@ -3,6 +3,10 @@
 If the loss is something else, trainer and scorer do not compute the same log-probabilities: tokens, masks, model or
 dtype differ. Training would then start from a wrong reference, so it does not start.
 
+The check is of the log-probabilities of complete responses, and of DPO's loss on their differences, whatever the
+method: what a method adds to them is no reason for another tolerance. Where the reference is another model
+(train.reference=initial), the training set has the policy's log-probabilities at the start, and they are compared.
+
 In float32 the loss must be ln 2 within 1e-3, and each log-probability the reference's within 0.1 nats. In a 16-bit
 dtype rounding moves a response's log-probability by more: by 0.1 nats over 30 tokens of a tiny model, by 0.8 nats over
 96 tokens of a real one with 135M weights. How much depends on the model, its layers and the responses, so it is
@@ -24,12 +28,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError
+from dice_py.storage.schemas import START_LOGPS
 
 if TYPE_CHECKING:
     import torch
 
     from dice_py.training.pair_trainer import PairTrainer
 
+_STORED = tuple((name, name.replace("start", "ref")) for name in START_LOGPS)
+"""Where the reference is another model, the policy's own log-probabilities are stored too."""
 _FLOAT32_TOLERANCE = 0.1
 """Nats. Two float32 sums over thousands of tokens differ by much less; an error in one token exceeds it."""
 _LOSS_TOLERANCE = 1e-3
@@ -44,7 +51,7 @@ class Step0(NamedTuple):
     """The measurement before the first step, the same on every rank.
 
     Attributes:
-        loss: mean DPO loss, without the SFT term.
+        loss: mean DPO loss on the differences from what is stored, without the terms of methods and the SFT term.
         max_abs_difference: largest |log π − stored reference| of a response, in nats.
         rms_difference: root mean square of log π − stored reference over the responses, in nats.
         spread: root mean square over the responses of the difference between two ways of rounding, in nats; 0 in
@@ -137,7 +144,7 @@ def measure_step0(trainer: PairTrainer, pairs: int) -> Step0:
                 with rounded_otherwise(trainer.model_wrapped, dtype):
                     otherwise = trainer.token_logps(trainer.model_wrapped, batch).double().sum(dim=1)
         if number < len(forwards):
-            differences = logps - torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).double()
+            differences = logps - torch.cat([batch.get(name, batch[other]) for name, other in _STORED]).double()
             of_chosen, of_rejected = differences.chunk(2)
             loss += torch.nn.functional.softplus(-trainer.beta * (of_chosen - of_rejected)).sum().item()
             squares += differences.square().sum().item()

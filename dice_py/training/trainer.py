@@ -23,8 +23,8 @@ pyproject.toml has the range of versions):
     DPOTrainer.loss_types, loss_weights
                              the loss is the sum of the types' means over a batch, each times its weight
 
-The loss is that of a training method (training/methods/). A method for which TRL needs another trainer also needs its
-own `trainer_class`, and its own check at step 0 (training/step0.py), which is DPO's.
+The loss is a sum of TRL's types. A training method (training/methods/) adds terms to each pair's, which
+training/pair_loss.py puts into it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from dice_py.config.loss import loss_terms
 from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
@@ -43,9 +44,8 @@ from dice_py.models.loading import load_model, placement
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.files import read_json, read_sealed, write_json, write_sealed
 from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model, stamp_checkpoint
-from dice_py.training.dataset import COLUMNS, load_training_set
 from dice_py.training.lora import peft_config
-from dice_py.training.methods.registry import METHODS
+from dice_py.training.pair_terms import TRAINER_COLUMNS, load_pairs
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.schedule import training_steps, warmup_steps
 from dice_py.training.step0 import Step0, check_step0, measure_step0
@@ -116,6 +116,21 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def loss_arguments(config: TrainConfig, beta: float) -> dict[str, Any]:
+    """The arguments of TRL's DPOConfig that set the loss. What a method adds is in its terms (training/methods/)."""
+    terms = loss_terms(config)
+    smoothing = config.label_smoothing if config.method != "spa" else None
+    return {
+        "beta": beta,
+        "loss_type": [term.type for term in terms],
+        "loss_weights": [term.weight for term in terms],
+        "ld_alpha": config.ld_alpha,
+        "f_divergence_type": config.f_divergence_type,
+        "label_smoothing": smoothing or 0.0,
+        "use_weighting": config.use_weighting,
+    }
+
+
 def trainer_arguments(
     config: TrainConfig, models: ModelConfig, folder: Path, beta: float, seed: int, *, pairs: int
 ) -> Any:
@@ -139,9 +154,9 @@ def trainer_arguments(
     processes = world_size()
     arguments = DPOConfig(
         output_dir=str(folder),
-        **METHODS["dpo"](config, beta),
+        **loss_arguments(config, beta),
         precompute_ref_log_probs=True,
-        max_length=None,  # load_training_set leaves longer pairs out; nothing is truncated.
+        max_length=None,  # load_pairs leaves longer pairs out; nothing is truncated.
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=_accumulation_steps(config, processes),
         learning_rate=config.learning_rate,
@@ -195,7 +210,7 @@ def build_trainer(
     """Loads the policy into a trainer for `pairs`.
 
     Args:
-        pairs: with the columns of `load_training_set`.
+        pairs: of `load_pairs`.
         folder: of the checkpoints.
         report: receives a note when rows are padded, or memory runs out.
 
@@ -234,7 +249,11 @@ def build_trainer(
         report=report,
         model=model,
         args=arguments,
-        train_dataset=Dataset(pairs.select(COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
+        train_dataset=Dataset(
+            pairs.select(name for name in TRAINER_COLUMNS if name in pairs.columns).to_arrow(
+                compat_level=pl.CompatLevel.oldest()
+            )
+        ),
         processing_class=load_tokenizer(policy, models),
         peft_config=None if config.lora is None else peft_config(config.lora, model),
     )
@@ -281,7 +300,7 @@ def train_rank(
 
     Args:
         policy: the model folder to start from.
-        training_set: a Parquet file for `load_training_set`, with reference log-probabilities of `policy`.
+        training_set: a Parquet file for `load_pairs`.
         out: the stage's folder, with `checkpoints` and, in the end, `model`.
         beta: of the DPO loss.
         key: of the training, for the stamps of its checkpoints and its model.
@@ -299,7 +318,7 @@ def train_rank(
     """
     import torch
 
-    pairs, too_long = load_training_set(training_set, config.max_length)
+    pairs, too_long = load_pairs(training_set, config, beta)
     if layout.processes > 1 and layout.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     folder = out / "checkpoints"
