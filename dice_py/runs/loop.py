@@ -31,7 +31,7 @@ from dice_py.models.identity import model_identity
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
 from dice_py.runs.inputs import prepare
 from dice_py.runs.profile import write_profile
-from dice_py.runs.round import evaluate_round, run_round, run_round_zero
+from dice_py.runs.round import evaluate_round, previous_model, run_round, run_round_zero
 from dice_py.runs.stored_config import (
     CONFIG_FILE,
     check_folder,
@@ -41,6 +41,7 @@ from dice_py.runs.stored_config import (
     with_absolute_paths,
 )
 from dice_py.runs.throughput import remember_run
+from dice_py.scoring.shards import PreviousModel
 from dice_py.storage.files import make_folder, remove_temporaries
 from dice_py.storage.keys import versions
 
@@ -180,11 +181,13 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
         run.manifest.data[role] = {"folder": str(model), "identity": model_identity(model)}
     run.manifest.save()
     policy, reference = inputs.policy, inputs.reference
+    previous: PreviousModel | None = None
     metrics: dict[str, Any] = {}
     for number in range(1, config.rounds + 1):
         run.report_gpus(None)
         run.report("round", number=number, rounds=config.rounds)
-        next_policy = run_round(run, inputs, number, policy, reference)
+        next_policy = run_round(run, inputs, number, policy, reference, previous)
+        previous = previous_model(config, policy, reference)
         next_reference = policy if config.reward_reference == "previous" else inputs.reference
         metrics[round_name(number)] = evaluate_round(run, inputs, number, next_policy, next_reference)
         policy, reference = next_policy, next_reference

@@ -13,15 +13,14 @@ import polars as pl
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError
 from dice_py.storage.parquet import parquet_meta, present
-from dice_py.storage.schemas import START_LOGPS
+from dice_py.storage.schemas import SHARED_LOGPS, START_LOGPS
 from dice_py.training.dataset import COLUMNS, load_training_set
 from dice_py.training.methods.base import TERMS, Settings
 from dice_py.training.methods.registry import METHODS
 
-SHARED_LOGPS = ("ref_chosen_shared_logps", "ref_rejected_shared_logps")
 PAIR_TERMS = (*TERMS, "weight", *SHARED_LOGPS)
 """Columns of the trainer's pairs beyond log-probabilities of the complete responses; a column is there where it is
-needed. `SHARED_LOGPS` are the reference's sums over as many tokens as the shorter response has (train.ld_alpha)."""
+needed."""
 TRAINER_COLUMNS = (*COLUMNS, *START_LOGPS, *PAIR_TERMS)
 """All columns that the trainer's pairs may have."""
 
