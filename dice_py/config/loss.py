@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
-from dice_py.config.shared import Probability, Section
+from dice_py.config.shared import ADDED, Probability, Section
 
 MethodName: TypeAlias = Literal["dpo", "rdpo", "sppo", "cream", "spa", "soft"]
 LossType: TypeAlias = Literal[
@@ -46,45 +46,49 @@ class LossTerm(Section):
         return {"type": value} if isinstance(value, str) else value
 
 
+def _added(default: Any, description: str) -> Any:
+    """A setting that version 0.2 did not have, and did as the default says."""
+    return Field(default=default, description=description, json_schema_extra=ADDED)
+
+
 class LossConfig(Section):
     """The settings of `train` that set the loss. Names are TRL's where TRL has the setting."""
 
-    method: MethodName = Field(
-        default="dpo",
-        description="what the loss makes of the mined labels (docs/methods.md); it switches on those of mine that it "
-        "needs",
+    method: MethodName = _added(
+        "dpo",
+        "what the loss makes of the mined labels (docs/methods.md); it switches on those of mine that it needs",
     )
-    length_weight: Literal["auto"] | Annotated[float, Field(ge=0.0)] = Field(
-        default="auto",
-        description="method=rdpo: α, reward per token; auto: the penalty that mining found this round; 0: DPO",
+    length_weight: Literal["auto"] | Annotated[float, Field(ge=0.0)] = _added(
+        "auto",
+        "method=rdpo: α, reward per token; auto: the penalty that mining found this round; 0: DPO",
     )
-    consistency: Literal["round", "prompt"] = Field(
-        default="round", description="method=cream: C is the mean over the round's prompts, or each prompt's own"
+    consistency: Literal["round", "prompt"] = _added(
+        "round", "method=cream: C is the mean over the round's prompts, or each prompt's own"
     )
-    loss: list[LossTerm] | None = Field(
-        default=None,
-        description="TRL's loss types with their weights, [{type: sigmoid, weight: 1.0}, …]; none: the method's own",
+    loss: list[LossTerm] | None = _added(
+        None,
+        "TRL's loss types with their weights, [{type: sigmoid, weight: 1.0}, …]; none: the method's own",
     )
-    ld_alpha: Probability | None = Field(
-        default=None, description="LD-DPO's α, the weight of a response's tokens beyond the shorter one's length"
+    ld_alpha: Probability | None = _added(
+        None, "LD-DPO's α, the weight of a response's tokens beyond the shorter one's length"
     )
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
-        default="reverse_kl", description="f-DPO's divergence"
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _added(
+        "reverse_kl", "f-DPO's divergence"
     )
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
-        default=None,
-        description="share of wrong labels, for the losses robust, exo_pair, aot and aot_unpaired (none: 0), and for "
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = _added(
+        None,
+        "share of wrong labels, for the losses robust, exo_pair, aot and aot_unpaired (none: 0), and for "
         "the pairs of low confidence of method=spa (none: 0.1)",
     )
-    use_weighting: bool = Field(default=False, description="WPO: weigh pairs by the policy's probability of them")
-    weight_column: str | None = Field(
-        default=None,
-        description="a column of the training set, such as margin: weights of the pairs, divided by their mean; a pair "
+    use_weighting: bool = _added(False, "WPO: weigh pairs by the policy's probability of them")
+    weight_column: str | None = _added(
+        None,
+        "a column of the training set, such as margin: weights of the pairs, divided by their mean; a pair "
         "without one counts 1",
     )
-    reference: Literal["policy", "initial"] = Field(
-        default="policy",
-        description="π_ref of the loss: the policy that the round starts from, or always the first reference",
+    reference: Literal["policy", "initial"] = _added(
+        "policy",
+        "π_ref of the loss: the policy that the round starts from, or always the first reference",
     )
     sft_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0, description="weight of the NLL of the chosen response, added to the loss (TRL's sft loss)"
@@ -94,10 +98,6 @@ class LossConfig(Section):
     def _check_loss(self) -> LossConfig:
         _check_loss(self)
         return self
-
-
-ADDED_FIELDS = tuple(name for name in LossConfig.model_fields if name != "sft_weight")
-"""Settings that version 0.2 did not have."""
 
 
 def loss_terms(train: LossConfig) -> list[LossTerm]:

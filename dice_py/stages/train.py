@@ -40,7 +40,7 @@ from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
 from dice_py.training.checkpoints import checkpoint_stamp, is_trained, keep_model, last_checkpoint
 from dice_py.training.launcher import launch
-from dice_py.training.pair_terms import load_pairs
+from dice_py.training.pair_terms import label_note, load_pairs
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
 from dice_py.training.schedule import setting_notes, training_steps
 from dice_py.training.settings_check import check_training_settings
@@ -124,6 +124,8 @@ class TrainJob(Job):
         vocabulary = model_size(self.policy).vocabulary or None
         # Its errors come before processes start.
         pairs, _ = load_pairs(self.training_set, self.config, self.beta, vocabulary)
+        if (note := label_note(pairs, self.config)) is not None:
+            report("note", text=note)
         longer = pl.max_horizontal(pl.col("chosen_ids").list.len(), pl.col("rejected_ids").list.len())
         limit = model_positions(self.policy, self.models)
         check_positions(

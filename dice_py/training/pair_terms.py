@@ -67,6 +67,27 @@ def load_pairs(path: Path, config: TrainConfig, beta: float, vocabulary: int | N
     return kept.with_columns(series.cast(pl.Float64).alias(name) for name, series in terms.items()), too_long
 
 
+def label_note(pairs: pl.DataFrame, config: TrainConfig) -> str | None:
+    """A sentence for the user where the labels turn more of the loss around than they leave; else None."""
+    if "label" not in pairs.columns:
+        return None
+    labels = pairs["label"].filter(pairs["label"] < 1.0)
+    mean = labels.mean()
+    if not isinstance(mean, float) or mean >= 0.5:
+        return None
+    why = (
+        ": the two rankings of mine.second_reward disagree more than they agree (in round 1 the second one is that of "
+        "the reference's log-probabilities, which the reward has the opposite sign of). Set train.method=dpo, or "
+        "another mine.second_reward"
+        if config.method == "cream"
+        else f" (train.method={config.method})"
+    )
+    return (
+        f"warning: the labels of {len(labels)} pairs have the mean {mean:.3g}, below one half, so that the loss "
+        f"prefers their rejected responses{why}"
+    )
+
+
 def _check_present(path: Path, config: TrainConfig, names: tuple[str, ...]) -> None:
     if not path.is_file():
         return  # `load_training_set` says so
@@ -115,7 +136,7 @@ def _weights(column: pl.Series, path: Path) -> pl.Series:
             "more"
         )
     known = weights.drop_nulls()
-    if len(known) and not known.any():
+    if len(known) and not (known > 0).any():
         raise DataError(f"{path}: column {column.name!r} has no weight above zero: nothing would be learned")
     if known.n_unique() <= 1:
         return pl.repeat(1.0, len(weights), eager=True)  # the mean of equal numbers need not be that number

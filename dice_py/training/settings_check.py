@@ -6,18 +6,20 @@ is built on it, the adapters are put into the policy without its weights.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from dice_py.config.passthrough import refused_by
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
 from dice_py.training.lora import peft_config, special_layers
 
 
 def check_training_settings(config: TrainConfig, policy: Path, *, section: str = "train", remote_code: bool) -> None:
-    """Checks the trackers, the optimizer, the scheduler and the LoRA targets.
+    """Checks the passed options, the trackers, the optimizer, the scheduler and the LoRA targets.
 
     Args:
         policy: the model's folder, of which only config.json is read.
@@ -27,11 +29,31 @@ def check_training_settings(config: TrainConfig, policy: Path, *, section: str =
     Raises:
         UsageError: the message names the setting, what is missing, and the remedy.
     """
+    check_trainer_args(config.trainer_args, section)
     _check_trackers(config.report_to, section)
     optimizer = _check_optimizer(config, section)
     _check_scheduler(config, optimizer, section)
     if config.lora is not None:
         _check_adapters(config.lora, policy, section, remote_code)
+
+
+def check_trainer_args(options: dict[str, Any], section: str = "train") -> None:
+    """Checks further options of DPOConfig, by making one of them.
+
+    Raises:
+        UsageError: with the library's own message.
+    """
+    if not options:
+        return
+    from trl import DPOConfig
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            DPOConfig(output_dir=folder, use_cpu=True, report_to="none", **options)
+    except Exception as error:  # it checks little by itself, and what it does raises errors of any kind
+        raise refused_by(
+            "TRL's DPOConfig", f"{section}.trainer_args", error, [field.name for field in dataclasses.fields(DPOConfig)]
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -187,7 +187,7 @@ def trainer_arguments(
         report_to=config.report_to or "none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # Every weight is used, and a search takes time at each step.
-        dataloader_pin_memory=where.device != "cpu",
+        **{"dataloader_pin_memory": where.device != "cpu"} | config.trainer_args,
     )
     if processes == 1 and arguments.n_gpu > 1:
         # A single process trains on the first of several GPUs. Trainer would wrap the model in nn.DataParallel, which

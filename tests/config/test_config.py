@@ -300,7 +300,7 @@ def test_what_a_run_asks_of_the_miner(assignments: list[str], changed: dict[str,
         (["mine.min_margin_quantile=2"], "mine: min_margin_quantile is 2.0, but must be a number from 0 to 1"),
         (["mine.min_margin=.inf"], "mine.min_margin: Input should be a finite number"),
         (["mine.label_scale=0"], "mine: label_scale is 0.0, but must be a finite number above zero"),
-        (["mine.second_reward=reward"], "mine.second_reward: Input should be 'logp' or 'ref_logp'"),
+        (["mine.second_reward=reward"], "mine.second_reward: Input should be 'logp', 'ref_logp' or 'previous'"),
         (["mine.pool_rounds=0"], "mine.pool_rounds: Input should be greater than or equal to 1"),
         (
             ["mine.chosen_from=newest"],
