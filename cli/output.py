@@ -11,6 +11,8 @@ from cli.terminal import say
 if TYPE_CHECKING:
     import polars as pl
 
+    from dice_py.config.run import RunConfig
+    from dice_py.config.shared import ModelConfig
     from dice_py.stages.job import Job, StageResult
 
 
@@ -78,3 +80,15 @@ def echo_note(event: str, **fields: Any) -> None:
     """A `Report` that prints notes to stderr."""
     if event == "note":
         say(fields["text"], err=True)
+
+
+def reading(resolved: RunConfig) -> dict[str, Any]:
+    """How the rows of a user's file are read, as keywords of `read_prompts` and `read_pairs`."""
+    return {"rule": resolved.data.bad_rows, "ignored": resolved.data.ignored_keys, "report": echo_note}
+
+
+def models_at(resolved: RunConfig, policy: Path, out: Path) -> ModelConfig:
+    """The models' config, with the time that the policy's chat template prints, if it prints one."""
+    from dice_py.models.template_time import FILE, with_template_time
+
+    return with_template_time(resolved.model, policy, out / FILE, echo_note)

@@ -12,6 +12,7 @@ from cli.options import (
     Config,
     Force,
     Json,
+    Method,
     Prompts,
     Replay,
     Rounds,
@@ -38,6 +39,7 @@ def run(
     prompts: Prompts = None,
     replay: Replay = None,
     rounds: Rounds = None,
+    method: Method = None,
     seed: Seed = None,
     run_dir: RunDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost, as `dice plan` does.")] = False,
@@ -49,7 +51,7 @@ def run(
     With an SFT model, round 0 first trains the policy by DPO on the offline pairs. The world is made on first use, and
     used when no model is named.
     """
-    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, seed)
+    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed)
     if dry_run:
         show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
         return

@@ -152,6 +152,9 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"engine {calibration['engine']}; responses of {number(calibration['mean_response_tokens'])} tokens on "
         "average; pairs are an estimate"
     ]
+    if plan["method"] != "dpo" or plan["labels"]:
+        labels = f"; mining adds {', '.join(plan['labels'])}" if plan["labels"] else ""
+        lines.append(f"train.method={plan['method']}{labels}")
     if calibration["extrapolated_responses"]:
         lines.append(
             f"{calibration['extrapolated_responses']} of {calibration['responses']} responses of the calibration were "

@@ -16,6 +16,7 @@ from dice_py.models.memory import TrainingMemory, checkpoint_bytes, generate_mem
 from dice_py.models.sizes import ModelSize
 from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
+from dice_py.planning.method_costs import pair_passes
 from dice_py.planning.timeline import Task, shared_speed, timeline
 from dice_py.runs.measured_costs import StageCosts
 
@@ -160,8 +161,9 @@ class Estimator:
             },
         )
 
-    def score(self, counts: RoundCounts) -> _Estimate:
-        """The reference's pass, the gate, and the policy's pass where its log-probabilities are not reused."""
+    def score(self, counts: RoundCounts, number: int) -> _Estimate:
+        """The reference's pass, that of an earlier model if mining reads the reward of the round before, the gate, and
+        the policy's pass where its log-probabilities are not reused."""
         config, costs = self.config, self.costs.score
         all_tokens = counts.pool_tokens * costs.token_ratio
         own_tokens = (counts.prompt_tokens + counts.response_tokens) * costs.token_ratio
@@ -171,15 +173,17 @@ class Estimator:
             mean = counts.prompt_tokens / max(1, counts.prompts) + counts.response_tokens / max(1, counts.responses)
             gate = responses * mean
         policy_tokens = all_tokens - own_tokens if gate and costs.gate_passed else all_tokens
+        earlier = int(config.mine.second_reward == "previous" and number > 1)
         groups = self._groups(counts.shards)
         formula = score_memory([self.policy, self.reference], config, self.machine.dtype, self.machine.cuda)
-        work = costs.warm_up + costs.fixed + self._group_startup(groups) * (2 if policy_tokens else 1)
+        work = costs.warm_up + costs.fixed + self._group_startup(groups) * ((2 if policy_tokens else 1) + earlier)
         work += self._scoring(gate, 0)
-        work += self._scoring((all_tokens + policy_tokens) / groups, counts.pool_responses / groups)
+        tokens = all_tokens * (1 + earlier) + policy_tokens
+        work += self._scoring(tokens / groups, counts.pool_responses * (1 + earlier) / groups)
         return _Estimate(
             work=work,
-            load=costs.load * (2 if gate or policy_tokens else 1),
-            tokens=round(all_tokens + policy_tokens + gate),
+            load=costs.load * ((2 if gate or policy_tokens else 1) + earlier),
+            tokens=round(tokens + gate),
             disk=costs.bytes_per_response * counts.pool_responses,
             memory=self._memory(formula, costs.peak_bytes, groups),
             devices=groups if self.machine.cuda else 0,
@@ -195,8 +199,11 @@ class Estimator:
             counts={"responses": counts.pool_responses, "pairs": counts.mined},
         )
 
-    def replay(self, counts: RoundCounts) -> _Estimate:
-        """Tokenizes the replayed pairs, and scores them under the policy."""
+    def replay(self, counts: RoundCounts, number: int) -> _Estimate:
+        """Tokenizes the replayed pairs, and scores them under the policy, and under the reference if it is another.
+
+        Mined pairs are scored too where their scores lack what the loss needs.
+        """
         costs = self.costs.score
         formula = score_memory([self.policy], self.config, self.machine.dtype, self.machine.cuda)
         lacking = None
@@ -212,13 +219,16 @@ class Estimator:
         work = load = 0.0
         if counts.replay:
             work = self.tokenizer + costs.warm_up + costs.per_pair * counts.replay
-            work += self._scoring(counts.replay_tokens, 2 * counts.replay)
-            load = costs.load
-        total = counts.replay + min(counts.mined, counts.pairs)
+        mined = min(counts.mined, counts.pairs)
+        total = counts.replay + mined
+        passes, tokens, sequences = pair_passes(self.config, counts, mined, number)
+        if tokens:
+            work += self._scoring(tokens, sequences)
+            load = costs.load * passes
         return _Estimate(
             work=work,
             load=load,
-            tokens=counts.replay_tokens,
+            tokens=round(tokens),
             disk=costs.bytes_per_pair * total,
             memory=self._memory(formula, costs.peak_bytes, 1),
             devices=1 if self.machine.cuda else 0,
@@ -345,9 +355,9 @@ class Estimator:
         for number, counts in enumerate(rounds, start=1):
             for kind, stage in (
                 ("generate", self.generate(counts)),
-                ("score", self.score(counts)),
+                ("score", self.score(counts, number)),
                 ("mine", self.mine(counts)),
-                ("replay", self.replay(counts)),
+                ("replay", self.replay(counts, number)),
                 ("train", self.train(counts)),
                 ("evaluate", self.evaluate(number)),
             ):
@@ -371,7 +381,7 @@ class Estimator:
         """The stages of round 0: all offline pairs, under the SFT model and its training."""
         config = self.config.model_copy(update={"train": self.config.round0.training(self.config.train)})
         counts = count_round_zero(config, self.data, self.machine.processes)
-        return {"round-00/replay": self.replay(counts), "round-00/train": self.train(counts, config)}
+        return {"round-00/replay": self.replay(counts, 0), "round-00/train": self.train(counts, config)}
 
     def _entry(self, stage: _Estimate, seconds: float, wait: float, before: float) -> dict[str, Any]:
         """A stage's entry in the plan. `before`: seconds that precede it and count as its start-up."""

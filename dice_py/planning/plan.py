@@ -38,6 +38,7 @@ from dice_py.planning.costs import Estimator, Machine
 from dice_py.planning.counts import Data, count_rounds
 from dice_py.planning.decoding import draw_lengths
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
+from dice_py.planning.method_costs import mining_labels
 from dice_py.planning.response_lengths import calibrated_lengths
 from dice_py.runs.event_log import read_events
 from dice_py.runs.folder import Run
@@ -76,7 +77,8 @@ def plan(
         `work_seconds`, `gpu_hours`, `tokens`, `disk_bytes` (that stay), `transient_disk_bytes` (further ones while it
         works), `peak_memory_bytes` (of one GPU, or of the host), and its counts. For the run: `total_seconds`,
         `gpu_hours`, `cpu_hours` (without a GPU: its cores times its wall clock), `disk_bytes` and `peak_memory_bytes`
-        at their peak, `fits`, and `first_failure` (planning/feasibility.py), the first in order of work.
+        at their peak, `fits`, and `first_failure` (planning/feasibility.py), the first in order of work; `method`, the
+        training method, and the `labels` that mining adds.
 
     Raises:
         DiceError: the same errors that would stop the run before its first stage.
@@ -118,6 +120,8 @@ def plan(
         },
         "start_seconds": own_start,
         "rounds": config.rounds,
+        "method": config.train.method,
+        "labels": mining_labels(config),
         "stages": stages,
     }
 
@@ -260,6 +264,7 @@ def _mine_seconds(config: RunConfig, data: Data) -> float:
             "reward": rng.normal(size=count).astype(np.float32),
             "logp": rng.normal(size=count).astype(np.float32),
             "ref_logp": rng.normal(size=count).astype(np.float32),
+            "previous_reward": rng.normal(size=count).astype(np.float32),
             "token_ids": rng.integers(0, 2**63, count, dtype=np.uint64),
             "round": np.ones(count, dtype=np.uint32),
         }

@@ -48,6 +48,8 @@ def made_plan(**changes: Any) -> dict[str, Any]:
         },
         "start_seconds": 0.5,
         "rounds": 1,
+        "method": "dpo",
+        "labels": [],
         "stages": stages,
         **changes,
     }  # fmt: skip
