@@ -162,8 +162,8 @@ class Estimator:
         )
 
     def score(self, counts: RoundCounts, number: int) -> _Estimate:
-        """The reference's pass, that of an earlier model if mining reads the reward of the round before, the gate, and
-        the policy's pass where its log-probabilities are not reused."""
+        """The passes of the reference, of an earlier model for `mine.second_reward=previous`, of the gate, and of the
+        policy where its log-probabilities are not reused."""
         config, costs = self.config, self.costs.score
         all_tokens = counts.pool_tokens * costs.token_ratio
         own_tokens = (counts.prompt_tokens + counts.response_tokens) * costs.token_ratio
@@ -200,10 +200,7 @@ class Estimator:
         )
 
     def replay(self, counts: RoundCounts, number: int) -> _Estimate:
-        """Tokenizes the replayed pairs, and scores them under the policy, and under the reference if it is another.
-
-        Mined pairs are scored too where their scores lack what the loss needs.
-        """
+        """Tokenizes the replayed pairs, and scores what has no log-probabilities (planning/method_costs.py)."""
         costs = self.costs.score
         formula = score_memory([self.policy], self.config, self.machine.dtype, self.machine.cuda)
         lacking = None
