@@ -71,6 +71,9 @@ def score(
     reference: Reference,
     out: Out,
     beta: Annotated[float | None, typer.Option(help="β of the implicit reward.")] = None,
+    previous: Annotated[
+        str | None, typer.Option(help="An earlier policy: adds previous_reward, against the same reference.")
+    ] = None,
     prompt_tokens_column: Annotated[str, typer.Option(help="Column of prompt token ids.")] = "prompt_token_ids",
     tokens_column: Annotated[str, typer.Option(help="Column of response token ids.")] = "token_ids",
     config: Config = None,
@@ -100,6 +103,7 @@ def score(
         devices=resolved.devices,
         prompt_column=prompt_tokens_column,
         response_column=tokens_column,
+        previous=None if previous is None else (model_folder(previous, None, "--previous"), "policy"),
     )
     result = run_job(job, out)
     print_result({"files": [str(file) for file, _ in result.files]}, as_json)
