@@ -18,6 +18,7 @@ from typer import Abort
 from typer.core import TyperGroup
 
 from cli.demo import demo
+from cli.extrapolate import extrapolate
 from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
@@ -89,7 +90,7 @@ for command in (run, resume, status, plan, demo):
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)
-for stage in (replay, train, evaluate):
+for stage in (replay, train, evaluate, extrapolate):
     app.command(cls=Panels)(stage)
 
 

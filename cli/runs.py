@@ -94,10 +94,11 @@ def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
         print_json({"run": str(folder), "metrics": metrics})
         return
     from cli.tables import metrics_table, print_table
+    from dice_py.runs.extrapolation import new_policy
 
     print_table(metrics_table(metrics))
     last = list(metrics)[-1]
-    say(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
+    say(f"new policy: {new_policy(folder, last, metrics[last])}\nreport:     {folder / 'report.html'}")
 
 
 def status(

@@ -122,8 +122,8 @@ def train(
 ) -> None:
     """Stage 5: one run of DPO or another method.
 
-    The new policy goes to OUT/model. The reference is that of the training set: the policy itself, unless it was made
-    with another.
+    The new policy goes to OUT/model; with train.lora, the adapter that was merged into it to OUT/adapter. The reference
+    is that of the training set: the policy itself, unless it was made with another.
     """
     from dice_py.stages.train import TrainJob
     from dice_py.storage.keys import file_digest
@@ -143,7 +143,8 @@ def train(
         devices=resolved.devices,
     )
     result = run_job(job, out)
-    print_result({"model": str(job.target), **result.counts}, as_json)
+    made = {"model" if folder == job.target else "adapter": str(folder) for folder, _ in result.files}
+    print_result({**made, **result.counts}, as_json)
 
 
 def evaluate(
@@ -162,7 +163,7 @@ def evaluate(
     assign: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Stage 6: response lengths and reward accuracy on held-out data.
+    """Stage 6: lengths and reward accuracy on held-out data.
 
     Into OUT/metrics.json.
     """

@@ -17,6 +17,7 @@ _HIGHLIGHTS = {
     "mine": ("pairs", "alpha"),
     "replay": ("mined", "replay", "reached_share"),
     "train": ("pairs", "steps", "step0_loss", "final_loss"),
+    "extrapolate": ("alpha", "metric"),
     "evaluate": ("oracle_win_rate", "oracle_accuracy", "mean_response_tokens", "implicit_reward_accuracy"),
 }
 _SHOWN_MARGINS = ("0.05", "0.5", "0.95")
@@ -24,7 +25,9 @@ _SHOWN_MARGINS = ("0.05", "0.5", "0.95")
 
 def counts_text(stage: str, counts: dict[str, Any]) -> str:
     """The most telling counts of a stage, in one line; missing ones are left out."""
-    parts = [f"{name.replace('_', ' ')} {number(counts[name])}" for name in _HIGHLIGHTS[stage] if name in counts]
+    parts = [
+        f"{name.replace('_', ' ')} {number(counts[name])}" for name in _HIGHLIGHTS.get(stage, ()) if name in counts
+    ]
     if stage == "mine" and counts:
         parts += _mining(counts)
     return ", ".join(parts)

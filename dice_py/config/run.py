@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from dice_py.config.extrapolation import ExtrapolateConfig
 from dice_py.config.loss import MINING_LABELS
 from dice_py.config.mining import MineConfig
 from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Positive, Section
@@ -45,6 +46,7 @@ class RunConfig(Section):
     mine: MineConfig = Field(default_factory=MineConfig)
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    extrapolate: ExtrapolateConfig = Field(default_factory=ExtrapolateConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
 
@@ -102,6 +104,14 @@ class RunConfig(Section):
             _check_round_zero(self)
         else:
             _check_own_run(self)
+        problem = self.extrapolate.problem(
+            is_world=self.is_world,
+            prompts=self.evaluate.prompts,
+            pairs=self.evaluate.pairs,
+            has_pairs=self.is_world or self.data.replay is not None or self.data.eval_pairs is not None,
+        )
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
 

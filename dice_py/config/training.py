@@ -8,23 +8,31 @@ from pydantic import Field, field_validator, model_validator
 
 from dice_py.config.loss import LossConfig
 from dice_py.config.passthrough import PassedOptions, passed_options, refuse_own
-from dice_py.config.shared import Positive, Probability, Section
+from dice_py.config.shared import ADDED, Positive, Probability, Section
 
 Warmup = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
 """A number of optimizer steps, or a share of a training's steps."""
 
 
 class LoraConfig(Section):
-    """LoRA adapters. They are merged after training, so that every round ends with a complete model."""
+    """LoRA adapters. They are merged after training, so that a round ends with a complete model, and kept beside it."""
 
     r: Positive = Field(default=16, description="rank")
-    alpha: Positive = Field(default=32, description="scale: adapters are multiplied by alpha / r")
+    alpha: Positive = Field(default=32, description="scale: adapters are multiplied by alpha / r, or by alpha / √r")
+    use_rslora: bool = Field(
+        default=False, description="scale by alpha / √r (rsLoRA, arXiv 2312.03732)", json_schema_extra=ADDED
+    )
     dropout: Probability = Field(
         default=0.0,
         description="on the adapters' input; changes nothing, since DPO trains without any dropout",
     )
     target_modules: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="names of the adapted modules; all-linear: every linear layer but the head"
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="names of layers that are trained whole, in float32, beside the adapters: norms, head, embeddings",
+        json_schema_extra=ADDED,
     )
 
 

@@ -6,7 +6,7 @@ Arithmetic only: nothing is measured here. Seconds are wall clock; the costs are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,42 +16,13 @@ from dice_py.models.memory import TrainingMemory, checkpoint_bytes, generate_mem
 from dice_py.models.sizes import ModelSize
 from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
-from dice_py.planning.method_costs import pair_passes
+from dice_py.planning.machine import Machine
+from dice_py.planning.pair_costs import pair_passes, replay_shortage
 from dice_py.planning.timeline import Task, shared_speed, timeline
 from dice_py.runs.measured_costs import StageCosts
 
 _PAIR_BYTES = 64  # of a mined pair's row
 _MINING_JSON = 2**14  # bytes of mining.json, mostly the curve
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The engine and devices of the run, and the costs that every plan measures anew."""
-
-    engine: str
-    dtype: str
-    cuda: bool
-    cores: int
-    groups: int
-    """Groups of devices that share the shards of generate and score."""
-    gpus: int
-    """GPUs of all groups."""
-    processes: int
-    """Processes of the training."""
-    shards: int
-    """Processes that the training's states are split over."""
-    gpu_bytes: int | None
-    """Memory of one GPU; None on the CPU."""
-    base_memory: int
-    """Bytes of host memory that a process with its libraries takes."""
-    encode_seconds: float
-    """For tokenizing one prompt."""
-    tokenizer_seconds: float
-    """For loading the tokenizer."""
-    mine_seconds: float
-    """For mining one response."""
-    bootstrap_seconds: float
-    """For one confidence interval of the evaluation."""
 
 
 @dataclass
@@ -200,19 +171,9 @@ class Estimator:
         )
 
     def replay(self, counts: RoundCounts, number: int) -> _Estimate:
-        """Tokenizes the replayed pairs, and scores what has no log-probabilities (planning/method_costs.py)."""
+        """Tokenizes the replayed pairs, and scores what has no log-probabilities (planning/pair_costs.py)."""
         costs = self.costs.score
         formula = score_memory([self.policy], self.config, self.machine.dtype, self.machine.cuda)
-        lacking = None
-        if counts.replay < counts.replay_requested and self.config.replay.on_shortfall == "error":
-            lacking = {
-                "setting": "replay.gamma",
-                "needed": counts.replay_requested,
-                "available": counts.replay,
-                "text": f"{counts.replay_requested} pairs are to be replayed, but only {counts.replay} are on prompts "
-                "that the round does not sample",
-                "remedy": "lower replay.gamma, add offline pairs, or set replay.on_shortfall=record",
-            }
         work = load = 0.0
         if counts.replay:
             work = self.tokenizer + costs.warm_up + costs.per_pair * counts.replay
@@ -230,7 +191,7 @@ class Estimator:
             memory=self._memory(formula, costs.peak_bytes, 1),
             devices=1 if self.machine.cuda else 0,
             counts={"pairs": total, "replayed": counts.replay, "wanted": counts.replay_requested},
-            lacking=lacking,
+            lacking=replay_shortage(self.config, counts),
         )
 
     def train(self, counts: RoundCounts, config: RunConfig | None = None) -> _Estimate:
@@ -279,8 +240,29 @@ class Estimator:
             "remedy": needs.remedy,
         }
 
-    def evaluate(self, number: int) -> _Estimate:
-        """Samples of held-out prompts (in round 1 also the start's), rewards, and held-out pairs under three models."""
+    def extrapolate(self, number: int) -> _Estimate:
+        """The evaluation of the trained policy, and of the model of each α. The seconds to write it are not known."""
+        tried = len(self.config.extrapolate.tried)
+        total = self.evaluate(number)
+        for _ in range(tried):
+            self._stored_logps.discard(f"policy {number}")
+            each = self.evaluate(number, draws=1)
+            total.work += each.work
+            total.load += each.load
+            total.tokens += each.tokens
+            total.disk += each.disk
+        total.disk += self.policy.stored_bytes
+        total.transient = self.policy.stored_bytes * (tried > 1)  # the best so far, and the next one
+        total.counts |= {"candidates": 1 + tried}
+        return total
+
+    def evaluate(self, number: int, draws: int | None = None) -> _Estimate:
+        """Samples of held-out prompts (in round 1 also the start's), rewards, and held-out pairs under three models.
+
+        `draws`: models that sample; None: those of a round's first evaluation.
+        """
+        first = draws is None
+        draws = (2 if number == 1 else 1) if draws is None else draws
         config, scoring, machine = self.config, self.costs.score, self.machine
         stage = _Estimate(devices=1 if machine.cuda else 0)
         prompts = [n for n in self.data.eval_prompts if n <= config.data.max_prompt_tokens][: config.evaluate.prompts]
@@ -288,7 +270,7 @@ class Estimator:
         pairs = min(config.evaluate.pairs, self.data.eval_pairs)
         scored = 0.0  # tokens
         if responses:
-            scored += self._add_sampling(stage, number, prompts)
+            scored += self._add_sampling(stage, draws, prompts)
         models = 0
         if pairs:
             models, tokens = self._add_pairs(stage, number, pairs, held=scored > 0)
@@ -306,17 +288,23 @@ class Estimator:
         stage.memory = self._memory(formula, measured, 1)
         stage.counts = {"prompts": len(prompts), "responses": responses, "pairs": pairs}
         known = self.costs.evaluate
-        if known is not None and known.workload == (len(prompts), config.evaluate.samples if prompts else 0, pairs):
-            at = min(number, len(known.work)) - 1
+        if (
+            known is not None
+            and draws
+            and known.workload == (len(prompts), config.evaluate.samples if prompts else 0, pairs)
+        ):
+            at = min(number if first else number + 1, len(known.work)) - 1
             stage.work, stage.load = known.work[at], known.load[at]
         return stage
 
-    def _add_sampling(self, stage: _Estimate, number: int, prompts: list[int]) -> float:
-        """Adds the sampling of held-out prompts (by their tokens); returns the tokens to score for rewards."""
+    def _add_sampling(self, stage: _Estimate, draws: int, prompts: list[int]) -> float:
+        """Adds the sampling of held-out prompts (by their tokens) by `draws` models.
+
+        Returns the tokens to score for rewards.
+        """
         config, costs = self.config, self.costs.generate
         responses = len(prompts) * config.evaluate.samples
         lengths = draw_lengths(self.data.lengths, responses)
-        draws = 2 if number == 1 else 1
         each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths, sum(prompts))
         intervals = 4 if config.is_world else 1
         stage.work += costs.warm_up + draws * each + self.machine.bootstrap_seconds * intervals
@@ -350,20 +338,14 @@ class Estimator:
         """
         stages = self._round_zero() if self.config.has_round_zero else {}
         for number, counts in enumerate(rounds, start=1):
-            for kind, stage in (
-                ("generate", self.generate(counts)),
-                ("score", self.score(counts, number)),
-                ("mine", self.mine(counts)),
-                ("replay", self.replay(counts, number)),
-                ("train", self.train(counts)),
-                ("evaluate", self.evaluate(number)),
-            ):
+            for kind, stage in self._round(number, counts):
                 stages[f"round-{number:02d}/{kind}"] = stage
         tasks = [] if check is None else [Task(0.0, check, prepares=True)]
         for name, stage in stages.items():
             kind = name.rpartition("/")[2]
             prepares = kind != "mine" and name != f"round-{len(rounds):02d}/evaluate"
-            startup = None if kind == "mine" else self.costs.startup[kind]
+            # An extrapolation's process imports what an evaluation's does.
+            startup = None if kind == "mine" else self.costs.startup["evaluate" if kind == "extrapolate" else kind]
             tasks.append(Task(startup, stage.work + stage.load, prepares))
         alone = self.costs.source == "calibration" and not self.machine.cuda
         times = timeline(tasks, shared_speed(self.machine.cores) if alone else 1.0)
@@ -373,6 +355,19 @@ class Estimator:
             entries[name] = self._entry(stage, seconds, wait, before)
             before = 0.0
         return entries
+
+    def _round(self, number: int, counts: RoundCounts) -> Iterator[tuple[str, _Estimate]]:
+        """The stages of a round by name, in order of work."""
+        yield "generate", self.generate(counts)
+        yield "score", self.score(counts, number)
+        yield "mine", self.mine(counts)
+        yield "replay", self.replay(counts, number)
+        yield "train", self.train(counts)
+        if self.config.extrapolate.tried:
+            yield "extrapolate", self.extrapolate(number)
+            yield "evaluate", self.evaluate(number, draws=0)  # the samples are there
+        else:
+            yield "evaluate", self.evaluate(number)
 
     def _round_zero(self) -> dict[str, _Estimate]:
         """The stages of round 0: all offline pairs, under the SFT model and its training."""

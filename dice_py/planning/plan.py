@@ -34,11 +34,12 @@ from dice_py.mining.pairs import mine_pairs
 from dice_py.models.sizes import ModelSize, model_size
 from dice_py.planning.calibrate_generation import Probe
 from dice_py.planning.calibration import SubprocessRunner, calibrate, note_load, run_probe, sampled_file
-from dice_py.planning.costs import Estimator, Machine
+from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import Data, count_rounds
 from dice_py.planning.decoding import draw_lengths
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
-from dice_py.planning.method_costs import mining_labels
+from dice_py.planning.machine import Machine
+from dice_py.planning.pair_costs import mining_labels
 from dice_py.planning.response_lengths import calibrated_lengths
 from dice_py.runs.event_log import read_events
 from dice_py.runs.folder import Run

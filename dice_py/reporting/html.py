@@ -98,6 +98,8 @@ def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
         if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
             rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
             parts.append(_table(stage, ["", ""], rows))
+        if stage == "extrapolate" and entry.get("counts"):
+            parts.append(_extrapolation(entry["counts"]))
     mining = _stored(folder / name / "mine" / "mining.json")
     if mining is None:
         return parts
@@ -105,6 +107,16 @@ def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
         return [*parts, *_mining(mining)]
     except (LookupError, TypeError, ValueError, AttributeError):  # of a round that is still to be made again
         return [*parts, "<p class='note'>mine: mining.json cannot be shown, since it is not as dice writes it.</p>"]
+
+
+def _extrapolation(counts: dict[str, Any]) -> str:
+    """What each α gave, and which was picked."""
+    rows = [
+        [number(each["alpha"]), number(each["value"]), number(each["mean_response_tokens"]), each["refused"] or ""]
+        for each in counts["measured"]
+    ]
+    heads = ["α", counts["metric"].replace("_", " "), "mean response tokens", "refused"]
+    return _table(f"extrapolate: α = {counts['alpha']:g}", heads, rows)
 
 
 def _stored(file: Path) -> dict[str, Any] | None:

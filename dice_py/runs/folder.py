@@ -208,7 +208,10 @@ def round_name(number: int) -> str:
 def stage_names(config: RunConfig) -> list[str]:
     """The names of all stages of a run ("round-01/generate"), in order of work; round 0 comes first if it has one."""
     names = [f"{round_name(0)}/{stage}" for stage in ROUND_ZERO_STAGES] if config.has_round_zero else []
-    return names + [f"{round_name(number)}/{stage}" for number in range(1, config.rounds + 1) for stage in ROUND_STAGES]
+    stages = [*ROUND_STAGES]
+    if config.extrapolate.tried:
+        stages.insert(stages.index("evaluate"), "extrapolate")
+    return names + [f"{round_name(number)}/{stage}" for number in range(1, config.rounds + 1) for stage in stages]
 
 
 def new_run_folder(runs: Path) -> Path:

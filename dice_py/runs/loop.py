@@ -28,10 +28,11 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DataError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
+from dice_py.runs.extrapolation import check_held_out, choose_policy
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
 from dice_py.runs.inputs import prepare
 from dice_py.runs.profile import write_profile
-from dice_py.runs.round import evaluate_round, previous_model, run_round, run_round_zero
+from dice_py.runs.round import evaluate_round, evaluation_of, previous_model, run_round, run_round_zero
 from dice_py.runs.stored_config import (
     CONFIG_FILE,
     check_folder,
@@ -171,6 +172,7 @@ def _check_named_files(before: RunConfig, after: RunConfig) -> None:
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     inputs = prepare(run)
+    check_held_out(run, inputs)
     files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs, *inputs.buffers.values()]
     run.list_files(*files)
     run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
@@ -189,7 +191,9 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
         next_policy = run_round(run, inputs, number, policy, reference, previous)
         previous = previous_model(config, policy, reference)
         next_reference = policy if config.reward_reference == "previous" else inputs.reference
-        metrics[round_name(number)] = evaluate_round(run, inputs, number, next_policy, next_reference)
+        chosen = choose_policy(run, number, policy, evaluation_of(run, inputs, number, next_policy, next_reference))
+        next_policy = chosen.policy
+        metrics[round_name(number)] = evaluate_round(run, inputs, number, next_policy, next_reference) | chosen.metrics
         policy, reference = next_policy, next_reference
         if after_round is not None:
             after_round(run.folder)

@@ -219,10 +219,10 @@ def _reference_of_loss(config: RunConfig, inputs: Inputs, reference: Path) -> di
     return {"reference": inputs.reference, "reference_scores": "ref_logp" if reference == inputs.reference else None}
 
 
-def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> dict[str, Any]:
-    """The metrics of round `number`'s new policy on held-out data."""
+def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> EvaluateJob:
+    """The evaluation of a new policy of round `number` on held-out data."""
     config = run.config
-    job = EvaluateJob(
+    return EvaluateJob(
         config=config.evaluate,
         generate_config=config.generate,
         score_config=config.score,
@@ -242,4 +242,9 @@ def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, referenc
         devices=config.devices,
         bad_rows=config.data.bad_rows,
     )
-    return dict(run.run_stage(number, job, is_last=number == config.rounds).counts)
+
+
+def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> dict[str, Any]:
+    """The metrics of round `number`'s new policy on held-out data."""
+    job = evaluation_of(run, inputs, number, policy, reference)
+    return dict(run.run_stage(number, job, is_last=number == run.config.rounds).counts)

@@ -29,6 +29,7 @@ _SEALED = {
     "gate.json",
     "mining.json",
     "metrics.json",
+    "choice.json",
     "step0.json",
     "rendered-at.json",
 }
@@ -37,7 +38,7 @@ _TABLES = re.compile(
     r"-\d+|round-\d+)\.parquet"
 )
 _PLACES = ("inputs", "buffer", "evaluate")
-_OF_A_ROUND = frozenset((*ROUND_STAGES, *ROUND_ZERO_STAGES))
+_OF_A_ROUND = frozenset((*ROUND_STAGES, *ROUND_ZERO_STAGES, "extrapolate"))
 
 
 def verify_run(folder: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from dice_py.models.sizes import model_size
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
-from dice_py.training.checkpoints import checkpoint_stamp, is_trained, keep_model, last_checkpoint
+from dice_py.training.checkpoints import ADAPTER, checkpoint_stamp, is_trained, keep_model, last_checkpoint
 from dice_py.training.launcher import launch
 from dice_py.training.pair_terms import label_note, load_pairs
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
@@ -53,7 +53,8 @@ class TrainJob(Job):
 
     Weights are held in float32 and computed with in the configured type: at the paper's learning rate of
     5e-7 an update vanishes in bfloat16's 8 bits. The model is saved in the type that `policy` is stored in
-    (with zero3, by way of the computing type: what DeepSpeed gathers). With LoRA the adapters are merged before saving.
+    (with zero3, by way of the computing type: what DeepSpeed gathers). With LoRA the adapters are
+    merged before saving, and kept as `out/adapter`, a PEFT folder for `policy`.
 
     Several processes (train.processes, train.strategy, train.accelerate_config) make the same steps as one: a step's
     pairs are the same, and only the order of sums differs. Where the pairs of an epoch do not divide among the
@@ -101,9 +102,17 @@ class TrainJob(Job):
         """The folder of the new policy."""
         return self.out / "model"
 
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter that was merged into the new policy, if `train.lora` is set."""
+        return self.out / ADAPTER
+
     def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
-        """The folder of the new policy, if it is not there or not as it was written."""
-        return [folder for folder, key in files if not is_trained(folder, key)]
+        """The folder of the new policy, if it is not there or not as it was written.
+
+        An adapter beside it may be gone: the policy has it in its weights, and nothing here reads it.
+        """
+        return [folder for folder, key in files if folder == self.target and not is_trained(folder, key)]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Trains, or returns the counts of the model that is there."""
@@ -114,7 +123,11 @@ class TrainJob(Job):
         stamp = read_stamp(self.target)
         if stamp is None:
             raise DamagedError(f"{self.target / MODEL_STAMP} is damaged: it is not as it was written")
-        return StageResult([(self.target, key)], dict(stamp["counts"]))
+        files = [(self.target, key)]
+        adapter = read_stamp(self.adapter)  # none where an earlier version trained
+        if adapter is not None and adapter.get("key") == key:
+            files.append((self.adapter, key))
+        return StageResult(files, dict(stamp["counts"]))
 
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")

@@ -17,11 +17,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from dice_py.config.passthrough import refused_by
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
-from dice_py.training.lora import peft_config, special_layers
+from dice_py.training.lora import layers_of, peft_config, special_layers
 
 
 def check_training_settings(config: TrainConfig, policy: Path, *, section: str = "train", remote_code: bool) -> None:
-    """Checks the passed options, the trackers, the optimizer, the scheduler and the LoRA targets.
+    """Checks passed options, trackers, the optimizer, the scheduler, the LoRA targets and the layers beside them.
 
     Args:
         policy: the model's folder, of which only config.json is read.
@@ -186,6 +186,7 @@ def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: b
                     f"{key} has {target!r}, which is no module of {policy}; its modules with weights are "
                     f"{', '.join(leaves)}"
                 )
+    _check_modules_to_save(lora, model, policy, section, leaves)
     special = set(special_layers(model))
     try:
         wrapped = get_peft_model(model, peft_config(lora, model))
@@ -207,3 +208,26 @@ def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: b
             f"{key} has the head of {policy}, {name!r}, which the trainer applies without its adapter, so that it "
             "would learn nothing; leave it out"
         )
+
+
+def _check_modules_to_save(lora: LoraConfig, model: Any, policy: Path, section: str, leaves: list[str]) -> None:
+    key = f"{section}.lora.modules_to_save"
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and (head.weight is embeddings.weight or bool(model.all_tied_weights_keys))
+    for given in lora.modules_to_save:
+        found = layers_of(given, model) if given else {}
+        if not found:
+            raise UsageError(
+                f"{key} has {given!r}, which is no module of {policy}; its modules with weights are {', '.join(leaves)}"
+            )
+        for name, module in found.items():
+            if next(module.children(), None) is not None or next(module.parameters(), None) is None:
+                raise UsageError(
+                    f"{key} has {given!r}, but {name} is no single layer with weights; name layers inside of it, of "
+                    f"{', '.join(leaves)}"
+                )
+            if tied and (module is head or module is embeddings):
+                raise UsageError(
+                    f"{key} has {given!r}, but {policy} ties its head to its embeddings (tie_word_embeddings), and "
+                    "training one of the two would part them; leave it out, or train all weights (without train.lora)"
+                )

@@ -44,7 +44,7 @@ from dice_py.models.loading import load_model, placement
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.files import read_json, read_sealed, write_json, write_sealed
 from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model, stamp_checkpoint
-from dice_py.training.lora import peft_config
+from dice_py.training.lora import hold_in_float32, peft_config
 from dice_py.training.pair_terms import TRAINER_COLUMNS, load_pairs
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.schedule import training_steps, warmup_steps
@@ -244,7 +244,7 @@ def build_trainer(
             raise UsageError(f"train.packed is true, but {reason}; set train.packed=auto")
         else:
             report("note", text=f"{reason}: trained on padded rows, each with its own prompt (slower)")
-    return PairTrainer(
+    trainer = PairTrainer(
         packed_tokens=tokens,
         report=report,
         model=model,
@@ -257,6 +257,9 @@ def build_trainer(
         processing_class=load_tokenizer(policy, models),
         peft_config=None if config.lora is None else peft_config(config.lora, model),
     )
+    if config.lora is not None:
+        hold_in_float32(trainer.model)
+    return trainer
 
 
 def _check_strategy(trainer: DPOTrainer, strategy: str, config: TrainConfig) -> None:

@@ -11,7 +11,7 @@ from dice_py.config.loading import resolve
 from dice_py.planning.calibration import calibrated_costs
 from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import count_rounds
-from dice_py.planning.method_costs import mining_labels
+from dice_py.planning.pair_costs import mining_labels
 from dice_py.runs.measured_costs import EvaluateCosts
 
 
@@ -44,6 +44,26 @@ def test_estimates_by_hand() -> None:
     assert evaluate["startup_seconds"] == 2 * 1.0 + 3 * 1.0
     draws = 2 * (0.2 + 0.02 + 0.5 + 0.1 + 0.002)
     assert evaluate["work_seconds"] == pytest.approx(0.5 + draws + 0.1 + 0.2 + 0.06 + 0.25 + 0.54)
+
+
+def test_an_extrapolation_evaluates_each_candidate() -> None:
+    plain = estimated(*small())["round-01/evaluate"]
+    config, run_data = small("extrapolate.alphas=[0.3, 0.5]")
+    found = estimated(config, run_data)
+    assert list(found)[-2:] == ["round-01/extrapolate", "round-01/evaluate"]
+    stage, evaluate = found["round-01/extrapolate"], found["round-01/evaluate"]
+    assert stage["candidates"] == 3
+    # The start's samples and the log-probabilities of the two other models are made once: a candidate has one draw of
+    # 2 responses, and 6 pairs of 30 tokens.
+    assert stage["tokens"] == plain["tokens"] + 2 * (20 + 10 + 6 * 30)
+    draw = 0.2 + 0.02 + 0.5 + 0.1 + 0.002
+    scoring = 0.2 + 0.06 + 0.25 + 0.18
+    assert stage["work_seconds"] == pytest.approx(plain["work_seconds"] + 2 * (0.5 + draw + 0.1 + scoring))
+    assert stage["startup_seconds"] == plain["startup_seconds"] + 2 * (1.0 + 1.0)
+    assert stage["disk_bytes"] == plain["disk_bytes"] + 4200 + 2 * (2 * 10 + 16 * 6)
+    assert stage["transient_disk_bytes"] == 4200
+    assert evaluate["tokens"] == 0
+    assert evaluate["work_seconds"] < plain["work_seconds"] / 2
 
 
 def test_a_failed_gate_adds_the_policys_pass() -> None:

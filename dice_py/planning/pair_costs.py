@@ -1,6 +1,8 @@
-"""What a training method adds to a round: labels of mining, and further passes over pairs in the replay stage."""
+"""Pairs in a plan: the labels that mining adds for the training method, their scoring, and what replay may lack."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from dice_py.config.run import RunConfig
 from dice_py.planning.counts import RoundCounts
@@ -37,3 +39,17 @@ def pair_passes(config: RunConfig, counts: RoundCounts, mined: int, number: int)
     sequences = 3 if train.ld_alpha is not None else 2  # of a pair: the start of its longer response too
     tokens = (counts.replay_tokens * passes + rescored * counts.pair_tokens) * sequences / 2
     return passes, tokens, sequences * (counts.replay * passes + rescored)
+
+
+def replay_shortage(config: RunConfig, counts: RoundCounts) -> dict[str, Any] | None:
+    """Why the replay stage would stop, for planning/feasibility.py; None where it has pairs enough."""
+    if counts.replay >= counts.replay_requested or config.replay.on_shortfall != "error":
+        return None
+    return {
+        "setting": "replay.gamma",
+        "needed": counts.replay_requested,
+        "available": counts.replay,
+        "text": f"{counts.replay_requested} pairs are to be replayed, but only {counts.replay} are on prompts that the "
+        "round does not sample",
+        "remedy": "lower replay.gamma, add offline pairs, or set replay.on_shortfall=record",
+    }
