@@ -63,7 +63,7 @@ def generate(
         bad_rows=resolved.data.bad_rows,
         is_alone=True,
     )
-    result = run_job(job, out)
+    result = run_job(job, out, resolved.warnings)
     print_result({"files": [str(file) for file, _ in result.files], **result.counts}, as_json)
 
 
@@ -115,7 +115,7 @@ def score(
         prompt_column=prompt_tokens_column,
         response_column=tokens_column,
     )
-    result = run_job(job, out)
+    result = run_job(job, out, resolved.warnings)
     print_result({"files": [str(file) for file, _ in result.files]}, as_json)
 
 
@@ -264,7 +264,7 @@ def _replay(
         round_number=round_number,
         bad_rows=resolved.data.bad_rows,
     )
-    result = run_job(job, out)
+    result = run_job(job, out, resolved.warnings)
     print_result({"training_set": str(result.files[0][0]), **result.counts}, as_json)
 
 
@@ -299,7 +299,7 @@ def train(
         seed=seed,
         devices=resolved.devices,
     )
-    result = run_job(job, out)
+    result = run_job(job, out, resolved.warnings)
     print_result({"model": str(job.target), **result.counts}, as_json)
 
 

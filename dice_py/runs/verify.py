@@ -33,7 +33,7 @@ _SEALED = {
     "rendered-at.json",
 }
 _TABLES = re.compile(
-    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|pair-logps-.+|(generations|scores|ref-logps)"
+    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|values|pair-logps-.+|(generations|scores|ref-logps)"
     r"-\d+|round-\d+)\.parquet"
 )
 _PLACES = ("inputs", "buffer", "evaluate")

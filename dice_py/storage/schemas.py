@@ -72,6 +72,10 @@ TRAINING_SET = _schema(
     source=pl.String,
 )
 
+# Of an evaluation, by metric and item: a prompt_id, or the row number of a held-out pair. `start` is the value of the
+# policy that the run started from.
+METRIC_VALUES = _schema(metric=pl.String, item=pl.UInt32, value=pl.Float64, start=pl.Float64)
+
 
 def fit(frame: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
     """Selects the columns of a schema and casts them to it. Messages keep the field `extra` where they have it."""

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from own_run import SAMPLES
 
+from dice_py.config.rounds import RoundsConfig
 from dice_py.config.run import RunConfig
 from dice_py.runs import loop
 from dice_py.runs.folder import Run
@@ -67,7 +68,7 @@ def faked_stages(monkeypatch: pytest.MonkeyPatch, config: RunConfig, folder: Pat
 def test_the_reference_moves_or_stays(
     config: RunConfig, reward_reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config.model_copy(update={"rounds": 3, "reward_reference": reward_reference})
+    config = config.model_copy(update={"rounds": RoundsConfig(count=3), "reward_reference": reward_reference})
     folder = tmp_path / "run"
     given = faked_stages(monkeypatch, config, folder)
     first, initial = Path(str(config.model.policy)), Path(str(config.model.reference))
@@ -91,7 +92,7 @@ def test_the_reference_moves_or_stays(
 def test_another_reference_is_another_key(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {}
     for name in ("previous", "initial"):
-        changed = config.model_copy(update={"rounds": 2, "reward_reference": name})
+        changed = config.model_copy(update={"rounds": RoundsConfig(count=2), "reward_reference": name})
         faked_stages(monkeypatch, changed, tmp_path / name)
         keys[name] = {
             stage: entry["key"] for stage, entry in read_json(tmp_path / name / "manifest.json")["stages"].items()

@@ -169,8 +169,11 @@ def test_accuracy_is_of_the_difference_of_logps(llama: Path, other: Path, tmp_pa
     assert metrics == {
         "eval_pairs": 20,  # the limit of the config
         REWARD: right / 20,
+        f"{REWARD}_ci95": bootstrap_ci95([float(chosen > rejected) for chosen, rejected in reward.iter_rows()], 0),
         INITIAL: 0.5,
+        f"{INITIAL}_ci95": [0.5, 0.5],
         "start_implicit_reward_accuracy": pytest.approx(1 - right / 20),
+        "start_implicit_reward_accuracy_ci95": bootstrap_ci95([float(c < r) for c, r in reward.iter_rows()], 0),
         "length_only_accuracy": longer / 20,
     }
     assert 0 < right < 20
