@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from faked_stages import faked_stages, no_evaluation
+from faked_stages import CUT_OFF, faked_stages, no_evaluation
 from own_run import SAMPLES, Events
 
 from dice_py.compute import stage_process
@@ -73,6 +73,9 @@ def test_repeated_responses_of_a_prompt(tmp_path: Path) -> None:
     assert found["duplicate_share"].value == (0 + 1 + 3) / 12
     assert "raise generate.temperature" in found["duplicate_share"].text
     assert warned("generate", {"responses": 8}, [first], config=SAMPLING) == {}
+    # Of equal lengths, but not equal.
+    third = shard(tmp_path / "2.parquet", [[5, 5], [5, 6], [6, 5], [6, 6]], 4)
+    assert warned("generate", {"responses": 4}, [third], config=SAMPLING) == {}
     second.unlink()
     off = WarningsConfig(duplicate_share=None)  # the shards are not even read
     assert warned("generate", {"responses": 12}, [first, second], off, config=SAMPLING) == {}
@@ -205,22 +208,21 @@ def test_a_run_warns_once_and_its_report_lists_it(
 ) -> None:
     faked_stages(monkeypatch)
     folder, events = tmp_path / "run", Events()
-    # Each prompt's responses are equal, and longer ones have the higher reward.
     loop.run(config, folder, events, after_round=write_report)
-    expected = [("generate", "duplicate_share"), ("mine", "length_correlation")]
+    expected = [("generate", "cut_off_share"), ("mine", "length_correlation")]
     assert of_run(events) == expected
     (first, _) = [
         json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if '"warning"' in line
     ]
     assert first.keys() == {"time", "event", "round", "stage", "name", "value", "limit", "text"}
-    repeated = (SAMPLES - 1) / SAMPLES
-    assert (first["round"], first["stage"], first["value"], first["limit"]) == (1, "generate", repeated, 0.2)
+    share = len(CUT_OFF) / (3 * SAMPLES)
+    assert (first["round"], first["stage"], first["value"], first["limit"]) == (1, "generate", share, 0.1)
 
     def listed() -> int:
         return (folder / "report.html").read_text().count("<li>")
 
     assert listed() == 2
-    assert "<li>generate: 9 of 12 responses (75%) repeat" in (folder / "report.html").read_text()
+    assert "<li>generate: 2 of 12 responses (17%) were cut off" in (folder / "report.html").read_text()
     # A resume says it again, once, and the report has it once.
     events = Events()
     loop.resume(folder, events, after_round=write_report)
@@ -228,7 +230,7 @@ def test_a_run_warns_once_and_its_report_lists_it(
     assert {status for _, status in events.stages()} == {"kept"}
     assert listed() == 2
     # Limits change no key. The report follows them.
-    code, out, err = dice("resume", folder, "--json", "--set", "warnings.duplicate_share=none")
+    code, out, err = dice("resume", folder, "--json", "--set", "warnings.cut_off_share=none")
     assert code == 0, err
     assert json.loads(out)["metrics"] == {"round-01": {}}
     assert sum(line.startswith("  warning: with debias linear, score and length") for line in err.splitlines()) == 1
@@ -254,7 +256,7 @@ def test_rounds_that_begin_again_in_one_session_warn_once(
     assert [stage for stage, status in events.stages() if status == "kept"] == [
         f"round-01/{name}" for name in ROUND_STAGES[:-1]
     ]
-    assert of_run(events) == [("generate", "duplicate_share"), ("mine", "length_correlation")]
+    assert of_run(events) == [("generate", "cut_off_share"), ("mine", "length_correlation")]
 
 
 # --- a stage alone --------------------------------------------------------------------------------------------

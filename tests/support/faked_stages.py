@@ -23,6 +23,9 @@ from dice_py.storage.integrity import write_stamp
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import GENERATIONS, SCORES
 
+CUT_OFF = [(0, 3), (1, 3)]
+"""Prompt and sample of the responses that the token limit cut off."""
+
 
 def no_evaluation(job: EvaluateJob) -> StageResult:
     """Measures nothing."""
@@ -45,9 +48,13 @@ def faked_stages(
             given.append(("generate", job.policy))
             file = job.out / "generations-00000.parquet"
             key = f"round {job.round_number}"
-            rows = [(p, s, [1], [1], "x", 1 + s, 1 + s, "stop", 0.0) for p in range(3) for s in range(SAMPLES)]
+            rows = [
+                (p, s, [1], [1] * (1 + s), "x" * (1 + s), 1 + s, 1 + s, "length" if (p, s) in CUT_OFF else "stop", 0.0)
+                for p in range(3)
+                for s in range(SAMPLES)
+            ]
             write_parquet(file, pl.DataFrame(rows, schema=GENERATIONS, orient="row"), key=key)
-            return StageResult([(file, key)], {"responses": len(rows), "prompts": 3})
+            return StageResult([(file, key)], {"responses": len(rows), "prompts": 3, "cut_off": len(CUT_OFF)})
         if isinstance(job, ScoreJob):
             given.append(("score", job.policy, job.reference))
             file = job.out / "scores-00000.parquet"
