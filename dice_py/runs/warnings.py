@@ -148,8 +148,8 @@ def _size_of_sums(shards: list[Path]) -> float:
 
 
 def _of_mine(job: Any, result: StageResult, limits: WarningsConfig) -> Iterator[_Measure]:
-    del limits
-    return _of_mining(result.counts, job.config.debias)
+    del job, limits
+    return _of_mining(result.counts, result.counts.get("debias", "none"))
 
 
 def _of_mining(summary: dict[str, Any], debias: str) -> Iterator[_Measure]:

@@ -139,7 +139,7 @@ def test_prompts_without_a_pair_and_the_length_that_is_left() -> None:
         "generate.max_new_tokens)"
     )
     assert "(-0.45; +0.90 before)" in found["length_correlation"].text
-    assert found == warned("mine", MINED, config=SimpleNamespace(debias="linear"))
+    assert found == warned("mine", MINED | {"debias": "linear"})
     quiet = MINED | {"dropped_prompts": {"tied": 13}, "reward_length_correlation_after": 0.2}
     assert mining_warnings(quiet, "linear", LIMITS) == []  # a limit is allowed
     assert mining_warnings(MINED, "linear", WarningsConfig(no_pair_share=None, length_correlation=None)) == []
