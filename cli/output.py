@@ -11,8 +11,10 @@ from cli.terminal import say
 if TYPE_CHECKING:
     import polars as pl
 
+    from dice_py.config.rounds import WarningsConfig
     from dice_py.config.run import RunConfig
     from dice_py.config.shared import ModelConfig
+    from dice_py.runs.warnings import StageWarning
     from dice_py.stages.job import Job, StageResult
 
 
@@ -33,8 +35,12 @@ def print_result(value: dict[str, Any], as_json: bool) -> None:
         say(f"{name.replace('_', ' ')}: {text}")
 
 
-def run_job(job: Job, folder: Path) -> StageResult:
-    """Runs a job in a process of its own, which logs to `folder/worker.log`, and shows its progress."""
+def run_job(job: Job, folder: Path, limits: WarningsConfig | None = None) -> StageResult:
+    """Runs a job in a process of its own, which logs to `folder/worker.log`, and shows its progress.
+
+    Args:
+        limits: above which the result is warned of; None: no warnings.
+    """
     from cli.progress import Display
     from dice_py.compute.stage_process import run_in_subprocess
     from dice_py.stages.registry import stage_of
@@ -46,7 +52,17 @@ def run_job(job: Job, folder: Path) -> StageResult:
     with Display() as display:
         display("stage", stage=stage.name, status="running")
         result: StageResult = run_in_subprocess(job.run, log=folder / "worker.log", remedy=stage.remedy, report=display)
-        return result
+    if limits is not None:
+        from dice_py.runs.warnings import stage_warnings
+
+        echo_warnings(stage_warnings(stage.name, job, result, limits))
+    return result
+
+
+def echo_warnings(warnings: list[StageWarning]) -> None:
+    """Prints warnings to stderr."""
+    for warning in warnings:
+        say(f"warning: {warning.text}", err=True)
 
 
 def model_folder(name: str, revision: str | None, role: str) -> Path:

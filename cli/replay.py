@@ -169,7 +169,7 @@ def _replay(
         reference_scores="logp" if of_loss is None else None,
         shared_logps=resolved.train.ld_alpha is not None,
     )
-    result = run_job(job, out)
+    result = run_job(job, out, resolved.warnings)
     print_result({"training_set": str(result.files[0][0]), **result.counts}, as_json)
 
 

@@ -90,15 +90,16 @@ def resume(
 
 
 def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
+    from dice_py.runs.status import kept_policy
+
+    policy = kept_policy(folder)
     if as_json:
-        print_json({"run": str(folder), "metrics": metrics})
+        print_json({"run": str(folder), "policy": str(policy), "metrics": metrics})
         return
     from cli.tables import metrics_table, print_table
-    from dice_py.runs.extrapolation import new_policy
 
     print_table(metrics_table(metrics))
-    last = list(metrics)[-1]
-    say(f"new policy: {new_policy(folder, last, metrics[last])}\nreport:     {folder / 'report.html'}")
+    say(f"new policy: {policy}\nreport:     {folder / 'report.html'}")
 
 
 def status(
@@ -131,6 +132,11 @@ def status(
 
     if not profile:
         print_table(status_table(values))
+        if values["ended_after"] is not None:
+            goes_on = f"dice resume {folder} --set rounds.stop_when=none"
+            say(f"ended after round {values['ended_after']} (rounds.stop_when=worse); to go on: {goes_on}")
+        if values["policy"] is not None:
+            say(f"new policy: {values['policy']}")
         return
     if values["rounds"]:
         print_table(profile_table(values))

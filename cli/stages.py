@@ -61,7 +61,7 @@ def generate(
         bad_rows=resolved.data.bad_rows,
         is_alone=True,
     )
-    result = run_job(job, out)
+    result = run_job(job, out, resolved.warnings)
     print_result({"files": [str(file) for file, _ in result.files], **result.counts}, as_json)
 
 
@@ -105,7 +105,7 @@ def score(
         response_column=tokens_column,
         previous=None if previous is None else (model_folder(previous, None, "--previous"), "policy"),
     )
-    result = run_job(job, out)
+    result = run_job(job, out, resolved.warnings)
     print_result({"files": [str(file) for file, _ in result.files]}, as_json)
 
 
@@ -142,7 +142,7 @@ def train(
         seed=seed,
         devices=resolved.devices,
     )
-    result = run_job(job, out)
+    result = run_job(job, out, resolved.warnings)
     made = {"model" if folder == job.target else "adapter": str(folder) for folder, _ in result.files}
     print_result({**made, **result.counts}, as_json)
 

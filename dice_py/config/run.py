@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from dice_py.config.extrapolation import ExtrapolateConfig
 from dice_py.config.loss import MINING_LABELS
 from dice_py.config.mining import MineConfig
-from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Positive, Section
+from dice_py.config.rounds import RoundMetric, RoundsConfig, WarningsConfig
+from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Section
 from dice_py.config.stages import (
     EvaluateConfig,
     GenerateConfig,
@@ -27,7 +28,7 @@ ONE_STAGE = {"one_stage": True}
 class RunConfig(Section):
     """Every setting of a run; stored resolved as `config.yaml` in the run folder."""
 
-    rounds: Positive = Field(default=2, description="rounds of generate, score, mine, replay, train, evaluate")
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="all random numbers of the run are derived from it"
     )
@@ -48,6 +49,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     extrapolate: ExtrapolateConfig = Field(default_factory=ExtrapolateConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    warnings: WarningsConfig = Field(default_factory=WarningsConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
 
     @property
@@ -59,6 +61,14 @@ class RunConfig(Section):
     def has_round_zero(self) -> bool:
         """True when π_1 is made first, from the SFT model."""
         return self.model.sft is not None
+
+    @property
+    def round_metric(self) -> str | None:
+        """The metric by which rounds are compared; None where they are not."""
+        if not self.rounds.are_compared:
+            return None
+        default = "oracle_win_rate" if self.is_world else "implicit_reward_accuracy_initial_reference"
+        return self.rounds.metric or default
 
     def most_pairs_per_prompt(self) -> int:
         """The most pairs that the pairing makes of a prompt."""
@@ -112,6 +122,7 @@ class RunConfig(Section):
         )
         if problem is not None:
             raise ValueError(problem)
+        _check_round_metric(self)
         return self
 
 
@@ -216,6 +227,27 @@ def _check_own_run(config: RunConfig) -> None:
             "replay.margin_power and replay.half_life weight the pairs of data.replay, which is not given: set "
             "replay.buffers.NAME.… or replay.buffer.… instead"
         )
+
+
+def _check_round_metric(config: RunConfig) -> None:
+    """Checks that the evaluation measures what rounds are compared by."""
+    metric, evaluate = config.round_metric, config.evaluate
+    has_pairs = config.is_world or config.data.replay is not None or config.data.eval_pairs is not None
+    lacking = {
+        "oracle": [] if config.is_world else ["only the synthetic world has an oracle"],
+        "implicit": [] if has_pairs else ["no offline pairs are given: name data.eval_pairs"],
+    }
+    if not evaluate.prompts:
+        lacking["oracle"].append("evaluate.prompts is 0")
+    if not evaluate.pairs:
+        lacking["implicit"].append("evaluate.pairs is 0")
+    if metric is None or not (why := lacking[metric.partition("_")[0]]):
+        return
+    known = [name for name in get_args(RoundMetric) if not lacking[name.partition("_")[0]]]
+    raise ValueError(
+        f"rounds.metric is {metric}, which this run does not measure ({'; '.join(why)}). It measures: "
+        f"{', '.join(known) or 'none'}"
+    )
 
 
 # Defaults of a run on the synthetic world, where they differ from RunConfig's. They were tuned on that world; a run on

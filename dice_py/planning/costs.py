@@ -306,7 +306,7 @@ class Estimator:
         responses = len(prompts) * config.evaluate.samples
         lengths = draw_lengths(self.data.lengths, responses)
         each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths, sum(prompts))
-        intervals = 4 if config.is_world else 1
+        intervals = 5 if config.is_world else 1
         stage.work += costs.warm_up + draws * each + self.machine.bootstrap_seconds * intervals
         stage.load += draws * costs.load
         stage.disk += draws * costs.bytes_per_response * responses

@@ -120,7 +120,8 @@ def plan(
             "usable_prompt_share": data.usable,
         },
         "start_seconds": own_start,
-        "rounds": config.rounds,
+        "rounds": config.rounds.count,
+        "may_end_early": config.rounds.stop_when == "worse",
         "method": config.train.method,
         "labels": mining_labels(config),
         "stages": stages,
@@ -151,7 +152,7 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
         inputs = prepare(run)
         prompts = [
             round_prompts(run, inputs, number, run.folder / f"round-{number:02d}" / "generate")[0]
-            for number in range(1, config.rounds + 1)
+            for number in range(1, config.rounds.count + 1)
         ]
     finally:
         run.close()

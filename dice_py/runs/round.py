@@ -29,7 +29,7 @@ def run_round_zero(run: Run, inputs: Inputs) -> Path:
     config, base, sft = run.config, run.round_folder(0), inputs.reference
     assert inputs.offline is not None
     run.report_gpus(None)
-    run.report("round", number=0, rounds=config.rounds)
+    run.report("round", number=0, rounds=config.rounds.count)
     replay_job = ReplayJob(
         config=ReplayConfig(),  # all pairs, each once: the shares and weights of `replay` are those of the rounds
         score_config=config.score,
@@ -241,10 +241,11 @@ def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference
         judges=("oracle",) if config.is_world else (),
         devices=config.devices,
         bad_rows=config.data.bad_rows,
+        needs_values=config.rounds.are_compared,
     )
 
 
 def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> dict[str, Any]:
     """The metrics of round `number`'s new policy on held-out data."""
     job = evaluation_of(run, inputs, number, policy, reference)
-    return dict(run.run_stage(number, job, is_last=number == run.config.rounds).counts)
+    return dict(run.run_stage(number, job, is_last=number == run.config.rounds.count).counts)

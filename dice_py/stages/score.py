@@ -29,7 +29,7 @@ from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
-from dice_py.models.loading import release_held
+from dice_py.models.loading import placement, release_held
 from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
 from dice_py.scoring.shards import Columns, PreviousModel, Role, ScoreShards, Shard, check_lengths, write_scores
@@ -45,8 +45,8 @@ class ScoreJob(Job):
     """Scores shards of generations: `scores-NNNNN.parquet` for each, row-aligned with it.
 
     Columns of the scores: `logp`, `ref_logp`, `reward` (f32), and with `previous` also `previous_reward`. The counts:
-    `responses`, `mean_reward` and `reward_std` (of the finite rewards), `policy_logps_gate` (scoring/gate.py; None
-    where the gate was not asked for, or nothing had to be scored).
+    `responses`, `mean_reward` and `reward_std` (of the finite rewards), `dtype` (that the models compute in),
+    `policy_logps_gate` (scoring/gate.py; None where the gate was not asked for, or nothing had to be scored).
 
     Raises, when run:
         DataError: an unusable model (`check_checkpoint`), or a shard that lacks its columns or whose tokens the models
@@ -117,6 +117,7 @@ class ScoreJob(Job):
             "responses": len(rewards),
             "mean_reward": finite.mean(),
             "reward_std": finite.std(),
+            "dtype": placement(self.models).dtype,
             "policy_logps_gate": gate,
         }
         made = [(shard.out, shard.key) for shard in scoring.shards]

@@ -61,8 +61,9 @@ class TrainJob(Job):
     processes, its last step is filled up with pairs of its start. accelerate's config is `out/accelerate.yaml`.
 
     A model under the job's key is left as it is. Training resumes from checkpoints of the same key and kind of layout.
-    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`
-    (mean of the last train.logging_steps steps), `saved_dtype`, `update_rms` (root mean square of the weights' change).
+    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`; `final_loss`,
+    `final_chosen_logps` and `final_chosen_reward` (means of the last train.logging_steps steps; training/trainer.py);
+    `saved_dtype`, `update_rms` (root mean square of the weights' change).
 
     Raises, when run:
         DataError: an unusable policy (`check_checkpoint`) or training set, or a loss at step 0 that is not ln 2.

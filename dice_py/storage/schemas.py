@@ -74,6 +74,10 @@ TRAINING_SET = _schema(
     source=pl.String,
 )
 
+# Of an evaluation, by metric and item: a prompt_id, or the row number of a held-out pair. `start` is the value of the
+# policy that the run started from.
+METRIC_VALUES = _schema(metric=pl.String, item=pl.UInt32, value=pl.Float64, start=pl.Float64)
+
 START_LOGPS = ("start_chosen_logps", "start_rejected_logps")
 """Further columns of a training set whose reference is not the policy that training starts from: Σ log π of that
 policy, f32 in nats. The check at step 0 compares with them."""

@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 
     from dice_py.training.pair_trainer import PairTrainer
 
+_FINAL = {"loss": "loss", "chosen_logps": "logps/chosen", "chosen_reward": "rewards/chosen"}
+"""Measures of the end of a training, by their names in the trainer's log."""
+
 
 def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], report: Report) -> Any:
     from transformers import TrainerCallback
@@ -89,13 +92,17 @@ def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], 
     return StageCallback()
 
 
-def final_loss(log: list[dict[str, Any]], steps: int) -> float | None:
-    """The mean loss of the last `steps` steps, or of a few more: an entry of Trainer's log is a mean of several."""
-    entries = [entry for entry in log if "loss" in entry]
+def final_mean(log: list[dict[str, Any]], name: str, steps: int) -> float | None:
+    """The mean of the last `steps` steps, or of a few more: an entry of Trainer's log is a mean of several.
+
+    Args:
+        name: in the log's entries, such as "loss".
+    """
+    entries = [entry for entry in log if name in entry]
     total, count = 0.0, 0
     for number in range(len(entries) - 1, -1, -1):
         covered = entries[number]["step"] - (entries[number - 1]["step"] if number else 0)
-        total, count = total + covered * entries[number]["loss"], count + covered
+        total, count = total + covered * entries[number][name], count + covered
         if count >= steps:
             break
     return total / count if count else None
@@ -313,7 +320,9 @@ def train_rank(
 
     Returns:
         Counts, the same on every rank but for `forwards`: `pairs`, `pairs_too_long`, `steps`, `forwards` (packed rows;
-        None if rows are padded), `step0_loss`, `step0_max_abs_difference`, `final_loss`.
+        None if rows are padded), `step0_loss`, `step0_max_abs_difference`; and means over the last train.logging_steps
+        steps: `final_loss`, `final_chosen_logps` (nats a response) and `final_chosen_reward` (β × their difference
+        from the DPO reference's).
 
     Raises:
         DataError: on every rank, for a loss at step 0 that is not ln 2, or weights that are not finite.
@@ -347,7 +356,10 @@ def train_rank(
         "forwards": sum(len(step["pairs"]) for step in trainer.packing) or None,
         "step0_loss": step0.loss if step0 else None,
         "step0_max_abs_difference": step0.max_abs_difference if step0 else None,
-        "final_loss": final_loss(trainer.state.log_history, config.logging_steps),
+        **{
+            f"final_{name}": final_mean(trainer.state.log_history, logged, config.logging_steps)
+            for name, logged in _FINAL.items()
+        },
     }
     save_model(
         trainer,
