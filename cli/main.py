@@ -23,8 +23,9 @@ from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
 from cli.plan import plan
+from cli.replay import replay
 from cli.runs import resume, run, status
-from cli.stages import evaluate, generate, replay, score, train
+from cli.stages import evaluate, generate, score, train
 from cli.terminal import prepare_streams, say
 from dice_py.compute.interrupts import settle, stopped_by_signals
 from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, UsageError

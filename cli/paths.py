@@ -32,7 +32,7 @@ _URL = re.compile(
 _FOLDERS_OUT = ("out", "run_dir")
 _WRITTEN = {
     "generate": ("prompts.parquet", "generations-*.parquet"),
-    "score": ("scores-*.parquet", "ref-logps-*.parquet"),
+    "score": ("scores-*.parquet", "ref-logps-*.parquet", "previous-logps-*.parquet"),
     "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
     "train": ("model", "model/*", "adapter", "adapter/*", "checkpoints", "checkpoints/*"),
     "extrapolate": ("model", "model/*"),

@@ -155,12 +155,17 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"engine {calibration['engine']}; responses of {number(calibration['mean_response_tokens'])} tokens on "
         "average; pairs are an estimate"
     ]
+    if plan["method"] != "dpo" or plan["labels"]:
+        labels = f"; mining adds {', '.join(plan['labels'])}" if plan["labels"] else ""
+        lines.append(f"train.method={plan['method']}{labels}")
     if calibration["extrapolated_responses"]:
         lines.append(
             f"{calibration['extrapolated_responses']} of {calibration['responses']} responses of the calibration were "
             f"cut at {calibration['cut_at_tokens']} tokens: their lengths are extrapolated, and so are the times of "
             "all stages"
         )
+    if plan.get("may_end_early"):
+        lines.append(f"rounds.stop_when=worse may end the run before its {plan['rounds']} rounds")
     if not plan["gpu_hours"]:
         lines.append(f"no GPU is used: {number(plan['cpu_hours'])} core hours")
     free = f"{size(plan['free_disk_bytes'])} of disk and {size(plan['free_memory_bytes'])} of memory are free"

@@ -24,6 +24,8 @@ from dice_py.config.yaml_text import parse_yaml, read_yaml
 from dice_py.errors import UsageError
 
 _DEEPEST_KEY = 10
+_SHORTHAND = {"rounds": "count"}
+"""Sections for which a value alone stands for one of their keys."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
@@ -37,6 +39,14 @@ def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
     return into
 
 
+def _in_full(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one source without shorthands, so that `rounds: 3` leaves the other keys of `rounds`."""
+    return {
+        name: {_SHORTHAND[name]: value} if name in _SHORTHAND and not isinstance(value, Mapping) else value
+        for name, value in settings.items()
+    }
+
+
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Dotted names of every key, in order of definition; `*` stands for a name that the user chooses."""
     names: list[str] = []
@@ -44,6 +54,8 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
         names.append(prefix + name)
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
         is_mapping = getattr(field.annotation, "__origin__", None) is dict
+        if is_mapping and options[-1] is Any:  # options that are passed on to a library
+            names.append(f"{prefix}{name}.*")
         below = f"{prefix}{name}.*." if is_mapping else f"{prefix}{name}."
         for option in options:
             if isinstance(option, type) and issubclass(option, BaseModel):
@@ -138,10 +150,10 @@ def resolve(
     """
     settings: dict[str, Any] = {}
     for path in files:
-        _merge(settings, read_yaml(path))
-    _merge(settings, dict(overrides or {}))
+        _merge(settings, _in_full(read_yaml(path)))
+    _merge(settings, _in_full(overrides or {}))
     for assignment in assignments:
-        _merge(settings, _parse_set(assignment))
+        _merge(settings, _in_full(_parse_set(assignment)))
     model = settings.get("model")
     has_model = isinstance(model, Mapping) and any(model.get(name) is not None for name in ("policy", "sft"))
     base: dict[str, Any] = {} if has_model or one_stage else _merge({}, WORLD_DEFAULTS)
@@ -177,7 +189,7 @@ def reassigned(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     """
     settings = config.model_dump(mode="json")
     for assignment in assignments:
-        _merge(settings, _parse_set(assignment))
+        _merge(settings, _in_full(_parse_set(assignment)))
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:

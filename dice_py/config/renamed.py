@@ -142,8 +142,8 @@ ANSWERS = {
     "bf16": "all stages use one dtype: set model.dtype=bfloat16",
     "fp16": "all stages use one dtype: set model.dtype=float16",
     "warmup_ratio": "set train.warmup_steps: below 1 it is a share of the steps",
-    "loss_type": "the loss is DPO's sigmoid loss; train.sft_weight adds the NLL of the chosen",
-    "loss_weights": "the loss is DPO's sigmoid loss; train.sft_weight adds the NLL of the chosen",
+    "loss_type": "train.loss has the types with their weights, [{type: sigmoid, weight: 1.0}, …]",
+    "loss_weights": "train.loss has the types with their weights, [{type: sigmoid, weight: 1.0}, …]",
     "precompute_ref_log_probs": "the reference's log-probabilities are always computed before training",
     "fsdp": "set train.strategy=fsdp2",
     "deepspeed": "set train.strategy=zero3, or name a file of accelerate's in train.accelerate_config",
@@ -160,6 +160,32 @@ ANSWERS = {
     "tokenizer_name_or_path": "the tokenizer is the one in the folder of model.policy",
     "do_sample": "responses are always sampled; see generate.temperature, .top_p and .top_k",
     "num_beams": "responses are always sampled; see generate.temperature, .top_p and .top_k",
+    **{
+        name: f"set generate.sampling_params.{option}"
+        for name, option in {
+            **{
+                name: name
+                for name in (
+                    "min_p",
+                    "repetition_penalty",
+                    "presence_penalty",
+                    "frequency_penalty",
+                    "stop",
+                    "stop_token_ids",
+                    "min_tokens",
+                    "logit_bias",
+                    "bad_words",
+                    "allowed_token_ids",
+                )
+            },
+            "stop_strings": "stop",
+            "min_new_tokens": "min_tokens",
+        }.items()
+    },
+    **{
+        name: f"set generate.vllm.engine_args.{name}"
+        for name in ("quantization", "kv_cache_dtype", "max_num_batched_tokens", "load_format", "cpu_offload_gb")
+    },
     "generate.batch_size": "set generate.token_budget, the tokens of one batch",
     "score.batch_size": "set score.token_budget, the tokens of one batch",
     "per_device_eval_batch_size": "set score.token_budget, the tokens of one batch",

@@ -17,6 +17,7 @@ from dice_py.models.sizes import ModelSize
 from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
 from dice_py.planning.machine import Machine
+from dice_py.planning.pair_costs import pair_passes, replay_shortage
 from dice_py.planning.timeline import Task, shared_speed, timeline
 from dice_py.runs.measured_costs import StageCosts
 
@@ -131,8 +132,9 @@ class Estimator:
             },
         )
 
-    def score(self, counts: RoundCounts) -> _Estimate:
-        """The reference's pass, the gate, and the policy's pass where its log-probabilities are not reused."""
+    def score(self, counts: RoundCounts, number: int) -> _Estimate:
+        """The passes of the reference, of an earlier model for `mine.second_reward=previous`, of the gate, and of the
+        policy where its log-probabilities are not reused."""
         config, costs = self.config, self.costs.score
         all_tokens = counts.pool_tokens * costs.token_ratio
         own_tokens = (counts.prompt_tokens + counts.response_tokens) * costs.token_ratio
@@ -142,15 +144,17 @@ class Estimator:
             mean = counts.prompt_tokens / max(1, counts.prompts) + counts.response_tokens / max(1, counts.responses)
             gate = responses * mean
         policy_tokens = all_tokens - own_tokens if gate and costs.gate_passed else all_tokens
+        earlier = int(config.mine.second_reward == "previous" and number > 1)
         groups = self._groups(counts.shards)
         formula = score_memory([self.policy, self.reference], config, self.machine.dtype, self.machine.cuda)
-        work = costs.warm_up + costs.fixed + self._group_startup(groups) * (2 if policy_tokens else 1)
+        work = costs.warm_up + costs.fixed + self._group_startup(groups) * ((2 if policy_tokens else 1) + earlier)
         work += self._scoring(gate, 0)
-        work += self._scoring((all_tokens + policy_tokens) / groups, counts.pool_responses / groups)
+        tokens = all_tokens * (1 + earlier) + policy_tokens
+        work += self._scoring(tokens / groups, counts.pool_responses * (1 + earlier) / groups)
         return _Estimate(
             work=work,
-            load=costs.load * (2 if gate or policy_tokens else 1),
-            tokens=round(all_tokens + policy_tokens + gate),
+            load=costs.load * ((2 if gate or policy_tokens else 1) + earlier),
+            tokens=round(tokens + gate),
             disk=costs.bytes_per_response * counts.pool_responses,
             memory=self._memory(formula, costs.peak_bytes, groups),
             devices=groups if self.machine.cuda else 0,
@@ -166,35 +170,28 @@ class Estimator:
             counts={"responses": counts.pool_responses, "pairs": counts.mined},
         )
 
-    def replay(self, counts: RoundCounts) -> _Estimate:
-        """Tokenizes the replayed pairs, and scores them under the policy."""
+    def replay(self, counts: RoundCounts, number: int) -> _Estimate:
+        """Tokenizes the replayed pairs, and scores what has no log-probabilities (planning/pair_costs.py)."""
         costs = self.costs.score
         formula = score_memory([self.policy], self.config, self.machine.dtype, self.machine.cuda)
-        lacking = None
-        if counts.replay < counts.replay_requested and self.config.replay.on_shortfall == "error":
-            lacking = {
-                "setting": "replay.gamma",
-                "needed": counts.replay_requested,
-                "available": counts.replay,
-                "text": f"{counts.replay_requested} pairs are to be replayed, but only {counts.replay} are on prompts "
-                "that the round does not sample",
-                "remedy": "lower replay.gamma, add offline pairs, or set replay.on_shortfall=record",
-            }
         work = load = 0.0
         if counts.replay:
             work = self.tokenizer + costs.warm_up + costs.per_pair * counts.replay
-            work += self._scoring(counts.replay_tokens, 2 * counts.replay)
-            load = costs.load
-        total = counts.replay + min(counts.mined, counts.pairs)
+        mined = min(counts.mined, counts.pairs)
+        total = counts.replay + mined
+        passes, tokens, sequences = pair_passes(self.config, counts, mined, number)
+        if tokens:
+            work += self._scoring(tokens, sequences)
+            load = costs.load * passes
         return _Estimate(
             work=work,
             load=load,
-            tokens=counts.replay_tokens,
+            tokens=round(tokens),
             disk=costs.bytes_per_pair * total,
             memory=self._memory(formula, costs.peak_bytes, 1),
             devices=1 if self.machine.cuda else 0,
             counts={"pairs": total, "replayed": counts.replay, "wanted": counts.replay_requested},
-            lacking=lacking,
+            lacking=replay_shortage(self.config, counts),
         )
 
     def train(self, counts: RoundCounts, config: RunConfig | None = None) -> _Estimate:
@@ -309,7 +306,7 @@ class Estimator:
         responses = len(prompts) * config.evaluate.samples
         lengths = draw_lengths(self.data.lengths, responses)
         each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths, sum(prompts))
-        intervals = 4 if config.is_world else 1
+        intervals = 5 if config.is_world else 1
         stage.work += costs.warm_up + draws * each + self.machine.bootstrap_seconds * intervals
         stage.load += draws * costs.load
         stage.disk += draws * costs.bytes_per_response * responses
@@ -362,9 +359,9 @@ class Estimator:
     def _round(self, number: int, counts: RoundCounts) -> Iterator[tuple[str, _Estimate]]:
         """The stages of a round by name, in order of work."""
         yield "generate", self.generate(counts)
-        yield "score", self.score(counts)
+        yield "score", self.score(counts, number)
         yield "mine", self.mine(counts)
-        yield "replay", self.replay(counts)
+        yield "replay", self.replay(counts, number)
         yield "train", self.train(counts)
         if self.config.extrapolate.tried:
             yield "extrapolate", self.extrapolate(number)
@@ -376,7 +373,7 @@ class Estimator:
         """The stages of round 0: all offline pairs, under the SFT model and its training."""
         config = self.config.model_copy(update={"train": self.config.round0.training(self.config.train)})
         counts = count_round_zero(config, self.data, self.machine.processes)
-        return {"round-00/replay": self.replay(counts), "round-00/train": self.train(counts, config)}
+        return {"round-00/replay": self.replay(counts, 0), "round-00/train": self.train(counts, config)}
 
     def _entry(self, stage: _Estimate, seconds: float, wait: float, before: float) -> dict[str, Any]:
         """A stage's entry in the plan. `before`: seconds that precede it and count as its start-up."""

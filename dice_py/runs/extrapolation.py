@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dice_py.errors import UsageError
 from dice_py.runs.folder import Run, round_name
 from dice_py.runs.inputs import Inputs
-from dice_py.stages.choose_alpha import ChooseAlphaJob, alpha_folder
+from dice_py.stages.choose_alpha import ChooseAlphaJob
 from dice_py.stages.evaluate import EvaluateJob
 
 
@@ -60,9 +60,3 @@ def choose_policy(run: Run, number: int, start: Path, evaluation: EvaluateJob) -
     models = [file for file, _ in result.files if file.suffix != ".json"]
     policy = models[0] if models else evaluation.policy
     return ChosenPolicy(policy, {"extrapolation_alpha": result.counts["alpha"]})
-
-
-def new_policy(folder: Path, name: str, metrics: dict[str, Any]) -> Path:
-    """The new policy of a finished round of a run: "round-01", with its metrics."""
-    alpha = metrics.get("extrapolation_alpha")
-    return (alpha_folder(folder / name / "extrapolate", alpha) if alpha else folder / name / "train") / "model"

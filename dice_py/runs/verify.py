@@ -34,7 +34,8 @@ _SEALED = {
     "rendered-at.json",
 }
 _TABLES = re.compile(
-    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|pair-logps-.+|(generations|scores|ref-logps)"
+    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|values|pair-logps-.+"
+    r"|(generations|scores|ref-logps|previous-logps)"
     r"-\d+|round-\d+)\.parquet"
 )
 _PLACES = ("inputs", "buffer", "evaluate")

@@ -1,8 +1,9 @@
-"""Stage 5, train: one DPO run from π_t with π_t itself as the reference.
+"""Stage 5, train: one run of DPO, or of another method, from π_t; the reference is π_t itself or the first one.
 
-Loss: −log σ(β·[(log π(y_w|x) − ref_w) − (log π(y_l|x) − ref_l)]) (Rafailov et al., arXiv 2305.18290, eq. 7),
-plus, if asked, sft_weight × the mean NLL of the chosen tokens. At step 0 the policy is the reference and the
-DPO term is ln 2. A run in which it is not stops, since tokens, masks, templates or types then differ between
+DPO's loss: −log σ(β·[(log π(y_w|x) − ref_w) − (log π(y_l|x) − ref_l)]) (Rafailov et al., arXiv 2305.18290, eq. 7). The
+other methods are in training/methods/; train.loss sums other types of TRL's, and train.sft_weight adds the mean NLL of
+the chosen tokens. Before the first step the policy must give the responses the log-probabilities that are stored
+(training/step0.py). A run in which it does not stops, since tokens, masks, templates or types then differ between
 scorer and trainer.
 
 Training is done by one or several processes, each of which calls `train_rank` (training/trainer.py): this process if
@@ -38,8 +39,8 @@ from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
 from dice_py.training.checkpoints import ADAPTER, checkpoint_stamp, is_trained, keep_model, last_checkpoint
-from dice_py.training.dataset import load_training_set
 from dice_py.training.launcher import launch
+from dice_py.training.pair_terms import label_note, load_pairs
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
 from dice_py.training.schedule import setting_notes, training_steps
 from dice_py.training.settings_check import check_training_settings
@@ -60,8 +61,9 @@ class TrainJob(Job):
     processes, its last step is filled up with pairs of its start. accelerate's config is `out/accelerate.yaml`.
 
     A model under the job's key is left as it is. Training resumes from checkpoints of the same key and kind of layout.
-    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`
-    (mean of the last train.logging_steps steps), `saved_dtype`, `update_rms` (root mean square of the weights' change).
+    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`; `final_loss`,
+    `final_chosen_logps` and `final_chosen_reward` (means of the last train.logging_steps steps; training/trainer.py);
+    `saved_dtype`, `update_rms` (root mean square of the weights' change).
 
     Raises, when run:
         DataError: an unusable policy (`check_checkpoint`) or training set, or a loss at step 0 that is not ln 2.
@@ -74,7 +76,7 @@ class TrainJob(Job):
     policy: Path
     training_set: Path
     """Parquet with `prompt_ids`, `chosen_ids`, `rejected_ids`, `ref_chosen_logps`, `ref_rejected_logps`
-    (storage.schemas.TRAINING_SET)."""
+    (storage.schemas.TRAINING_SET), and the labels that the method reads (TRAINING_LABELS)."""
     training_set_key: str
     out: Path
     beta: float
@@ -131,7 +133,9 @@ class TrainJob(Job):
         check_training_settings(self.config, self.policy, remote_code=self.models.trust_remote_code)
         vocabulary = model_size(self.policy).vocabulary or None
         # Its errors come before processes start.
-        pairs, _ = load_training_set(self.training_set, self.config.max_length, vocabulary)
+        pairs, _ = load_pairs(self.training_set, self.config, self.beta, vocabulary)
+        if (note := label_note(pairs, self.config)) is not None:
+            report("note", text=note)
         longer = pl.max_horizontal(pl.col("chosen_ids").list.len(), pl.col("rejected_ids").list.len())
         limit = model_positions(self.policy, self.models)
         check_positions(

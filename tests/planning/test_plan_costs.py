@@ -11,6 +11,7 @@ from dice_py.config.loading import resolve
 from dice_py.planning.calibration import calibrated_costs
 from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import count_rounds
+from dice_py.planning.pair_costs import mining_labels
 from dice_py.runs.measured_costs import EvaluateCosts
 
 
@@ -216,3 +217,32 @@ def test_round_zero_scores_and_trains_on_all_offline_pairs() -> None:
     assert (train["pairs"], train["steps"]) == (10, 9)
     assert train["work_seconds"] == pytest.approx(2.0 + 0.3 + 9 * 0.5)
     assert found["round-01/train"]["steps"] == 2  # as in a run without it
+
+
+def test_cream_scores_an_earlier_model_from_the_second_round_on() -> None:
+    config, run_data = small("rounds=2", "train.method=cream")
+    two = replace(run_data, rounds=run_data.rounds * 2, offline=[1000, 1000])
+    found = estimated(config, two)
+    assert found["round-01/score"]["tokens"] == 80 + 8 * 15
+    assert found["round-02/score"]["tokens"] == 2 * 80 + 8 * 15
+    assert found["round-02/score"]["startup_seconds"] == found["round-01/score"]["startup_seconds"] + 1.0
+
+
+def test_another_reference_and_shared_lengths_score_more_pairs() -> None:
+    first = "train.reference=initial"
+    config, run_data = small("rounds=2", first)
+    two = replace(run_data, rounds=run_data.rounds * 2, offline=[1000, 1000])
+    found = estimated(config, two)
+    # Four replayed pairs of 30 tokens under both models; in round 2 the four mined ones under the first reference.
+    assert found["round-01/replay"]["tokens"] == 2 * 120
+    assert found["round-02/replay"]["tokens"] == 2 * 120 + 120
+    kept, _ = small("rounds=2", first, "reward_reference=initial")
+    assert estimated(kept, two)["round-02/replay"]["tokens"] == 2 * 120
+    # All eight pairs under the policy, with the start of the longer response.
+    shared, run_data = small("train.ld_alpha=0.5")
+    assert estimated(shared, run_data)["round-01/replay"]["tokens"] == 1.5 * 240
+
+
+def test_labels_of_mining_are_named() -> None:
+    named = {method: mining_labels(small(f"train.method={method}")[0]) for method in ("dpo", "sppo", "cream", "spa")}
+    assert named == {"dpo": [], "sppo": ["win rates"], "cream": ["consistency"], "spa": ["difficulty"]}

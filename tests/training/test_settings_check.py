@@ -62,6 +62,29 @@ def test_unknown_names_list_the_known_ones(policy: Path, setting: str) -> None:
         check(policy, **{setting: "fastest"})
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"foo": 1}, r"round0\.trainer_args: TRL's DPOConfig refuses it: .*unexpected keyword argument 'foo'"),
+        ({"adam_epsilom": 1e-6}, "did you mean 'adam_epsilon'"),
+        ({"adam_epsilon": "small"}, r"round0\.trainer_args\.adam_epsilon is 'small': Input should be a valid number"),
+        ({"logging_first_step": 3}, r"trainer_args\.logging_first_step is 3: Input should be a valid boolean"),
+        ({"optim_args": 3}, r"trainer_args\.optim_args is 3: Input should be a valid string"),
+    ],
+    ids=str,
+)
+def test_passed_options_that_trl_does_not_take(policy: Path, options: dict[str, object], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        check(policy, trainer_args=options)
+
+
+def test_passed_options_reach_optimizer_and_scheduler(policy: Path) -> None:
+    check(policy, trainer_args={"adam_epsilon": 1e-6, "discopop_tau": 0.1})
+    check(policy, lr_scheduler_type="cosine_with_min_lr", trainer_args={"lr_scheduler_kwargs": {"min_lr": 1e-8}})
+    with pytest.raises(UsageError, match=r"trainer_args\.lr_scheduler_kwargs"):
+        check(policy, lr_scheduler_type="cosine_with_min_lr")
+
+
 def test_trackers(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"round0\.report_to has 'diary'.*it knows .*wandb"):
         check(policy, report_to=["diary"])
