@@ -36,7 +36,7 @@ train:
 ```
 
 `configs/llama3-8b.yaml` and `configs/zephyr-7b.yaml` hold the paper's settings. A dash in the default column marks a
-key that must be given where its section is used.
+key that must be given where its section is used. `NAME` is a name of your own, or that of an option of a library.
 """
 
 Schema = dict[str, Any]
@@ -75,7 +75,7 @@ def _nested(field: Schema, schemas: Schema) -> tuple[str, Schema] | None:
     for option in [field, *field.get("anyOf", [])]:
         if "$ref" in option:
             return "", schemas[option["$ref"].rpartition("/")[2]]
-        if "additionalProperties" in option:
+        if isinstance(option.get("additionalProperties"), dict):
             return ".NAME", schemas[option["additionalProperties"]["$ref"].rpartition("/")[2]]
     return None
 
@@ -100,6 +100,8 @@ def _section(title: str, schema: Schema, schemas: Schema) -> list[str]:
                 continue
             values = "sections by name" if suffix else "section, `null`" if "anyOf" in field else "section"
             description = f"{description}; see {path}".removeprefix("; ")
+        if field.get("additionalProperties") is True:  # options that are passed on to a library
+            name, values, default = f"{name}.NAME", "text, number, `true`, `false`, `null`, list, mapping", "–"
         cells = (f"`{name}`", values, default, description.replace("|", r"\|"))
         rows.append(f"| {' | '.join(cells)} |")
     return [*lines, "| key | values | default | description |", "|---|---|---|---|", *rows, "", *inside]

