@@ -18,12 +18,14 @@ from typer import Abort
 from typer.core import TyperGroup
 
 from cli.demo import demo
+from cli.extrapolate import extrapolate
 from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
 from cli.plan import plan
+from cli.replay import replay
 from cli.runs import resume, run, status
-from cli.stages import evaluate, generate, replay, score, train
+from cli.stages import evaluate, generate, score, train
 from cli.terminal import prepare_streams, say
 from dice_py.compute.interrupts import settle, stopped_by_signals
 from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, UsageError
@@ -88,7 +90,7 @@ for command in (run, resume, status, plan, demo):
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)
-for stage in (replay, train, evaluate):
+for stage in (replay, train, evaluate, extrapolate):
     app.command(cls=Panels)(stage)
 
 

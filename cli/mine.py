@@ -19,7 +19,7 @@ import typer
 from typer.main import get_command
 
 from cli.options import Json, Panels
-from cli.output import print_json
+from cli.output import echo_warnings, print_json
 from cli.terminal import say
 from dice_py.errors import InterruptedRunError, UsageError
 
@@ -124,8 +124,10 @@ def mine(
     from cli.progress import Display
     from cli.tables import mining_table, print_table
     from dice_py.config.mining import MiningOptions
+    from dice_py.config.rounds import WarningsConfig
     from dice_py.mining.files import mine_files
     from dice_py.mining.no_pairs import explain_no_pairs
+    from dice_py.runs.warnings import mining_warnings
 
     options = MiningOptions(**_parse_words(ctx.obj))
     with _interrupted(), Display() as display:
@@ -133,6 +135,8 @@ def mine(
         summary = mine_files(scored, out, options, memory_gib=memory, report=display)
     if not summary["pairs"]:
         typer.echo(f"warning: {explain_no_pairs(summary)}", err=True)
+    else:
+        echo_warnings(mining_warnings(summary, options.debias, WarningsConfig()))
     if as_json:
         print_json(summary)
     else:

@@ -22,6 +22,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
 Policy = Annotated[str, typer.Option(help="The policy: a model folder, a GGUF file or a Hugging Face id.")]
 Reference = Annotated[str, typer.Option(help="The model that the policy's DPO training started from.")]
+Method = Annotated[
+    str | None, typer.Option("--method", help="Training method: dpo, rdpo, sppo, cream, spa or soft (train.method).")
+]
 StageSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The seed.")]
 
 # of a run
@@ -71,6 +74,7 @@ def run_config(
     prompts: Path | None,
     replay: Path | None,
     rounds: int | None,
+    method: str | None,
     seed: int | None,
 ) -> RunConfig:
     """The config of `dice run` and `dice plan`."""
@@ -86,6 +90,7 @@ def run_config(
             data__prompts=None if prompts is None else str(prompts),
             data__replay=None if replay is None else str(replay),
             rounds=rounds,
+            train__method=method,
             seed=seed,
         ),
     )

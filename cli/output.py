@@ -11,6 +11,10 @@ from cli.terminal import say
 if TYPE_CHECKING:
     import polars as pl
 
+    from dice_py.config.rounds import WarningsConfig
+    from dice_py.config.run import RunConfig
+    from dice_py.config.shared import ModelConfig
+    from dice_py.runs.warnings import StageWarning
     from dice_py.stages.job import Job, StageResult
 
 
@@ -31,8 +35,12 @@ def print_result(value: dict[str, Any], as_json: bool) -> None:
         say(f"{name.replace('_', ' ')}: {text}")
 
 
-def run_job(job: Job, folder: Path) -> StageResult:
-    """Runs a job in a process of its own, which logs to `folder/worker.log`, and shows its progress."""
+def run_job(job: Job, folder: Path, limits: WarningsConfig | None = None) -> StageResult:
+    """Runs a job in a process of its own, which logs to `folder/worker.log`, and shows its progress.
+
+    Args:
+        limits: above which the result is warned of; None: no warnings.
+    """
     from cli.progress import Display
     from dice_py.compute.stage_process import run_in_subprocess
     from dice_py.stages.registry import stage_of
@@ -44,7 +52,17 @@ def run_job(job: Job, folder: Path) -> StageResult:
     with Display() as display:
         display("stage", stage=stage.name, status="running")
         result: StageResult = run_in_subprocess(job.run, log=folder / "worker.log", remedy=stage.remedy, report=display)
-        return result
+    if limits is not None:
+        from dice_py.runs.warnings import stage_warnings
+
+        echo_warnings(stage_warnings(stage.name, job, result, limits))
+    return result
+
+
+def echo_warnings(warnings: list[StageWarning]) -> None:
+    """Prints warnings to stderr."""
+    for warning in warnings:
+        say(f"warning: {warning.text}", err=True)
 
 
 def model_folder(name: str, revision: str | None, role: str) -> Path:
@@ -78,3 +96,15 @@ def echo_note(event: str, **fields: Any) -> None:
     """A `Report` that prints notes to stderr."""
     if event == "note":
         say(fields["text"], err=True)
+
+
+def reading(resolved: RunConfig) -> dict[str, Any]:
+    """How the rows of a user's file are read, as keywords of `read_prompts` and `read_pairs`."""
+    return {"rule": resolved.data.bad_rows, "ignored": resolved.data.ignored_keys, "report": echo_note}
+
+
+def models_at(resolved: RunConfig, policy: Path, out: Path) -> ModelConfig:
+    """The models' config, with the time that the policy's chat template prints, if it prints one."""
+    from dice_py.models.template_time import FILE, with_template_time
+
+    return with_template_time(resolved.model, policy, out / FILE, echo_note)

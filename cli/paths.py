@@ -32,9 +32,10 @@ _URL = re.compile(
 _FOLDERS_OUT = ("out", "run_dir")
 _WRITTEN = {
     "generate": ("prompts.parquet", "generations-*.parquet"),
-    "score": ("scores-*.parquet", "ref-logps-*.parquet"),
+    "score": ("scores-*.parquet", "ref-logps-*.parquet", "previous-logps-*.parquet"),
     "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
-    "train": ("model", "model/*", "checkpoints", "checkpoints/*"),
+    "train": ("model", "model/*", "adapter", "adapter/*", "checkpoints", "checkpoints/*"),
+    "extrapolate": ("model", "model/*"),
     "evaluate": ("eval_prompts.parquet", "eval_pairs.parquet", "pair-logps-*.parquet", "samples/*", "start/*"),
 }
 """What the commands write into their --out, as patterns."""

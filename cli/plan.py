@@ -12,6 +12,7 @@ from cli.options import (
     DEFAULT_RUNS,
     Config,
     Json,
+    Method,
     Prompts,
     Replay,
     Rounds,
@@ -57,6 +58,7 @@ def plan(
     prompts: Prompts = None,
     replay: Replay = None,
     rounds: Rounds = None,
+    method: Method = None,
     seed: Seed = None,
     run_dir: RunDir = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even where measurements are stored.")] = False,
@@ -67,5 +69,5 @@ def plan(
     Time, GPU hours, disk and memory of each stage: from a short calibration, or from stored measurements of the same
     model shape on the same device.
     """
-    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, seed)
+    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed)
     show_plan(resolved, run_dir or DEFAULT_RUNS, fresh, as_json)

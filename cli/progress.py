@@ -68,6 +68,8 @@ class Display:
             self._progress(**fields)
         elif event == "note":
             self.line(f"  {fields['text']}")
+        elif event == "warning":
+            self.line(f"  warning: {fields['text']}")
         elif event == "round":
             number = fields["number"]
             self.line(f"round {number} of {fields['rounds']}" if number else "round 0: DPO from the SFT model")

@@ -12,6 +12,7 @@ from cli.options import (
     Config,
     Force,
     Json,
+    Method,
     Prompts,
     Replay,
     Rounds,
@@ -38,6 +39,7 @@ def run(
     prompts: Prompts = None,
     replay: Replay = None,
     rounds: Rounds = None,
+    method: Method = None,
     seed: Seed = None,
     run_dir: RunDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost, as `dice plan` does.")] = False,
@@ -49,7 +51,7 @@ def run(
     With an SFT model, round 0 first trains the policy by DPO on the offline pairs. The world is made on first use, and
     used when no model is named.
     """
-    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, seed)
+    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed)
     if dry_run:
         show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
         return
@@ -88,14 +90,16 @@ def resume(
 
 
 def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
+    from dice_py.runs.status import kept_policy
+
+    policy = kept_policy(folder)
     if as_json:
-        print_json({"run": str(folder), "metrics": metrics})
+        print_json({"run": str(folder), "policy": str(policy), "metrics": metrics})
         return
     from cli.tables import metrics_table, print_table
 
     print_table(metrics_table(metrics))
-    last = list(metrics)[-1]
-    say(f"new policy: {folder / last / 'train' / 'model'}\nreport:     {folder / 'report.html'}")
+    say(f"new policy: {policy}\nreport:     {folder / 'report.html'}")
 
 
 def status(
@@ -128,6 +132,11 @@ def status(
 
     if not profile:
         print_table(status_table(values))
+        if values["ended_after"] is not None:
+            goes_on = f"dice resume {folder} --set rounds.stop_when=none"
+            say(f"ended after round {values['ended_after']} (rounds.stop_when=worse); to go on: {goes_on}")
+        if values["policy"] is not None:
+            say(f"new policy: {values['policy']}")
         return
     if values["rounds"]:
         print_table(profile_table(values))

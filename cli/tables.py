@@ -17,6 +17,7 @@ _HIGHLIGHTS = {
     "mine": ("pairs", "alpha"),
     "replay": ("mined", "replay", "reached_share"),
     "train": ("pairs", "steps", "step0_loss", "final_loss"),
+    "extrapolate": ("alpha", "metric"),
     "evaluate": ("oracle_win_rate", "oracle_accuracy", "mean_response_tokens", "implicit_reward_accuracy"),
 }
 _SHOWN_MARGINS = ("0.05", "0.5", "0.95")
@@ -24,7 +25,9 @@ _SHOWN_MARGINS = ("0.05", "0.5", "0.95")
 
 def counts_text(stage: str, counts: dict[str, Any]) -> str:
     """The most telling counts of a stage, in one line; missing ones are left out."""
-    parts = [f"{name.replace('_', ' ')} {number(counts[name])}" for name in _HIGHLIGHTS[stage] if name in counts]
+    parts = [
+        f"{name.replace('_', ' ')} {number(counts[name])}" for name in _HIGHLIGHTS.get(stage, ()) if name in counts
+    ]
     if stage == "mine" and counts:
         parts += _mining(counts)
     return ", ".join(parts)
@@ -152,12 +155,17 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"engine {calibration['engine']}; responses of {number(calibration['mean_response_tokens'])} tokens on "
         "average; pairs are an estimate"
     ]
+    if plan["method"] != "dpo" or plan["labels"]:
+        labels = f"; mining adds {', '.join(plan['labels'])}" if plan["labels"] else ""
+        lines.append(f"train.method={plan['method']}{labels}")
     if calibration["extrapolated_responses"]:
         lines.append(
             f"{calibration['extrapolated_responses']} of {calibration['responses']} responses of the calibration were "
             f"cut at {calibration['cut_at_tokens']} tokens: their lengths are extrapolated, and so are the times of "
             "all stages"
         )
+    if plan.get("may_end_early"):
+        lines.append(f"rounds.stop_when=worse may end the run before its {plan['rounds']} rounds")
     if not plan["gpu_hours"]:
         lines.append(f"no GPU is used: {number(plan['cpu_hours'])} core hours")
     free = f"{size(plan['free_disk_bytes'])} of disk and {size(plan['free_memory_bytes'])} of memory are free"

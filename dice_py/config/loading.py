@@ -24,6 +24,8 @@ from dice_py.config.yaml_text import parse_yaml, read_yaml
 from dice_py.errors import UsageError
 
 _DEEPEST_KEY = 10
+_SHORTHAND = {"rounds": "count"}
+"""Sections for which a value alone stands for one of their keys."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
@@ -35,6 +37,14 @@ def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
         else:
             into[key] = _merge({}, value) if isinstance(value, Mapping) else value
     return into
+
+
+def _in_full(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one source without shorthands, so that `rounds: 3` leaves the other keys of `rounds`."""
+    return {
+        name: {_SHORTHAND[name]: value} if name in _SHORTHAND and not isinstance(value, Mapping) else value
+        for name, value in settings.items()
+    }
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
@@ -140,10 +150,10 @@ def resolve(
     """
     settings: dict[str, Any] = {}
     for path in files:
-        _merge(settings, read_yaml(path))
-    _merge(settings, dict(overrides or {}))
+        _merge(settings, _in_full(read_yaml(path)))
+    _merge(settings, _in_full(overrides or {}))
     for assignment in assignments:
-        _merge(settings, _parse_set(assignment))
+        _merge(settings, _in_full(_parse_set(assignment)))
     model = settings.get("model")
     has_model = isinstance(model, Mapping) and any(model.get(name) is not None for name in ("policy", "sft"))
     base: dict[str, Any] = {} if has_model or one_stage else _merge({}, WORLD_DEFAULTS)
@@ -179,7 +189,7 @@ def reassigned(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     """
     settings = config.model_dump(mode="json")
     for assignment in assignments:
-        _merge(settings, _parse_set(assignment))
+        _merge(settings, _in_full(_parse_set(assignment)))
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:

@@ -177,12 +177,19 @@ class MineConfig(PairOptions):
     min_length: int | None = _option(1, "Filters", "Shortest response to use, inclusive; an empty one has no reward.")
     length: Literal["tokens", "chars"] = Field(default="tokens", description="the unit of lengths")
     drop_duplicates: bool = Field(default=False, description="responses of a prompt with equal token ids count once")
-    second_reward: Literal["logp", "ref_logp"] | None = Field(
-        default=None, description="a column of the scores: its agreement with the reward is the column consistency"
+    second_reward: Literal["logp", "ref_logp", "previous"] | None = Field(
+        default=None,
+        description="a column of the scores, whose agreement with the reward is the column consistency; previous: the "
+        "reward of the round before, and in round 1 ref_logp",
     )
     pool_rounds: Positive = Field(
         default=1, description="mine the responses of the last n rounds together, scored by the current policy"
     )
+
+    def in_round(self, number: int) -> MineConfig:
+        """The settings of one round: the first has no reward of a round before it."""
+        first = self.second_reward == "previous" and number == 1
+        return self.model_copy(update={"second_reward": "ref_logp"}) if first else self
 
     def options(self, seed: int = 0) -> MiningOptions:
         """The options to mine a run's generations and scores with.
@@ -197,7 +204,7 @@ class MineConfig(PairOptions):
             length_column="response_tokens" if self.length == "tokens" else "response_chars",
             duplicate_column="token_ids" if self.drop_duplicates else None,
             policy_column="round" if self.pool_rounds > 1 else None,
-            second_reward_column=self.second_reward,
+            second_reward_column="previous_reward" if self.second_reward == "previous" else self.second_reward,
             seed=seed,
         )
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from dice_py.config.extrapolation import ExtrapolateConfig
+from dice_py.config.loss import MINING_LABELS
 from dice_py.config.mining import MineConfig
-from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Positive, Section
+from dice_py.config.rounds import RoundMetric, RoundsConfig, WarningsConfig
+from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Section
 from dice_py.config.stages import (
     EvaluateConfig,
     GenerateConfig,
@@ -24,7 +28,7 @@ ONE_STAGE = {"one_stage": True}
 class RunConfig(Section):
     """Every setting of a run; stored resolved as `config.yaml` in the run folder."""
 
-    rounds: Positive = Field(default=2, description="rounds of generate, score, mine, replay, train, evaluate")
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="all random numbers of the run are derived from it"
     )
@@ -43,7 +47,9 @@ class RunConfig(Section):
     mine: MineConfig = Field(default_factory=MineConfig)
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    extrapolate: ExtrapolateConfig = Field(default_factory=ExtrapolateConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    warnings: WarningsConfig = Field(default_factory=WarningsConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
 
     @property
@@ -56,6 +62,14 @@ class RunConfig(Section):
         """True when π_1 is made first, from the SFT model."""
         return self.model.sft is not None
 
+    @property
+    def round_metric(self) -> str | None:
+        """The metric by which rounds are compared; None where they are not."""
+        if not self.rounds.are_compared:
+            return None
+        default = "oracle_win_rate" if self.is_world else "implicit_reward_accuracy_initial_reference"
+        return self.rounds.metric or default
+
     def most_pairs_per_prompt(self) -> int:
         """The most pairs that the pairing makes of a prompt."""
         mine, samples = self.mine, self.generate.samples
@@ -63,10 +77,27 @@ class RunConfig(Section):
         pairs = most.get(mine.pairing, 1)
         return pairs if mine.pairs_per_prompt is None else min(pairs, mine.pairs_per_prompt)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _switch_on(cls, values: Any) -> Any:
+        """What the training method needs of the stages before it, where it is off."""
+        if not isinstance(values, Mapping):
+            return values
+        train, mine = (values.get(name, {}) for name in ("train", "mine"))
+        method = train.get("method") if isinstance(train, Mapping) else None
+        if not isinstance(method, str) or not isinstance(mine, Mapping):
+            return values
+        labels = {name: value for name, value in MINING_LABELS.get(method, {}).items() if not mine.get(name)}
+        changed = {**values, "mine": {**mine, **labels}} if labels else dict(values)
+        if method == "spa":
+            changed.setdefault("reward_reference", "initial")
+        return changed
+
     @model_validator(mode="after")
     def _check_run(self, info: ValidationInfo) -> RunConfig:
         if info.context == ONE_STAGE:
             return self
+        _check_method(self)
         if self.mine.min_responses > self.generate.samples:
             raise ValueError(
                 f"mine.min_responses is {self.mine.min_responses}, but generate.samples is "
@@ -83,7 +114,51 @@ class RunConfig(Section):
             _check_round_zero(self)
         else:
             _check_own_run(self)
+        problem = self.extrapolate.problem(
+            is_world=self.is_world,
+            prompts=self.evaluate.prompts,
+            pairs=self.evaluate.pairs,
+            has_pairs=self.is_world or self.data.replay is not None or self.data.eval_pairs is not None,
+        )
+        if problem is not None:
+            raise ValueError(problem)
+        _check_round_metric(self)
         return self
+
+
+def _check_method(config: RunConfig) -> None:
+    """Checks that the training method gets what it needs of the stages before it."""
+    train, mine = config.train, config.mine
+    if train.method == "rdpo" and train.length_weight == "auto" and (mine.debias, mine.length) != ("linear", "tokens"):
+        raise ValueError(
+            "train.length_weight is auto, the penalty per token that mining finds, but mine.debias is "
+            f"{mine.debias} and mine.length is {mine.length}: set mine.debias=linear and mine.length=tokens, or "
+            "train.length_weight to a number"
+        )
+    if train.method == "spa" and config.reward_reference != "initial":
+        raise ValueError(
+            "train.method is spa, whose rewards are against the first reference, but reward_reference is "
+            f"{config.reward_reference}: set reward_reference=initial"
+        )
+    if train.weight_column is not None and train.weight_column not in WEIGHT_COLUMNS:
+        raise ValueError(
+            f"train.weight_column is {train.weight_column!r}, which no stage of a run writes; it may be one of "
+            f"{', '.join(WEIGHT_COLUMNS)}"
+        )
+    needed = WEIGHT_COLUMNS.get(train.weight_column or "margin")
+    if needed is not None and not getattr(mine, needed):
+        raise ValueError(
+            f"train.weight_column is {train.weight_column!r}, a label that mining adds with mine.{needed}: set it"
+        )
+
+
+WEIGHT_COLUMNS = {
+    "margin": None,
+    "chosen_win_rate": "win_rates",
+    "soft_label": "soft_labels",
+    "consistency": "second_reward",
+}
+"""Columns of a run's training set that pairs can be weighed by, with the setting of `mine` that adds each."""
 
 
 def _weights_offline_pairs(config: RunConfig) -> bool:
@@ -152,6 +227,27 @@ def _check_own_run(config: RunConfig) -> None:
             "replay.margin_power and replay.half_life weight the pairs of data.replay, which is not given: set "
             "replay.buffers.NAME.… or replay.buffer.… instead"
         )
+
+
+def _check_round_metric(config: RunConfig) -> None:
+    """Checks that the evaluation measures what rounds are compared by."""
+    metric, evaluate = config.round_metric, config.evaluate
+    has_pairs = config.is_world or config.data.replay is not None or config.data.eval_pairs is not None
+    lacking = {
+        "oracle": [] if config.is_world else ["only the synthetic world has an oracle"],
+        "implicit": [] if has_pairs else ["no offline pairs are given: name data.eval_pairs"],
+    }
+    if not evaluate.prompts:
+        lacking["oracle"].append("evaluate.prompts is 0")
+    if not evaluate.pairs:
+        lacking["implicit"].append("evaluate.pairs is 0")
+    if metric is None or not (why := lacking[metric.partition("_")[0]]):
+        return
+    known = [name for name in get_args(RoundMetric) if not lacking[name.partition("_")[0]]]
+    raise ValueError(
+        f"rounds.metric is {metric}, which this run does not measure ({'; '.join(why)}). It measures: "
+        f"{', '.join(known) or 'none'}"
+    )
 
 
 # Defaults of a run on the synthetic world, where they differ from RunConfig's. They were tuned on that world; a run on

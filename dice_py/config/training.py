@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from dice_py.config.shared import Positive, Probability, Section
+from dice_py.config.loss import LossConfig
+from dice_py.config.passthrough import PassedOptions, passed_options, refuse_own
+from dice_py.config.shared import ADDED, Positive, Probability, Section
 
 Warmup = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
 """A number of optimizer steps, or a share of a training's steps."""
 
 
 class LoraConfig(Section):
-    """LoRA adapters. They are merged after training, so that every round ends with a complete model."""
+    """LoRA adapters. They are merged after training, so that a round ends with a complete model, and kept beside it."""
 
     r: Positive = Field(default=16, description="rank")
-    alpha: Positive = Field(default=32, description="scale: adapters are multiplied by alpha / r")
+    alpha: Positive = Field(default=32, description="scale: adapters are multiplied by alpha / r, or by alpha / √r")
+    use_rslora: bool = Field(
+        default=False, description="scale by alpha / √r (rsLoRA, arXiv 2312.03732)", json_schema_extra=ADDED
+    )
     dropout: Probability = Field(
         default=0.0,
         description="on the adapters' input; changes nothing, since DPO trains without any dropout",
@@ -24,10 +29,15 @@ class LoraConfig(Section):
     target_modules: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="names of the adapted modules; all-linear: every linear layer but the head"
     )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="names of layers that are trained whole, in float32, beside the adapters: norms, head, embeddings",
+        json_schema_extra=ADDED,
+    )
 
 
-class TrainConfig(Section):
-    """DPO training of the policy, with its own start as the reference. Names are TRL's where TRL has the setting."""
+class TrainConfig(LossConfig):
+    """Training of the policy on preference pairs. Names are TRL's where TRL has the setting."""
 
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(default=5e-7, description="peak learning rate")
     lr_scheduler_type: str = Field(default="constant_with_warmup", description="a scheduler of transformers")
@@ -55,9 +65,6 @@ class TrainConfig(Section):
     )
     per_device_train_batch_size: Positive = Field(
         default=4, description="pairs per forward pass of one device, on padded rows"
-    )
-    sft_weight: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0, description="weight of the NLL of the chosen response, added to the loss (TRL's sft loss)"
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="AdamW's weight decay")
     max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(
@@ -87,6 +94,9 @@ class TrainConfig(Section):
         default="auto",
         description="largest |loss − ln 2| at step 0; auto: 1e-3 in float32, in 16-bit dtypes as rounding is measured",
     )
+    trainer_args: PassedOptions = passed_options(
+        "any further option of TRL's DPOConfig, such as {adam_epsilon: 1.0e-6, lr_scheduler_kwargs: {…}}"
+    )
     processes: Literal["auto"] | Positive = Field(
         default="auto",
         description="auto: one per GPU of devices.gpus, as many as batch_size can be split over; one on the CPU",
@@ -109,7 +119,12 @@ class TrainConfig(Section):
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that decide the trained weights: all but how work is spread over processes."""
-        return self.model_dump(exclude={"processes", "strategy", "accelerate_config"})
+        return self.key_dump(exclude=("processes", "strategy", "accelerate_config"))
+
+    @field_validator("trainer_args")
+    @classmethod
+    def _refuse_own(cls, value: PassedOptions) -> PassedOptions:
+        return refuse_own(value, {name: f"it is train.{name}" for name in cls.model_fields} | _OWN_ARGUMENTS)
 
     @model_validator(mode="after")
     def _check_processes(self) -> TrainConfig:
@@ -136,3 +151,38 @@ class TrainConfig(Section):
                 f"({self.per_device_train_batch_size}), which it reaches by gradient accumulation"
             )
         return self
+
+
+_BY_PROJECT = "a training here has it set already, for what the other stages made"
+_OWN_ARGUMENTS = {
+    "loss_type": "it is train.loss",
+    "loss_weights": "they are in train.loss",
+    "beta": "it is beta, β of the reward and of the loss",
+    "bf16": "it is model.dtype",
+    "fp16": "it is model.dtype",
+    "use_cpu": "it is model.device",
+    "seed": "all random numbers follow from the run's seed",
+    "data_seed": "all random numbers follow from the run's seed",
+    "gradient_accumulation_steps": "it follows from train.batch_size",
+    "trust_remote_code": "it is model.trust_remote_code",
+    "label_smoothing_factor": "DPO does not read it; there is train.label_smoothing",
+    "warmup_ratio": "train.warmup_steps below 1 is a share of the steps",
+    "deepspeed": "it is train.strategy=zero3, or a file in train.accelerate_config",
+    "fsdp": "it is train.strategy=fsdp2, or a file in train.accelerate_config",
+    "fsdp_config": "it is train.strategy=fsdp2, or a file in train.accelerate_config",
+    "accelerator_config": "it is train.accelerate_config",
+    **dict.fromkeys(
+        (
+            "output_dir", "precompute_ref_log_probs", "precompute_ref_batch_size", "truncation_mode", "padding_free",
+            "pad_to_multiple_of", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "pad_token",
+            "model_init_kwargs", "disable_dropout", "dataset_num_proc", "gradient_checkpointing_kwargs",
+            "save_strategy", "save_total_limit", "save_only_model", "load_best_model_at_end", "logging_nan_inf_filter",
+            "disable_tqdm", "ddp_find_unused_parameters", "remove_unused_columns", "do_train", "do_eval",
+            "eval_strategy", "eval_steps", "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub",
+            "auto_find_batch_size", "router_aux_loss_coef", "neftune_noise_alpha", "local_rank", "use_liger_kernel",
+            "torch_compile",
+        ),
+        _BY_PROJECT,
+    ),
+}  # fmt: skip
+"""Options of DPOConfig that are set here."""

@@ -24,13 +24,22 @@ def bootstrap_ci95(values: list[float], seed: int) -> list[float]:
     return [float(low), float(high)]
 
 
+def reward_outcomes(chosen: pl.Series, rejected: pl.Series) -> pl.Series:
+    """1.0 for each pair whose chosen response has the higher reward, 0.5 for a tie, else 0.0.
+
+    Args:
+        chosen, rejected: the rewards of each pair.
+    """
+    return (chosen > rejected).cast(pl.Float64) + 0.5 * (chosen == rejected).cast(pl.Float64)
+
+
 def reward_accuracy(chosen: pl.Series, rejected: pl.Series) -> float:
     """Share of pairs, 0 to 1, whose chosen response has the higher reward; ties count half.
 
     Args:
         chosen, rejected: the rewards of each pair; one or more numbers, as many in both.
     """
-    return float(((chosen > rejected).cast(pl.Float64) + 0.5 * (chosen == rejected).cast(pl.Float64)).mean())  # type: ignore[arg-type]
+    return float(reward_outcomes(chosen, rejected).mean())  # type: ignore[arg-type]
 
 
 def win_rate(pairs: list[tuple[list[float], list[float]]]) -> list[float]:

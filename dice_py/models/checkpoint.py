@@ -78,6 +78,16 @@ def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
     remember("checkpoint", key, True)
 
 
+def described_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
+    """The model that a folder's config.json describes, on the meta device: names and shapes, no values.
+
+    Raises:
+        DataError, UsageError: as of `check_checkpoint`.
+    """
+    with _quiet():
+        return _build(folder, _read_config(folder, config), config)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings and bars of transformers, whose findings are raised as errors."""

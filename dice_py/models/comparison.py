@@ -17,7 +17,7 @@ from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.bin_weights import bin_records, bin_values
 from dice_py.models.identity import MERGED_STAMP, model_identity
-from dice_py.models.weight_files import is_old_buffer, read_header, weight_files
+from dice_py.models.weight_files import is_old_buffer, read_header, weight_files, without_wrapper
 from dice_py.models.weight_records import TensorRecord, tensor_records
 from dice_py.storage.integrity import MODEL_STAMP, read_stamp
 
@@ -31,7 +31,6 @@ _SAMPLED_TENSORS, _SAMPLED_VALUES = 16, 4096
 _PART = 2**22  # values that are compared at a time
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _BY_TOKEN = re.compile(r"embed|lm_head|wte|wpe|word_embeddings|output\.weight$")
-_WRAPPERS = re.compile(r"^((model|transformer|base_model|language_model|text_model)\.)+")
 
 
 def check_distinct(policy: Path, reference: Path, *, allowed: bool, report: Report = no_report) -> None:
@@ -160,7 +159,7 @@ def _stored(folder: Path) -> dict[str, _Stored]:
     for file in weight_files(folder):
         records = bin_records(file) if file.suffix == ".bin" else tensor_records(file)
         tensors |= {
-            _WRAPPERS.sub("", name): _Stored(file, name, record)
+            without_wrapper(name): _Stored(file, name, record)
             for name, record in records.items()
             if not is_old_buffer(name)
         }

@@ -38,12 +38,19 @@ def model_identity(folder: Path) -> str:
     Raises:
         DataError: a file cannot be read.
     """
-    others = {file for pattern in _OTHERS for file in folder.glob(pattern) if file.is_file()}
     configs = [[name, _config(folder / name)] for name in _CONFIGS if (folder / name).is_file()]
     contents = [
-        [str(file.relative_to(folder)), file_content(file)] for file in sorted(others) if file.name not in _CONFIGS
+        [str(file.relative_to(folder)), file_content(file)]
+        for file in files_beside_weights(folder)
+        if file.name not in _CONFIGS
     ]
     return digest("model", _weights(folder), configs, contents)
+
+
+def files_beside_weights(folder: Path) -> list[Path]:
+    """The files of a model that hold no weights, sorted: configs, tokenizer, chat templates and code."""
+    patterns = (*_CONFIGS, *_OTHERS)
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def _weights(folder: Path) -> list[Any]:

@@ -57,14 +57,25 @@ def score_memory(sizes: list[ModelSize], config: RunConfig, dtype: str, cuda: bo
     return largest.parameters * each + activations + 4 * 2 * _TILE["cuda" if cuda else "cpu"]
 
 
-def lora_parameters(size: ModelSize, rank: int) -> int:
+def lora_parameters(size: ModelSize, lora: LoraConfig) -> int:
     """Parameters of adapters on all linear layers: r × (inputs + outputs) for each of a layer's seven matrices.
 
-    Hu et al., arXiv 2106.09685: a matrix (d, k) gets (d, r) and (r, k).
+    Hu et al., arXiv 2106.09685: a matrix (d, k) gets (d, r) and (r, k). Layers that are trained whole
+    (`modules_to_save`) are added: h × V for the head and for embeddings; for others, a matrix is h × i in each layer,
+    and a norm next to nothing.
     """
     kv, queries = size.kv_heads * size.head_size, size.heads * size.head_size
     attention = 2 * (size.hidden + queries) + 2 * (size.hidden + kv)
-    return size.layers * rank * (attention + 3 * (size.hidden + size.inner))
+    adapters = size.layers * lora.r * (attention + 3 * (size.hidden + size.inner))
+    return adapters + sum(_whole_parameters(size, name.rpartition(".")[2]) for name in lora.modules_to_save)
+
+
+def _whole_parameters(size: ModelSize, name: str) -> int:
+    if name in ("lm_head", "embed_out", "embed_in", "embed_tokens", "wte", "word_embeddings"):
+        return size.hidden * size.vocabulary
+    if "norm" in name or name.startswith("ln_"):
+        return size.hidden * size.layers
+    return size.hidden * size.inner * size.layers
 
 
 def train_state(size: ModelSize, train: TrainConfig, dtype: str, shards: int) -> int:
@@ -77,7 +88,7 @@ def train_state(size: ModelSize, train: TrainConfig, dtype: str, shards: int) ->
     each = DTYPE_BYTES[dtype]
     lora = train.lora
     if lora is not None:
-        return size.parameters * each + 16 * lora_parameters(size, lora.r)
+        return size.parameters * each + 16 * lora_parameters(size, lora)
     copy = each if each < 4 else 0
     return size.parameters * (16 + copy) // max(1, shards)
 
@@ -217,5 +228,5 @@ class TrainingMemory:
 def checkpoint_bytes(size: ModelSize, train: TrainConfig) -> int:
     """Size of a training checkpoint: float32 weights and Adam's moments; with LoRA those of the adapters alone."""
     lora = train.lora
-    trained = size.parameters if lora is None else lora_parameters(size, lora.r)
+    trained = size.parameters if lora is None else lora_parameters(size, lora)
     return trained * (4 + _ADAM)

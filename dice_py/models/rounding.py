@@ -31,6 +31,33 @@ class Change(NamedTuple):
     kept: float
 
 
+class ChangeSum:
+    """Adds up a change over parts of the weights."""
+
+    def __init__(self) -> None:
+        self._squares = self._kept = self._largest = 0.0
+        self._count = 0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> None:
+        """Adds a part, which is rounded to `dtype`. Tensors that are not floating-point numbers are left out."""
+        import torch
+
+        if not after.is_floating_point():
+            return
+        before = before.to(device=after.device, dtype=torch.float32)
+        change = after.detach().float() - before
+        self._squares += float(change.square().sum(dtype=torch.float64))
+        rounded = after.detach().to(dtype).float() - before
+        self._kept += float((rounded * change).sum(dtype=torch.float64))
+        self._largest = max(self._largest, float(change.abs().max())) if change.numel() else self._largest
+        self._count += change.numel()
+
+    def total(self) -> Change:
+        """The change of all parts."""
+        kept = self._kept / self._squares if self._squares else 1.0
+        return Change(math.sqrt(self._squares / max(1, self._count)), self._largest, kept)
+
+
 def measure_change(weights: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> Change:
     """The change of weights, and what rounding to `dtype` leaves of it.
 
@@ -38,18 +65,7 @@ def measure_change(weights: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype: 
         weights: each tensor before, and after in the dtype that it was changed in. Those that are not floating-point
             numbers are left out.
     """
-    import torch
-
-    squares = kept = largest = 0.0
-    count = 0
+    total = ChangeSum()
     for before, after in weights:
-        if not after.is_floating_point():
-            continue
-        before = before.to(device=after.device, dtype=torch.float32)
-        change = after.detach().float() - before
-        squares += float(change.square().sum(dtype=torch.float64))
-        rounded = after.detach().to(dtype).float() - before
-        kept += float((rounded * change).sum(dtype=torch.float64))
-        largest = max(largest, float(change.abs().max())) if change.numel() else largest
-        count += change.numel()
-    return Change(math.sqrt(squares / max(1, count)), largest, kept / squares if squares else 1.0)
+        total.add(before, after, dtype)
+    return total.total()

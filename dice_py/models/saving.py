@@ -10,6 +10,11 @@ def share_weights(folder: Path) -> None:
 
     safetensors writes its files for their owner alone, so that a colleague could read everything but the weights.
     """
-    mode = (folder / "config.json").stat().st_mode & 0o777
+    share_mode(folder, folder / "config.json")
+
+
+def share_mode(folder: Path, other: Path) -> None:
+    """Gives the safetensors files in a folder the permissions of another file."""
+    mode = other.stat().st_mode & 0o777
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)

@@ -61,6 +61,18 @@ def needs_conversion(name: str, revision: str | None, role: str) -> bool:
     return is_adapter(folder) and find_merged(folder, _base(folder, role)) is None
 
 
+def adapter_of(name: str, role: str) -> Path | None:
+    """The folder here of an adapter that `name` means; None for all other models, and for ids of the hub.
+
+    Raises:
+        DataError: a path that is neither a folder nor a GGUF file.
+    """
+    if gguf_file(name, role) is not None:
+        return None
+    folder = Path(name).expanduser()
+    return folder if is_adapter(folder) else None
+
+
 def source_key(name: str, revision: str | None, role: str) -> str:
     """A key of what a model is converted from. Arguments as of `resolve_model`."""
     file = gguf_file(name, role)

@@ -182,6 +182,14 @@ def is_old_buffer(name: str) -> bool:
     return bool(_OLD_BUFFERS.search(name))
 
 
+_WRAPPERS = re.compile(r"^((model|transformer|base_model|language_model|text_model)\.)+")
+
+
+def without_wrapper(name: str) -> str:
+    """The name of a weight without the prefix of the modules that wrap the layers, in which layouts differ."""
+    return _WRAPPERS.sub("", name)
+
+
 def first_few(names: Sequence[str], count: int = 3) -> str:
     """ "a, b, c and 5 more"."""
     rest = len(names) - count

@@ -130,7 +130,7 @@ def check_loaded(folder: Path, architecture: str, loading: dict[str, Any], shape
         DataError: weights are missing, unexpected, or of another shape.
     """
     missing = sorted(loading["missing_keys"])
-    unexpected = [name for name in sorted(loading["unexpected_keys"]) if not _is_known(folder, name)]
+    unexpected = [name for name in sorted(loading["unexpected_keys"]) if not is_of_another_part(folder, name)]
     reshaped = sorted(loading["mismatched_keys"], key=str)
     failed = [str(text).splitlines()[0] for text in loading.get("error_msgs") or []]
     parts = []
@@ -166,7 +166,7 @@ def _wrapper(missing: list[str], unexpected: list[str]) -> str:
 _OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|multi_?modal|mm_projector|connector")
 
 
-def _is_known(folder: Path, name: str) -> bool:
+def is_of_another_part(folder: Path, name: str) -> bool:
     """Whether a tensor that the model does not have is a buffer of older versions, or of a part that reads no text."""
     if is_old_buffer(name):
         return True

@@ -6,7 +6,7 @@ Arithmetic only: nothing is measured here. Seconds are wall clock; the costs are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,41 +16,13 @@ from dice_py.models.memory import TrainingMemory, checkpoint_bytes, generate_mem
 from dice_py.models.sizes import ModelSize
 from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
+from dice_py.planning.machine import Machine
+from dice_py.planning.pair_costs import pair_passes, replay_shortage
 from dice_py.planning.timeline import Task, shared_speed, timeline
 from dice_py.runs.measured_costs import StageCosts
 
 _PAIR_BYTES = 64  # of a mined pair's row
 _MINING_JSON = 2**14  # bytes of mining.json, mostly the curve
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The engine and devices of the run, and the costs that every plan measures anew."""
-
-    engine: str
-    dtype: str
-    cuda: bool
-    cores: int
-    groups: int
-    """Groups of devices that share the shards of generate and score."""
-    gpus: int
-    """GPUs of all groups."""
-    processes: int
-    """Processes of the training."""
-    shards: int
-    """Processes that the training's states are split over."""
-    gpu_bytes: int | None
-    """Memory of one GPU; None on the CPU."""
-    base_memory: int
-    """Bytes of host memory that a process with its libraries takes."""
-    encode_seconds: float
-    """For tokenizing one prompt."""
-    tokenizer_seconds: float
-    """For loading the tokenizer."""
-    mine_seconds: float
-    """For mining one response."""
-    bootstrap_seconds: float
-    """For one confidence interval of the evaluation."""
 
 
 @dataclass
@@ -160,8 +132,9 @@ class Estimator:
             },
         )
 
-    def score(self, counts: RoundCounts) -> _Estimate:
-        """The reference's pass, the gate, and the policy's pass where its log-probabilities are not reused."""
+    def score(self, counts: RoundCounts, number: int) -> _Estimate:
+        """The passes of the reference, of an earlier model for `mine.second_reward=previous`, of the gate, and of the
+        policy where its log-probabilities are not reused."""
         config, costs = self.config, self.costs.score
         all_tokens = counts.pool_tokens * costs.token_ratio
         own_tokens = (counts.prompt_tokens + counts.response_tokens) * costs.token_ratio
@@ -171,15 +144,17 @@ class Estimator:
             mean = counts.prompt_tokens / max(1, counts.prompts) + counts.response_tokens / max(1, counts.responses)
             gate = responses * mean
         policy_tokens = all_tokens - own_tokens if gate and costs.gate_passed else all_tokens
+        earlier = int(config.mine.second_reward == "previous" and number > 1)
         groups = self._groups(counts.shards)
         formula = score_memory([self.policy, self.reference], config, self.machine.dtype, self.machine.cuda)
-        work = costs.warm_up + costs.fixed + self._group_startup(groups) * (2 if policy_tokens else 1)
+        work = costs.warm_up + costs.fixed + self._group_startup(groups) * ((2 if policy_tokens else 1) + earlier)
         work += self._scoring(gate, 0)
-        work += self._scoring((all_tokens + policy_tokens) / groups, counts.pool_responses / groups)
+        tokens = all_tokens * (1 + earlier) + policy_tokens
+        work += self._scoring(tokens / groups, counts.pool_responses * (1 + earlier) / groups)
         return _Estimate(
             work=work,
-            load=costs.load * (2 if gate or policy_tokens else 1),
-            tokens=round(all_tokens + policy_tokens + gate),
+            load=costs.load * ((2 if gate or policy_tokens else 1) + earlier),
+            tokens=round(tokens + gate),
             disk=costs.bytes_per_response * counts.pool_responses,
             memory=self._memory(formula, costs.peak_bytes, groups),
             devices=groups if self.machine.cuda else 0,
@@ -195,35 +170,28 @@ class Estimator:
             counts={"responses": counts.pool_responses, "pairs": counts.mined},
         )
 
-    def replay(self, counts: RoundCounts) -> _Estimate:
-        """Tokenizes the replayed pairs, and scores them under the policy."""
+    def replay(self, counts: RoundCounts, number: int) -> _Estimate:
+        """Tokenizes the replayed pairs, and scores what has no log-probabilities (planning/pair_costs.py)."""
         costs = self.costs.score
         formula = score_memory([self.policy], self.config, self.machine.dtype, self.machine.cuda)
-        lacking = None
-        if counts.replay < counts.replay_requested and self.config.replay.on_shortfall == "error":
-            lacking = {
-                "setting": "replay.gamma",
-                "needed": counts.replay_requested,
-                "available": counts.replay,
-                "text": f"{counts.replay_requested} pairs are to be replayed, but only {counts.replay} are on prompts "
-                "that the round does not sample",
-                "remedy": "lower replay.gamma, add offline pairs, or set replay.on_shortfall=record",
-            }
         work = load = 0.0
         if counts.replay:
             work = self.tokenizer + costs.warm_up + costs.per_pair * counts.replay
-            work += self._scoring(counts.replay_tokens, 2 * counts.replay)
-            load = costs.load
-        total = counts.replay + min(counts.mined, counts.pairs)
+        mined = min(counts.mined, counts.pairs)
+        total = counts.replay + mined
+        passes, tokens, sequences = pair_passes(self.config, counts, mined, number)
+        if tokens:
+            work += self._scoring(tokens, sequences)
+            load = costs.load * passes
         return _Estimate(
             work=work,
             load=load,
-            tokens=counts.replay_tokens,
+            tokens=round(tokens),
             disk=costs.bytes_per_pair * total,
             memory=self._memory(formula, costs.peak_bytes, 1),
             devices=1 if self.machine.cuda else 0,
             counts={"pairs": total, "replayed": counts.replay, "wanted": counts.replay_requested},
-            lacking=lacking,
+            lacking=replay_shortage(self.config, counts),
         )
 
     def train(self, counts: RoundCounts, config: RunConfig | None = None) -> _Estimate:
@@ -272,8 +240,29 @@ class Estimator:
             "remedy": needs.remedy,
         }
 
-    def evaluate(self, number: int) -> _Estimate:
-        """Samples of held-out prompts (in round 1 also the start's), rewards, and held-out pairs under three models."""
+    def extrapolate(self, number: int) -> _Estimate:
+        """The evaluation of the trained policy, and of the model of each α. The seconds to write it are not known."""
+        tried = len(self.config.extrapolate.tried)
+        total = self.evaluate(number)
+        for _ in range(tried):
+            self._stored_logps.discard(f"policy {number}")
+            each = self.evaluate(number, draws=1)
+            total.work += each.work
+            total.load += each.load
+            total.tokens += each.tokens
+            total.disk += each.disk
+        total.disk += self.policy.stored_bytes
+        total.transient = self.policy.stored_bytes * (tried > 1)  # the best so far, and the next one
+        total.counts |= {"candidates": 1 + tried}
+        return total
+
+    def evaluate(self, number: int, draws: int | None = None) -> _Estimate:
+        """Samples of held-out prompts (in round 1 also the start's), rewards, and held-out pairs under three models.
+
+        `draws`: models that sample; None: those of a round's first evaluation.
+        """
+        first = draws is None
+        draws = (2 if number == 1 else 1) if draws is None else draws
         config, scoring, machine = self.config, self.costs.score, self.machine
         stage = _Estimate(devices=1 if machine.cuda else 0)
         prompts = [n for n in self.data.eval_prompts if n <= config.data.max_prompt_tokens][: config.evaluate.prompts]
@@ -281,7 +270,7 @@ class Estimator:
         pairs = min(config.evaluate.pairs, self.data.eval_pairs)
         scored = 0.0  # tokens
         if responses:
-            scored += self._add_sampling(stage, number, prompts)
+            scored += self._add_sampling(stage, draws, prompts)
         models = 0
         if pairs:
             models, tokens = self._add_pairs(stage, number, pairs, held=scored > 0)
@@ -299,19 +288,25 @@ class Estimator:
         stage.memory = self._memory(formula, measured, 1)
         stage.counts = {"prompts": len(prompts), "responses": responses, "pairs": pairs}
         known = self.costs.evaluate
-        if known is not None and known.workload == (len(prompts), config.evaluate.samples if prompts else 0, pairs):
-            at = min(number, len(known.work)) - 1
+        if (
+            known is not None
+            and draws
+            and known.workload == (len(prompts), config.evaluate.samples if prompts else 0, pairs)
+        ):
+            at = min(number if first else number + 1, len(known.work)) - 1
             stage.work, stage.load = known.work[at], known.load[at]
         return stage
 
-    def _add_sampling(self, stage: _Estimate, number: int, prompts: list[int]) -> float:
-        """Adds the sampling of held-out prompts (by their tokens); returns the tokens to score for rewards."""
+    def _add_sampling(self, stage: _Estimate, draws: int, prompts: list[int]) -> float:
+        """Adds the sampling of held-out prompts (by their tokens) by `draws` models.
+
+        Returns the tokens to score for rewards.
+        """
         config, costs = self.config, self.costs.generate
         responses = len(prompts) * config.evaluate.samples
         lengths = draw_lengths(self.data.lengths, responses)
-        draws = 2 if number == 1 else 1
         each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths, sum(prompts))
-        intervals = 4 if config.is_world else 1
+        intervals = 5 if config.is_world else 1
         stage.work += costs.warm_up + draws * each + self.machine.bootstrap_seconds * intervals
         stage.load += draws * costs.load
         stage.disk += draws * costs.bytes_per_response * responses
@@ -343,20 +338,14 @@ class Estimator:
         """
         stages = self._round_zero() if self.config.has_round_zero else {}
         for number, counts in enumerate(rounds, start=1):
-            for kind, stage in (
-                ("generate", self.generate(counts)),
-                ("score", self.score(counts)),
-                ("mine", self.mine(counts)),
-                ("replay", self.replay(counts)),
-                ("train", self.train(counts)),
-                ("evaluate", self.evaluate(number)),
-            ):
+            for kind, stage in self._round(number, counts):
                 stages[f"round-{number:02d}/{kind}"] = stage
         tasks = [] if check is None else [Task(0.0, check, prepares=True)]
         for name, stage in stages.items():
             kind = name.rpartition("/")[2]
             prepares = kind != "mine" and name != f"round-{len(rounds):02d}/evaluate"
-            startup = None if kind == "mine" else self.costs.startup[kind]
+            # An extrapolation's process imports what an evaluation's does.
+            startup = None if kind == "mine" else self.costs.startup["evaluate" if kind == "extrapolate" else kind]
             tasks.append(Task(startup, stage.work + stage.load, prepares))
         alone = self.costs.source == "calibration" and not self.machine.cuda
         times = timeline(tasks, shared_speed(self.machine.cores) if alone else 1.0)
@@ -367,11 +356,24 @@ class Estimator:
             before = 0.0
         return entries
 
+    def _round(self, number: int, counts: RoundCounts) -> Iterator[tuple[str, _Estimate]]:
+        """The stages of a round by name, in order of work."""
+        yield "generate", self.generate(counts)
+        yield "score", self.score(counts, number)
+        yield "mine", self.mine(counts)
+        yield "replay", self.replay(counts, number)
+        yield "train", self.train(counts)
+        if self.config.extrapolate.tried:
+            yield "extrapolate", self.extrapolate(number)
+            yield "evaluate", self.evaluate(number, draws=0)  # the samples are there
+        else:
+            yield "evaluate", self.evaluate(number)
+
     def _round_zero(self) -> dict[str, _Estimate]:
         """The stages of round 0: all offline pairs, under the SFT model and its training."""
         config = self.config.model_copy(update={"train": self.config.round0.training(self.config.train)})
         counts = count_round_zero(config, self.data, self.machine.processes)
-        return {"round-00/replay": self.replay(counts), "round-00/train": self.train(counts, config)}
+        return {"round-00/replay": self.replay(counts, 0), "round-00/train": self.train(counts, config)}
 
     def _entry(self, stage: _Estimate, seconds: float, wait: float, before: float) -> dict[str, Any]:
         """A stage's entry in the plan. `before`: seconds that precede it and count as its start-up."""

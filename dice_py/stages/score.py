@@ -29,10 +29,10 @@ from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
-from dice_py.models.loading import release_held
+from dice_py.models.loading import placement, release_held
 from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.scoring.gate import MeasureGate, gate_note, stored_gate
-from dice_py.scoring.shards import Columns, Role, ScoreShards, Shard, check_lengths, write_scores
+from dice_py.scoring.shards import Columns, PreviousModel, Role, ScoreShards, Shard, check_lengths, write_scores
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.files import write_sealed
 from dice_py.storage.integrity import check_intact, is_kept, kept_json
@@ -44,9 +44,9 @@ from dice_py.storage.parquet import parquet_key, parquet_meta, parquet_rows, rea
 class ScoreJob(Job):
     """Scores shards of generations: `scores-NNNNN.parquet` for each, row-aligned with it.
 
-    Columns of the scores: `logp`, `ref_logp`, `reward` (f32). The counts: `responses`, `mean_reward` and `reward_std`
-    (of the finite rewards), `policy_logps_gate` (scoring/gate.py; None where the gate was not asked for, or nothing had
-    to be scored).
+    Columns of the scores: `logp`, `ref_logp`, `reward` (f32), and with `previous` also `previous_reward`. The counts:
+    `responses`, `mean_reward` and `reward_std` (of the finite rewards), `dtype` (that the models compute in),
+    `policy_logps_gate` (scoring/gate.py; None where the gate was not asked for, or nothing had to be scored).
 
     Raises, when run:
         DataError: an unusable model (`check_checkpoint`), or a shard that lacks its columns or whose tokens the models
@@ -70,6 +70,9 @@ class ScoreJob(Job):
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     prompt_column: str = "prompt_token_ids"
     response_column: str = "token_ids"
+    previous: PreviousModel | None = None
+    """A third model: the reward of the round before is β·(log π_previous − log π_ref) where it was that round's policy,
+    β·(log π_ref − log π_previous) where it was its reference."""
 
     def key_fields(self) -> dict[str, Any]:
         """The generations, the settings, both models and versions."""
@@ -82,7 +85,13 @@ class ScoreJob(Job):
             "beta": self.beta,
             "columns": [self.prompt_column, self.response_column],
             "versions": versions("torch", "transformers", "vllm"),
+            **({} if self.previous is None else {"previous": [model_identity(self.previous[0]), self.previous[1]]}),
         }
+
+    def models_to_run(self) -> dict[Role, Path]:
+        """The model of each pass, in order."""
+        previous: dict[Role, Path] = {} if self.previous is None else {"previous": self.previous[0]}
+        return {"reference": self.reference, **previous, "policy": self.policy}
 
     def shard_keys(self) -> list[str]:
         """The key of each shard's scores."""
@@ -91,10 +100,11 @@ class ScoreJob(Job):
 
     def run(self, report: Report = no_report) -> StageResult:
         """Scores the shards that have no scores under their key."""
-        check_intact([*self.generations, self.policy, self.reference])
-        for role, folder in (("policy", self.policy), ("reference", self.reference)):
+        check_intact([*self.generations, *self.models_to_run().values()])
+        for role, folder in reversed(self.models_to_run().items()):
             check_checkpoint(folder, role, self.models)
-        check_same_tokenizer(self.policy, self.reference, self.models, report)
+            if role != "policy":
+                check_same_tokenizer(self.policy, folder, self.models, report)
         check_distinct(self.policy, self.reference, allowed=self.config.allow_same_model, report=report)
         scoring = _Scoring(self, report)
         gate = scoring.run()
@@ -107,6 +117,7 @@ class ScoreJob(Job):
             "responses": len(rewards),
             "mean_reward": finite.mean(),
             "reward_std": finite.std(),
+            "dtype": placement(self.models).dtype,
             "policy_logps_gate": gate,
         }
         made = [(shard.out, shard.key) for shard in scoring.shards]
@@ -142,6 +153,9 @@ class _Scoring:
     def has_ref_logps(self, number: int) -> bool:
         return parquet_key(self.shards[number].ref_logps_file) == self.shards[number].key
 
+    def has_previous_logps(self, number: int) -> bool:
+        return parquet_key(self.shards[number].previous_logps_file) == self.shards[number].key
+
     def run(self) -> dict[str, Any] | None:
         """All passes; the figures of the gate."""
         reuses = self.job.config.policy_logps == "reuse_if_equal"
@@ -150,7 +164,7 @@ class _Scoring:
         if not left:
             return gate
         warn_of_unrelated(self.job.policy, self.job.reference, self.report)
-        for folder in (self.job.reference, self.job.policy):
+        for folder in self.job.models_to_run().values():
             for number in left:
                 check_lengths(self.shards[number].generations, self.columns, folder, self.job.models)
         self.groups = find_groups(self.job.devices, self.job.models, report=self.report)
@@ -159,6 +173,10 @@ class _Scoring:
         unread = [at for at, shard in halves if not is_kept(shard.ref_logps_file, shard.key, self.report)]
         self._advance(sum(self.rows[number] for number in left if number not in unread))
         self._pass("reference", self.job.reference, unread, self.has_ref_logps)
+        if self.job.previous is not None:
+            unread = [at for at, shard in halves if not is_kept(shard.previous_logps_file, shard.key, self.report)]
+            self._advance(sum(self.rows[number] for number in left if number not in unread))
+            self._pass("previous", self.job.previous[0], unread, self.has_previous_logps)
         trusted = [number for number in left if self.shards[number].sampled] if reuses else []
         if trusted:
             gate = gate or self._measure_gate(trusted)
@@ -191,7 +209,8 @@ class _Scoring:
         job = self.job
         models = device_in_group(job.models)
         kept = None if gate is None else {"key": self.gate_key, "figures": gate}
-        work = ScoreShards(job.config, models, folder, role, self.shards, self.columns, job.beta, kept)
+        role_before = None if job.previous is None else job.previous[1]
+        work = ScoreShards(job.config, models, folder, role, self.shards, self.columns, job.beta, kept, role_before)
         self._dispatch(work, numbers, self.groups, is_complete)
 
     def _measure_gate(self, trusted: list[int]) -> dict[str, Any]:
@@ -220,7 +239,8 @@ class _Scoring:
         if not sampled.is_finite().fill_null(False).all():
             return False  # the gate saw only a sample of them
         kept = {"key": self.gate_key, "figures": gate}
-        write_scores(self.shards[number], sampled.alias("logp"), self.job.beta, kept, self.report)
+        role_before = None if self.job.previous is None else self.job.previous[1]
+        write_scores(self.shards[number], sampled.alias("logp"), self.job.beta, kept, self.report, role_before)
         self._advance(self.rows[number])
         return True
 
@@ -244,6 +264,6 @@ class _Scoring:
             self.report(event, **fields)
 
     def _advance(self, count: int) -> None:
-        total = 2 * sum(self.rows.values())  # under both models
+        total = len(self.job.models_to_run()) * sum(self.rows.values())
         self.done = min(self.done + count, total)
         self.report("progress", stage="score", done=self.done, total=total, unit="sequences")

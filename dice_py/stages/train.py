@@ -1,8 +1,9 @@
-"""Stage 5, train: one DPO run from π_t with π_t itself as the reference.
+"""Stage 5, train: one run of DPO, or of another method, from π_t; the reference is π_t itself or the first one.
 
-Loss: −log σ(β·[(log π(y_w|x) − ref_w) − (log π(y_l|x) − ref_l)]) (Rafailov et al., arXiv 2305.18290, eq. 7),
-plus, if asked, sft_weight × the mean NLL of the chosen tokens. At step 0 the policy is the reference and the
-DPO term is ln 2. A run in which it is not stops, since tokens, masks, templates or types then differ between
+DPO's loss: −log σ(β·[(log π(y_w|x) − ref_w) − (log π(y_l|x) − ref_l)]) (Rafailov et al., arXiv 2305.18290, eq. 7). The
+other methods are in training/methods/; train.loss sums other types of TRL's, and train.sft_weight adds the mean NLL of
+the chosen tokens. Before the first step the policy must give the responses the log-probabilities that are stored
+(training/step0.py). A run in which it does not stops, since tokens, masks, templates or types then differ between
 scorer and trainer.
 
 Training is done by one or several processes, each of which calls `train_rank` (training/trainer.py): this process if
@@ -37,9 +38,9 @@ from dice_py.models.sizes import model_size
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
-from dice_py.training.checkpoints import checkpoint_stamp, is_trained, keep_model, last_checkpoint
-from dice_py.training.dataset import load_training_set
+from dice_py.training.checkpoints import ADAPTER, checkpoint_stamp, is_trained, keep_model, last_checkpoint
 from dice_py.training.launcher import launch
+from dice_py.training.pair_terms import label_note, load_pairs
 from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
 from dice_py.training.schedule import setting_notes, training_steps
 from dice_py.training.settings_check import check_training_settings
@@ -52,15 +53,17 @@ class TrainJob(Job):
 
     Weights are held in float32 and computed with in the configured type: at the paper's learning rate of
     5e-7 an update vanishes in bfloat16's 8 bits. The model is saved in the type that `policy` is stored in
-    (with zero3, by way of the computing type: what DeepSpeed gathers). With LoRA the adapters are merged before saving.
+    (with zero3, by way of the computing type: what DeepSpeed gathers). With LoRA the adapters are
+    merged before saving, and kept as `out/adapter`, a PEFT folder for `policy`.
 
     Several processes (train.processes, train.strategy, train.accelerate_config) make the same steps as one: a step's
     pairs are the same, and only the order of sums differs. Where the pairs of an epoch do not divide among the
     processes, its last step is filled up with pairs of its start. accelerate's config is `out/accelerate.yaml`.
 
     A model under the job's key is left as it is. Training resumes from checkpoints of the same key and kind of layout.
-    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`, `final_loss`
-    (mean of the last train.logging_steps steps), `saved_dtype`, `update_rms` (root mean square of the weights' change).
+    The counts: `pairs`, `pairs_too_long`, `steps`, `step0_loss`, `step0_max_abs_difference`; `final_loss`,
+    `final_chosen_logps` and `final_chosen_reward` (means of the last train.logging_steps steps; training/trainer.py);
+    `saved_dtype`, `update_rms` (root mean square of the weights' change).
 
     Raises, when run:
         DataError: an unusable policy (`check_checkpoint`) or training set, or a loss at step 0 that is not ln 2.
@@ -73,7 +76,7 @@ class TrainJob(Job):
     policy: Path
     training_set: Path
     """Parquet with `prompt_ids`, `chosen_ids`, `rejected_ids`, `ref_chosen_logps`, `ref_rejected_logps`
-    (storage.schemas.TRAINING_SET)."""
+    (storage.schemas.TRAINING_SET), and the labels that the method reads (TRAINING_LABELS)."""
     training_set_key: str
     out: Path
     beta: float
@@ -100,9 +103,17 @@ class TrainJob(Job):
         """The folder of the new policy."""
         return self.out / "model"
 
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter that was merged into the new policy, if `train.lora` is set."""
+        return self.out / ADAPTER
+
     def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
-        """The folder of the new policy, if it is not there or not as it was written."""
-        return [folder for folder, key in files if not is_trained(folder, key)]
+        """The folder of the new policy, if it is not there or not as it was written.
+
+        An adapter beside it may be gone: the policy has it in its weights, and nothing here reads it.
+        """
+        return [folder for folder, key in files if folder == self.target and not is_trained(folder, key)]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Trains, or returns the counts of the model that is there."""
@@ -113,7 +124,11 @@ class TrainJob(Job):
         stamp = read_stamp(self.target)
         if stamp is None:
             raise DamagedError(f"{self.target / MODEL_STAMP} is damaged: it is not as it was written")
-        return StageResult([(self.target, key)], dict(stamp["counts"]))
+        files = [(self.target, key)]
+        adapter = read_stamp(self.adapter)  # none where an earlier version trained
+        if adapter is not None and adapter.get("key") == key:
+            files.append((self.adapter, key))
+        return StageResult(files, dict(stamp["counts"]))
 
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
@@ -122,7 +137,9 @@ class TrainJob(Job):
         check_training_settings(self.config, self.policy, remote_code=self.models.trust_remote_code)
         vocabulary = model_size(self.policy).vocabulary or None
         # Its errors come before processes start.
-        pairs, _ = load_training_set(self.training_set, self.config.max_length, vocabulary)
+        pairs, _ = load_pairs(self.training_set, self.config, self.beta, vocabulary)
+        if (note := label_note(pairs, self.config)) is not None:
+            report("note", text=note)
         longer = pl.max_horizontal(pl.col("chosen_ids").list.len(), pl.col("rejected_ids").list.len())
         limit = model_positions(self.policy, self.models)
         check_positions(

@@ -33,6 +33,8 @@ GENERATIONS = _schema(
 )
 
 SCORES = _schema(logp=pl.Float32, ref_logp=pl.Float32, reward=pl.Float32)
+# The reward of the round before, for mine.second_reward=previous.
+SCORES_WITH_PREVIOUS = _schema(**SCORES, previous_reward=pl.Float32)
 
 MINED = _schema(
     prompt_id=pl.UInt32,
@@ -71,6 +73,27 @@ TRAINING_SET = _schema(
     ref_rejected_logps=pl.Float32,
     source=pl.String,
 )
+
+# Of an evaluation, by metric and item: a prompt_id, or the row number of a held-out pair. `start` is the value of the
+# policy that the run started from.
+METRIC_VALUES = _schema(metric=pl.String, item=pl.UInt32, value=pl.Float64, start=pl.Float64)
+
+START_LOGPS = ("start_chosen_logps", "start_rejected_logps")
+"""Further columns of a training set whose reference is not the policy that training starts from: Σ log π of that
+policy, f32 in nats. The check at step 0 compares with them."""
+
+TRAINING_LABELS = _schema(margin=pl.Float32, **{n: t for n, t in MINED_LABELS.items() if not n.endswith("_policy")})
+"""Further columns of a training set, where the mined pairs have them: null for replayed pairs of files."""
+SHARED_LOGPS = ("ref_chosen_shared_logps", "ref_rejected_shared_logps")
+"""Further columns of a training set for train.ld_alpha: Σ log π_ref over as many tokens of each response as the shorter
+one has, f32 in nats."""
+
+
+def training_schema(frame: pl.DataFrame) -> pl.Schema:
+    """The schema of a training set: `TRAINING_SET`, and the further columns that are there."""
+    logps = dict.fromkeys([*START_LOGPS, *SHARED_LOGPS], pl.Float32())
+    further = {name: dtype for name, dtype in (logps | TRAINING_LABELS).items() if name in frame.columns}
+    return pl.Schema(TRAINING_SET | further)
 
 
 def fit(frame: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:

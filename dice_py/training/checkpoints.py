@@ -18,11 +18,15 @@ from dice_py.models.rounding import measure_change
 from dice_py.models.saving import share_weights
 from dice_py.storage.files import atomic, read_json, read_sealed, write_json
 from dice_py.storage.integrity import MODEL_STAMP, damaged_in, read_stamp, set_aside, write_stamp
+from dice_py.training.lora import adapter_weights, save_adapter
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.update import check_update, start_weights
 
 if TYPE_CHECKING:
     from dice_py.training.pair_trainer import PairTrainer
+
+ADAPTER = "adapter"
+"""The folder of the adapter that was merged into the trained model, beside it."""
 
 PACKING_FILE = "packing.json"
 """In a checkpoint and in a trained model: for each step, the pairs and tokens of the first rank's packed rows."""
@@ -154,13 +158,16 @@ def _save(
     import torch
 
     model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter: tuple[Any, dict[str, Any]] | None = None
     if weights is not None:
         for tied in model.all_tied_weights_keys:  # Gathered one by one, tied weights no longer share memory.
             weights.pop(tied, None)
         values = weights
     else:
         if config.lora is not None:
-            if model.dtype != torch.float32:  # Merged in 16 bits, the update would be rounded away.
+            adapter = model.peft_config["default"], adapter_weights(model)
+            if any(value.dtype != torch.float32 for value in model.parameters()):
+                # Merged in 16 bits, the update would be rounded away.
                 model = model.to(device="cpu", dtype=torch.float32)
             model = merge(model)
         values = dict(model.named_parameters())
@@ -182,6 +189,8 @@ def _save(
         }
     else:
         model = model.to(dtype=dtype)
+    # Before the model, whose stamp says that the training is complete.
+    _keep_adapter(target.with_name(ADAPTER), adapter, policy, stamp, trainer.report)
     with atomic(target) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         if weights is not None:  # The model's config has the dtype of the float32 master weights.
@@ -194,3 +203,14 @@ def _save(
         write_json(temporary / "train_log.json", trainer.state.log_history)
         write_json(temporary / PACKING_FILE, trainer.packing)
         write_stamp(temporary, stamp)
+
+
+def _keep_adapter(
+    folder: Path, adapter: tuple[Any, dict[str, Any]] | None, policy: Path, stamp: dict[str, Any], report: Report
+) -> None:
+    """Saves the adapter (PEFT's config and weights). Without one, that of an earlier training here is removed."""
+    if adapter is not None:
+        made = {"key": stamp["key"], "start": stamp["start"]}
+        save_adapter(folder, *adapter, base=policy.resolve(), stamp=made, report=report)
+    elif read_stamp(folder) is not None:
+        shutil.rmtree(folder)

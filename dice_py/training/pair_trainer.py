@@ -25,15 +25,19 @@ from dice_py.compute.failures import is_out_of_memory
 from dice_py.events import Report, no_report
 from dice_py.models.packed_attention import use_packed_attention
 from dice_py.models.transfer import to_device
+from dice_py.storage.schemas import START_LOGPS
 from dice_py.training.lean_layers import use_lean_layers
-from dice_py.training.loss import loss_of_trl
 from dice_py.training.packed_forward import add_packed_forward
 from dice_py.training.packed_rows import Pair, pack, row_tokens, split_step
+from dice_py.training.pair_loss import Outputs, inputs_of_trl, pair_loss
+from dice_py.training.pair_terms import PAIR_TERMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SORTED = ("aot", "aot_unpaired")
+_FURTHER = (*START_LOGPS, *PAIR_TERMS)
+"""Columns of the training set that TRL does not know."""
 
 
 @dataclasses.dataclass
@@ -53,7 +57,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
     """
 
     data_collator: Any
+    loss_types: list[str]
     loss_weights: list[float]
+    ld_alpha: float | None
+    _signature_columns: list[str]
+    aux_loss_enabled: bool
+    pair_weights: torch.Tensor | None = None
+    """(pairs,), of the batch whose loss is being computed (training/pair_loss.py)."""
+    sft_weights: torch.Tensor | None = None
+    """The same for the sft loss."""
 
     def __init__(self, *, packed_tokens: int | None = None, report: Report = no_report, **arguments: Any) -> None:
         self._fsdp = False
@@ -74,7 +86,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             plugin.mixed_precision_policy = dataclasses.replace(
                 plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
             )
-        self.padded_collator = self.data_collator
+        self.collator_of_trl = self.data_collator
+        self.data_collator = self.padded_collator
         if packed_tokens is not None:
             self.data_collator = lambda pairs: {"step": Step(pairs)}
             if self._can_be_lean():
@@ -102,6 +115,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         del name, batch_size
         return dataset  # The score stage computed them.
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *_FURTHER]))
+
     # --- forwards ---------------------------------------------------------------------------------------------
 
     @property
@@ -109,6 +126,12 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         """The transformers model, without the wrappers of accelerate and PEFT."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    def padded_collator(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+        """TRL's padded batch of pairs, and what else the training set says of them: (pairs,) float32 each."""
+        batch: dict[str, torch.Tensor] = self.collator_of_trl(list(pairs))
+        further = [name for name in _FURTHER if name in pairs[0]]
+        return batch | {name: torch.tensor([float(pair[name]) for pair in pairs]) for name in further}
 
     def split(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """The pairs of each forward: of a packed row, or of a padded micro-batch."""
@@ -120,7 +143,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
     def inputs_of(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         """TRL's inputs for a forward of these pairs on this process's device; `packed` is the packed row, if any."""
         device = self.accelerator.device
-        inputs = {name: to_device(value, device) for name, value in self.padded_collator(list(pairs)).items()}
+        inputs = {name: to_device(value, device) for name, value in self.padded_collator(pairs).items()}
         if self.packed_tokens is not None:
             inputs["packed"] = pack(pairs, device)
         return inputs
@@ -250,7 +273,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts[:number]]
         chosen, rejected = zip(*(part.chunk(2) for part in padded), strict=True)
         logps = torch.cat([*chosen, *rejected]).requires_grad_()
-        loss = self._compute_loss(lambda **_: _Outputs(logps), whole, False)
+        loss = self._compute_loss(lambda **_: Outputs(logps), whole, False)
         loss.backward()
         assert logps.grad is not None
         sizes = [len(row) for row in rows[:number]]
@@ -269,8 +292,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool, *, record: bool = True) -> Any:
         """TRL's loss. Its parts are recorded on the device, and are read when they are logged."""
         if return_outputs:
-            return super()._compute_loss(model, inputs, return_outputs)
-        loss, parts = loss_of_trl()(self, model, inputs, return_outputs)
+            return super()._compute_loss(model, inputs_of_trl(self, inputs), return_outputs)
+        loss, parts = pair_loss(self, model, inputs)
         if record:
             values = {name: value.detach() for name, value in parts.items()}
             chosen, rejected = (self.beta * values[f"{side}_logratios"] for side in ("chosen", "rejected"))
@@ -303,11 +326,3 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             else:
                 metrics[name] = [(total[0] / total[1]).item()]
         super().log(logs, start_time)
-
-
-@dataclasses.dataclass
-class _Outputs:
-    """The output of a model that has been run already."""
-
-    log_probs: torch.Tensor
-    log_sum_sq_probs: torch.Tensor | None = None

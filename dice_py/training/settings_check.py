@@ -6,18 +6,22 @@ is built on it, the adapters are put into the policy without its weights.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dice_py.config.passthrough import refused_by
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
-from dice_py.training.lora import peft_config, special_layers
+from dice_py.training.lora import layers_of, peft_config, special_layers
 
 
 def check_training_settings(config: TrainConfig, policy: Path, *, section: str = "train", remote_code: bool) -> None:
-    """Checks the trackers, the optimizer, the scheduler and the LoRA targets.
+    """Checks passed options, trackers, the optimizer, the scheduler, the LoRA targets and the layers beside them.
 
     Args:
         policy: the model's folder, of which only config.json is read.
@@ -27,11 +31,39 @@ def check_training_settings(config: TrainConfig, policy: Path, *, section: str =
     Raises:
         UsageError: the message names the setting, what is missing, and the remedy.
     """
+    check_trainer_args(config.trainer_args, section)
     _check_trackers(config.report_to, section)
     optimizer = _check_optimizer(config, section)
     _check_scheduler(config, optimizer, section)
     if config.lora is not None:
         _check_adapters(config.lora, policy, section, remote_code)
+
+
+def check_trainer_args(options: dict[str, Any], section: str = "train") -> None:
+    """Checks further options of DPOConfig, by making one of them, and their values by its annotations.
+
+    Raises:
+        UsageError: with the library's own message, or the value and the type that it should have.
+    """
+    if not options:
+        return
+    from trl import DPOConfig
+
+    key = f"{section}.trainer_args"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            DPOConfig(output_dir=folder, use_cpu=True, report_to="none", **options)
+    except Exception as error:  # each check of the libraries has errors of its own
+        raise refused_by(
+            "TRL's DPOConfig", key, error, [field.name for field in dataclasses.fields(DPOConfig)]
+        ) from None
+    # A dataclass takes a value of any type: training would meet it after hours.
+    hints = get_type_hints(DPOConfig)
+    for name, value in options.items():
+        try:
+            TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            raise UsageError(f"{key}.{name} is {value!r}: {error.errors()[0]['msg']}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -64,8 +96,9 @@ def _check_trackers(names: list[str], section: str) -> None:
 def _check_optimizer(config: TrainConfig, section: str) -> Any:
     """An optimizer as the trainer would build it, of one weight on the CPU."""
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
     from transformers.training_args import OptimizerNames
+    from trl import DPOConfig
 
     known = [str(kind.value) for kind in OptimizerNames]
     if config.optim not in known:
@@ -75,7 +108,7 @@ def _check_optimizer(config: TrainConfig, section: str) -> Any:
     weight = torch.nn.Parameter(torch.ones(8, 8))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
+            arguments = DPOConfig(
                 output_dir=folder,
                 optim=config.optim,
                 learning_rate=config.learning_rate,
@@ -83,6 +116,7 @@ def _check_optimizer(config: TrainConfig, section: str) -> Any:
                 adam_beta2=config.adam_beta2,
                 use_cpu=True,
                 report_to="none",
+                **config.trainer_args,
             )
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = kind([weight], **options)
@@ -103,11 +137,17 @@ def _check_scheduler(config: TrainConfig, optimizer: Any, section: str) -> None:
     if name not in known:
         raise UsageError(f"{key} is {name!r}, which transformers does not know; it knows {', '.join(known)}")
     try:
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10)
+        scheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=config.trainer_args.get("lr_scheduler_kwargs"),
+        )
     except Exception as error:
         raise UsageError(
-            f"{key} is {name!r}, which needs settings that there are none of here ({_first_line(error)}); set "
-            f"{key}=cosine, linear or constant_with_warmup"
+            f"{key} is {name!r}, which needs further settings ({_first_line(error)}); set {key}=cosine, linear or "
+            f"constant_with_warmup, or give them in {section}.trainer_args.lr_scheduler_kwargs"
         ) from None
     if not hasattr(scheduler, "get_last_lr") or not _steps_alone(scheduler):
         raise UsageError(
@@ -146,6 +186,7 @@ def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: b
                     f"{key} has {target!r}, which is no module of {policy}; its modules with weights are "
                     f"{', '.join(leaves)}"
                 )
+    _check_modules_to_save(lora, model, policy, section, leaves)
     special = set(special_layers(model))
     try:
         wrapped = get_peft_model(model, peft_config(lora, model))
@@ -167,3 +208,26 @@ def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: b
             f"{key} has the head of {policy}, {name!r}, which the trainer applies without its adapter, so that it "
             "would learn nothing; leave it out"
         )
+
+
+def _check_modules_to_save(lora: LoraConfig, model: Any, policy: Path, section: str, leaves: list[str]) -> None:
+    key = f"{section}.lora.modules_to_save"
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and (head.weight is embeddings.weight or bool(model.all_tied_weights_keys))
+    for given in lora.modules_to_save:
+        found = layers_of(given, model) if given else {}
+        if not found:
+            raise UsageError(
+                f"{key} has {given!r}, which is no module of {policy}; its modules with weights are {', '.join(leaves)}"
+            )
+        for name, module in found.items():
+            if next(module.children(), None) is not None or next(module.parameters(), None) is None:
+                raise UsageError(
+                    f"{key} has {given!r}, but {name} is no single layer with weights; name layers inside of it, of "
+                    f"{', '.join(leaves)}"
+                )
+            if tied and (module is head or module is embeddings):
+                raise UsageError(
+                    f"{key} has {given!r}, but {policy} ties its head to its embeddings (tie_word_embeddings), and "
+                    "training one of the two would part them; leave it out, or train all weights (without train.lora)"
+                )

@@ -3,6 +3,10 @@
 If the loss is something else, trainer and scorer do not compute the same log-probabilities: tokens, masks, model or
 dtype differ. Training would then start from a wrong reference, so it does not start.
 
+The check is of the log-probabilities of complete responses, and of DPO's loss on their differences, whatever the
+method: what a method adds to them is no reason for another tolerance. Where the reference is another model
+(train.reference=initial), the training set has the policy's log-probabilities at the start, and they are compared.
+
 In float32 the loss must be ln 2 within 1e-3, and each log-probability the reference's within 0.1 nats. In a 16-bit
 dtype rounding moves a response's log-probability by more: by 0.1 nats over 30 tokens of a tiny model, by 0.8 nats over
 96 tokens of a real one with 135M weights. How much depends on the model, its layers and the responses, so it is
@@ -24,12 +28,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError
+from dice_py.storage.schemas import SHARED_LOGPS, START_LOGPS
 
 if TYPE_CHECKING:
     import torch
 
     from dice_py.training.pair_trainer import PairTrainer
 
+_STORED = tuple((name, name.replace("start", "ref")) for name in START_LOGPS)
+"""Where the reference is another model, the policy's own log-probabilities are stored too."""
 _FLOAT32_TOLERANCE = 0.1
 """Nats. Two float32 sums over thousands of tokens differ by much less; an error in one token exceeds it."""
 _LOSS_TOLERANCE = 1e-3
@@ -44,7 +51,7 @@ class Step0(NamedTuple):
     """The measurement before the first step, the same on every rank.
 
     Attributes:
-        loss: mean DPO loss, without the SFT term.
+        loss: mean DPO loss on the differences from what is stored, without the terms of methods and the SFT term.
         max_abs_difference: largest |log π − stored reference| of a response, in nats.
         rms_difference: root mean square of log π − stored reference over the responses, in nats.
         spread: root mean square over the responses of the difference between two ways of rounding, in nats; 0 in
@@ -131,18 +138,20 @@ def measure_step0(trainer: PairTrainer, pairs: int) -> Step0:
         # A rank without further pairs makes its forward on the first row, and ignores the result.
         batch = trainer.inputs_of(forwards[number] if number < len(forwards) else [trainer.train_dataset[0]])
         with torch.no_grad():
-            logps = trainer.token_logps(trainer.model_wrapped, batch).double().sum(dim=1)
+            token_logps = trainer.token_logps(trainer.model_wrapped, batch).double()
+            logps = token_logps.sum(dim=1)
             otherwise = logps
             if dtype != torch.float32:
                 with rounded_otherwise(trainer.model_wrapped, dtype):
                     otherwise = trainer.token_logps(trainer.model_wrapped, batch).double().sum(dim=1)
         if number < len(forwards):
-            differences = logps - torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).double()
+            differences = logps - torch.cat([batch.get(name, batch[other]) for name, other in _STORED]).double()
+            of_shared = _shared_differences(token_logps, batch)
             of_chosen, of_rejected = differences.chunk(2)
             loss += torch.nn.functional.softplus(-trainer.beta * (of_chosen - of_rejected)).sum().item()
             squares += differences.square().sum().item()
             spread_squares += (logps - otherwise).square().sum().item()
-            max_abs_diff = max(max_abs_diff, differences.abs().max().item())
+            max_abs_diff = max(max_abs_diff, differences.abs().max().item(), of_shared.abs().max().item())
     own_sums = torch.tensor(
         [[loss, squares, spread_squares, len(own), max_abs_diff]], dtype=torch.float64, device=accelerator.device
     )
@@ -156,6 +165,23 @@ def measure_step0(trainer: PairTrainer, pairs: int) -> Step0:
         pairs=int(number),
         beta=trainer.beta,
     )
+
+
+def _shared_differences(token_logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(2 × pairs,) differences in nats of the sums over the shared length from the stored ones; zeros if none are.
+
+    Those of another reference than the policy cannot be compared.
+    """
+    import torch
+
+    if SHARED_LOGPS[0] not in batch or START_LOGPS[0] in batch:
+        return token_logps.new_zeros(len(token_logps))
+    of_response = batch["completion_mask"][:, 1:]
+    number = of_response.cumsum(dim=1)
+    chosen, rejected = of_response.sum(dim=1).chunk(2)
+    shared = chosen.minimum(rejected).repeat(2)
+    sums = token_logps.where((of_response == 1) & (number <= shared[:, None]), 0.0).sum(dim=1)
+    return torch.cat([chunk - batch[name] for chunk, name in zip(sums.chunk(2), SHARED_LOGPS, strict=True)])
 
 
 def check_step0(measured: Step0, config: TrainConfig, *, float32: bool) -> None:

@@ -23,8 +23,8 @@ pyproject.toml has the range of versions):
     DPOTrainer.loss_types, loss_weights
                              the loss is the sum of the types' means over a batch, each times its weight
 
-The loss is that of a training method (training/methods/). A method for which TRL needs another trainer also needs its
-own `trainer_class`, and its own check at step 0 (training/step0.py), which is DPO's.
+The loss is a sum of TRL's types. A training method (training/methods/) adds terms to each pair's, which
+training/pair_loss.py puts into it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from dice_py.config.loss import loss_terms
 from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.errors import UsageError
@@ -43,9 +44,8 @@ from dice_py.models.loading import load_model, placement
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.files import read_json, read_sealed, write_json, write_sealed
 from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model, stamp_checkpoint
-from dice_py.training.dataset import COLUMNS, load_training_set
-from dice_py.training.lora import peft_config
-from dice_py.training.methods.registry import METHODS
+from dice_py.training.lora import hold_in_float32, peft_config
+from dice_py.training.pair_terms import TRAINER_COLUMNS, load_pairs
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.schedule import training_steps, warmup_steps
 from dice_py.training.step0 import Step0, check_step0, measure_step0
@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from trl import DPOTrainer
 
     from dice_py.training.pair_trainer import PairTrainer
+
+_FINAL = {"loss": "loss", "chosen_logps": "logps/chosen", "chosen_reward": "rewards/chosen"}
+"""Measures of the end of a training, by their names in the trainer's log."""
 
 
 def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], report: Report) -> Any:
@@ -89,13 +92,17 @@ def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], 
     return StageCallback()
 
 
-def final_loss(log: list[dict[str, Any]], steps: int) -> float | None:
-    """The mean loss of the last `steps` steps, or of a few more: an entry of Trainer's log is a mean of several."""
-    entries = [entry for entry in log if "loss" in entry]
+def final_mean(log: list[dict[str, Any]], name: str, steps: int) -> float | None:
+    """The mean of the last `steps` steps, or of a few more: an entry of Trainer's log is a mean of several.
+
+    Args:
+        name: in the log's entries, such as "loss".
+    """
+    entries = [entry for entry in log if name in entry]
     total, count = 0.0, 0
     for number in range(len(entries) - 1, -1, -1):
         covered = entries[number]["step"] - (entries[number - 1]["step"] if number else 0)
-        total, count = total + covered * entries[number]["loss"], count + covered
+        total, count = total + covered * entries[number][name], count + covered
         if count >= steps:
             break
     return total / count if count else None
@@ -114,6 +121,21 @@ def _accumulation_steps(config: TrainConfig, processes: int) -> int:
 def world_size() -> int:
     """Processes of this training."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def loss_arguments(config: TrainConfig, beta: float) -> dict[str, Any]:
+    """The arguments of TRL's DPOConfig that set the loss. What a method adds is in its terms (training/methods/)."""
+    terms = loss_terms(config)
+    smoothing = config.label_smoothing if config.method != "spa" else None
+    return {
+        "beta": beta,
+        "loss_type": [term.type for term in terms],
+        "loss_weights": [term.weight for term in terms],
+        "ld_alpha": config.ld_alpha,
+        "f_divergence_type": config.f_divergence_type,
+        "label_smoothing": smoothing or 0.0,
+        "use_weighting": config.use_weighting,
+    }
 
 
 def trainer_arguments(
@@ -139,9 +161,9 @@ def trainer_arguments(
     processes = world_size()
     arguments = DPOConfig(
         output_dir=str(folder),
-        **METHODS["dpo"](config, beta),
+        **loss_arguments(config, beta),
         precompute_ref_log_probs=True,
-        max_length=None,  # load_training_set leaves longer pairs out; nothing is truncated.
+        max_length=None,  # load_pairs leaves longer pairs out; nothing is truncated.
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=_accumulation_steps(config, processes),
         learning_rate=config.learning_rate,
@@ -172,7 +194,7 @@ def trainer_arguments(
         report_to=config.report_to or "none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # Every weight is used, and a search takes time at each step.
-        dataloader_pin_memory=where.device != "cpu",
+        **{"dataloader_pin_memory": where.device != "cpu"} | config.trainer_args,
     )
     if processes == 1 and arguments.n_gpu > 1:
         # A single process trains on the first of several GPUs. Trainer would wrap the model in nn.DataParallel, which
@@ -195,7 +217,7 @@ def build_trainer(
     """Loads the policy into a trainer for `pairs`.
 
     Args:
-        pairs: with the columns of `load_training_set`.
+        pairs: of `load_pairs`.
         folder: of the checkpoints.
         report: receives a note when rows are padded, or memory runs out.
 
@@ -229,15 +251,22 @@ def build_trainer(
             raise UsageError(f"train.packed is true, but {reason}; set train.packed=auto")
         else:
             report("note", text=f"{reason}: trained on padded rows, each with its own prompt (slower)")
-    return PairTrainer(
+    trainer = PairTrainer(
         packed_tokens=tokens,
         report=report,
         model=model,
         args=arguments,
-        train_dataset=Dataset(pairs.select(COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())),
+        train_dataset=Dataset(
+            pairs.select(name for name in TRAINER_COLUMNS if name in pairs.columns).to_arrow(
+                compat_level=pl.CompatLevel.oldest()
+            )
+        ),
         processing_class=load_tokenizer(policy, models),
         peft_config=None if config.lora is None else peft_config(config.lora, model),
     )
+    if config.lora is not None:
+        hold_in_float32(trainer.model)
+    return trainer
 
 
 def _check_strategy(trainer: DPOTrainer, strategy: str, config: TrainConfig) -> None:
@@ -281,7 +310,7 @@ def train_rank(
 
     Args:
         policy: the model folder to start from.
-        training_set: a Parquet file for `load_training_set`, with reference log-probabilities of `policy`.
+        training_set: a Parquet file for `load_pairs`.
         out: the stage's folder, with `checkpoints` and, in the end, `model`.
         beta: of the DPO loss.
         key: of the training, for the stamps of its checkpoints and its model.
@@ -291,7 +320,9 @@ def train_rank(
 
     Returns:
         Counts, the same on every rank but for `forwards`: `pairs`, `pairs_too_long`, `steps`, `forwards` (packed rows;
-        None if rows are padded), `step0_loss`, `step0_max_abs_difference`, `final_loss`.
+        None if rows are padded), `step0_loss`, `step0_max_abs_difference`; and means over the last train.logging_steps
+        steps: `final_loss`, `final_chosen_logps` (nats a response) and `final_chosen_reward` (β × their difference
+        from the DPO reference's).
 
     Raises:
         DataError: on every rank, for a loss at step 0 that is not ln 2, or weights that are not finite.
@@ -299,7 +330,7 @@ def train_rank(
     """
     import torch
 
-    pairs, too_long = load_training_set(training_set, config.max_length)
+    pairs, too_long = load_pairs(training_set, config, beta)
     if layout.processes > 1 and layout.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     folder = out / "checkpoints"
@@ -325,7 +356,10 @@ def train_rank(
         "forwards": sum(len(step["pairs"]) for step in trainer.packing) or None,
         "step0_loss": step0.loss if step0 else None,
         "step0_max_abs_difference": step0.max_abs_difference if step0 else None,
-        "final_loss": final_loss(trainer.state.log_history, config.logging_steps),
+        **{
+            f"final_{name}": final_mean(trainer.state.log_history, logged, config.logging_steps)
+            for name, logged in _FINAL.items()
+        },
     }
     save_model(
         trainer,

@@ -23,8 +23,8 @@ from cli.main import main
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 COMMANDS = (
-    "run", "resume", "status", "plan", "demo", "generate", "score", "mine", "replay", "train", "evaluate", "world",
-    "doctor",
+    "run", "resume", "status", "plan", "demo", "generate", "score", "mine", "replay", "train", "evaluate",
+    "extrapolate", "world", "doctor",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "vllm", "trl", "polars", "pyarrow", "rich")
 

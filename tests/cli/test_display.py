@@ -51,6 +51,7 @@ def test_plain_lines(clock: list[float], capsys: pytest.CaptureFixture[str]) -> 
         show("round", number=1, rounds=2)
         show("stage", stage="round-01/generate", status="running")
         show("note", text="engine: transformers (auto: no GPU is used) [not markup]")
+        show("warning", round=1, stage="generate", name="cut_off_share", value=0.8, limit=0.1, text="raise [it]")
         for seconds, done in ((0.0, 100), (5.0, 200), (10.0, 300), (12.0, 400), (20.0, 500)):
             clock[0] = 100.0 + seconds
             show("progress", stage="generate", done=done, total=1000, unit="responses")
@@ -62,6 +63,7 @@ def test_plain_lines(clock: list[float], capsys: pytest.CaptureFixture[str]) -> 
     assert err.splitlines() == [
         "round 1 of 2",
         "  engine: transformers (auto: no GPU is used) [not markup]",
+        "  warning: raise [it]",
         "  generate: 300/1,000 responses, 20.0/s, 35.0 s left",
         "  generate: 500/1,000 responses, 20.0/s, 25.0 s left",
         "  generate   1 min 23 s  responses 4,800, cut off 3",

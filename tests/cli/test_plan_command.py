@@ -48,6 +48,8 @@ def made_plan(**changes: Any) -> dict[str, Any]:
         },
         "start_seconds": 0.5,
         "rounds": 1,
+        "method": "dpo",
+        "labels": [],
         "stages": stages,
         **changes,
     }  # fmt: skip
@@ -85,7 +87,7 @@ def test_what_a_user_sees(dice, faked) -> None:
         "it fits: 50.0 GiB of disk and 20.0 GiB of memory are free",
     ]
     config, folder, options = faked["given"]
-    assert (config.rounds, config.seed, folder, options["fresh"]) == (1, 7, Path("runs"), False)
+    assert (config.rounds.count, config.seed, folder, options["fresh"]) == (1, 7, Path("runs"), False)
 
 
 def test_extrapolated_lengths_are_reported(dice, faked) -> None:
@@ -114,7 +116,7 @@ def test_a_dry_run_is_a_plan_and_writes_nothing(dice, faked, tmp_path: Path) -> 
     code, out, _ = dice("run", "--dry-run", "--rounds", 3, "--run-dir", tmp_path / "there", "--json")
     assert code == 0
     assert json.loads(out)["total_seconds"] == 75.5
-    assert (faked["given"][0].rounds, faked["given"][1]) == (3, tmp_path / "there")
+    assert (faked["given"][0].rounds.count, faked["given"][1]) == (3, tmp_path / "there")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,7 +31,7 @@ def test_unknown_options_and_commands(refused) -> None:
             ("--set", "generate.samples=1"),
             "generate.samples: Input should be greater than or equal to 2 (got 1)",
         ),
-        (("--rounds", "0"), "rounds: Input should be greater than or equal to 1 (got 0)"),
+        (("--rounds", "0"), "rounds.count: Input should be greater than or equal to 1 (got 0)"),
         (("--config", "absent.yaml"), "config file absent.yaml does not exist"),
         (("--policy", "p"), "also needs model.reference (--reference) and data.prompts (--prompts)"),
         (("--prompts", "p.jsonl"), "given without model.policy (--policy)"),

@@ -24,13 +24,13 @@ def test_later_files_win_then_options_then_assignments(yaml_file) -> None:
     first = yaml_file("rounds: 3\nseed: 1\nbeta: 0.2\ngenerate: {samples: 4, top_p: 0.5}\n", "first.yaml")
     second = yaml_file("seed: 2\nbeta: 0.3\ngenerate: {samples: 5}\n", "second.yaml")
     config = resolve([first, second], ["beta=0.5"], {"beta": 0.4, "seed": 3})
-    assert (config.rounds, config.seed, config.beta) == (3, 3, 0.5)
+    assert (config.rounds.count, config.seed, config.beta) == (3, 3, 0.5)
     # Sections are merged key by key, not replaced.
     assert (config.generate.samples, config.generate.top_p) == (5, 0.5)
 
 
 def test_one_assignment_after_another(yaml_file) -> None:
-    assert resolve([], ["rounds=4", "rounds=5"]).rounds == 5
+    assert resolve([], ["rounds=4", "rounds=5"]).rounds.count == 5
     lora = resolve([], ["train.lora.r=8", "train.lora.dropout=0.1"]).train.lora
     assert lora is not None
     assert (lora.r, lora.dropout) == (8, 0.1)
@@ -84,7 +84,7 @@ def test_unknown_key_in_a_file(yaml_file) -> None:
 def test_all_errors_are_reported_at_once() -> None:
     message = refused("replay.gama=0.5", "rounds=0")
     assert "'replay.gamma'" in message
-    assert "rounds: Input should be greater than or equal to 1 (got 0)" in message
+    assert "rounds.count: Input should be greater than or equal to 1 (got 0)" in message
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_what_a_run_asks_of_the_miner(assignments: list[str], changed: dict[str,
         (["mine.min_margin_quantile=2"], "mine: min_margin_quantile is 2.0, but must be a number from 0 to 1"),
         (["mine.min_margin=.inf"], "mine.min_margin: Input should be a finite number"),
         (["mine.label_scale=0"], "mine: label_scale is 0.0, but must be a finite number above zero"),
-        (["mine.second_reward=reward"], "mine.second_reward: Input should be 'logp' or 'ref_logp'"),
+        (["mine.second_reward=reward"], "mine.second_reward: Input should be 'logp', 'ref_logp' or 'previous'"),
         (["mine.pool_rounds=0"], "mine.pool_rounds: Input should be greater than or equal to 1"),
         (
             ["mine.chosen_from=newest"],

@@ -33,7 +33,7 @@ def test_the_papers_settings(preset: str) -> None:
     assert (config.generate.samples, config.generate.max_new_tokens, config.generate.top_k) == (16, 2048, 0)
     assert config.mine.min_responses == 8
     assert (config.mine.debias, config.mine.alpha) == ("linear", "auto")
-    assert (config.rounds, config.beta, config.replay.gamma) == (2, 0.1, 0.5)
+    assert (config.rounds.count, config.beta, config.replay.gamma) == (2, 0.1, 0.5)
     train = config.train
     assert (train.learning_rate, train.lr_scheduler_type, train.warmup_steps) == (5e-7, "constant_with_warmup", 50)
     assert (train.max_steps, train.batch_size) == (300, 32)

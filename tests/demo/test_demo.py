@@ -24,7 +24,7 @@ from dice_py.storage.files import write_json
 def test_the_config_is_of_a_run_from_an_sft_model() -> None:
     config = demo_config("smollm2.gguf")
     assert config.has_round_zero
-    assert (config.rounds, config.model.sft, config.data.replay) == (1, "smollm2.gguf", str(PAIRS))
+    assert (config.rounds.count, config.model.sft, config.data.replay) == (1, "smollm2.gguf", str(PAIRS))
     assert config.evaluate.prompts >= len(read_jsonl(HELD_OUT_PROMPTS))  # all of them
 
 

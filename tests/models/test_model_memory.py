@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from plan_data import GIB, SIZE, own, write_weights
 
-from dice_py.config.training import TrainConfig
+from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import DataError
 from dice_py.models.memory import (
     TrainingMemory,
@@ -172,7 +172,9 @@ def test_training_states() -> None:
     assert train_state(SIZE, train(), "bfloat16", 4) == 4_500
     # Seven matrices: queries and output 8 × 8, keys and values 8 × 4, three of 8 × 16.
     adapters = 2 * 2 * (2 * 16 + 2 * 12 + 3 * 24)
-    assert lora_parameters(SIZE, 2) == adapters
+    assert lora_parameters(SIZE, LoraConfig(r=2)) == adapters
+    whole = LoraConfig(r=2, modules_to_save=["lm_head", "model.embed_tokens"])
+    assert lora_parameters(SIZE, whole) == adapters + 2 * SIZE.hidden * SIZE.vocabulary
     assert train_state(SIZE, train("lora.r=2"), "bfloat16", 1) == 2_000 + 16 * adapters
     assert checkpoint_bytes(SIZE, train()) == 12_000
     assert checkpoint_bytes(SIZE, train("lora.r=2")) == 12 * adapters

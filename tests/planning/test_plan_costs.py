@@ -11,6 +11,7 @@ from dice_py.config.loading import resolve
 from dice_py.planning.calibration import calibrated_costs
 from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import count_rounds
+from dice_py.planning.pair_costs import mining_labels
 from dice_py.runs.measured_costs import EvaluateCosts
 
 
@@ -43,6 +44,26 @@ def test_estimates_by_hand() -> None:
     assert evaluate["startup_seconds"] == 2 * 1.0 + 3 * 1.0
     draws = 2 * (0.2 + 0.02 + 0.5 + 0.1 + 0.002)
     assert evaluate["work_seconds"] == pytest.approx(0.5 + draws + 0.1 + 0.2 + 0.06 + 0.25 + 0.54)
+
+
+def test_an_extrapolation_evaluates_each_candidate() -> None:
+    plain = estimated(*small())["round-01/evaluate"]
+    config, run_data = small("extrapolate.alphas=[0.3, 0.5]")
+    found = estimated(config, run_data)
+    assert list(found)[-2:] == ["round-01/extrapolate", "round-01/evaluate"]
+    stage, evaluate = found["round-01/extrapolate"], found["round-01/evaluate"]
+    assert stage["candidates"] == 3
+    # The start's samples and the log-probabilities of the two other models are made once: a candidate has one draw of
+    # 2 responses, and 6 pairs of 30 tokens.
+    assert stage["tokens"] == plain["tokens"] + 2 * (20 + 10 + 6 * 30)
+    draw = 0.2 + 0.02 + 0.5 + 0.1 + 0.002
+    scoring = 0.2 + 0.06 + 0.25 + 0.18
+    assert stage["work_seconds"] == pytest.approx(plain["work_seconds"] + 2 * (0.5 + draw + 0.1 + scoring))
+    assert stage["startup_seconds"] == plain["startup_seconds"] + 2 * (1.0 + 1.0)
+    assert stage["disk_bytes"] == plain["disk_bytes"] + 4200 + 2 * (2 * 10 + 16 * 6)
+    assert stage["transient_disk_bytes"] == 4200
+    assert evaluate["tokens"] == 0
+    assert evaluate["work_seconds"] < plain["work_seconds"] / 2
 
 
 def test_a_failed_gate_adds_the_policys_pass() -> None:
@@ -196,3 +217,32 @@ def test_round_zero_scores_and_trains_on_all_offline_pairs() -> None:
     assert (train["pairs"], train["steps"]) == (10, 9)
     assert train["work_seconds"] == pytest.approx(2.0 + 0.3 + 9 * 0.5)
     assert found["round-01/train"]["steps"] == 2  # as in a run without it
+
+
+def test_cream_scores_an_earlier_model_from_the_second_round_on() -> None:
+    config, run_data = small("rounds=2", "train.method=cream")
+    two = replace(run_data, rounds=run_data.rounds * 2, offline=[1000, 1000])
+    found = estimated(config, two)
+    assert found["round-01/score"]["tokens"] == 80 + 8 * 15
+    assert found["round-02/score"]["tokens"] == 2 * 80 + 8 * 15
+    assert found["round-02/score"]["startup_seconds"] == found["round-01/score"]["startup_seconds"] + 1.0
+
+
+def test_another_reference_and_shared_lengths_score_more_pairs() -> None:
+    first = "train.reference=initial"
+    config, run_data = small("rounds=2", first)
+    two = replace(run_data, rounds=run_data.rounds * 2, offline=[1000, 1000])
+    found = estimated(config, two)
+    # Four replayed pairs of 30 tokens under both models; in round 2 the four mined ones under the first reference.
+    assert found["round-01/replay"]["tokens"] == 2 * 120
+    assert found["round-02/replay"]["tokens"] == 2 * 120 + 120
+    kept, _ = small("rounds=2", first, "reward_reference=initial")
+    assert estimated(kept, two)["round-02/replay"]["tokens"] == 2 * 120
+    # All eight pairs under the policy, with the start of the longer response.
+    shared, run_data = small("train.ld_alpha=0.5")
+    assert estimated(shared, run_data)["round-01/replay"]["tokens"] == 1.5 * 240
+
+
+def test_labels_of_mining_are_named() -> None:
+    named = {method: mining_labels(small(f"train.method={method}")[0]) for method in ("dpo", "sppo", "cream", "spa")}
+    assert named == {"dpo": [], "sppo": ["win rates"], "cream": ["consistency"], "spa": ["difficulty"]}

@@ -198,12 +198,12 @@ del sys.argv[1:4]
 now, seen = None, 0
 tell, mine = Run.report, MineJob.run
 
-def report(self, name, **fields):
+def report(self, kind, /, **fields):
     global now, seen
-    tell(self, name, **fields)
-    if name == "stage" and fields["status"] == "running":
+    tell(self, kind, **fields)
+    if kind == "stage" and fields["status"] == "running":
         now = fields["stage"]
-    if (now, name) == (stage, event):
+    if (now, kind) == (stage, event):
         seen += 1
         if seen == number:
             os.killpg(0, signal.SIGKILL)

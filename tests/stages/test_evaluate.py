@@ -14,12 +14,14 @@ from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
 from dice_py.data import pairs_frame
 from dice_py.evaluation.judges.oracle import oracle_metrics
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy, win_rate
+from dice_py.evaluation.values import ItemValues
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages import evaluate as stage
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.storage.files import read_json
 from dice_py.storage.parquet import write_parquet
+from dice_py.storage.schemas import METRIC_VALUES
 from dice_py.synthetic.task import prompt_messages
 
 
@@ -104,6 +106,14 @@ def test_oracle_metrics() -> None:
     assert metrics["start_oracle_score"] == pytest.approx((1 + 1 + 0.1 + 0.1) / 4)
     # The reward orders the samples of the first prompt as the oracle does, and ties those of the second.
     assert metrics["on_policy_reward_accuracy"] == (1 + 0.5) / 2
+    assert metrics["oracle_score_ci95"] == bootstrap_ci95([(1 + 0.1) / 2, (1 + 0.97) / 2], 0)
+    collected = ItemValues()
+    assert oracle_metrics(prompts, *samples, pl.Series([2.0, 1.0, 0.5, 0.5]), 0, collected) == metrics
+    assert collected.frame().select("metric", "item", pl.col("value", "start").round(6)).rows() == [
+        ("oracle_win_rate", 0, 0.25, 0.5), ("oracle_win_rate", 1, 1.0, 0.5),
+        ("oracle_accuracy", 0, 0.5, 1.0), ("oracle_accuracy", 1, 1.0, 0.0),
+        ("oracle_score", 0, 0.55, 1.0), ("oracle_score", 1, 0.985, 0.1),
+    ]  # fmt: skip
     for interval in ("oracle_win_rate_ci95", "oracle_accuracy_ci95"):
         assert metrics[interval] == bootstrap_ci95([0.25, 1.0] if "win" in interval else [0.5, 1.0], 0)
     assert metrics["oracle_accuracy_gain_ci95"] == bootstrap_ci95([-0.5, 1.0], 0)
@@ -119,11 +129,11 @@ def test_reward_accuracy_of_the_oracle_needs_different_scores() -> None:
 REWARD, INITIAL = "implicit_reward_accuracy", "implicit_reward_accuracy_initial_reference"
 
 
-def accuracy(
-    policy: Path, reference: Path, initial: Path, pairs: pl.DataFrame, folder: Path, start: Path | None = None
-) -> dict[str, Any]:
-    """The metrics of held-out pairs; log-probabilities are kept in `folder/shared`. `start`: None is the policy."""
-    job = EvaluateJob(
+def evaluation(
+    policy: Path, reference: Path, initial: Path, pairs: Path, folder: Path, start: Path | None = None, **more: Any
+) -> EvaluateJob:
+    """A job on held-out pairs; log-probabilities are kept in `folder/shared`. `start`: None is the policy."""
+    return EvaluateJob(
         EvaluateConfig(pairs=20),
         GenerateConfig(),
         ScoreConfig(allow_same_model=True),
@@ -133,14 +143,23 @@ def accuracy(
         reference=reference,
         initial_reference=initial,
         prompts=None,
-        pairs=write_parquet(folder / "pairs.parquet", pairs, key="pairs"),
+        pairs=pairs,
         input_keys=[None, "pairs"],
         out=folder / "out",
         shared=folder / "shared",
         seed=0,
         max_prompt_tokens=100,
         judges=(),
+        **more,
     )
+
+
+def accuracy(
+    policy: Path, reference: Path, initial: Path, pairs: pl.DataFrame, folder: Path, start: Path | None = None
+) -> dict[str, Any]:
+    """The metrics of held-out pairs."""
+    file = write_parquet(folder / "pairs.parquet", pairs, key="pairs")
+    job = evaluation(policy, reference, initial, file, folder, start)
     result = job.run()
     assert read_json(folder / "out" / "metrics.json") == result.counts
     assert job.incomplete(result.files) == []
@@ -169,11 +188,46 @@ def test_accuracy_is_of_the_difference_of_logps(llama: Path, other: Path, tmp_pa
     assert metrics == {
         "eval_pairs": 20,  # the limit of the config
         REWARD: right / 20,
+        f"{REWARD}_ci95": bootstrap_ci95([float(chosen > rejected) for chosen, rejected in reward.iter_rows()], 0),
         INITIAL: 0.5,
+        f"{INITIAL}_ci95": [0.5, 0.5],
         "start_implicit_reward_accuracy": pytest.approx(1 - right / 20),
+        "start_implicit_reward_accuracy_ci95": bootstrap_ci95([float(c < r) for c, r in reward.iter_rows()], 0),
         "length_only_accuracy": longer / 20,
     }
     assert 0 < right < 20
+    # The values that the accuracies are means of, and those of the start.
+    values = pl.read_parquet(tmp_path / "out" / "values.parquet")
+    assert values.schema == METRIC_VALUES
+    chosen_first = [float(chosen > rejected) for chosen, rejected in reward.iter_rows()]
+    expected = [
+        (name, n, value, 1 - chosen_first[n])
+        for name, of_pairs in ((REWARD, chosen_first), (INITIAL, [0.5] * 20))
+        for n, value in enumerate(of_pairs)
+    ]
+    assert values.rows() == expected
+
+
+def test_values_are_by_the_pair_of_the_file(llama: Path, other: Path, tmp_path: Path) -> None:
+    """A pair that cannot be used leaves the others' numbers as they are, so that two evaluations can be compared."""
+    pairs = text_pairs(6)
+    equal = pairs[2].with_columns(rejected=pl.col("chosen"))
+    accuracy(llama, other, other, pl.concat([pairs[:2], equal, pairs[3:]]), tmp_path)
+    values = pl.read_parquet(tmp_path / "out" / "values.parquet").filter(pl.col("metric") == REWARD)
+    assert values["item"].to_list() == [0, 1, 3, 4, 5]
+
+
+def test_an_evaluation_without_values_is_incomplete_where_they_are_needed(
+    llama: Path, other: Path, tmp_path: Path
+) -> None:
+    accuracy(llama, other, other, text_pairs(3), tmp_path)
+    for needed in (False, True):
+        job = evaluation(llama, other, other, tmp_path / "pairs.parquet", tmp_path, needs_values=needed)
+        files = job.run().files
+        assert job.incomplete(files) == []
+        older = [(file, key) for file, key in files if file != job.values_file]
+        assert job.incomplete(older) == ([job.values_file] if needed else [])
+    assert evaluation(llama, other, other, tmp_path / "pairs.parquet", tmp_path).key() == job.key()
 
 
 def test_each_model_is_scored_once(llama: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_token_ids_and_logps_of_every_source(llama: Path, tmp_path: Path) -> Non
         rounds_buffer=buffer,
         round_number=2,
     )
-    assert training_set.schema == TRAINING_SET
+    assert training_set.schema == TRAINING_SET | {"margin": pl.Float32()}
     assert training_set["source"].to_list() == [
         *["mined"] * 2, *["replay"] * 4, *["replay:uf"] * 2, *["replay:rounds"] * 2
     ]  # fmt: skip

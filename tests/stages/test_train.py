@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_model_folder_is_complete(trained: tuple[Stage, dict[str, Any]], llama: 
     tokenizer = load_tokenizer(run.model, CPU)
     assert tokenizer.get_vocab() == load_tokenizer(llama, CPU).get_vocab()
     assert [file.name for file in run.out.iterdir()] == ["model"]  # no checkpoints, no temporaries
+
+
+def test_the_counts_tell_where_the_chosen_log_probabilities_went(
+    trained: tuple[Stage, dict[str, Any]], pairs: pl.DataFrame
+) -> None:
+    """Both are of the last step, so what they imply of the reference is the mean of that step's pairs."""
+    _, counts = trained
+    reference = counts["final_chosen_logps"] - counts["final_chosen_reward"] / 0.1
+    steps = combinations(pairs["ref_chosen_logps"].to_list(), 4)
+    assert min(abs(sum(step) / 4 - reference) for step in steps) < 1e-3
+    assert abs(counts["final_chosen_reward"]) > 1e-2
 
 
 def test_model_without_padding_token(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from dice_py.config.loading import resolve
 from dice_py.config.run import RunConfig
 from dice_py.models.sizes import ModelSize
-from dice_py.planning.costs import Estimator, Machine
+from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import Data, count_rounds
+from dice_py.planning.machine import Machine
 from dice_py.runs.measured_costs import GenerateCosts, ScoreCosts, StageCosts, TrainCosts
 
 GIB = 2**30

@@ -38,6 +38,7 @@ class Scored:
 
     files: list[Path]
     gate: dict[str, Any] | None
+    dtype: str
 
 
 class Stage:
@@ -88,7 +89,7 @@ class Stage:
         }
         job = KeyedJob(ScoreConfig(**{"token_budget": 60, **(config or {})}), CPU, **arguments)
         result = job.run(self._on_event)
-        return Scored([file for file, _ in result.files], result.counts["policy_logps_gate"])
+        return Scored([file for file, _ in result.files], result.counts["policy_logps_gate"], result.counts["dtype"])
 
     def _on_event(self, event: str, **fields: Any) -> None:
         # The two models are initialized apart, of which every call warns.

@@ -81,7 +81,7 @@ def test_loss_and_gradients_are_those_of_trl(
 ) -> None:
     smoothing = 0.1 if losses[0] in ("robust", "exo_pair") else 0.0
     arguments = {"loss_type": losses, "loss_weights": weights, "label_smoothing": smoothing}
-    monkeypatch.setattr(trainer, "METHODS", {"dpo": lambda config, beta: {"beta": beta, **arguments}})
+    monkeypatch.setattr(trainer, "loss_arguments", lambda config, beta: {"beta": beta, **arguments})
     packed = build(llama, shifted, tmp_path)
     loss, gradients = step_of(packed)
     assert len(packed.packing[0]["pairs"]) > 2

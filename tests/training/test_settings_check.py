@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from broken_models import change_config, copy_of
 from tiny_families import build
-from tiny_models import make_llama
+from tiny_models import make_llama, make_qwen2
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -62,6 +62,29 @@ def test_unknown_names_list_the_known_ones(policy: Path, setting: str) -> None:
         check(policy, **{setting: "fastest"})
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"foo": 1}, r"round0\.trainer_args: TRL's DPOConfig refuses it: .*unexpected keyword argument 'foo'"),
+        ({"adam_epsilom": 1e-6}, "did you mean 'adam_epsilon'"),
+        ({"adam_epsilon": "small"}, r"round0\.trainer_args\.adam_epsilon is 'small': Input should be a valid number"),
+        ({"logging_first_step": 3}, r"trainer_args\.logging_first_step is 3: Input should be a valid boolean"),
+        ({"optim_args": 3}, r"trainer_args\.optim_args is 3: Input should be a valid string"),
+    ],
+    ids=str,
+)
+def test_passed_options_that_trl_does_not_take(policy: Path, options: dict[str, object], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        check(policy, trainer_args=options)
+
+
+def test_passed_options_reach_optimizer_and_scheduler(policy: Path) -> None:
+    check(policy, trainer_args={"adam_epsilon": 1e-6, "discopop_tau": 0.1})
+    check(policy, lr_scheduler_type="cosine_with_min_lr", trainer_args={"lr_scheduler_kwargs": {"min_lr": 1e-8}})
+    with pytest.raises(UsageError, match=r"trainer_args\.lr_scheduler_kwargs"):
+        check(policy, lr_scheduler_type="cosine_with_min_lr")
+
+
 def test_trackers(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"round0\.report_to has 'diary'.*it knows .*wandb"):
         check(policy, report_to=["diary"])
@@ -108,3 +131,22 @@ def test_an_adapter_on_a_router_that_returns_more_than_a_tensor(targets: list[st
     check(tmp_path, lora=LoraConfig())
     with pytest.raises(UsageError, match=r"target_modules has 'model\.layers\.\d\.feed_forward\.router' of"):
         check(tmp_path, lora=LoraConfig(target_modules=targets))
+
+
+def test_layers_to_train_whole(policy: Path) -> None:
+    check(policy, lora=LoraConfig(modules_to_save=["lm_head", "norm", "embed_tokens", "self_attn.o_proj"]))
+    key = r"round0\.lora\.modules_to_save has"
+    for names in (["lm_hea"], ["norm", ""], ["layernorm"]):
+        with pytest.raises(UsageError, match=rf"{key} .* no module of .*lm_head.*q_proj"):
+            check(policy, lora=LoraConfig(modules_to_save=names))
+    for name in ("mlp", "act_fn"):
+        with pytest.raises(UsageError, match=rf"{key} '{name}', but model\.layers\.0\.mlp.* is no single layer"):
+            check(policy, lora=LoraConfig(modules_to_save=[name]))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_head_is_not_trained_whole(tmp_path: Path, name: str) -> None:
+    tied = make_qwen2(tmp_path / "tied")
+    check(tied, lora=LoraConfig(modules_to_save=["norm"]))
+    with pytest.raises(UsageError, match=rf"'{name}', but .* ties its head to its embeddings .*leave it out"):
+        check(tied, lora=LoraConfig(modules_to_save=[name]))

@@ -8,11 +8,17 @@ from typing import Any
 import polars as pl
 
 from dice_py.evaluation.metrics import bootstrap_ci95, win_rate
+from dice_py.evaluation.values import ItemValues
 from dice_py.synthetic.task import oracle
 
 
 def oracle_metrics(
-    prompts: pl.DataFrame, ours: pl.DataFrame, theirs: pl.DataFrame, rewards: pl.Series | None, seed: int
+    prompts: pl.DataFrame,
+    ours: pl.DataFrame,
+    theirs: pl.DataFrame,
+    rewards: pl.Series | None,
+    seed: int,
+    values: ItemValues | None = None,
 ) -> dict[str, Any]:
     """Metrics of the oracle's scores of two models' samples.
 
@@ -22,12 +28,13 @@ def oracle_metrics(
             started from, on the same prompts.
         rewards: the implicit reward of each row of `ours`; None leaves out the accuracy of the reward.
         seed: of the bootstrap.
+        values: receives the win rate, accuracy and score of each prompt.
 
     Returns:
         `oracle_win_rate`: mean over prompts of the win rate of ours over theirs, with `oracle_win_rate_ci95`.
         `oracle_accuracy`, `start_oracle_accuracy`: mean over prompts of the share of right answers, with
         `oracle_accuracy_ci95` and, for the difference of the two, `oracle_accuracy_gain_ci95`.
-        `oracle_score`, `start_oracle_score`: mean score over samples.
+        `oracle_score`, `start_oracle_score`: mean score over samples, with `oracle_score_ci95` over prompts.
         `on_policy_reward_accuracy`, with `rewards`: the share of pairs of our samples for a prompt, with different
         scores, that the reward orders as the oracle does (ties of rewards count half); None without such a pair.
         Rates and accuracies are from 0 to 1.
@@ -45,6 +52,11 @@ def oracle_metrics(
     rates = win_rate([([s for s, _ in our_scores[p]], [s for s, _ in their_scores[p]]) for p in our_scores])
     right = [sum(ok for _, ok in our_scores[p]) / len(our_scores[p]) for p in our_scores]
     start_right = [sum(ok for _, ok in their_scores[p]) / len(their_scores[p]) for p in our_scores]
+    scores, start_scores = ([_mean_score(judged[p]) for p in our_scores] for judged in (our_scores, their_scores))
+    if values is not None:
+        values.add("oracle_win_rate", our_scores, rates, 0.5)  # of the start against itself
+        values.add("oracle_accuracy", our_scores, right, start_right)
+        values.add("oracle_score", our_scores, scores, start_scores)
     metrics: dict[str, Any] = {
         "oracle_win_rate": sum(rates) / len(rates),
         "oracle_win_rate_ci95": bootstrap_ci95(rates, seed),
@@ -53,12 +65,17 @@ def oracle_metrics(
         "start_oracle_accuracy": sum(start_right) / len(start_right),
         "oracle_accuracy_gain_ci95": bootstrap_ci95([a - b for a, b in zip(right, start_right, strict=True)], seed),
         "oracle_score": sum(s for p in our_scores for s, _ in our_scores[p]) / ours.height,
+        "oracle_score_ci95": bootstrap_ci95(scores, seed),
         "start_oracle_score": sum(s for p in their_scores for s, _ in their_scores[p]) / theirs.height,
     }
     if rewards is not None:
-        scores = {p: [score for score, _ in judged] for p, judged in our_scores.items()}
-        metrics["on_policy_reward_accuracy"] = _reward_accuracy(ours["prompt_id"], scores, rewards)
+        by_prompt = {p: [score for score, _ in judged] for p, judged in our_scores.items()}
+        metrics["on_policy_reward_accuracy"] = _reward_accuracy(ours["prompt_id"], by_prompt, rewards)
     return metrics
+
+
+def _mean_score(judged: list[tuple[float, bool]]) -> float:
+    return sum(score for score, _ in judged) / len(judged)
 
 
 def _reward_accuracy(prompt_ids: pl.Series, scores: dict[int, list[float]], rewards: pl.Series) -> float | None:

@@ -10,13 +10,20 @@ from typing import Any, Protocol
 import polars as pl
 
 from dice_py.evaluation.judges.oracle import oracle_metrics
+from dice_py.evaluation.values import ItemValues
 
 
 class Judge(Protocol):
     """Metrics of two policies' samples; `oracle_metrics` describes the arguments."""
 
     def __call__(
-        self, prompts: pl.DataFrame, ours: pl.DataFrame, theirs: pl.DataFrame, rewards: pl.Series | None, seed: int
+        self,
+        prompts: pl.DataFrame,
+        ours: pl.DataFrame,
+        theirs: pl.DataFrame,
+        rewards: pl.Series | None,
+        seed: int,
+        values: ItemValues | None = None,
     ) -> dict[str, Any]:
         """The metrics, ready for JSON."""
         ...

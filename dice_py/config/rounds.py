@@ -1,0 +1,81 @@
+"""Config sections of a run's rounds: how many, which policy is kept, when the run ends, and when it warns.
+
+None of them is part of a stage's key: they change no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dice_py.config.shared import Positive, Section
+
+Limit = Annotated[float, Field(ge=0.0)]
+RoundMetric = Literal[
+    "oracle_win_rate",
+    "oracle_accuracy",
+    "oracle_score",
+    "implicit_reward_accuracy",
+    "implicit_reward_accuracy_initial_reference",
+]
+"""Metrics of the evaluation by which rounds are compared; of each, more is better. The evaluation stores their values
+by prompt or pair (evaluation/values.py)."""
+
+
+class RoundsConfig(Section):
+    """The rounds of a run. A number alone stands for `count`: `rounds: 3`, `--set rounds=3`."""
+
+    count: Positive = Field(default=2, description="rounds of generate, score, mine, replay, train, evaluate")
+    keep: Literal["last", "best"] = Field(
+        default="last", description="the run's new policy: the last round's, or that of the round with the best metric"
+    )
+    stop_when: Literal["none", "worse"] = Field(
+        default="none",
+        description="worse: end the run after a round that is worse on the metric than the policy that it started "
+        "from, beyond the 95 % interval of the difference",
+    )
+    metric: RoundMetric | None = Field(
+        default=None,
+        description="metric of keep and stop_when; none: oracle_win_rate on the synthetic world, else "
+        "implicit_reward_accuracy_initial_reference",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_count(cls, value: Any) -> Any:
+        return value if isinstance(value, Mapping | RoundsConfig) else {"count": value}
+
+    @property
+    def are_compared(self) -> bool:
+        """Whether rounds are compared by a metric."""
+        return self.keep == "best" or self.stop_when == "worse" or self.metric is not None
+
+
+class WarningsConfig(Section):
+    """Limits above which a stage warns, with a remedy. None: no warning. What each value is: runs/warnings.py."""
+
+    cut_off_share: Limit | None = Field(default=0.1, description="share of the responses that max_new_tokens cut off")
+    duplicate_share: Limit | None = Field(
+        default=0.2, description="share of the responses that repeat another response of their prompt"
+    )
+    rounding_share: Limit | None = Field(
+        default=0.1, description="rounding of the log-probabilities, as a share of the reward's standard deviation"
+    )
+    no_pair_share: Limit | None = Field(default=0.2, description="share of the prompts that give no pair")
+    length_correlation: Limit | None = Field(
+        default=0.2, description="absolute correlation of score and length that is left after debiasing"
+    )
+    replay_shortfall: Limit | None = Field(
+        default=0.05, description="share of the requested replay pairs that could not be had"
+    )
+    chosen_logps_fall: Limit | None = Field(
+        default=0.1,
+        description="fall of the chosen responses' log-probabilities in training, as a share of the reference's",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_none(cls, value: Any) -> Any:
+        return None if value == "none" else value
