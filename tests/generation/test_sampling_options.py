@@ -122,8 +122,7 @@ def test_log_probabilities_are_of_the_raw_logits_and_no_neighbor_counts(llama: P
     assert [sample.finish_reason for sample in alone] == [sample.finish_reason for sample in samples[::5]]
 
 
-@pytest.mark.parametrize("make", [None, make_mistral], ids=["llama", "mistral"])
-@pytest.mark.parametrize("min_tokens", [0, 5])
+@pytest.mark.parametrize(("make", "min_tokens"), [(None, 5), (make_mistral, 0)], ids=["llama", "mistral"])
 def test_a_response_ends_with_the_token_that_completes_a_stop_string(
     make: Any, min_tokens: int, llama: Path, tmp_path: Path
 ) -> None:

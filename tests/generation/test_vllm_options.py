@@ -107,7 +107,7 @@ def judge(folder: Path, report: Any) -> Seen:
         allowed = {"allowed_token_ids": [*letters, *seen.stops]}
         samples = seen.samples[name] = sample(name, seen.requests, {**allowed, **params})
         seen.scored[name] = scorer.sums([seen.prompt] * 96, [one.token_ids for one in samples])
-    many = [Request(seen.prompt, seed_for(4, n)) for n in range(3000)]
+    many = [Request(seen.prompt, seed_for(4, n)) for n in range(2400)]
     for name in COMPARED:
         params = OPTIONS[name]
         warped = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 2}
@@ -161,7 +161,7 @@ class TestOnTheCpu:
     @pytest.mark.parametrize("name", COMPARED)
     def test_second_token_has_the_distribution_of_the_options(self, seen: Seen, name: str) -> None:
         seconds, exact = torch.tensor(seen.seconds[name]), torch.tensor(seen.exact[name], dtype=torch.float64)
-        assert len(seconds) > 60
+        assert len(seconds) > 50
         assert chi_square(torch.bincount(seconds, minlength=len(exact)), exact) < 4
 
     @pytest.mark.parametrize("name", ["text", "late"])
