@@ -43,7 +43,8 @@ def extrapolating(config: RunConfig) -> RunConfig:
     section = ExtrapolateConfig(alphas=ALPHAS, max_length_growth=None)
     few = {"max_steps": 2, "save_steps": None, "learning_rate": 1e-2, "lora": LoraConfig(r=4)}
     train = config.train.model_copy(update=few)
-    return config.model_copy(update={"rounds": 2, "extrapolate": section, "train": train})
+    rounds = config.rounds.model_copy(update={"count": 2})
+    return config.model_copy(update={"rounds": rounds, "extrapolate": section, "train": train})
 
 
 @pytest.fixture(scope="module")
