@@ -12,6 +12,7 @@ from own_run import Events
 from safetensors.torch import load_file
 
 from dice_py.config.extrapolation import ExtrapolateConfig
+from dice_py.config.rounds import RoundsConfig
 from dice_py.config.run import RunConfig
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.models.identity import model_identity
@@ -41,7 +42,7 @@ def longest_wins() -> Any:
 def extrapolating(config: RunConfig) -> RunConfig:
     section = ExtrapolateConfig(alphas=ALPHAS, max_length_growth=None)
     train = config.train.model_copy(update={"max_steps": 2, "save_steps": None})
-    return config.model_copy(update={"rounds": 2, "extrapolate": section, "train": train})
+    return config.model_copy(update={"rounds": RoundsConfig(count=2), "extrapolate": section, "train": train})
 
 
 @pytest.fixture(scope="module")
