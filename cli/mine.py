@@ -12,13 +12,15 @@ import re
 import types
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from typer.main import get_command
 
-from cli.options import Json, Out, Panels
+from cli.options import Json, Panels
 from cli.output import echo_warnings, print_json
+from cli.terminal import say
 from dice_py.errors import InterruptedRunError, UsageError
 
 
@@ -87,12 +89,25 @@ def _interrupted() -> Iterator[None]:
         raise InterruptedRunError("interrupted; no pairs were written: start it again") from None
 
 
+Compare = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OPTION=VALUE,…",
+        help="Mine once for each value, and print one table; several: for all combinations. Nothing is written without "
+        "--out, which then gets the pairs of all variants. The rows have to fit in --memory.",
+    ),
+]
+
+
 def mine(
     ctx: typer.Context,
     scored: Annotated[
         list[str], typer.Argument(help="Parquet with one row per response: files, a quoted pattern, or a folder.")
     ],
-    out: Out,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the pairs go; required without --compare.")
+    ] = None,
+    compare: Compare = None,
     memory: Annotated[float, typer.Option(help="GiB to mine in; larger input is streamed.")] = 1.0,
     as_json: Json = False,
 ) -> None:
@@ -101,6 +116,11 @@ def mine(
     Written to OUT (Parquet) with the row numbers of both responses in SCORED, counted through its files. Where no pair
     is left, OUT has no rows, and a warning says what took them.
     """
+    if compare:
+        _compare(ctx, scored, compare, out, memory, as_json)
+        return
+    if out is None:
+        raise UsageError("Missing option --out (-o): name the file for the pairs (only --compare needs none)")
     from cli.progress import Display
     from cli.tables import mining_table, print_table
     from dice_py.config.mining import MiningOptions
@@ -131,3 +151,32 @@ def _parse_words(values: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         raise UsageError(f"--alpha is {alpha!r}, but must be 'auto' or a finite number of zero or more") from None
     return {**values, "alpha": penalty, "truncated_column": None if truncated == "none" else truncated}
+
+
+def _compare(
+    ctx: typer.Context, scored: list[str], compare: list[str], out: Path | None, memory: float, as_json: bool
+) -> None:
+    """`dice mine --compare`: one table of all variants."""
+    from cli.progress import Display
+    from cli.tables import comparison_lines, comparison_table, print_table
+    from dice_py.mining.comparison import compare_files
+    from dice_py.mining.files import source_name
+    from dice_py.mining.variants import combinations, parse_axes
+
+    axes = parse_axes(compare)
+    for name in axes:
+        if (source := ctx.get_parameter_source(name)) is not None and source.name != "DEFAULT":
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is given together with --compare {name}=…: leave out {flag}")
+    with _interrupted(), Display() as display:
+        display("stage", stage="mine", status="running")
+        compared = compare_files(
+            scored, _parse_words(ctx.obj), combinations(axes), out=out, memory_gib=memory, report=display
+        )
+        summary = compared.summary()
+    if as_json:
+        print_json(summary)
+        return
+    print_table(comparison_table(summary, source_name(scored)))
+    for line in comparison_lines(summary):
+        say(line)

@@ -143,7 +143,9 @@ def train(
         devices=resolved.devices,
     )
     result = run_job(job, out, resolved.warnings)
-    made = {"model" if folder == job.target else "adapter": str(folder) for folder, _ in result.files}
+    made = {"model": str(job.target)}
+    if resolved.train.lora is not None and job.adapter.is_dir():
+        made["adapter"] = str(job.adapter)
     print_result({**made, **result.counts}, as_json)
 
 

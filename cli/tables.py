@@ -191,6 +191,61 @@ def mining_table(summary: dict[str, Any], out: str) -> Table:
     return table
 
 
+def comparison_table(summary: dict[str, Any], source: str) -> Table:
+    """A comparison of minings (`MiningComparison.summary`): a row for each variant, within 100 columns.
+
+    Overlap is with the first variant that could be mined.
+    """
+    from dice_py.mining.variants import show
+
+    names = list(dict.fromkeys(name for entry in summary["variants"] for name in entry["settings"]))
+    table = _table(f"pairs of {source}", {})
+    table.collapse_padding = True
+    for name in names:  # a long name takes several lines
+        table.add_column(name.replace("_", "_\n"), vertical="bottom")
+    for head in ("pairs", "overlap", "prompts", "α", "length gap", "longer", "corr.", "5 %", "margin", "95 %"):
+        table.add_column(head, justify="right", vertical="bottom")
+    first = next(at for at, entry in enumerate(summary["variants"]) if entry["error"] is None)
+    for entry, overlap in zip(summary["variants"], summary["overlap"][first], strict=True):
+        cells = [show(entry["settings"][name]) if name in entry["settings"] else "–" for name in names]
+        if entry["error"] is None:
+            cells += [
+                number(entry["pairs"]),
+                _tight_share(overlap),
+                number(entry["prompts_with_pair"]),
+                _significant(entry["alpha"]),
+                " → ".join(_fixed(entry[f"mean_length_gap_{when}"]) for when in ("before", "after")),
+                _tight_share(entry["chosen_longer_share"]),
+                _fixed(entry["reward_length_correlation_after"]),
+                *(_significant(entry["margin_quantiles"][name]) for name in _SHOWN_MARGINS),
+            ]
+        else:
+            cells.append("refused")
+        table.add_row(*cells)
+    return table
+
+
+def comparison_lines(summary: dict[str, Any]) -> list[str]:
+    """The lines below the table of a comparison: why variants could not be mined."""
+    return [f"{entry['variant']}: {entry['error']}" for entry in summary["variants"] if entry["error"] is not None]
+
+
+def _tight_share(value: float | None) -> str:
+    return share(value).replace(" ", "")
+
+
+def _significant(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _fixed(value: float | None) -> str:
+    """Two decimals, or none of a large number; nothing is -0.00."""
+    if value is None:
+        return "–"
+    digits = 0 if abs(value) >= 100 else 2
+    return f"{round(value, digits) + 0.0:,.{digits}f}"
+
+
 def _table(title: str, columns: dict[str, Literal["left", "right"]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name, justify in columns.items():

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dice_py.mining.comparison import MiningComparison, compare_mining
     from dice_py.mining.gather import attach_text
     from dice_py.mining.pairs import MinedPairs, mine_pairs
     from dice_py.replay.buffer import ReplayBuffer
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 __all__ = [
     "BufferMix",
     "MinedPairs",
+    "MiningComparison",
     "OfflineBuffer",
     "ReplayBuffer",
     "ReplayMix",
     "__version__",
     "attach_text",
+    "compare_mining",
     "mine_pairs",
     "mix_buffers",
     "mix_replay",
@@ -35,6 +38,8 @@ __all__ = [
 
 _MODULES = {
     "attach_text": "dice_py.mining.gather",
+    "MiningComparison": "dice_py.mining.comparison",
+    "compare_mining": "dice_py.mining.comparison",
     "MinedPairs": "dice_py.mining.pairs",
     "mine_pairs": "dice_py.mining.pairs",
     "ReplayMix": "dice_py.replay.offline",

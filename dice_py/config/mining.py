@@ -244,6 +244,16 @@ def check_mining_options(values: Mapping[str, Any]) -> None:
     Raises:
         UsageError: the first option that is refused.
     """
+    check_mining_values(values)
+    _check_combinations(SimpleNamespace(**values))
+
+
+def check_mining_values(values: Mapping[str, Any]) -> None:
+    """The part of `check_mining_options` that looks at each option by itself: types, words and ranges.
+
+    Raises:
+        UsageError: the first option that is refused.
+    """
     for name in _INTEGERS:
         value = values[name]
         optional = type(None) in get_args(MiningOptions.model_fields[name].annotation)
@@ -256,7 +266,6 @@ def check_mining_options(values: Mapping[str, Any]) -> None:
     _check_lengths(options)
     _check_counts(values)
     _check_numbers(options)
-    _check_combinations(options)
 
 
 def _check_lengths(options: SimpleNamespace) -> None:
@@ -264,11 +273,9 @@ def _check_lengths(options: SimpleNamespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 0:
             raise UsageError(f"{name} is {value}, but must be zero or more: lengths are counts")
-    shortest, longest = options.min_length, options.max_length
+    shortest = options.min_length
     if shortest is not None and shortest > MAX_LENGTH:
         raise UsageError(f"min_length is {shortest}, but no length is above {MAX_LENGTH}")
-    if shortest is not None and longest is not None and shortest > longest:
-        raise UsageError(f"min_length is {shortest} and max_length {longest}: no length can be both")
 
 
 def _check_counts(values: Mapping[str, Any]) -> None:
@@ -302,7 +309,10 @@ def _check_numbers(options: SimpleNamespace) -> None:
 
 
 def _check_combinations(options: SimpleNamespace) -> None:
-    """Options that have no meaning without another one."""
+    """Options that contradict each other, or have no meaning without another one."""
+    shortest, longest = options.min_length, options.max_length
+    if shortest is not None and longest is not None and shortest > longest:
+        raise UsageError(f"min_length is {shortest} and max_length {longest}: no length can be both")
     tolerances = [name for name in ("length_tolerance", "length_ratio") if getattr(options, name) is not None]
     if options.debias == "matched":
         if len(tolerances) != 1:

@@ -34,7 +34,7 @@ def _empty_for_none(value: Any) -> Any:
 
 def _check_plain(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
-        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None:
             raise ValueError(f"{name!r:.80} is no name of an option: use letters, digits and underscores")
         _check_value(name, value)
     return options

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dice_py.config.passthrough import PassedOptions, passed_options, refuse_own
+from dice_py.config.sampling_options import SamplingOptions, transformers_options
 from dice_py.config.shared import Positive, Probability, Section
 from dice_py.config.training import TrainConfig, Warmup
 from dice_py.config.vllm_options import OWN_ENGINE_ARGS, OWN_SAMPLING_PARAMS
@@ -64,6 +65,23 @@ class GenerateConfig(Section):
     @classmethod
     def _refuse_own_params(cls, value: PassedOptions) -> PassedOptions:
         return refuse_own(value, OWN_SAMPLING_PARAMS)
+
+    @model_validator(mode="after")
+    def _check_params(self) -> GenerateConfig:
+        if self.engine == "transformers":  # vLLM judges its own, before a run begins
+            try:
+                self.transformers_options()
+            except ValueError as error:
+                raise ValueError(f"sampling_params: {error}") from None
+        return self
+
+    def transformers_options(self) -> SamplingOptions:
+        """`sampling_params` as the transformers engine takes them.
+
+        Raises:
+            ValueError: it does not have one of them, or not in this range.
+        """
+        return transformers_options(self.sampling_params, self.max_new_tokens)
 
 
 class ScoreConfig(Section):

@@ -32,41 +32,46 @@ class ArrowStream(Protocol):
 Frame: TypeAlias = "pl.DataFrame | pl.LazyFrame | pa.Table | pa.RecordBatchReader | ArrowStream"
 
 
-def narrow_frame(frame: Frame, options: MiningOptions) -> pl.DataFrame:
+def narrow_frame(frame: Frame, *options: MiningOptions) -> pl.DataFrame:
     """The columns that the options name, in their own types; text of the duplicate column as hashes.
+
+    Args:
+        options: of one mining, or of several that share the frame.
 
     Raises:
         UsageError: `frame` is not a table.
         DataError: a column is missing, or there are no rows.
     """
-    lazy, names = _open(frame, options)
-    selected = lazy.select(wanted_columns(names, options))
-    hashed = _hashed(selected.collect_schema(), options)
+    lazy, names = _open(frame, *options)
+    selected = lazy.select(wanted_columns(names, *options))
+    hashed = _hashed(selected.collect_schema(), *options)
     # The streaming engine hashes text and token ids batch by batch, so that they are never all in memory.
-    narrow = selected.collect() if hashed is None else selected.with_columns(hashed).collect(engine="streaming")
+    narrow = selected.with_columns(hashed).collect(engine="streaming") if hashed else selected.collect()
     if narrow.height == 0:
         raise DataError("the frame has no rows: pass a table with at least one response")
     return narrow
 
 
-def wanted_columns(columns: list[str], options: MiningOptions) -> list[str]:
+def wanted_columns(columns: list[str], *options: MiningOptions) -> list[str]:
     """The names of the columns to read, among all names of a table.
 
     Raises:
         DataError: a column is missing.
     """
-    for role, name in options.columns.items():
-        if name not in columns:
-            raise DataError(missing_column(name, columns, f"{role}_column=/--{role.replace('_', '-')}-column"))
-    wanted = dict.fromkeys(options.columns.values())
-    if options.truncated_column == "auto":
-        wanted |= {"finish_reason": None} if "finish_reason" in columns else {}
-    elif options.truncated_column is not None:
-        if options.truncated_column not in columns:
-            raise DataError(missing_column(options.truncated_column, columns, "truncated_column="))
-        wanted |= {options.truncated_column: None}
-    if options.min_length and CHARACTERS in columns:
-        wanted |= {CHARACTERS: None}
+    wanted: dict[str, None] = {}
+    for one in options:
+        for role, name in one.columns.items():
+            if name not in columns:
+                raise DataError(missing_column(name, columns, f"{role}_column=/--{role.replace('_', '-')}-column"))
+        wanted |= dict.fromkeys(one.columns.values())
+        if one.truncated_column == "auto":
+            wanted |= {"finish_reason": None} if "finish_reason" in columns else {}
+        elif one.truncated_column is not None:
+            if one.truncated_column not in columns:
+                raise DataError(missing_column(one.truncated_column, columns, "truncated_column="))
+            wanted |= {one.truncated_column: None}
+        if one.min_length and CHARACTERS in columns:
+            wanted |= {CHARACTERS: None}
     refuse_twice(columns, list(wanted), "the frame")
     for name in wanted:
         # Polars would take the first for all columns, and the second for a pattern.
@@ -97,7 +102,7 @@ def column_names(options: MiningOptions) -> Iterator[None]:
         raise DataError(f"{error} ({columns})") from None
 
 
-def _open(frame: Frame, options: MiningOptions) -> tuple[pl.LazyFrame, list[str]]:
+def _open(frame: Frame, *options: MiningOptions) -> tuple[pl.LazyFrame, list[str]]:
     """The frame and the names of all its columns. From Arrow input only the wanted columns are kept."""
     if isinstance(frame, pl.LazyFrame):
         return frame, frame.collect_schema().names()
@@ -119,7 +124,7 @@ def _open(frame: Frame, options: MiningOptions) -> tuple[pl.LazyFrame, list[str]
             "or anything with __arrow_c_stream__"
         )
     names = reader.schema.names
-    kept = wanted_columns(names, options)
+    kept = wanted_columns(names, *options)
     schema = pa.schema([reader.schema.field(name) for name in kept])
     for field in schema:
         refuse_foreign(field.name, field.type)
@@ -147,19 +152,21 @@ def native_integer(dtype: pl.DataType) -> bool:
     return dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128)
 
 
-def hash_duplicates(rows: pl.DataFrame, options: MiningOptions) -> pl.DataFrame:
-    """The rows, with text and token ids of the duplicate column replaced by 64-bit hashes."""
-    hashed = _hashed(rows.schema, options)
-    return rows if hashed is None else rows.with_columns(hashed)
+def hash_duplicates(rows: pl.DataFrame, *options: MiningOptions) -> pl.DataFrame:
+    """The rows, with text and token ids of duplicate columns replaced by 64-bit hashes."""
+    hashed = _hashed(rows.schema, *options)
+    return rows.with_columns(hashed) if hashed else rows
 
 
-def _hashed(schema: pl.Schema, options: MiningOptions) -> pl.Expr | None:
-    """The duplicate column as hashes; None if it holds integers already, or another role needs its values."""
-    name = options.duplicate_column
-    others = [column for role, column in options.columns.items() if role != "duplicate"]
-    if name is None or name in others or native_integer(schema[name]):
-        return None
-    return duplicate_hash(schema[name], name).alias(name)
+def _hashed(schema: pl.Schema, *options: MiningOptions) -> list[pl.Expr]:
+    """The duplicate columns as hashes, but those that hold integers already, or whose values another role needs."""
+    others = {column for one in options for role, column in one.columns.items() if role != "duplicate"}
+    names = dict.fromkeys(one.duplicate_column for one in options if one.duplicate_column is not None)
+    return [
+        duplicate_hash(schema[name], name).alias(name)
+        for name in names
+        if name not in others and not native_integer(schema[name])
+    ]
 
 
 def duplicate_hash(dtype: pl.DataType, name: str) -> pl.Expr:

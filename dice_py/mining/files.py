@@ -12,10 +12,9 @@ import polars as pl
 from dice_py.config.mining import MiningKeywords, MiningOptions
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.mining.columns import CHARACTERS, wanted_columns
 from dice_py.mining.options import read_options, with_mining_signature
 from dice_py.mining.pairs import mine_pairs
-from dice_py.mining.parquet_input import ScoredFiles, narrow_batches
+from dice_py.mining.parquet_input import ScoredFiles, columns_to_read, narrow_batches
 from dice_py.mining.segments import SEGMENT_BYTES
 from dice_py.mining.streaming import StreamMiner
 from dice_py.storage.digests import bytes_digest
@@ -58,22 +57,12 @@ def mine_files(
         TypeError: an unknown keyword.
     """
     options = read_options("mine_files", options, keywords)
-    if not (math.isfinite(memory_gib) and memory_gib > 0):
-        raise UsageError(f"memory_gib is {memory_gib}, but must be a number of GiB above zero")
-    files = ScoredFiles(scored)
-    if files.rows == 0:
-        raise DataError(f"{', '.join(scored)}: there are no rows; pass files with at least one response")
-    source = scored[0] if len(scored) == 1 else f"{scored[0]}, …"
-    _check_out(files.files, out)
-    remove_leftovers(out.parent, out.name)
-    # Sizes and footers stand for the contents: a digest of those would have to read the text, too. Places and times do
-    # not count, so that two equal minings write equal files.
-    key = digest("mine", [_footer_digest(Path(file)) for file in files.files], options.model_dump())
+    files = open_files(scored, out, memory_gib)
+    # Places and times do not count, so that two equal minings write equal files.
+    key = digest("mine", footers(files), options.model_dump())
     try:
-        columns = wanted_columns(files.schema.names, options)
-        if CHARACTERS in columns and CHARACTERS not in options.columns.values() and not files.all_have(CHARACTERS):
-            columns.remove(CHARACTERS)
-        if files.rows * ROW_BYTES <= memory_gib * 2**30:
+        columns = columns_to_read(files, options)
+        if fits_in_memory(files, memory_gib):
             mined = mine_pairs(pl.concat(narrow_batches(files, columns, options), rechunk=False), options)
             report("progress", stage="mine", done=files.rows, total=files.rows)
             summary = mined.summary()
@@ -82,7 +71,40 @@ def mine_files(
         segment_rows = max(1, int(memory_gib * 2**30 / SEGMENT_BYTES))
         return StreamMiner(files, columns, options, segment_rows, report).mine(out, key)
     except DataError as error:
-        raise DataError(f"{source}: {error}") from None
+        raise DataError(f"{source_name(scored)}: {error}") from None
+
+
+def open_files(scored: list[str], out: Path | None, memory_gib: float) -> ScoredFiles:
+    """The files of a mining, with its other arguments checked (as `mine_files` has them).
+
+    Raises:
+        UsageError: `memory_gib` is no number above zero, or `out` cannot be written.
+        DataError: no file, or no rows.
+    """
+    if not (math.isfinite(memory_gib) and memory_gib > 0):
+        raise UsageError(f"memory_gib is {memory_gib}, but must be a number of GiB above zero")
+    files = ScoredFiles(scored)
+    if files.rows == 0:
+        raise DataError(f"{', '.join(scored)}: there are no rows; pass files with at least one response")
+    _check_files(files.files, out)
+    if out is not None:
+        remove_leftovers(out.parent, out.name)
+    return files
+
+
+def fits_in_memory(files: ScoredFiles, memory_gib: float) -> bool:
+    """Whether the rows can be mined at once in so much memory."""
+    return files.rows * ROW_BYTES <= memory_gib * 2**30
+
+
+def source_name(scored: list[str]) -> str:
+    """The files in an error."""
+    return scored[0] if len(scored) == 1 else f"{scored[0]}, …"
+
+
+def footers(files: ScoredFiles) -> list[Any]:
+    """Sizes and footers, which stand for the contents in keys: a digest of those would have to read the text, too."""
+    return [_footer_digest(Path(file)) for file in files.files]
 
 
 def _footer_digest(file: Path) -> list[Any]:
@@ -95,11 +117,11 @@ def _footer_digest(file: Path) -> list[Any]:
         return [size, bytes_digest(opened.read())]
 
 
-def _check_out(files: list[str], out: Path) -> None:
+def _check_files(files: list[str], out: Path | None) -> None:
     """Raises UsageError if a file would be read twice, or if `out` is a folder or one of the files."""
-    if out.is_dir():
+    if out is not None and out.is_dir():
         raise UsageError(f"{out} is a folder: name a file for the pairs")
-    if _same_file(out) in map(_same_file, map(Path, files)):
+    if out is not None and _same_file(out) in map(_same_file, map(Path, files)):
         raise UsageError(f"{out} is one of the files to be mined: name another one for the pairs")
     seen: set[object] = set()
     for file in files:

@@ -239,7 +239,17 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     """
     options = read_options("mine_pairs", options, keywords)
     narrow = narrow_frame(frame, options)
-    numbers, integer_prompts = numeric_columns(narrow, options)
+    return mine_columns(narrow, numeric_columns(narrow, options), options)
+
+
+def mine_columns(narrow: pl.DataFrame, numeric: tuple[pl.DataFrame, bool], options: MiningOptions) -> MinedPairs:
+    """`mine_pairs` on columns that were read before, so that several minings can share them.
+
+    Args:
+        narrow: of `narrow_frame`.
+        numeric: of `numeric_columns`.
+    """
+    numbers, integer_prompts = numeric
     with column_names(options):
         # A struct column is exported chunk by chunk. The frame's own export would join (copy) the chunks first.
         reader, summary = _native.mine(numbers.to_struct("rows"), native_keywords(options))

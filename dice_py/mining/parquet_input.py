@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 
 from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError, DiceError, OutOfMemoryError
-from dice_py.mining.columns import arrow_frame, hash_duplicates, refuse_twice
+from dice_py.mining.columns import CHARACTERS, arrow_frame, hash_duplicates, refuse_twice, wanted_columns
 from dice_py.rows.file_kinds import is_url, other_format
 from dice_py.storage.parquet import UNREADABLE, refuse_foreign
 
@@ -121,14 +121,27 @@ class ScoredFiles:
                 raise DataError(f"{part.file} cannot be read: {error}") from None
 
 
-def narrow_batches(files: ScoredFiles, columns: list[str], options: MiningOptions) -> Iterator[pl.DataFrame]:
-    """Batches of the named columns, in order of rows, with text and token ids of the duplicate column hashed."""
+def columns_to_read(files: ScoredFiles, *options: MiningOptions) -> list[str]:
+    """`wanted_columns` of files. A `response_chars` that only some of them have is left out.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    columns = wanted_columns(files.schema.names, *options)
+    named = {name for one in options for name in one.columns.values()}
+    if CHARACTERS in columns and CHARACTERS not in named and not files.all_have(CHARACTERS):
+        columns.remove(CHARACTERS)
+    return columns
+
+
+def narrow_batches(files: ScoredFiles, columns: list[str], *options: MiningOptions) -> Iterator[pl.DataFrame]:
+    """Batches of the named columns, in order of rows, with text and token ids of duplicate columns hashed."""
     for i, batch in enumerate(files.batches(columns)):
         if i % 16 == 0:
             # Arrow's pool would keep the memory of decoded pages.
             pa.default_memory_pool().release_unused()
         if batch.num_rows:
-            yield hash_duplicates(arrow_frame(pa.Table.from_batches([batch])), options)
+            yield hash_duplicates(arrow_frame(pa.Table.from_batches([batch])), *options)
 
 
 def _dataset(argument: str) -> ds.Dataset:

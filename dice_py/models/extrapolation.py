@@ -1,9 +1,9 @@
 """Extrapolates a training: θ₁ + α·(θ₁ − θ₀), of the weights θ₀ before it and θ₁ after it.
 
-ExPO (Zheng et al., arXiv 2404.16792, equation 1): a training that moved the weights a little way is carried on in the
+ExPO (Zheng et al., arXiv 2404.16792): a training that moved the weights a little way is carried on in the
 same direction, without any gradient. α = 0 gives the weights after the training, α = −1 those before it.
 
-Weights are read and written in parts of a few million values, so neither model is ever in memory. The files are those
+Weights are read and written in parts of a million values, so neither model is ever in memory. The files are those
 of the model after the training, shard by shard, with the same names, shapes and dtypes. Sums are in float32, or in
 float64 where a weight is stored in it. Buffers and integers are not trained, and are copied.
 """
@@ -38,7 +38,7 @@ from dice_py.models.weight_records import TensorRecord, tensor_records
 if TYPE_CHECKING:
     import torch
 
-PART = 2**22
+PART = 2**20
 """Values of each of the two models in memory at a time."""
 _FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

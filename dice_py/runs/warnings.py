@@ -8,7 +8,7 @@ A measure is a number of a stage, and its limit is the setting of the same name 
     no_pair_share       mine       prompts that gave no pair, before thresholds of the margin / all prompts
     length_correlation  mine       |correlation of score and length| of the usable responses, after debiasing
     replay_shortfall    replay     replay pairs that could not be had / replay pairs that were requested
-    chosen_logps_fall   train      fall of the chosen responses' log-probability / its size under the DPO reference
+    chosen_logps_fall   train      fall of the chosen responses' log-probability / its size at the start
 
 The reward is β·(log π − log π_ref), the difference of two sums that are rounded. Its uncertainty is the larger of two
 values: the mean difference between two ways of computing the policy's sum, which the gate measures (scoring/gate.py);
@@ -217,11 +217,10 @@ def _of_replay(job: Any, result: StageResult, limits: WarningsConfig) -> Iterato
 
 
 def _of_train(job: Any, result: StageResult, limits: WarningsConfig) -> Iterator[_Measure]:
-    del limits
-    logps, reward = result.counts.get("final_chosen_logps"), result.counts.get("final_chosen_reward")
-    if logps is None or reward is None:
+    del job, limits
+    logps, change = result.counts.get("final_chosen_logps"), result.counts.get("final_chosen_change")
+    if logps is None or change is None:
         return
-    change = reward / job.beta
     before = logps - change
     if before < 0:
         yield _Measure(

@@ -44,7 +44,8 @@ class ChooseAlphaJob(Job):
     is better. What was measured of an α is kept until all are done, so that a resume goes on with the next one.
 
     The counts: `alpha`; `metric`, its name; `measured`, for each α `alpha`, `value` of the metric,
-    `mean_response_tokens` (None: not sampled) and `refused` (None, or why it cannot be picked).
+    `mean_response_tokens` (None: not sampled), `update_kept` (as of `ExtrapolateJob`; None for 0) and `refused` (None,
+    or why it cannot be picked).
 
     Raises, when run:
         DataError: as of `ExtrapolateJob` and `EvaluateJob`; or the trained policy has no value of the metric.
@@ -131,9 +132,12 @@ class ChooseAlphaJob(Job):
             kept = read_sealed(file, own_key)
             assert kept is not None
             return kept
-        entry: dict[str, Any] = {"alpha": alpha, "value": None, _LENGTH: None, "refused": None}
+        entry: dict[str, Any] = {"alpha": alpha, "value": None, _LENGTH: None, "update_kept": None, "refused": None}
+        policy = self.evaluation.policy
         try:
-            policy = self._job(alpha).run(_only_progress(report)).files[0][0] if alpha else self.evaluation.policy
+            if alpha:
+                made = self._job(alpha).run(_only_progress(report))
+                policy, entry["update_kept"] = made.files[0][0], made.counts["update_kept"]
         except NotFiniteError as error:
             entry["refused"] = str(error)
         else:

@@ -1,6 +1,6 @@
 """`dice extrapolate`: a new policy θ₁ + α·(θ₁ − θ₀) from the models before and after a training, without training.
 
-ExPO (Zheng et al., arXiv 2404.16792, equation 1); models/extrapolation.py has the sums. Not a stage of every round: the
+ExPO (Zheng et al., arXiv 2404.16792); models/extrapolation.py has the sums. Not a stage of every round: the
 optional end of one, which picks α, is stages/choose_alpha.py.
 """
 

@@ -21,7 +21,7 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.generation.engines.factory import choose_engine
+from dice_py.generation.engines.factory import check_options, choose_engine
 from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.generation.limits import check_fits, cut_off_note
 from dice_py.generation.sampler import SampleShards
@@ -71,7 +71,8 @@ class GenerateJob(Job):
     bad_rows: BadRowRule = field(default_factory=BadRowRule)
     """What happens to a prompt that the chat template refuses."""
     is_alone: bool = False
-    """Whether no run has checked the template: warns where its turns end with a token that is no stop token."""
+    """Whether no run has checked template and options: it checks the options, and warns where turns of the template end
+    with a token that is no stop token."""
 
     def key_fields(self) -> dict[str, Any]:
         """The prompts, the sampling, the policy, the seed and versions. Each shard has its own key too."""
@@ -100,6 +101,8 @@ class GenerateJob(Job):
             report("note", text=note)
         engine, why = choose_engine(self.config, self.models, Workload.of(self.policy, prompts))
         report("note", text=f"engine: {engine} ({why})")
+        if self.is_alone:
+            check_options(engine, self.config, self.models, self.policy)
         kept, too_long = self._encode(prompts, tokenizer, report)
         longest = max(len(ids) for _, ids in kept)
         largest_id = max(max(ids) for _, ids in kept)

@@ -14,6 +14,8 @@ from typing import Any
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.events import Report, no_report
+from dice_py.generation.engines.factory import check_options, choose_engine
+from dice_py.generation.engines.vllm_on_cpu import Workload
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
@@ -25,7 +27,7 @@ from dice_py.stages.job import Job, StageResult
 from dice_py.stages.preflight_data import check_data
 from dice_py.stages.reward_check import warn_of_rewards
 from dice_py.storage.keys import versions
-from dice_py.storage.parquet import parquet_rows
+from dice_py.storage.parquet import parquet_rows, read_parquet
 from dice_py.training.memory_check import check_training_memory
 from dice_py.training.schedule import setting_notes, training_steps
 from dice_py.training.settings_check import check_training_settings
@@ -39,7 +41,8 @@ class PreflightJob(Job):
 
     Raises, when run:
         DataError: a tokenizer, template or vocabulary that cannot serve, naming the row.
-        UsageError: a name in the config that transformers does not know, or a device that this machine lacks.
+        UsageError: a name in the config that transformers or vLLM does not know, an engine that is not installed, or a
+            device that this machine lacks.
         OutOfMemoryError: training does not fit into the memory that is free, and `force` is not set.
     """
 
@@ -76,6 +79,7 @@ class PreflightJob(Job):
         if not config.has_round_zero:  # else both are the SFT model, and round 0 makes the policy
             check_distinct(self.policy, self.reference, allowed=config.score.allow_same_model, report=report)
             warn_of_unrelated(self.policy, self.reference, report)
+        self._check_engine()
         self._check_training(report)
         facts = check_data(
             config,
@@ -99,6 +103,19 @@ class PreflightJob(Job):
         if facts.offline is not None:
             warn_of_rewards(config, self.policy, self.reference, facts.offline, report)
         return StageResult([], {})
+
+    def _check_engine(self) -> None:
+        """Checks that the engine of the first round is there, and takes the options that are passed on to it."""
+        config = self.config
+        generate = config.generate
+        if generate.engine == "auto" and not generate.sampling_params and not generate.vllm.engine_args:
+            return
+        prompts = read_parquet(self.prompts[0], ["messages"]) if self.prompts else None
+        if prompts is not None and config.data.prompts_per_round is not None:
+            prompts = prompts.head(config.data.prompts_per_round)
+        workload = None if prompts is None else Workload.of(self.policy, prompts)
+        engine, _ = choose_engine(generate, config.model, workload)
+        check_options(engine, generate, config.model, self.policy)
 
     def _check_training(self, report: Report) -> None:
         train, remote_code = self.config.train, self.config.model.trust_remote_code

@@ -105,15 +105,15 @@ class TrainJob(Job):
 
     @property
     def adapter(self) -> Path:
-        """The folder of the adapter that was merged into the new policy, if `train.lora` is set."""
+        """The folder of the adapter that was merged into the new policy, if `train.lora` is set.
+
+        It is no part of the result, which has it in its weights. It may be deleted, and earlier versions kept none.
+        """
         return self.out / ADAPTER
 
     def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
-        """The folder of the new policy, if it is not there or not as it was written.
-
-        An adapter beside it may be gone: the policy has it in its weights, and nothing here reads it.
-        """
-        return [folder for folder, key in files if folder == self.target and not is_trained(folder, key)]
+        """The folder of the new policy, if it is not there or not as it was written."""
+        return [folder for folder, key in files if not is_trained(folder, key)]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Trains, or returns the counts of the model that is there."""
@@ -124,11 +124,7 @@ class TrainJob(Job):
         stamp = read_stamp(self.target)
         if stamp is None:
             raise DamagedError(f"{self.target / MODEL_STAMP} is damaged: it is not as it was written")
-        files = [(self.target, key)]
-        adapter = read_stamp(self.adapter)  # none where an earlier version trained
-        if adapter is not None and adapter.get("key") == key:
-            files.append((self.adapter, key))
-        return StageResult(files, dict(stamp["counts"]))
+        return StageResult([(self.target, key)], dict(stamp["counts"]))
 
     def _train(self, key: str, report: Report) -> None:
         require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")

@@ -92,6 +92,9 @@ def save_adapter(
 
     if folder.exists() and read_stamp(folder) is None:
         set_aside(folder, report, "is not of this training, or is damaged")
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # which PEFT writes in an order that differs between processes
+            setattr(config, name, sorted(value))
     config.base_model_name_or_path = str(base)
     config.inference_mode = True
     with atomic(folder) as temporary:

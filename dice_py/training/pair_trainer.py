@@ -305,6 +305,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
                 "logps/chosen": values["chosen_logps"],
                 "logps/rejected": values["rejected_logps"],
             }
+            start = inputs.get(START_LOGPS[0])
+            if start is None or self.ld_alpha is None:  # with ld_alpha, sums of the start are not of the same tokens
+                change = values["chosen_logratios"] if start is None else values["chosen_logps"] - start
+                recorded["logps/chosen_change"] = change
             metrics = self._metrics["train" if self.model.training else "eval"]
             for name, value in recorded.items():
                 metrics[name].append(value)

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from dice_py.training.pair_trainer import PairTrainer
 
-_FINAL = {"loss": "loss", "chosen_logps": "logps/chosen", "chosen_reward": "rewards/chosen"}
+_FINAL = {"loss": "loss", "chosen_logps": "logps/chosen", "chosen_change": "logps/chosen_change"}
 """Measures of the end of a training, by their names in the trainer's log."""
 
 
@@ -321,8 +321,8 @@ def train_rank(
     Returns:
         Counts, the same on every rank but for `forwards`: `pairs`, `pairs_too_long`, `steps`, `forwards` (packed rows;
         None if rows are padded), `step0_loss`, `step0_max_abs_difference`; and means over the last train.logging_steps
-        steps: `final_loss`, `final_chosen_logps` (nats a response) and `final_chosen_reward` (β × their difference
-        from the DPO reference's).
+        steps: `final_loss`, `final_chosen_logps` (nats a response) and `final_chosen_change` (their difference from
+        those of the policy at the start; None with another reference and train.ld_alpha).
 
     Raises:
         DataError: on every rank, for a loss at step 0 that is not ln 2, or weights that are not finite.

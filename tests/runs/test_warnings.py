@@ -185,14 +185,14 @@ def test_a_replay_shortfall() -> None:
 
 
 def test_chosen_log_probabilities_that_fall() -> None:
-    # From -60 to -75 nats; the reward is β times the change.
-    found = warned("train", {"final_chosen_logps": -75.0, "final_chosen_reward": -1.5}, beta=0.1)["chosen_logps_fall"]
+    # From -60 to -75 nats.
+    found = warned("train", {"final_chosen_logps": -75.0, "final_chosen_change": -15.0})["chosen_logps_fall"]
     assert found.value == pytest.approx(15 / 60)
     assert "fell by 25% (-60 to -75 nats a response)" in found.text
     assert "train.sft_weight" in found.text
-    assert warned("train", {"final_chosen_logps": -75.0, "final_chosen_reward": 1.5}, beta=0.1) == {}
-    assert warned("train", {"final_chosen_logps": -63.0, "final_chosen_reward": -0.3}, beta=0.1) == {}
-    assert warned("train", {"final_loss": 0.3}, beta=0.1) == {}  # of an earlier version
+    assert warned("train", {"final_chosen_logps": -75.0, "final_chosen_change": 15.0}) == {}
+    assert warned("train", {"final_chosen_logps": -63.0, "final_chosen_change": -3.0}) == {}
+    assert warned("train", {"final_loss": 0.3}) == {}  # of an earlier version
     assert warned("evaluate", {"cut_off_share": 1.0}) == {}
 
 

@@ -12,12 +12,14 @@ import torch
 from damage import flip, notes
 from moved_models import assert_equal, expected, trained, weights
 from own_run import Events
+from plan_data import own
 from tiny_sets import CPU
 from transformers import AutoModelForCausalLM
 
 from dice_py.config.extrapolation import ExtrapolateConfig
+from dice_py.config.loading import resolve
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
-from dice_py.errors import DataError
+from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.stages import choose_alpha
 from dice_py.stages.choose_alpha import ChooseAlphaJob
@@ -111,6 +113,7 @@ def test_the_best_alpha_is_the_new_policy(
     assert [(each["alpha"], each["value"], each["mean_response_tokens"], each["refused"]) for each in measured] == [
         (alpha, *evaluations.figures[alpha], None) for alpha in (0.0, 0.25, 0.5, 1.0)
     ]
+    assert [each["update_kept"] for each in measured] == [None, *3 * [pytest.approx(1.0, abs=1e-5)]]
     # The evaluate stage draws the same samples, and finds them.
     assert (job.evaluation.out / "samples" / "alpha.txt").read_text() == "0.5"
     (text,) = [text for text in notes(events) if text.startswith("extrapolation: ")]
@@ -229,3 +232,14 @@ def test_what_cannot_be_measured_is_refused() -> None:
     for alpha in (math.nan, math.inf, -1.0):
         with pytest.raises(ValueError, match="alphas"):
             ExtrapolateConfig(alphas=[alpha])
+
+
+def test_the_config_of_a_run_says_so_before_it_starts() -> None:
+    with pytest.raises(UsageError, match="only the synthetic world has a judge") as caught:
+        own("extrapolate.alphas=[0.3]", "extrapolate.metric=win_rate")
+    assert caught.value.exit_code == 2
+    assert resolve([], ["extrapolate.alphas=[0.3]", "extrapolate.metric=win_rate"]).extrapolate.tried == (0.3,)
+    given = own("extrapolate.alphas=[0.5, -0.1, 0]", "extrapolate.max_length_growth=").extrapolate
+    assert given.tried == (-0.1, 0.5)
+    assert given.max_length_growth is None
+    assert own().extrapolate.tried == ()

@@ -110,6 +110,48 @@ def test_only_the_missing_shard_is_sampled_and_is_the_same(run: Stage) -> None:
     assert run.frame().drop("sampled_logp").equals(before.drop("sampled_logp"))
 
 
+def test_options_that_are_passed_on_are_in_the_keys_and_only_where_they_count(run: Stage) -> None:
+    plain = run()
+    key = run.job().key()
+    without = run.job().key_fields()["generate"]
+    assert "sampling_params" not in without
+    assert "engine_args" not in without["vllm"]
+    limited = CONFIG.model_copy(update={"sampling_params": {"min_p": 0.2}})
+    assert run.job(limited).key() != key
+    sampled = run(limited)
+    assert not {key for _, key in sampled.files} & {key for _, key in plain.files}
+    # The other engine's options change no sample.
+    vllm = CONFIG.vllm.model_copy(update={"engine_args": {"quantization": "fp8"}})
+    others = CONFIG.model_copy(update={"vllm": vllm})
+    assert run.job(others).key() != key
+    assert run(others).files == plain.files
+
+
+def test_a_stop_string_ends_the_stored_response(run: Stage) -> None:
+    run()
+    free = run.frame()
+    stop = free["response"].str.slice(1, 2).filter(free["response"].str.len_chars() > 4)[0]
+    run(CONFIG.model_copy(update={"sampling_params": {"stop": [stop]}}))
+    frame = run.frame()
+    tokenizer = make_tokenizer("chatml")
+    cut = 0
+    for one, whole in zip(frame.iter_rows(named=True), free.iter_rows(named=True), strict=True):
+        assert one["response"] == tokenizer.decode(one["token_ids"], skip_special_tokens=True)
+        assert one["token_ids"] == whole["token_ids"][: one["response_tokens"]]
+        if one["response_tokens"] < whole["response_tokens"]:
+            cut += 1
+            assert one["finish_reason"] == "stop"
+            assert stop in one["response"]
+    assert cut
+
+
+def test_a_stage_alone_refuses_wrong_options_before_it_samples(run: Stage) -> None:
+    wrong = CONFIG.model_copy(update={"sampling_params": {"min_p": 2.0}})
+    with pytest.raises(UsageError, match=r"generate\.sampling_params: min_p is 2\.0: Input should be less than"):
+        run(wrong, is_alone=True)
+    assert run.written() == []
+
+
 def test_broken_or_foreign_shard_is_sampled_again(run: Stage) -> None:
     first = run()
     files = run.files()

@@ -19,6 +19,7 @@ from dice_py.config.stages import EvaluateConfig, GenerateConfig, ReplayConfig, 
 from dice_py.config.training import TrainConfig
 from dice_py.data import Message, Pair, pairs_frame, prompts_frame
 from dice_py.errors import DataError, DiceError, UsageError
+from dice_py.generation.engines.factory import EngineEntry
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.stages import generate, reward_check
 from dice_py.stages.evaluate import EvaluateJob
@@ -162,6 +163,37 @@ def test_a_reference_of_a_smaller_vocabulary(config: RunConfig, tmp_path: Path, 
                 job.run()
         else:
             job.run()
+
+
+# --- the engine
+
+
+@pytest.mark.usefixtures("release_models")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampling_params": {"min_p": 2.0}}, "generate.sampling_params: min_p is 2.0: Input should be less than"),
+        ({"sampling_params": {"stop_token_ids": [9999]}}, "generate.sampling_params names token 9999, but the voc"),
+        ({"sampling_params": {"bad_words": ["a"]}}, "no engine can be used that has all of these options"),
+        ({"engine": "vllm"}, "vLLM is not installed"),
+    ],
+)
+def test_the_engine_and_its_options_are_checked_before_a_run(
+    config: RunConfig,
+    tmp_path: Path,
+    cache_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(EngineEntry, "is_installed", property(lambda entry: entry.package is None))
+    frame = prompts_frame([[{"role": "user", "content": "a"}]])
+    prompts = [write_parquet(tmp_path / "prompts.parquet", frame, key="k")]
+    changed = config.model_copy(update={"generate": GenerateConfig.model_validate(settings)})
+    models = models_of("preflight", config)
+    with pytest.raises(UsageError) as caught:
+        PreflightJob(changed, prompts=prompts, pairs=[], data_key="k", **models).run()
+    assert message in str(caught.value)
 
 
 # --- rewards of a few pairs

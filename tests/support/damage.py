@@ -11,8 +11,11 @@ import polars as pl
 from own_run import Events
 
 LOGS = (".jsonl", ".log")
-TIMED = ("manifest.json", "profile.json", "report.html", "train_log.json", "dice.json", "accelerate.yaml", ".lock")
-"""Files that hold seconds, or the digest of one that does."""
+TIMED = (
+    *("manifest.json", "profile.json", "report.html", "train_log.json", "dice.json", "accelerate.yaml", ".lock"),
+    "adapter_config.json",
+)
+"""Files that hold seconds, a path of the run's folder, or the digest of one that does."""
 
 
 def flip(path: Path, seed: int = 0) -> None:

@@ -44,10 +44,12 @@ class Stage:
         self.out = out
         self.events: list[tuple[str, dict[str, Any]]] = []
 
+    def job(self, config: GenerateConfig = CONFIG, models: ModelConfig = CPU, **changed: Any) -> GenerateJob:
+        return GenerateJob(config, models, **{**self.arguments, **changed})
+
     def __call__(self, config: GenerateConfig = CONFIG, models: ModelConfig = CPU, **changed: Any) -> StageResult:
         self.events.clear()
-        job = GenerateJob(config, models, **{**self.arguments, **changed})
-        return job.run(lambda event, **fields: self.events.append((event, fields)))
+        return self.job(config, models, **changed).run(lambda event, **fields: self.events.append((event, fields)))
 
     def written(self) -> list[str]:
         """Names of the shards that the last call wrote."""

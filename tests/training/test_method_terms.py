@@ -246,5 +246,6 @@ def test_another_reference_than_the_policy(llama: Path, other: Path, tmp_path: P
     ratio = pl.col("start_chosen_logps") - pl.col("ref_chosen_logps")
     other_ratio = pl.col("start_rejected_logps") - pl.col("ref_rejected_logps")
     assert both.select((ratio - other_ratio).abs().mean()).item() > 0.1
+    assert abs(counts["final_chosen_change"]) < 1e-3  # of the first step, from the start and not from the reference
     with pytest.raises(DataError, match="at step 0"):
         run(both.with_columns(pl.col("start_chosen_logps") + 1), max_steps=1, key="another")

@@ -27,9 +27,9 @@ class Sample:
     """One sampled response.
 
     Attributes:
-        token_ids: of the response; the stop token, if one was sampled, is the last.
-        finish_reason: "stop", or "length" if the token limit cut the response off.
-        logp: Σ log π of the sampled tokens in nats, from the raw logits: before temperature, top-k and top-p.
+        token_ids: of the response; the stop token, or the token that completed a stop string, is the last.
+        finish_reason: "stop", or "length" if the token limit (or vLLM's repetition_detection) cut the response off.
+        logp: Σ log π of the sampled tokens in nats, from the raw logits: before temperature, penalties and masks.
     """
 
     token_ids: list[int]

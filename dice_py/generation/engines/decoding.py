@@ -29,8 +29,10 @@ from transformers import (
 from dice_py.config.stages import GenerateConfig
 from dice_py.generation.engines.base import Sample, SampleId
 from dice_py.generation.engines.cache import can_join
+from dice_py.generation.engines.logits import LogitChanges, MinP
 from dice_py.generation.engines.nucleus import TopP
 from dice_py.generation.engines.random_numbers import RandomNumbers, numbers_for
+from dice_py.generation.engines.stop_strings import StopStrings
 from dice_py.models.vocabulary import KnownTokens
 
 BLOCK = 256
@@ -51,14 +53,17 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
 
     Args:
         seeds: one for each row.
-        stops: token ids that end a row.
+        stops: token ids that end a row, beside those of `config.sampling_params`.
         numbers: the random numbers; None: `numbers_for` the device.
         known: the ids that may be drawn; None: all.
+        prompts: token ids of each row's prompt, for penalties and stop strings.
+        tokenizer: for stop strings.
 
     Attributes:
         steps: (rows,) int64, tokens drawn.
-        alive: (rows,) bool, False once a stop token was drawn.
-        logp: (rows,) float32, Σ log π of the drawn tokens in nats, before temperature, top-k and top-p.
+        lengths: (rows,) int64, tokens drawn while the row was alive: those of its response.
+        alive: (rows,) bool, False once a stop token, or the last token of a stop string, was drawn.
+        logp: (rows,) float32, Σ log π of the response's tokens in nats, of the raw logits.
     """
 
     def __init__(
@@ -69,17 +74,26 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         device: torch.device,
         numbers: type[RandomNumbers] | None = None,
         known: KnownTokens | None = None,
+        prompts: Sequence[list[int]] = (),
+        tokenizer: Any = None,
     ) -> None:
+        options = config.transformers_options()
+        stops = list(dict.fromkeys([*stops, *options.stop_token_ids]))
         self.numbers = (numbers or numbers_for(device))(seeds, device)
         self.stops = torch.tensor(stops, device=device)
         self.known = known
+        self.changes = LogitChanges(options, stops, prompts, device) if options.changes_logits else None
+        self.strings = StopStrings(options, tokenizer, prompts) if options.stop else None
         self._unknown: torch.Tensor | None = None  # ids that are no token; made once the vocabulary's size is seen
         self.steps = torch.zeros(len(seeds), dtype=torch.long, device=device)
+        self.lengths = torch.zeros(len(seeds), dtype=torch.long, device=device)
         self.alive = torch.ones(len(seeds), dtype=torch.bool, device=device)
         self.logp = torch.zeros(len(seeds), dtype=torch.float32, device=device)
         self.warpers = LogitsProcessorList()
         if config.temperature != 1.0:
             self.warpers.append(TemperatureLogitsWarper(config.temperature))
+        if options.min_p:
+            self.warpers.append(MinP(options.min_p))
         if config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))
         if config.top_p < 1.0:
@@ -94,25 +108,32 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
             self._unknown = torch.tensor(self.known.unknown(scores.shape[1]), dtype=torch.long, device=scores.device)
         at_once = LOGITS_AT_ONCE if scores.device.type == "cpu" else LOGITS_AT_ONCE_GPU
         rows = max(1, at_once // scores.shape[1])
-        parts = [
-            self._race(*part) for part in zip(input_ids.split(rows), scores.split(rows), times.split(rows), strict=True)
-        ]
+        changed = scores if self.changes is None else self.changes.apply(scores.float(), self.steps)
+        split = (tensor.split(rows) for tensor in (input_ids, scores, changed, times))
+        parts = [self._race(*part) for part in zip(*split, strict=True)]
         token, token_logp = (torch.cat(part) for part in zip(*parts, strict=True))
+        if self.changes is not None:
+            self.changes.add(token)
         self.logp += torch.where(self.alive, token_logp, torch.zeros_like(token_logp))
+        self.lengths += self.alive
         # Not `isin`, which sorts if there are many stop tokens, and then the host waits for a GPU.
         self.alive &= (token != self.stops).all(dim=1)
         self.steps += 1
+        if self.strings is not None:
+            completed = self.strings.add(token[:, 0].tolist(), self.alive.tolist())
+            self.alive &= ~torch.tensor(completed, device=token.device)
         return token
 
     def _race(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, times: torch.Tensor
+        self, input_ids: torch.Tensor, scores: torch.Tensor, changed: torch.Tensor, times: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, 1) int64 tokens, and their (rows,) raw log-probabilities, for some rows of `draw`."""
         raw = scores.float()
-        # The log-probability is of the raw logits, as the scorer computes it: the mask comes after it.
-        masked = self._unknown is not None and len(self._unknown)
-        drawable = raw.index_fill(1, self._unknown, -torch.inf) if masked else raw
-        warped = self.warpers(input_ids, drawable)  # None of the three writes into its input.
+        # The log-probability is of the raw logits, as the scorer computes it: changes and the mask come after it.
+        drawable = raw if self.changes is None else changed
+        if self._unknown is not None and len(self._unknown):
+            drawable = drawable.index_fill(1, self._unknown, -torch.inf)
+        warped = self.warpers(input_ids, drawable)  # None of them writes into its input.
         blocks = warped
         if padding := -raw.shape[1] % BLOCK:
             blocks = torch.nn.functional.pad(blocks, (0, padding), value=-torch.inf)
@@ -131,13 +152,21 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the given rows. `rows` is int64, without duplicates."""
         self.numbers.select(rows.tolist())
-        for name in ("steps", "alive", "logp"):
+        if self.changes is not None:
+            self.changes.select(rows)
+        if self.strings is not None:
+            self.strings.select(rows.tolist())
+        for name in ("steps", "lengths", "alive", "logp"):
             setattr(self, name, getattr(self, name)[rows])
 
     def join(self, other: SeededSampling) -> None:
         """Appends the rows of `other`."""
         self.numbers.join(other.numbers)
-        for name in ("steps", "alive", "logp"):
+        if self.changes is not None and other.changes is not None:
+            self.changes.join(other.changes)
+        if self.strings is not None and other.strings is not None:
+            self.strings.join(other.strings)
+        for name in ("steps", "lengths", "alive", "logp"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
@@ -22,8 +22,10 @@ from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.engines.cache import can_join, can_select_rows, grow_in_place, shared_heads_together
 from dice_py.generation.engines.decoding import Rows, SeededSampling, select_state
 from dice_py.generation.engines.random_numbers import numbers_for
+from dice_py.generation.engines.transformers_options import check_options
 from dice_py.models.head import use_float32_head
 from dice_py.models.loading import load_model, release
+from dice_py.models.tokenization import load_tokenizer
 from dice_py.models.vocabulary import KnownTokens
 
 _WINDOW = 16
@@ -69,7 +71,9 @@ class TransformersEngine:
         self.config = config
         self.known = known
         self.max_new_tokens = config.max_new_tokens
-        self.stops = stops
+        options = check_options(config, models, policy)
+        self.stops = list(dict.fromkeys([*stops, *options.stop_token_ids]))
+        self.tokenizer = load_tokenizer(policy, models) if options.stop else None
         self.pad = pad
         self.longest_prompt = longest_prompt
         self.model = load_model(policy, models)
@@ -78,7 +82,7 @@ class TransformersEngine:
         self.generation = GenerationConfig(
             do_sample=False,
             max_new_tokens=config.max_new_tokens,
-            eos_token_id=stops,
+            eos_token_id=self.stops,
             pad_token_id=pad,
             use_cache=True,
         )
@@ -186,8 +190,16 @@ class TransformersEngine:
         }
 
     def _sampling(self, requests: list[tuple[SampleId, Request]]) -> SeededSampling:
-        seeds = [request.seed for _, request in requests]
-        return SeededSampling(seeds, self.config, self.stops, self.model.device, self.numbers, self.known)
+        return SeededSampling(
+            [request.seed for _, request in requests],
+            self.config,
+            self.stops,
+            self.model.device,
+            self.numbers,
+            self.known,
+            prompts=[request.prompt_token_ids for _, request in requests],
+            tokenizer=self.tokenizer,
+        )
 
     def _start(self, prompts: list[_Prompt], finished: dict[SampleId, Sample]) -> None:
         """Prefills prompts, and adds their rows to those being decoded."""
@@ -242,13 +254,18 @@ class TransformersEngine:
         sampling = self._sampling(requests)
         self.generation.max_new_tokens = self.max_new_tokens
         inputs = self._inputs([request.prompt_token_ids for _, request in requests])
-        output = self.model.generate(**inputs, logits_processor=LogitsProcessorList([sampling]))
-        samples = []
+        output = self.model.generate(
+            **inputs,
+            logits_processor=LogitsProcessorList([sampling]),
+            # Rows that a stop string ended; `generate` sees stop tokens itself.
+            stopping_criteria=StoppingCriteriaList([lambda *_, **__: ~sampling.alive]),
+        )
         tokens_of_rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        for (sample_id, _), tokens, logp in zip(requests, tokens_of_rows, sampling.logp.tolist(), strict=True):
-            end = next((at for at, token in enumerate(tokens) if token in self.stops), None)
-            if end is None:
-                samples.append((sample_id, Sample(tokens, "length", logp)))
-            else:
-                samples.append((sample_id, Sample(tokens[: end + 1], "stop", logp)))
-        return samples
+        rows = zip(
+            requests, tokens_of_rows, sampling.lengths.tolist(), sampling.alive.tolist(), sampling.logp.tolist(),
+            strict=True,
+        )  # fmt: skip
+        return [
+            (sample_id, Sample(tokens[:length], "length" if alive else "stop", logp))
+            for (sample_id, _), tokens, length, alive, logp in rows
+        ]

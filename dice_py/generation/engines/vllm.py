@@ -1,11 +1,11 @@
 """The engine on vLLM: offline, in this process, on token ids.
 
-Prompts are token ids that the stage rendered, so there is no tokenizer and no second BOS. Responses are token ids too,
-and are not decoded here. Every request has its own seed and all of its sampling parameters; the model's
-generation_config.json is not read. Stop tokens are the stage's list alone, and a sampled one stays at the end of
-`token_ids`.
+Prompts are token ids that the stage rendered, so there is no second BOS, and no tokenizer unless stop strings or bad
+words need one. Responses are token ids too; of their text, only vLLM's search for stop strings is used. Every request
+has its own seed and all of its sampling parameters; the model's generation_config.json is not read. Stop tokens are
+those of the stage and of `generate.sampling_params`; a sampled one stays at the end of `token_ids`.
 
-Log-probabilities are vLLM's `raw_logprobs`: of the model's logits, before temperature, top-k and top-p. In float32
+Log-probabilities are vLLM's `raw_logprobs`: of the model's logits, before temperature, penalties and masks. In float32
 their sum is within 1e-4 of transformers' (tests/generation/test_engine_vllm.py). The score stage computes its own
 nevertheless, since policy and reference must be scored by the same engine.
 
@@ -25,23 +25,24 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.compute.failures import is_out_of_memory
+from dice_py.config.passthrough import refused_by
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError, DiceError, OutOfMemoryError, UsageError
 from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.engines.vllm_on_cpu import TEMPERATURES
+from dice_py.generation.engines.vllm_options import (
+    ENVIRONMENT,
+    SAMPLING,
+    check_on_cpu,
+    engine_options,
+    needs_tokenizer,
+    sampling_options,
+)
 from dice_py.models.limits import vocabulary_size
 from dice_py.models.loading import Placement, placement, release
 from dice_py.models.vocabulary import KnownTokens
 from dice_py.timing import timed
-
-_ENVIRONMENT = {
-    # The engine core runs in this process, so that no child survives when the stage's process is killed.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "DO_NOT_TRACK": "1",
-}
 
 _KNOWN_TOKENS_ONLY = "dice_py.generation.engines.vllm_known_tokens:KnownTokensOnly"
 _CPU_KV_CACHE_GIB = 1.0
@@ -148,10 +149,14 @@ def explain_error(error: Exception, policy: Path, config: GenerateConfig, where:
             f"the model in {policy} does not support the configured context ({text}); lower "
             "generate.vllm.max_model_len, generate.max_new_tokens or data.max_prompt_tokens"
         )
+    if type(error).__name__ == "VLLMValidationError" and config.sampling_params:  # of a request
+        return refused_by("vLLM", SAMPLING, error)
     # "Unsupported CPU attention configuration" is a RuntimeError at the first step.
     if isinstance(error, ValueError | NotImplementedError) or text.startswith("Unsupported"):
+        passed = ", change generate.vllm.engine_args" if config.vllm.engine_args else ""
         return DataError(
-            f"vLLM cannot run the model in {policy}: {text}; choose another model, or set generate.engine=transformers"
+            f"vLLM cannot run the model in {policy}: {text}; choose another model{passed}, or set "
+            "generate.engine=transformers"
         )
     return None
 
@@ -200,7 +205,7 @@ class VllmEngine:
                 f"{policy} has no config.json (an adapter?), but vLLM needs a complete model; merge the adapter into "
                 "its base model, or set generate.engine=transformers"
             )
-        os.environ.update(_ENVIRONMENT)
+        os.environ.update(ENVIRONMENT)
         self.on_cpu = self.where.device == "cpu"
         self.eager = self.on_cpu if config.vllm.enforce_eager is None else config.vllm.enforce_eager
         options = self._limits(length)
@@ -213,11 +218,15 @@ class VllmEngine:
             from vllm import LLM
 
             self._check_build()
+            self.sampling, passed = sampling_options(config), engine_options(config)
+            check_on_cpu(passed, self.where)
+            if isinstance(passed.get("additional_config"), dict):
+                passed["additional_config"] |= options.get("additional_config", {})
             # vLLM renders a chat once to warm up, finds no tokenizer, and logs a meaningless traceback.
             logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
             self.llm = LLM(
                 str(policy),
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=not needs_tokenizer(config),
                 trust_remote_code=models.trust_remote_code,
                 dtype=self.where.dtype,
                 seed=0,
@@ -230,7 +239,7 @@ class VllmEngine:
                 # n=K would not be faster, since vLLM turns it into K requests that share the cache as ours do. And its
                 # samples would have consecutive seeds instead of ours.
                 enable_prefix_caching=prefix_caching,
-                **options,
+                **{**options, **passed},
             )
         self._sample_ids: dict[str, SampleId] = {}  # of vLLM's unfinished requests, by its ids for them
 
@@ -308,6 +317,7 @@ class VllmEngine:
         """Queues requests. vLLM starts them in this order, so that those of one prompt share its cached blocks."""
         from vllm import SamplingParams
 
+        options = self._sampling()
         with self._explained():
             request_ids = self.llm.enqueue(
                 [{"prompt_token_ids": request.prompt_token_ids} for _, request in requests],
@@ -321,10 +331,9 @@ class VllmEngine:
                         max_tokens=self.max_new_tokens,
                         # If the model's EOS is a stop token, it is in `stops`.
                         ignore_eos=True,
-                        stop_token_ids=self.stops,
                         logprobs=0,
                         flat_logprobs=True,
-                        detokenize=False,
+                        **options,
                     )
                     for _, request in requests
                 ],
@@ -333,6 +342,15 @@ class VllmEngine:
         for request_id, (sample_id, _) in zip(request_ids, requests, strict=True):
             # vLLM returns the id with a suffix; its outputs have it without.
             self._sample_ids[request_id.partition("-")[0]] = sample_id
+
+    def _sampling(self) -> dict[str, Any]:
+        """The parameters of `generate.sampling_params`, with what belongs to them."""
+        options = {**self.sampling}
+        options["stop_token_ids"] = [*self.stops, *(options.get("stop_token_ids") or ())]
+        options["detokenize"] = bool(options.get("stop"))
+        if "min_tokens" in options:  # `dice plan` samples shorter responses
+            options["min_tokens"] = min(options["min_tokens"], self.max_new_tokens)
+        return options
 
     def step(self) -> list[tuple[SampleId, Sample]]:
         """One step of vLLM's scheduler. `LLM.generate` would return only when all requests have ended."""
@@ -362,6 +380,8 @@ class VllmEngine:
 
 
 def _sample(completion: Any) -> Sample:
-    if completion.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a response with finish_reason {completion.finish_reason!r}")
-    return Sample(list(completion.token_ids), completion.finish_reason, float(completion.cumulative_logprob))
+    # One that repeats itself (repetition_detection) was cut off before its end, as by the token limit.
+    reason = "length" if completion.finish_reason == "repetition" else completion.finish_reason
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response with finish_reason {reason!r}")
+    return Sample(list(completion.token_ids), reason, float(completion.cumulative_logprob))

@@ -69,7 +69,7 @@ def is_vllm_faster(config: GenerateConfig, workload: Workload | None) -> tuple[b
     """Whether vLLM samples `workload` in less time, its start included, and why. None: it is not known yet."""
     if workload is None:
         return False, "vLLM is picked where much is sampled in long contexts"
-    obstacle = _obstacle(config, workload.policy)
+    obstacle = obstacle_on_cpu(config, workload.policy)
     if obstacle is not None:
         return False, obstacle
     size = model_size(workload.policy)
@@ -88,8 +88,11 @@ def saved_per_token(size: ModelSize, context: float) -> float:
     return _READING * size.kv_bytes_per_token * context - _REST * size.parameters
 
 
-def _obstacle(config: GenerateConfig, policy: Path) -> str | None:
-    """Why vLLM would refuse, or might sample from another distribution; None: it was tried with such a model."""
+def obstacle_on_cpu(config: GenerateConfig, policy: Path) -> str | None:
+    """Why `auto` does not pick vLLM for a policy on a CPU, however fast it is; None: it was tried with such a model.
+
+    It would refuse, or might sample from another distribution.
+    """
     if not _is_built_for_cpu():
         return "the installed vLLM is not built for a CPU"
     low, high = TEMPERATURES
