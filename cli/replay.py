@@ -52,7 +52,7 @@ def replay(
     assign: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Stage 4: mix offline pairs, a share γ, into the mined ones.
+    """Stage 4: mix the share γ of offline pairs into mined ones.
 
     Into OUT/training_set.parquet, with the reference log-probabilities that training needs.
     """

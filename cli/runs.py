@@ -156,9 +156,11 @@ def _verify(folder: Path, as_json: bool) -> None:
         for path in [*damaged, *missing]:
             say(path)
     if damaged or missing:
+        adapters = sum(Path(path).parent.name == "adapter" for path in damaged)
+        apart = f", but for the {adapters} of adapters: delete that round's train folder for these" if adapters else ""
         raise DataError(
             f"{len(damaged)} files of {folder} are damaged, and {len(missing)} are missing (the last ones named); "
-            f"`dice resume {folder}` makes them again"
+            f"`dice resume {folder}` makes them again{apart}"
         )
     if not as_json:
         say(f"nothing is damaged: {found['files']} files ({found['bytes']:,} bytes) were read")

@@ -164,8 +164,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             f"cut at {calibration['cut_at_tokens']} tokens: their lengths are extrapolated, and so are the times of "
             "all stages"
         )
-    if plan.get("may_end_early"):
-        lines.append(f"rounds.stop_when=worse may end the run before its {plan['rounds']} rounds")
+    if plan["may_end_early"]:
+        lines.append(f"rounds.stop_when=worse may end the run before its last round, {plan['rounds']}")
     if not plan["gpu_hours"]:
         lines.append(f"no GPU is used: {number(plan['cpu_hours'])} core hours")
     free = f"{size(plan['free_disk_bytes'])} of disk and {size(plan['free_memory_bytes'])} of memory are free"

@@ -13,6 +13,7 @@ from dice_py.reporting.charts import gap_curve_svg
 from dice_py.reporting.foreign_text import html_text
 from dice_py.reporting.formatting import mining_rows, number, seconds
 from dice_py.runs.best import comparison_text, stored_outcome
+from dice_py.runs.folder import round_name
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, read_json, write_sealed_text
 
@@ -49,6 +50,10 @@ def write_report(folder: Path) -> Path:
     """Writes `report.html` from the manifest and the artifacts of a run folder; returns its path."""
     manifest = Manifest(folder / "manifest.json").data
     rounds = sorted({name.split("/")[0] for name in manifest["stages"]})
+    outcome = stored_outcome(manifest)
+    if outcome is not None and outcome.ended_after is not None:
+        # Later rounds are left over of other settings.
+        rounds = [name for name in rounds if name <= round_name(outcome.ended_after)]
     parts = [*_head(folder.name, manifest), *_evaluation(folder, rounds)]
     for name in rounds:
         parts += _round(folder, name, manifest["stages"])

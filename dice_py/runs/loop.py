@@ -174,12 +174,12 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     inputs = prepare(run)
     check_held_out(run, inputs)
+    outcome = Outcome(run, inputs)
     files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs, *inputs.buffers.values()]
     run.list_files(*files)
     run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
     if config.has_round_zero:
         inputs = replace(inputs, policy=run_round_zero(run, inputs))
-    outcome = Outcome(run, inputs)
     # The models of this run, for people who read the folder.
     for role, model in (("policy", inputs.policy), ("reference", inputs.reference)):
         run.manifest.data[role] = {"folder": str(model), "identity": model_identity(model)}

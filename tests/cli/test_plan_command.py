@@ -48,6 +48,7 @@ def made_plan(**changes: Any) -> dict[str, Any]:
         },
         "start_seconds": 0.5,
         "rounds": 1,
+        "may_end_early": False,
         "method": "dpo",
         "labels": [],
         "stages": stages,
@@ -96,6 +97,12 @@ def test_extrapolated_lengths_are_reported(dice, faked) -> None:
     assert (
         "\n3 of 8 responses of the calibration were cut at 30 tokens: their lengths are extrapolated" in dice("plan")[1]
     )
+
+
+def test_a_run_that_may_end_early_is_planned_to_its_end(dice, faked) -> None:
+    assert "stop_when" not in dice("plan")[1]
+    faked["found"]["may_end_early"] = True
+    assert "\nrounds.stop_when=worse may end the run before its last round, 1\n" in dice("plan")[1]
 
 
 def test_a_plan_that_does_not_fit_is_a_plan(dice, faked) -> None:

@@ -128,6 +128,25 @@ def test_a_round_that_is_worse_ends_the_run(
     assert list_runs(tmp_path)[0]["state"] == "finished"
 
 
+def test_rounds_that_were_made_before_the_run_ends_earlier_are_not_shown(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faked_stages(monkeypatch, evaluated(GOOD, BAD, GOOD))
+    folder = tmp_path / "run"
+    rounds, _ = run(with_rounds(config, count=3), folder)
+    assert len(rounds) == 3
+    assert "<h2>round-03</h2>" in (folder / "report.html").read_text()
+    # Rounds are compared from now on, for which the stored evaluations are enough.
+    events = Events()
+    metrics = loop.resume(folder, events, assignments=["rounds.stop_when=worse"], after_round=write_report)
+    assert list(metrics) == ["round-01", "round-02"]
+    assert {status for _, status in events.stages()} == {"kept"}
+    page = (folder / "report.html").read_text()
+    assert "<h2>round-02</h2>" in page
+    assert "round-03" not in page
+    assert run_status(folder)["policy"] == str(folder / "round-02/train/model")
+
+
 def test_what_is_within_the_interval_is_not_worse(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from own_run import Events
 from safetensors.torch import load_file
 
 from dice_py.config.extrapolation import ExtrapolateConfig
+from dice_py.config.rounds import RoundsConfig
 from dice_py.config.run import RunConfig
 from dice_py.config.training import LoraConfig
 from dice_py.errors import InterruptedRunError, UsageError
@@ -43,8 +44,7 @@ def extrapolating(config: RunConfig) -> RunConfig:
     section = ExtrapolateConfig(alphas=ALPHAS, max_length_growth=None)
     few = {"max_steps": 2, "save_steps": None, "learning_rate": 1e-2, "lora": LoraConfig(r=4)}
     train = config.train.model_copy(update=few)
-    rounds = config.rounds.model_copy(update={"count": 2})
-    return config.model_copy(update={"rounds": rounds, "extrapolate": section, "train": train})
+    return config.model_copy(update={"rounds": RoundsConfig(count=2), "extrapolate": section, "train": train})
 
 
 @pytest.fixture(scope="module")
