@@ -110,3 +110,13 @@ def test_a_manifest_of_other_types_is_a_damaged_one(refused, stages: dict[str, o
     manifest.data["stages"] = stages
     manifest.save()
     assert "manifest.json is damaged" in refused(3, "status", folder)
+
+
+def test_a_damaged_adapter_is_told_apart(dice: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume makes a model again, and its adapter with it; not the adapter alone."""
+    damaged = ["round-01/mine/mined.parquet", "round-01/train/adapter/adapter_model.safetensors"]
+    found = {"damaged": damaged, "missing": [], "files": 2, "bytes": 10}
+    monkeypatch.setattr("dice_py.runs.verify.verify_run", lambda folder: found)
+    code, out, err = dice("status", tmp_path, "--verify")
+    assert (code, out.splitlines()) == (3, damaged)
+    assert "makes them again, but for the 1 of adapters: delete that round's train folder" in err
