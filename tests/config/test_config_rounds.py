@@ -102,7 +102,9 @@ def test_the_metric_that_is_compared_by_default() -> None:
 
 def test_none_and_null_switch_a_warning_off() -> None:
     limits = resolve([], ["warnings.cut_off_share=none", "warnings.no_pair_share=null"]).warnings
-    assert limits == WarningsConfig(cut_off_share=None, no_pair_share=None)
+    assert limits == WarningsConfig(
+        cut_off_share=None, no_pair_share=None, duplicate_share=None
+    )  # the last: the world's
     assert resolve([], ["warnings.cut_off_share=0"]).warnings.cut_off_share == 0.0
 
 
