@@ -12,6 +12,7 @@ import polars as pl
 from dice_py.config.mining import MiningKeywords, MiningOptions
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.mining.labels import alpha_per_token
 from dice_py.mining.options import read_options, with_mining_signature
 from dice_py.mining.pairs import mine_pairs
 from dice_py.mining.parquet_input import ScoredFiles, columns_to_read, narrow_batches
@@ -66,7 +67,8 @@ def mine_files(
             mined = mine_pairs(pl.concat(narrow_batches(files, columns, options), rechunk=False), options)
             report("progress", stage="mine", done=files.rows, total=files.rows)
             summary = mined.summary()
-            write_parquet(out, mined.pairs, key=key, meta={**summary, "files": files.files})
+            meta = {**summary, **alpha_per_token(options, mined.alpha), "files": files.files}
+            write_parquet(out, mined.pairs, key=key, meta=meta)
             return summary
         segment_rows = max(1, int(memory_gib * 2**30 / SEGMENT_BYTES))
         return StreamMiner(files, columns, options, segment_rows, report).mine(out, key)

@@ -57,3 +57,12 @@ def margin_quantiles(margins: pl.Series) -> dict[str, float]:
 def finite(value: float | None) -> float | None:
     """The number if JSON can hold it; None for NaN and infinities."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def alpha_per_token(options: MiningOptions, alpha: float | None) -> dict[str, float | None]:
+    """The footer's entry of a file of pairs for R-DPO: the penalty in reward per token, or null where it is of none.
+
+    Lengths are in tokens if they are of the column `response_tokens`.
+    """
+    is_one = options.debias == "linear" and options.length_column == "response_tokens"
+    return {"alpha_per_token": finite(alpha) if is_one else None}

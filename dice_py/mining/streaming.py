@@ -31,6 +31,7 @@ from dice_py.mining.labels import (
     QUANTILES,
     add_difficulty,
     add_policies,
+    alpha_per_token,
     apply_margin_options,
     drop_below,
     finite,
@@ -166,7 +167,8 @@ class StreamMiner:
                 empty = arrow_frame(source.schema_arrow.empty_table())
                 writer.write(empty if least_easy is None else add_difficulty(empty, 0.0))
             summary = _summary(mined, final, dropped_pairs)
-            writer.describe(key, {**summary, "files": self.files.files})
+            per_token = alpha_per_token(self.options, mined.alpha)
+            writer.describe(key, {**summary, **per_token, "files": self.files.files})
         return summary
 
 

@@ -16,6 +16,7 @@ from dice_py.config.mining import MineConfig, MiningOptions
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.mining.columns import CHARACTERS
+from dice_py.mining.labels import alpha_per_token
 from dice_py.mining.no_pairs import explain_no_pairs
 from dice_py.mining.pairs import mine_pairs
 from dice_py.stages.job import Job, StageResult
@@ -85,8 +86,7 @@ class MineJob(Job):
         write_sealed(summary, {**counts, "curve": mined.curve.to_dict(as_series=False)}, key)
         known = MINED | MINED_LABELS
         schema = pl.Schema({name: known[name] for name in mined.pairs.columns})
-        per_token = config.debias == "linear" and config.length == "tokens"
-        meta = {"alpha_per_token": mined.alpha if per_token else None}
+        meta = alpha_per_token(options, mined.alpha)
         file = write_parquet(self.out / "mined.parquet", mined.pairs, key=key, schema=schema, meta=meta)
         return StageResult([(file, key), (summary, key)], counts)
 

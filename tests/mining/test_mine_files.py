@@ -287,3 +287,21 @@ def test_too_many_segments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"segments of --memory.*at most 256.*raise it"):
         mine_files([str(path)], tmp_path / "pairs.parquet", memory_gib=THOUSAND / 100)
     assert [left.name for left in tmp_path.iterdir()] == ["scored.parquet"]
+
+
+@pytest.mark.parametrize("memory", [1.0, THOUSAND])
+def test_the_footer_has_the_penalty_per_token(memory: float, tmp_path: Path) -> None:
+    """R-DPO's α: of lengths in tokens, with a linear penalty."""
+    frame = scored().with_columns(response_chars=pl.col("response_tokens") * 4)
+    frame.write_parquet(tmp_path / "scored.parquet")
+
+    def per_token(**options: Any) -> tuple[Any, Any]:
+        out = tmp_path / "out.parquet"
+        summary = mine_files([str(tmp_path / "scored.parquet")], out, memory_gib=memory, **options)
+        return parquet_meta(out)["alpha_per_token"], summary["alpha"]
+
+    found, alpha = per_token()
+    assert found == alpha > 0
+    assert per_token(alpha=0.25)[0] == 0.25
+    assert per_token(debias="none")[0] is None
+    assert per_token(length_column="response_chars")[0] is None

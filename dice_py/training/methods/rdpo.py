@@ -21,7 +21,8 @@ def _terms(pairs: pl.DataFrame, settings: Settings) -> Terms:
         if settings.mined_alpha is None:
             raise UsageError(
                 "train.length_weight is auto, but the training set names no penalty per token that mining found "
-                "(mine.debias=linear and mine.length=tokens, in a run): set train.length_weight to a number"
+                "(debias=linear, with lengths in tokens): mine so, and make the training set again, or set "
+                "train.length_weight to a number"
             )
         alpha = settings.mined_alpha
     return {f"{side}_shift": response_tokens(pairs, side) * (-alpha / settings.beta) for side in ("chosen", "rejected")}
