@@ -94,6 +94,13 @@ class LossConfig(Section):
         default=0.0, description="weight of the NLL of the chosen response, added to the loss (TRL's sft loss)"
     )
 
+    def without_labels(self) -> dict[str, Any]:
+        """The settings that training on pairs without mined labels differs in: those of DPO, by name."""
+        names = ("method", "length_weight", "weight_column", "ld_alpha", "reference")
+        plain = {name: type(self).model_fields[name].get_default() for name in names}
+        # sppo's loss is part of the method, and so is spa's smoothing.
+        return plain if self.method != "spa" else plain | {"label_smoothing": None}
+
     @model_validator(mode="after")
     def _check_loss(self) -> LossConfig:
         _check_loss(self)

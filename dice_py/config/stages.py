@@ -195,9 +195,8 @@ class RoundZeroConfig(Section):
     def training(self, train: TrainConfig) -> TrainConfig:
         """`train` with the settings that are given here, and DPO's loss: offline pairs have no mined labels."""
         update = {name: value for name, value in self.model_dump().items() if value is not None}
-        loss = ("method", "length_weight", "loss", "ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting")
-        plain = (*loss, "weight_column", "reference")
-        update |= {name: TrainConfig.model_fields[name].get_default() for name in plain}
+        plain = ("loss", "f_divergence_type", "label_smoothing", "use_weighting")
+        update |= train.without_labels() | {name: TrainConfig.model_fields[name].get_default() for name in plain}
         if self.num_train_epochs is not None:
             update.setdefault("max_steps", None)
         return train.model_copy(update=update)

@@ -115,11 +115,15 @@ def measure_train(
 
 
 def training_settings(config: RunConfig, size: Training) -> TrainConfig:
-    """The run's settings with steps of `size`, and at most one checkpoint, at the end."""
+    """The run's settings with steps of `size`, and at most one checkpoint, at the end.
+
+    The method is DPO, since the pairs have no labels: what methods do with them costs nothing beside the forwards.
+    """
     train = config.train
     per_device = per_device_pairs(size.batch, size.processes, train.per_device_train_batch_size)
     return train.model_copy(
         update={
+            **train.without_labels(),
             "batch_size": size.batch,
             "processes": size.processes,  # "auto" would be fewer for a smaller batch
             "per_device_train_batch_size": per_device,

@@ -72,6 +72,7 @@ def costs_key(config: RunConfig, policy: Path, engine: str) -> str:
         config.score.model_dump(),
         config.devices.model_dump(), config.mine.pool_rounds, train.batch_size, train.per_device_train_batch_size,
         train.packed, train.packed_tokens, train.gradient_checkpointing, train.optim, train.sft_weight > 0,
+        train.use_weighting,
         train.processes, train.strategy,
         train.accelerate_config, None if train.lora is None else train.lora.key_dump(),
         config.model.attn_implementation, config.model.device,

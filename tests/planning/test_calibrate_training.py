@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 from plan_data import own
 
+from dice_py.config.training import TrainConfig
 from dice_py.planning.calibrate_training import step_costs, training_settings
 from dice_py.planning.calibration_sizes import Training
 from dice_py.training import update_timer as module
+from dice_py.training.pair_terms import load_pairs
 from dice_py.training.parallelism import lay_out
 from dice_py.training.update_timer import update_timer
 
@@ -28,6 +32,27 @@ def test_smaller_steps_have_a_layout_and_one_checkpoint() -> None:
     two = training_settings(config, Training(6, 3, 2))
     assert lay_out(two, config.model, config.devices).processes == 2
     assert two.batch_size % (two.per_device_train_batch_size * 2) == 0
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [["train.method=sppo"], ["train.method=spa", "train.label_smoothing=0.2"], ["train.method=rdpo"],
+     ["train.method=cream", "train.ld_alpha=0.5"], ["train.weight_column=margin", "train.reference=initial"]],
+    ids=str,
+)  # fmt: skip
+def test_pairs_without_labels_can_be_trained_on(assignments: list[str], tmp_path: Path) -> None:
+    """The calibration's pairs are of no round: whatever the method, its training reads them."""
+    pairs = pl.DataFrame(
+        {
+            "prompt_ids": [[1]], "chosen_ids": [[2]], "rejected_ids": [[3]], "ref_chosen_logps": [-1.0],
+            "ref_rejected_logps": [-2.0],
+        }
+    )  # fmt: skip
+    pairs.write_parquet(tmp_path / "training_set.parquet")
+    settings = training_settings(own(*assignments), Training(1, 3, 1))
+    loaded, _ = load_pairs(tmp_path / "training_set.parquet", settings, 0.1)
+    assert loaded.columns == pairs.columns
+    assert TrainConfig.model_validate(settings.model_dump()) == settings
 
 
 def test_the_update_is_apart_from_a_steps_tokens() -> None:
