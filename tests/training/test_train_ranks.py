@@ -146,6 +146,25 @@ def test_ddp(run: Stage, tmp_path: Path, changed: dict[str, Any]) -> None:
     assert max_abs_diff(run.weights(), one.weights()) < NEAR
 
 
+@pytest.mark.parametrize("kind", ["forked", "sharded"])
+def test_labels_and_weights_of_pairs(
+    run: Stage, pairs: pl.DataFrame, tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    """Each rank has the terms of its own pairs."""
+    request.getfixturevalue(kind)
+    labels = pl.Series("soft_label", [0.9, 0.6, 0.7, 0.99, 0.55, 0.8, 0.95, 0.65])
+    labeled = pairs.with_columns(labels, margin=pl.int_range(1, 9).cast(pl.Float32))
+    # With Adam, a gradient that is zero but for rounding moves a weight by the learning rate, in either direction.
+    changed = {"method": "soft", "weight_column": "margin", "sft_weight": 0.2, "max_steps": 3, "optim": "sgd"}
+    changed["learning_rate"] = 0.1
+    run(labeled, processes=2, **changed)
+    single = Stage(run.policy, labeled, tmp_path / "single")
+    single.folder.mkdir()
+    single(labeled, **changed)
+    assert max_abs_diff(run.weights(), single.weights()) < NEAR
+    assert max_abs_diff(run.weights(), load_file(run.policy / "model.safetensors")) > 1e-3
+
+
 @pytest.mark.usefixtures("sharded")
 def test_fsdp2(run: Stage, alone: Stage) -> None:
     counts = run(**TWO)
