@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # time: that would take longer than the tests.
     gc.collect()
     gc.freeze()
+    # Under nohup it is ignored, by the processes that tests start too, and tests send it to them.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DICE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
