@@ -63,7 +63,8 @@ def load_pairs(path: Path, config: TrainConfig, beta: float, vocabulary: int | N
     terms = method.terms(pairs, Settings(config, beta, alpha))
     if config.weight_column is not None:
         terms["weight"] = _weights(pairs[config.weight_column], path)
-    kept = pairs.select(name for name in TRAINER_COLUMNS if name in pairs.columns and name not in terms)
+    # A column of the user's may have the name of a term.
+    kept = pairs.select(name for name in (*COLUMNS, *START_LOGPS, *shared) if name in pairs.columns)
     return kept.with_columns(series.cast(pl.Float64).alias(name) for name, series in terms.items()), too_long
 
 

@@ -77,6 +77,13 @@ def test_equal_weights_are_one_to_the_bit(tmp_path: Path) -> None:
     assert pairs["weight"].to_list() == [1.0, 1.0, 1.0]
 
 
+def test_a_weight_column_with_the_name_of_a_term_is_no_term(tmp_path: Path) -> None:
+    for name in ("label", "chosen_shift", "weight"):
+        pairs = loaded(tmp_path, rows={name: [1.0, 2.0, 3.0]}, weight_column=name)
+        assert set(pairs.columns) == {*ROWS, "weight"}
+        assert pairs["weight"].to_list() == [0.5, 1.0, 1.5]
+
+
 @pytest.mark.parametrize(
     ("settings", "rows", "error", "says"),
     [
