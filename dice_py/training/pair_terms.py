@@ -69,9 +69,22 @@ def load_pairs(path: Path, config: TrainConfig, beta: float, vocabulary: int | N
 
 
 def label_note(pairs: pl.DataFrame, config: TrainConfig) -> str | None:
-    """A sentence for the user where the labels turn more of the loss around than they leave; else None."""
+    """A sentence for the user where the labels do nothing, or turn more of the loss around than they leave; else None.
+
+    Args:
+        pairs: of `load_pairs`.
+    """
+    if config.method == "sppo" and not pairs.select(pl.any_horizontal("chosen_shift", "rejected_shift").any()).item():
+        return (
+            "no pair has a win rate: train.method=sppo takes the hard ones, 1 and 0 (replayed pairs of files have none)"
+        )
     if "label" not in pairs.columns:
         return None
+    if (pairs["label"] == 1.0).all():
+        return (
+            f"no pair has a label below 1, so that train.method={config.method} is DPO here (replayed pairs of files "
+            "have no labels)"
+        )
     labels = pairs["label"].filter(pairs["label"] < 1.0)
     mean = labels.mean()
     if not isinstance(mean, float) or mean >= 0.5:

@@ -122,6 +122,17 @@ def test_labels_below_one_half_are_said(tmp_path: Path) -> None:
     assert label_note(loaded(tmp_path), TrainConfig()) is None
 
 
+def test_labels_that_do_nothing_are_said(tmp_path: Path) -> None:
+    nothing = {name: [None] * 3 for name in LABELS}
+    for method in ("cream", "soft", "spa"):
+        note = label_note(loaded(tmp_path, rows=nothing, method=method), TrainConfig(method=method))
+        assert note is not None
+        assert f"train.method={method} is DPO here" in note
+    config = TrainConfig(method="sppo")
+    assert "no pair has a win rate" in str(label_note(loaded(tmp_path, rows=nothing, method="sppo"), config))
+    assert label_note(loaded(tmp_path, method="sppo"), config) is None
+
+
 def test_every_method_is_in_both_tables() -> None:
     assert set(METHODS) == set(get_args(MethodName))
     assert set(MINING_LABELS) <= set(METHODS)
