@@ -37,7 +37,8 @@ def test_mine_prints_one_json_object_and_nothing_else(dice) -> None:
     assert abs(found["mean_length_gap_after"]) <= abs(found["mean_length_gap_before"])
     assert set(found["dropped"]) >= {"not_finite", "truncated", "too_short", "too_long", "too_few_responses"}
     assert all(isinstance(count, int) for count in found["dropped"].values())
-    assert parquet_meta(Path("pairs.parquet")) == found | {"files": ["scored.parquet"]}
+    footer = {"files": ["scored.parquet"], "alpha_per_token": found["alpha"]}
+    assert parquet_meta(Path("pairs.parquet")) == found | footer
     code, out, err = dice("mine", "scored.parquet", "-o", "pairs.parquet")
     assert (code, err) == (0, "")
     lines = [re.sub("  +", "|", line) for line in out.splitlines()]
