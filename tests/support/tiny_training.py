@@ -1,4 +1,4 @@
-"""The training stage on eight pairs."""
+"""The training stage on eight pairs, and one step of a trainer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tiny_sets import CPU
 from dice_py.config.training import TrainConfig
 from dice_py.stages.train import TrainJob
 from dice_py.storage.parquet import write_parquet
+from dice_py.training.pair_trainer import PairTrainer
 
 PAIRS = 8
 CONFIG = TrainConfig(
@@ -80,3 +81,14 @@ class Stage:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.model / "model.safetensors")
+
+
+def step_of(made: PairTrainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of a step on all pairs, and its gradients."""
+    made.create_optimizer_and_scheduler(1)
+    made.current_gradient_accumulation_steps = 1
+    pairs = [made.train_dataset[row] for row in range(len(made.train_dataset))]
+    loss = made.training_step(made.model, made.data_collator(pairs))
+    return loss.item(), {
+        name: value.grad.clone() for name, value in made.model.named_parameters() if value.grad is not None
+    }

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 from tiny_sets import CPU, scored_pairs
+from tiny_training import step_of
 
 from dice_py.config.loss import LossTerm
 from dice_py.config.training import TrainConfig
@@ -64,16 +65,6 @@ def build(policy: Path, pairs: pl.DataFrame, folder: Path, meta: Any = None, **c
     file = write_parquet(folder / "training_set.parquet", pairs, key="key", meta=meta)
     loaded, _ = load_pairs(file, config, BETA)
     return build_trainer(config, CPU, policy=policy, pairs=loaded, folder=folder, beta=BETA, seed=0)
-
-
-def step_of(made: PairTrainer) -> tuple[float, dict[str, torch.Tensor]]:
-    made.create_optimizer_and_scheduler(1)
-    made.current_gradient_accumulation_steps = 1
-    rows = [made.train_dataset[row] for row in range(len(made.train_dataset))]
-    loss = made.training_step(made.model, made.data_collator(rows))
-    return loss.item(), {
-        name: value.grad.clone() for name, value in made.model.named_parameters() if value.grad is not None
-    }
 
 
 def lengths(pairs: pl.DataFrame) -> tuple[torch.Tensor, torch.Tensor]:

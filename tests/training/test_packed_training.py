@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import torch
 from tiny_sets import CPU, scored_pairs, token_pairs
+from tiny_training import step_of
 from trl import DPOTrainer
 
 from dice_py.config.training import LoraConfig, TrainConfig
@@ -50,17 +51,6 @@ def build(policy: Path, pairs: pl.DataFrame, folder: Path, **changed: Any) -> Pa
 
     config = CONFIG.model_copy(update=changed)
     return build_trainer(config, CPU, policy=policy, pairs=pairs, folder=folder, beta=0.1, seed=0, report=report)
-
-
-def step_of(made: PairTrainer) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of a step on all pairs, and its gradients."""
-    made.create_optimizer_and_scheduler(1)
-    made.current_gradient_accumulation_steps = 1
-    pairs = [made.train_dataset[row] for row in range(len(made.train_dataset))]
-    loss = made.training_step(made.model, made.data_collator(pairs))
-    return loss.item(), {
-        name: value.grad.clone() for name, value in made.model.named_parameters() if value.grad is not None
-    }
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], within: float = 2e-5) -> None:
