@@ -7,7 +7,6 @@ candidate. The equation is that of ExPO (Zheng et al., arXiv 2404.16792).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from dice_py.stages.extrapolate import ExtrapolateJob
 from dice_py.stages.job import Job, StageFile, StageResult
 from dice_py.storage.files import read_sealed, write_sealed
 from dice_py.storage.integrity import is_kept, kept_json
-from dice_py.training.checkpoints import is_trained
 
 METRICS = {"accuracy": "implicit_reward_accuracy", "win_rate": "oracle_win_rate"}
 """The names of extrapolate.metric in the metrics of the evaluate stage."""
@@ -65,11 +63,6 @@ class ChooseAlphaJob(Job):
             "start of the round": model_identity(self.start),
             "evaluation": self.evaluation.key_fields(),
         }
-
-    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
-        """The choice or the model, if it is missing or not as it was written."""
-        choices = super().incomplete([(file, key) for file, key in files if file.suffix == ".json"])
-        return choices + [folder for folder, key in files if folder.suffix != ".json" and not is_trained(folder, key)]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Measures every α that was not measured yet, and keeps the best."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from dice_py.models.identity import files_beside_weights, model_identity
 from dice_py.models.rounding import ENOUGH
 from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.models.saving import share_weights
-from dice_py.stages.job import Job, StageFile, StageResult
+from dice_py.stages.job import Job, StageResult
 from dice_py.storage.files import atomic
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp, write_stamp
 from dice_py.storage.keys import versions
-from dice_py.training.checkpoints import is_trained, keep_model
+from dice_py.training.checkpoints import keep_model
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,6 @@ class ExtrapolateJob(Job):
     def target(self) -> Path:
         """The folder of the new model."""
         return self.out / "model"
-
-    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
-        """The folder of the new model, if it is not there or not as it was written."""
-        return [folder for folder, key in files if not is_trained(folder, key)]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Extrapolates, or returns the counts of the model that is there."""

@@ -17,6 +17,7 @@ from dice_py.events import Report, no_report
 from dice_py.storage.files import read_sealed
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import intact_key
+from dice_py.training.checkpoints import is_trained
 
 StageFile = tuple[Path, str]
 """A file, or a model folder, that a stage has written, and its key."""
@@ -57,14 +58,17 @@ class Job(ABC):
         """
 
     def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
-        """Those files of an earlier run of this job that are missing or not as they were written. It reads all."""
+        """Those files and model folders of an earlier run of this job that are missing or not as they were written.
+
+        It reads all of them.
+        """
         return [file for file, key in files if not _is_intact(file, key)]
 
 
 def _is_intact(file: Path, key: str) -> bool:
     if file.suffix == ".json":
         return read_sealed(file, key) is not None
-    return intact_key(file) == key
+    return intact_key(file) == key if file.suffix == ".parquet" else is_trained(file, key)
 
 
 def model_key_fields(models: ModelConfig) -> dict[str, Any]:

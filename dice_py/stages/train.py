@@ -17,7 +17,6 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from dice_py.models.identity import model_identity
 from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.loading import require
 from dice_py.models.sizes import model_size
-from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
+from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
 from dice_py.training.checkpoints import ADAPTER, checkpoint_stamp, is_trained, keep_model, last_checkpoint
@@ -110,10 +109,6 @@ class TrainJob(Job):
         It is no part of the result, which has it in its weights. It may be deleted, and earlier versions kept none.
         """
         return self.out / ADAPTER
-
-    def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
-        """The folder of the new policy, if it is not there or not as it was written."""
-        return [folder for folder, key in files if not is_trained(folder, key)]
 
     def run(self, report: Report = no_report) -> StageResult:
         """Trains, or returns the counts of the model that is there."""
