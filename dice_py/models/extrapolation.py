@@ -33,7 +33,7 @@ from dice_py.models.weight_files import (
     without_wrapper,
 )
 from dice_py.models.weight_names import is_of_another_part
-from dice_py.models.weight_records import TensorRecord, tensor_records
+from dice_py.models.weight_records import TensorRecord, stored_parts, tensor_records
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,6 @@ class StoredWeight:
         Raises:
             DataError: the file ends too early.
         """
-        import numpy as np
         import torch
 
         size = PART * STORED_BYTES[self.dtype]
@@ -81,14 +80,8 @@ class StoredWeight:
             return
         tensor_at = read_header(self.file)[self.name]
         with self.file.open("rb") as handle:
-            handle.seek(tensor_at.start)
-            left = tensor_at.end - tensor_at.start
-            while left:
-                read = np.fromfile(handle, np.uint8, min(left, size))
-                if not read.size:
-                    raise DataError(f"{self.file} ends within {self.name}; was it changed while it was read?")
-                left -= read.size
-                yield torch.from_numpy(read)
+            for part in stored_parts(handle, self.file, self.name, tensor_at, size):
+                yield torch.from_numpy(part)
 
 
 @dataclass(frozen=True)

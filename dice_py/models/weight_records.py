@@ -87,21 +87,35 @@ def _read(file: Path) -> Iterator[tuple[str, TensorRecord]]:
             yield name, _record(handle, file, name, tensor)
 
 
-def _record(handle: BinaryIO, file: Path, name: str, tensor: StoredTensor) -> TensorRecord:
-    import numpy as np
-    import xxhash
+def stored_parts(handle: BinaryIO, file: Path, name: str, tensor: StoredTensor, size: int) -> Iterator[np.ndarray]:
+    """The bytes of a tensor of a safetensors file in order, (bytes of at most `size`,) uint8.
 
-    state, finite, zero = xxhash.xxh3_128(), True, True
+    Args:
+        handle: `file`, opened.
+
+    Raises:
+        DataError: the file ends too early.
+    """
+    import numpy as np
+
     handle.seek(tensor.start)
     left = tensor.end - tensor.start
     while left:
-        part = np.fromfile(handle, np.uint8, min(left, _PART))
+        part = np.fromfile(handle, np.uint8, min(left, size))
         if not part.size:
             raise DataError(f"{file} ends within {name}; was it changed while it was read?")
+        yield part
+        left -= part.size
+
+
+def _record(handle: BinaryIO, file: Path, name: str, tensor: StoredTensor) -> TensorRecord:
+    import xxhash
+
+    state, finite, zero = xxhash.xxh3_128(), True, True
+    for part in stored_parts(handle, file, name, tensor, _PART):
         state.update(part.data)
         finite = finite and not non_finite(part, tensor.dtype)
         zero = zero and not part.any()
-        left -= part.size
     return TensorRecord(tensor.dtype, list(tensor.shape), state.hexdigest(), finite, zero)
 
 
