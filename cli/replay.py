@@ -32,7 +32,7 @@ def replay(
     scores: Annotated[list[Path] | None, typer.Option(help="Their scores.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="The prompts artifact of `dice generate`.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The reference of the loss, for train.reference=initial; else the policy.")
+        str | None, typer.Option(help="The reference of the loss (train.reference=initial); none: the policy.")
     ] = None,
     gamma: Annotated[float | None, typer.Option(help="γ, the share of offline pairs.")] = None,
     prompt_column: Annotated[str, typer.Option(help="Prompt column of the offline pairs.")] = "prompt",

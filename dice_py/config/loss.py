@@ -6,7 +6,7 @@ that each can be combined with, and the mining labels that each needs.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,7 @@ LossType: TypeAlias = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
-"""TRL's, of which tests/training/test_trl_contract.py has a test."""
+"""TRL's; tests/training/test_method_terms.py compares."""
 
 MINING_LABELS: dict[str, dict[str, Any]] = {
     "sppo": {"win_rates": True},
@@ -95,10 +95,10 @@ class LossConfig(Section):
     )
 
     def without_labels(self) -> dict[str, Any]:
-        """The settings that training on pairs without mined labels differs in: those of DPO, by name."""
+        """DPO's values, by name, of the settings that need more of pairs than tokens and reference sums."""
         names = ("method", "length_weight", "weight_column", "ld_alpha", "reference")
         plain = {name: type(self).model_fields[name].get_default() for name in names}
-        # sppo's loss is part of the method, and so is spa's smoothing.
+        # With spa the smoothing is of its pairs of low confidence; DPO's loss would not read it.
         return plain if self.method != "spa" else plain | {"label_smoothing": None}
 
     @model_validator(mode="after")
@@ -188,6 +188,3 @@ def _check_method(train: LossConfig, types: set[LossType]) -> None:
             f"method sppo has its own squared loss, but train.loss names {', '.join(sorted(other))}: leave train.loss "
             "out, or set method=dpo"
         )
-
-
-LOSS_TYPES: tuple[str, ...] = get_args(LossType)

@@ -143,6 +143,7 @@ class _Scoring:
         self.gate_file = job.out / "gate.json"
         # From all sampled shards, scored or not: a resume uses the gate that the first attempt measured.
         self.gate_key = digest("gate", [shard.key for shard in self.shards if shard.sampled])
+        self.previous_role = None if job.previous is None else job.previous[1]
         self.groups: list[Group] = []
         self.rows: dict[int, int] = {}  # responses of each shard without scores
         self.done = 0
@@ -209,8 +210,8 @@ class _Scoring:
         job = self.job
         models = device_in_group(job.models)
         kept = None if gate is None else {"key": self.gate_key, "figures": gate}
-        role_before = None if job.previous is None else job.previous[1]
-        work = ScoreShards(job.config, models, folder, role, self.shards, self.columns, job.beta, kept, role_before)
+        before = self.previous_role
+        work = ScoreShards(job.config, models, folder, role, self.shards, self.columns, job.beta, kept, before)
         self._dispatch(work, numbers, self.groups, is_complete)
 
     def _measure_gate(self, trusted: list[int]) -> dict[str, Any]:
@@ -239,8 +240,8 @@ class _Scoring:
         if not sampled.is_finite().fill_null(False).all():
             return False  # the gate saw only a sample of them
         kept = {"key": self.gate_key, "figures": gate}
-        role_before = None if self.job.previous is None else self.job.previous[1]
-        write_scores(self.shards[number], sampled.alias("logp"), self.job.beta, kept, self.report, role_before)
+        shard, logps = self.shards[number], sampled.alias("logp")
+        write_scores(shard, logps, self.job.beta, kept, self.report, self.previous_role)
         self._advance(self.rows[number])
         return True
 

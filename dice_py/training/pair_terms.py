@@ -105,7 +105,8 @@ def label_note(pairs: pl.DataFrame, config: TrainConfig) -> str | None:
 def _check_present(path: Path, config: TrainConfig, names: tuple[str, ...]) -> None:
     if not path.is_file():
         return  # `load_training_set` says so
-    missing = [name for name in names if name not in present(path, *names)]
+    there = present(path, *names)
+    missing = [name for name in names if name not in there]
     if missing:
         setting = (
             f"train.weight_column={missing[0]}"
