@@ -169,6 +169,7 @@ def evaluate(
 
     Into OUT/metrics.json.
     """
+    from dice_py.evaluation.judges.registry import build_judges
     from dice_py.stages.evaluate import EvaluateJob
 
     if prompts is None and pairs is None:
@@ -199,7 +200,7 @@ def evaluate(
         shared=out,
         seed=seed,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
-        judges=("oracle",) if world_oracle else (),
+        judges=build_judges(resolved.evaluate.judges, world_oracle),
         devices=resolved.devices,
         bad_rows=resolved.data.bad_rows,
     )

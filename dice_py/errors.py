@@ -43,3 +43,9 @@ class DiskFullError(DiceError):
     """The disk is full. Completed files are kept, and `dice resume` continues (exit code 5)."""
 
     exit_code = 5
+
+
+class JudgeError(DiceError):
+    """A judge cannot be reached, or its budget is spent. Its verdicts are kept: repeat to go on (exit code 5)."""
+
+    exit_code = 5

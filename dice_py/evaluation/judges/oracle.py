@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import polars as pl
 
+from dice_py.evaluation.judges.base import ScoringJudge
 from dice_py.evaluation.metrics import bootstrap_ci95, win_rate
 from dice_py.evaluation.values import ItemValues
+from dice_py.events import Report, no_report
 from dice_py.synthetic.task import oracle
+
+
+@dataclass(frozen=True)
+class OracleJudge(ScoringJudge):
+    """Scores responses to prompts of the synthetic world."""
+
+    name: ClassVar[str] = "oracle"
+
+    def key_fields(self) -> dict[str, Any]:
+        """None: the task is part of this program, whose version is in every key."""
+        return {}
+
+    def scores(self, prompts: pl.DataFrame, samples: pl.DataFrame, report: Report = no_report) -> pl.Series:
+        """The oracle's score of each response (synthetic/task.py), at most 1."""
+        messages = dict(prompts.select("prompt_id", "messages").iter_rows())
+        rows = samples.select("prompt_id", "response").iter_rows()
+        return pl.Series([oracle(messages[prompt_id], text)[0] for prompt_id, text in rows], dtype=pl.Float64)
 
 
 def oracle_metrics(

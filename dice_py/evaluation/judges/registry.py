@@ -1,33 +1,24 @@
-"""The table of judges. A judge is one file beside this one and one line here.
-
-A judge compares the samples of two policies on the same prompts, and returns metrics by name.
-"""
+"""The table of judges. A judge is one file beside this one, a section in config/judges.py, and one line here."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-import polars as pl
+from dice_py.config.judges import JudgesConfig
+from dice_py.evaluation.judges.base import Judge
+from dice_py.evaluation.judges.oracle import OracleJudge
 
-from dice_py.evaluation.judges.oracle import oracle_metrics
-from dice_py.evaluation.values import ItemValues
-
-
-class Judge(Protocol):
-    """Metrics of two policies' samples; `oracle_metrics` describes the arguments."""
-
-    def __call__(
-        self,
-        prompts: pl.DataFrame,
-        ours: pl.DataFrame,
-        theirs: pl.DataFrame,
-        rewards: pl.Series | None,
-        seed: int,
-        values: ItemValues | None = None,
-    ) -> dict[str, Any]:
-        """The metrics, ready for JSON."""
-        ...
+JUDGES: dict[str, Callable[[Any], Judge]] = {}
+"""By the name of the section in config `evaluate.judges`; each makes the judge of its section."""
 
 
-JUDGES: dict[str, Judge] = {"oracle": oracle_metrics}
-"""By name. "oracle" judges prompts of the synthetic world only."""
+def build_judges(config: JudgesConfig, is_world: bool) -> tuple[Judge, ...]:
+    """The judges of an evaluation, in the order of the sections.
+
+    Args:
+        is_world: the prompts are the synthetic world's, which its oracle judges too.
+    """
+    asked = [(name, getattr(config, name)) for name in JudgesConfig.model_fields]
+    judges = [JUDGES[name](section) for name, section in asked if section is not None]
+    return (OracleJudge(), *judges) if is_world else tuple(judges)
