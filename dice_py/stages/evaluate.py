@@ -78,7 +78,7 @@ class EvaluateJob(Job):
     seed: int
     max_prompt_tokens: int
     judges: tuple[Judge, ...]
-    """What compares the samples (evaluation/judges/registry.py); the oracle if the prompts are the synthetic world's."""
+    """What compares the samples (evaluation/judges/registry.py). Of the synthetic world's prompts its oracle does."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     bad_rows: BadRowRule = field(default_factory=BadRowRule)
     """What happens to a prompt or a pair that the chat template refuses."""
