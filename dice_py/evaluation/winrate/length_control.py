@@ -80,8 +80,11 @@ class WinRates:
 
 
 @dataclass(frozen=True)
-class _Design:
-    """The comparisons as (M, P) arrays. `judged`: there is a verdict; `cells.weight`: there are lengths and γ too."""
+class Design:
+    """The comparisons as (M, P) arrays, in the order of `models` and `prompts`.
+
+    `judged` is 1.0 where there is a verdict, `cells.weight` where there are both lengths, and a known γ, too.
+    """
 
     models: list[str]
     prompts: list[str]
@@ -122,15 +125,18 @@ def estimate_win_rates(
         DataError: no row has a verdict, or none of the prompts is in `difficulty`.
     """
     import numpy as np
+    from threadpoolctl import threadpool_limits
 
-    design = _design(comparisons, difficulty)
-    once = np.ones(len(design.prompts))
+    design = build_design(comparisons, difficulty)
     gamma = None
     if difficulty is not None:
         gamma = np.array([difficulty.gamma.get(prompt, 0.0) for prompt in design.prompts])
-    fit = _fit(design, once, ridge, difficulty, gamma) if design.cells.weight.any() else None
+    once = np.ones(len(design.prompts))
+    # The matrices are small: threads that wait for one another cost ten times what they save on a busy machine.
+    with threadpool_limits(1):
+        fit = _fit(design, once, ridge, difficulty, gamma) if design.cells.weight.any() else None
+        intervals = _intervals(design, fit, ridge, difficulty, gamma, resamples, seed, report)
     raw, controlled = _rates(design, once, fit)
-    intervals = _intervals(design, fit, ridge, difficulty, gamma, resamples, seed, report)
     rates = [_model_rates(comparisons, design, at, raw, controlled, intervals, fit) for at in range(len(design.models))]
     if difficulty is None and fit is not None:
         values = fit.joint.difficulty.tolist()
@@ -145,7 +151,12 @@ def estimate_win_rates(
     return WinRates(rates, difficulty)
 
 
-def _design(comparisons: Comparisons, difficulty: Difficulty | None) -> _Design:
+def build_design(comparisons: Comparisons, difficulty: Difficulty | None = None) -> Design:
+    """The comparisons as arrays.
+
+    Raises:
+        DataError: no row has a verdict, or none of the prompts is in `difficulty`.
+    """
     import numpy as np
 
     table, models = comparisons.table, comparisons.models
@@ -174,7 +185,7 @@ def _design(comparisons: Comparisons, difficulty: Difficulty | None) -> _Design:
         weight = weight * known
     length = scaled_lengths(array(table["length"] - table["baseline_length"]), weight)
     cells = Cells(array(table["preference"]), length, weight)
-    return _Design(models, prompts, array(has_verdict), cells)
+    return Design(models, prompts, array(has_verdict), cells)
 
 
 def scaled_lengths(delta: Array, weight: Array) -> Array:
@@ -195,7 +206,7 @@ def scaled_lengths(delta: Array, weight: Array) -> Array:
 
 
 def _fit(
-    design: _Design,
+    design: Design,
     prompt_weight: Array,
     ridge: float,
     difficulty: Difficulty | None,
@@ -219,7 +230,7 @@ def _fit(
     return _Fit(joint, free, fit_each(cells, prompt_weight, joint.difficulty, prior, free, tolerance), prior)
 
 
-def _rates(design: _Design, prompt_weight: Array, fit: _Fit | None) -> tuple[Array, Array]:
+def _rates(design: Design, prompt_weight: Array, fit: _Fit | None) -> tuple[Array, Array]:
     """The plain and the length-controlled win rate of each model, in percent; NaN where it has no prompt."""
     import numpy as np
 
@@ -236,7 +247,7 @@ def _rates(design: _Design, prompt_weight: Array, fit: _Fit | None) -> tuple[Arr
 
 
 def _intervals(
-    design: _Design,
+    design: Design,
     fit: _Fit | None,
     ridge: float,
     difficulty: Difficulty | None,
@@ -271,7 +282,7 @@ def _intervals(
 
 def _model_rates(
     comparisons: Comparisons,
-    design: _Design,
+    design: Design,
     at: int,
     raw: Array,
     controlled: Array,

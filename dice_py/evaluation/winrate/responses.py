@@ -83,11 +83,12 @@ def _has_model(lengths: Lengths | None, model: str) -> bool:
 
 
 def _looked_up(table: pl.DataFrame, lengths: Lengths | None, model: str | None) -> pl.Series:
-    """Lengths of the table's prompts, of the row's own model or of `model`; null where there is none."""
+    """Lengths of the row's own model or of `model`, by the prompt's id or its text; null where there is none."""
     found = lengths or {}
     names: Iterable[str] = table["model"] if model is None else [model] * len(table)
-    keys = zip(table["prompt"], names, strict=True)
-    return pl.Series("looked_up", [found.get(key) for key in keys], dtype=pl.Int64)
+    keys = zip(table["prompt"], table["instruction"], names, strict=True)
+    values = [found.get((prompt, name), found.get((text, name))) for prompt, text, name in keys]
+    return pl.Series("looked_up", values, dtype=pl.Int64)
 
 
 def _read(row: Row, columns: Columns) -> tuple[Any, ...]:
