@@ -30,7 +30,7 @@ from rich.table import Table
 
 from dice_py.evaluation.winrate.comparisons import Comparisons
 from dice_py.evaluation.winrate.length_control import RIDGE, WinRates, build_design, estimate_win_rates
-from dice_py.evaluation.winrate.logistic import Cells, Prior, fit_each, fit_joint, pooled_prior
+from dice_py.evaluation.winrate.logistic import Cells, Prior, dispersion_of, fit_each, fit_joint, pooled_prior
 from dice_py.evaluation.winrate.reading import read_comparisons
 from dice_py.storage.files import write_json
 
@@ -107,9 +107,12 @@ def left_out_entropy(comparisons: Comparisons, ridge: float, seed: int) -> dict[
         kept = Cells(cells.preference, cells.length, cells.weight * (fold != left_out))
         test = cells.weight * (fold == left_out)
         once = np.ones(prompts)
-        gamma = fit_joint(kept, once, ridge).difficulty
+        joint = fit_joint(kept, once, ridge)
+        gamma = joint.difficulty
         free = fit_each(kept, once, gamma, Prior())
-        pulled = fit_each(kept, once, gamma, pooled_prior(free, kept.has_data()))
+        dispersion = dispersion_of(kept, once, free, gamma, joint.freedom)
+        prior = pooled_prior(replace(free, variance=dispersion * free.variance), kept.has_data())
+        pulled = fit_each(kept, once, gamma, prior, dispersion)
         for name, fit in (("by itself", free), ("pulled together", pulled)):
             phi, psi, theta = np.split(fit.coefficients, 3, axis=1)
             logits = phi * cells.length + psi * gamma + theta

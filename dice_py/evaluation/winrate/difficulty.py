@@ -29,6 +29,7 @@ class Difficulty:
     Attributes:
         gamma: by the prompt's key.
         prior: of the coefficients of a further model.
+        dispersion: of the judge's preferences (`logistic.dispersion_of`).
         baseline: that the models were compared with.
         models: the models of the fit.
         ridge: of the fit.
@@ -36,6 +37,7 @@ class Difficulty:
 
     gamma: dict[str, float]
     prior: Prior
+    dispersion: float
     baseline: str
     models: tuple[str, ...]
     ridge: float
@@ -69,6 +71,7 @@ def write_difficulty(path: Path, difficulty: Difficulty) -> None:
         "baseline": difficulty.baseline,
         "models": list(difficulty.models),
         "ridge": difficulty.ridge,
+        "dispersion": difficulty.dispersion,
         "length_coefficient": {"mean": prior.length_mean, "variance": prior.length_variance},
         "difficulty_coefficient": {"mean": prior.difficulty_mean, "variance": prior.difficulty_variance},
         "made_by": versions("numpy", "scipy"),
@@ -94,12 +97,16 @@ def read_difficulty(path: Path) -> Difficulty:
     gamma = value.get("gamma")
     if not isinstance(gamma, dict) or not gamma:
         raise DataError(f"{path}: 'gamma' must be an object with a number for each prompt")
+    dispersion = _number(path, value.get("dispersion"), "dispersion")
+    if dispersion <= 0:
+        raise DataError(f"{path}: the dispersion is {dispersion:g}, but must be above 0")
     models, baseline = value.get("models"), value.get("baseline")
     if not isinstance(baseline, str) or not isinstance(models, list) or not all(isinstance(m, str) for m in models):
         raise DataError(f"{path}: 'baseline' must be a name, and 'models' a list of names")
     return Difficulty(
         gamma={prompt: _number(path, number, "gamma", prompt) for prompt, number in gamma.items()},
         prior=Prior(*_moments(path, value, "length_coefficient"), *_moments(path, value, "difficulty_coefficient")),
+        dispersion=dispersion,
         baseline=baseline,
         models=tuple(models),
         ridge=_number(path, value.get("ridge"), "ridge"),

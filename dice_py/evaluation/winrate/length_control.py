@@ -9,12 +9,12 @@ where Δlen is the model's length minus the baseline's in characters, and sd_m i
 things are as AlpacaEval does them but from other data, since its own fits use files of its authors. γ_x comes from a
 joint fit of the models at hand, or from an earlier one (difficulty.py). AlpacaEval pulls φ and ψ of every model toward
 those of two rewritten versions of the baseline; here they are pulled toward their means over the models, as far as the
-models agree (`pooled_prior`).
+models agree and their verdicts leave open (`pooled_prior`, `dispersion_of`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -28,6 +28,7 @@ from dice_py.evaluation.winrate.logistic import (
     JointFit,
     Prior,
     chance_at_equal_length,
+    dispersion_of,
     fit_each,
     fit_joint,
     pooled_prior,
@@ -54,7 +55,8 @@ class ModelRates:
         prompts: with a verdict.
         no_verdict: prompts without one.
         controlled_prompts: of `prompts`, those of the length-controlled figure: both lengths and γ are known.
-        length_coefficient, difficulty_coefficient, intercept: φ, ψ and θ.
+        length_coefficient, difficulty_coefficient, intercept: φ, ψ and θ. φ is None where all length differences are
+            the same.
     """
 
     model: str
@@ -98,6 +100,7 @@ class _Fit:
     free: EachFit | None
     each: EachFit
     prior: Prior
+    dispersion: float
 
 
 def estimate_win_rates(
@@ -111,8 +114,8 @@ def estimate_win_rates(
 ) -> WinRates:
     """The win rates of all models, with 95 % intervals by a bootstrap over prompts.
 
-    In a resample everything is fitted again: γ, the priors, and each model. With a given difficulty, γ and the priors
-    are fixed, and each model is fitted again. sd_m is that of all prompts.
+    In a resample everything is fitted again: γ, the prior, the dispersion, and each model. With a given difficulty,
+    only the models are. sd_m is that of all prompts.
 
     Args:
         difficulty: γ of an earlier fit; None fits it from these models.
@@ -144,6 +147,7 @@ def estimate_win_rates(
         difficulty = Difficulty(
             {prompt: value for prompt, value, is_used in zip(design.prompts, values, used, strict=True) if is_used},
             fit.prior,
+            fit.dispersion,
             comparisons.baseline,
             tuple(name for name, has in zip(design.models, design.cells.has_data(), strict=True) if has),
             ridge,
@@ -218,16 +222,18 @@ def _fit(
 
     cells = design.cells
     if difficulty is not None and gamma is not None:
-        known = JointFit(np.zeros((len(design.models), 2)), gamma)
         begin = None if start is None else start.each
-        return _Fit(
-            known, None, fit_each(cells, prompt_weight, gamma, difficulty.prior, begin, tolerance), difficulty.prior
-        )
+        known = JointFit(np.zeros((len(design.models), 2)), gamma, 0.0)
+        spread, prior = difficulty.dispersion, difficulty.prior
+        each = fit_each(cells, prompt_weight, gamma, prior, spread, begin, tolerance)
+        return _Fit(known, None, each, prior, spread)
     joint = fit_joint(cells, prompt_weight, ridge, None if start is None else start.joint, tolerance)
     begin = None if start is None else start.free
-    free = fit_each(cells, prompt_weight, joint.difficulty, Prior(), begin, tolerance)
-    prior = pooled_prior(free, cells.has_data(prompt_weight))
-    return _Fit(joint, free, fit_each(cells, prompt_weight, joint.difficulty, prior, free, tolerance), prior)
+    free = fit_each(cells, prompt_weight, joint.difficulty, Prior(), start=begin, tolerance=tolerance)
+    spread = dispersion_of(cells, prompt_weight, free, joint.difficulty, joint.freedom)
+    prior = pooled_prior(replace(free, variance=spread * free.variance), cells.has_data(prompt_weight))
+    each = fit_each(cells, prompt_weight, joint.difficulty, prior, spread, free, tolerance)
+    return _Fit(joint, free, each, prior, spread)
 
 
 def _rates(design: Design, prompt_weight: Array, fit: _Fit | None) -> tuple[Array, Array]:
@@ -313,7 +319,7 @@ def _model_rates(
         no_verdict=rows["preference"].null_count(),
         controlled_prompts=int(design.cells.weight[at].sum()),
         mean_length=length if isinstance(length, float) else None,
-        length_coefficient=coefficients[0],
+        length_coefficient=coefficients[0] if design.cells.length[at].any() else None,
         difficulty_coefficient=coefficients[1],
         intercept=coefficients[2],
     )

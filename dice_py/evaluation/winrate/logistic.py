@@ -27,6 +27,7 @@ WEAK = 1e-3
 """Precision of coefficients without a prior of their own: it only keeps them finite where a model always wins."""
 
 _LEAST_VARIANCE = 1e-4
+_LEAST_DISPERSION = 1e-3
 _STEPS, _HALVINGS = 100, 40
 
 
@@ -63,15 +64,16 @@ class Prior:
 
 @dataclass(frozen=True)
 class JointFit:
-    """`coefficients`: (M, 2), φ and θ; `difficulty`: (P,), γ."""
+    """`coefficients`: (M, 2), φ and θ; `difficulty`: (P,), γ; `freedom`: how many parameters γ amounts to."""
 
     coefficients: Array
     difficulty: Array
+    freedom: float
 
 
 @dataclass(frozen=True)
 class EachFit:
-    """`coefficients`: (M, 3), φ, ψ and θ; `variance`: (M, 3), of each by the inverse Hessian."""
+    """`coefficients`: (M, 3), φ, ψ and θ; `variance`: (M, 3), of each: the dispersion times the inverse Hessian."""
 
     coefficients: Array
     variance: Array
@@ -137,7 +139,10 @@ def fit_joint(
         coefficients, difficulty = new
         if gain < tolerance:
             break
-    return JointFit(coefficients, difficulty)
+    chance = expit(logits(coefficients, difficulty))
+    curvature = (weight * chance * (1 - chance)).sum(0)
+    freedom = (curvature / (curvature + ridge * np.where(prompt_weight > 0, prompt_weight, 1.0))).sum()
+    return JointFit(coefficients, difficulty, float(freedom))
 
 
 def fit_each(
@@ -145,21 +150,25 @@ def fit_each(
     prompt_weight: Array,
     difficulty: Array,
     prior: Prior,
+    dispersion: float = 1.0,
     start: EachFit | None = None,
     tolerance: float = 1e-8,
 ) -> EachFit:
-    """Fits φ, ψ and θ of every model by itself, with γ fixed: cross-entropy + the prior's squared distances.
+    """Fits φ, ψ and θ of every model by itself, with γ fixed.
+
+    The objective is cross-entropy/dispersion + Σ (coefficient − prior mean)²/(2·prior variance).
 
     Args:
         prompt_weight, start, tolerance: as of `fit_joint`.
         difficulty: (P,), γ.
+        dispersion: of the preferences (`dispersion_of`).
     """
     import numpy as np
     from scipy.special import expit
 
     weight = cells.weight * prompt_weight
     mean = np.array([prior.length_mean, prior.difficulty_mean, 0.0])
-    precision = np.maximum([1 / prior.length_variance, 1 / prior.difficulty_variance, 0.0], WEAK)
+    precision = np.maximum([dispersion / prior.length_variance, dispersion / prior.difficulty_variance, 0.0], WEAK)
     features = (cells.length, np.broadcast_to(difficulty, weight.shape), np.ones_like(weight))
 
     def logits(coefficients: Array) -> Array:
@@ -197,8 +206,31 @@ def fit_each(
         value = np.where(better, new_value, value)
         if gain < tolerance:
             break
-    variance = np.diagonal(np.linalg.inv(hessian), axis1=1, axis2=2)
+    variance = dispersion * np.diagonal(np.linalg.inv(hessian), axis1=1, axis2=2)
     return EachFit(coefficients, variance)
+
+
+def dispersion_of(cells: Cells, prompt_weight: Array, each: EachFit, difficulty: Array, freedom: float) -> float:
+    """Variance of the preferences around the fit, relative to that of wins and losses: Σ(y−P)² / ΣP(1−P).
+
+    About 1 for preferences of 0 and 1, and less where the judge gives probabilities, which carry more than a win or a
+    loss does. Corrected for the parameters of the fit; at least 0.001.
+
+    Args:
+        each, difficulty: the fit.
+        freedom: of γ (`JointFit`).
+    """
+    from scipy.special import expit
+
+    weight = cells.weight * prompt_weight
+    phi, psi, theta = (each.coefficients[:, at : at + 1] for at in range(3))
+    chance = expit(phi * cells.length + psi * difficulty + theta)
+    expected = float((weight * chance * (1 - chance)).sum())
+    left = float(weight.sum()) - 3 * int(cells.has_data(prompt_weight).sum()) - freedom
+    if expected == 0 or left <= 0:
+        return 1.0
+    ratio = float((weight * (cells.preference - chance) ** 2).sum()) / expected * float(weight.sum()) / left
+    return max(ratio, _LEAST_DISPERSION)
 
 
 def pooled_prior(each: EachFit, has_data: NDArray[np.bool_]) -> Prior:

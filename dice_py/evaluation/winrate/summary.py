@@ -105,6 +105,12 @@ def _counts(models: list[ModelRates]) -> list[str]:
             f"{total:,} rows are left out of the length-controlled win rates, since a length or the prompt's "
             f"difficulty is not known ({_names(partial)})"
         )
+    constant = [model for model in models if model.controlled_prompts and model.length_coefficient is None]
+    if constant:
+        notes.append(
+            f"nothing can be said of the effect of length for {_names(constant)}: the difference from the baseline's "
+            "length is the same at every prompt"
+        )
     never = [model for model in models if model.prompts and not model.controlled_prompts]
     if never:
         notes.append(
