@@ -63,3 +63,27 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Writes one JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+ANNOTATION: dict[str, Any] = {
+    "instruction": "Say hi", "output_1": "hi there", "generator_1": BASELINE, "output_2": "hi", "generator_2": "ours",
+    "preference": 1.25, "annotator": "judge",
+}  # fmt: skip
+"""A row of AlpacaEval's annotations.json."""
+
+
+def write_annotation_rows(path: Path, *changes: dict[str, Any]) -> Path:
+    """An annotations.json with a row for each change of ANNOTATION."""
+    path.write_text(json.dumps([{**ANNOTATION, **change} for change in changes]), encoding="utf-8")
+    return path
+
+
+def write_rows(path: Path, *changes: dict[str, Any]) -> Path:
+    """A row of the baseline, and a row of `ours` for each change, as JSONL."""
+    base = {"prompt_id": 1, "model": BASELINE, "score": 0.5, "response": "four"}
+    return write_jsonl(path, [base, *({"prompt_id": 1, "model": "ours", "score": 1.0, **change} for change in changes)])
+
+
+def judgment(first: Any, second: Any, **fields: Any) -> dict[str, Any]:
+    """A judgment of Arena-Hard on `ours`, by the scores of both games."""
+    return {"question_id": "q", "model": "ours", "judge": "j", "games": [{"score": first}, {"score": second}], **fields}
