@@ -166,7 +166,7 @@ def build_design(comparisons: Comparisons, difficulty: Difficulty | None = None)
     table, models = comparisons.table, comparisons.models
     if table["preference"].null_count() == len(table):
         raise DataError("no row has a verdict: every preference is null")
-    prompts = table["prompt"].unique(maintain_order=True).to_list()
+    prompts = table["prompt"].unique().sort().to_list()
     row_of, column_of = ({name: at for at, name in enumerate(names)} for names in (models, prompts))
     row = np.array([row_of[name] for name in table["model"]])
     column = np.array([column_of[name] for name in table["prompt"]])
