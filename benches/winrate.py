@@ -30,7 +30,15 @@ from rich.table import Table
 
 from dice_py.evaluation.winrate.comparisons import Comparisons
 from dice_py.evaluation.winrate.length_control import RIDGE, WinRates, build_design, estimate_win_rates
-from dice_py.evaluation.winrate.logistic import Cells, Prior, dispersion_of, fit_each, fit_joint, pooled_prior
+from dice_py.evaluation.winrate.logistic import (
+    Cells,
+    Prior,
+    chance_at_equal_length,
+    dispersion_of,
+    fit_each,
+    fit_joint,
+    pooled_prior,
+)
 from dice_py.evaluation.winrate.reading import read_comparisons
 from dice_py.storage.files import write_json
 
@@ -76,6 +84,16 @@ def subset(comparisons: Comparisons, models: list[str]) -> Comparisons:
     return replace(comparisons, table=comparisons.table.filter(pl.col("model").is_in(models)))
 
 
+def by_themselves(comparisons: Comparisons) -> dict[str, float]:
+    """The length-controlled win rates where each model's coefficients are fitted from its own verdicts alone."""
+    design = build_design(comparisons)
+    cells, once = design.cells, np.ones(len(design.prompts))
+    gamma = fit_joint(cells, once, RIDGE).difficulty
+    chance = chance_at_equal_length(fit_each(cells, once, gamma, Prior()).coefficients, gamma)
+    rates = 100 * (cells.weight * chance).sum(1) / cells.weight.sum(1)
+    return dict(zip(design.models, rates.tolist(), strict=True))
+
+
 def against_official(comparisons: Comparisons, official: Official) -> dict[str, Any]:
     """Section `official`."""
     rates = estimate_win_rates(comparisons, resamples=0)
@@ -93,8 +111,15 @@ def against_official(comparisons: Comparisons, official: Official) -> dict[str, 
         if model.model in found
     ]
     raw = [float(model["win_rate"]) - float(model["official"]) for model in models]
+    alone = [rate - official[name] for name, rate in by_themselves(comparisons).items() if name in official]
     models.sort(key=lambda model: -abs(model["difference"]))
-    return {"fitted_models": len(rates.models), **spread(list(found.values())), "raw": spread(raw), "by_model": models}
+    return {
+        "fitted_models": len(rates.models),
+        **spread(list(found.values())),
+        "without_pulling_together": spread(alone),
+        "raw": spread(raw),
+        "by_model": models,
+    }
 
 
 def left_out_entropy(comparisons: Comparisons, ridge: float, seed: int) -> dict[str, float]:
@@ -172,7 +197,8 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"mean absolute difference {official['mean_absolute']:.2f}, largest {official['largest']:.2f}; "
-        f"of the raw rate {official['raw']['mean_absolute']:.2f}"
+        f"of models by themselves {official['without_pulling_together']['mean_absolute']:.2f}, of the raw rate "
+        f"{official['raw']['mean_absolute']:.2f}"
     )
     table = Table("ridge", "by itself", "pulled together", title="left-out cross-entropy", box=None)
     for ridge, entropy in result["ridge"].items():

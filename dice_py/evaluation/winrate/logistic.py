@@ -29,6 +29,8 @@ WEAK = 1e-3
 _LEAST_VARIANCE = 1e-4
 _LEAST_DISPERSION = 1e-3
 _STEPS, _HALVINGS = 100, 40
+_ROUNDING = 1e-12
+"""Of an objective, relative: a step at the optimum may seem that much worse."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def fit_joint(
         for _ in range(_HALVINGS):
             new = (coefficients - size * step, difficulty - size * of_difficulty)
             new_value = objective(*new)
-            if new_value <= value:
+            if new_value <= value + _ROUNDING * (1 + abs(value)):
                 break
             size /= 2
         else:
@@ -196,14 +198,13 @@ def fit_each(
         for _ in range(_HALVINGS):
             new = coefficients - size * step
             new_value = objective(new)
-            worse = new_value > value
+            worse = new_value > value + _ROUNDING * (1 + abs(value))
             if not worse.any():
                 break
             size[worse] /= 2
-        better = new_value <= value
-        gain = float((value - new_value)[better].max(initial=0.0))
-        coefficients = np.where(better[:, None], new, coefficients)
-        value = np.where(better, new_value, value)
+        gain = float((value - new_value)[~worse].max(initial=0.0))
+        coefficients = np.where(worse[:, None], coefficients, new)
+        value = np.where(worse, value, new_value)
         if gain < tolerance:
             break
     variance = dispersion * np.diagonal(np.linalg.inv(hessian), axis1=1, axis2=2)
