@@ -99,8 +99,8 @@ def pair_slices(
         minimum: sources with fewer pairs are one slice, `OTHER_SOURCES`.
 
     Returns:
-        A Boolean series for each slice, one entry per pair: first those of the length gap, then those of the mean length
-        of the two responses, then those of the sources, largest first.
+        A Boolean series for each slice, one entry per pair: first those of the length gap, then those of the mean
+        length of the two responses, then those of the sources, largest first.
     """
     gap = chosen_tokens.cast(pl.Int64) - rejected_tokens.cast(pl.Int64)
     members = {CHOSEN_LONGER: gap > 0, CHOSEN_SHORTER: gap < 0, EQUAL_LENGTH: gap == 0}
@@ -137,8 +137,8 @@ def slice_accuracies(
         minimum: a slice of fewer pairs has no interval.
 
     Returns:
-        `SLICES`: `slice`, `pairs`, `accuracy` in [0, 1], and its 95 % interval `low` and `high`, null where the slice has
-        fewer than `minimum` pairs.
+        `SLICES`: `slice`, `pairs`, `accuracy` in [0, 1], and its 95 % interval `low` and `high`, null where the slice
+        has fewer than `minimum` pairs.
     """
     rows: list[dict[str, Any]] = []
     for name, inside in pair_slices(chosen_tokens, rejected_tokens, source, minimum).items():
