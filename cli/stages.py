@@ -191,6 +191,8 @@ def evaluate(
         models=models_at(resolved, policy_folder, out),
         policy=policy_folder,
         start=start_folder,
+        previous=start_folder,
+        previous_samples=out / "start",
         reference=against,
         initial_reference=against,
         prompts=prompts_file[0] if prompts_file else None,

@@ -156,7 +156,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         for name in ("policy", "reference", "sft")
         if (value := getattr(config.model, name)) and _is_path(value)
     }
-    replay = config.replay
+    replay, evaluate = config.replay, config.evaluate
+    if evaluate.command is not None:
+        evaluate = evaluate.model_copy(update={"command_folder": _absolute(evaluate.command_folder or ".")})
     buffers = {name: absolute(buffer, "path") for name, buffer in replay.buffers.items()}
     return config.model_copy(
         update={
@@ -164,6 +166,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs"),
             "replay": replay.model_copy(update={"buffers": buffers}) if buffers else replay,
             "train": absolute(config.train, "accelerate_config"),
+            "evaluate": evaluate,
         }
     )
 
