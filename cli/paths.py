@@ -36,7 +36,17 @@ _WRITTEN = {
     "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
     "train": ("model", "model/*", "adapter", "adapter/*", "checkpoints", "checkpoints/*"),
     "extrapolate": ("model", "model/*"),
-    "evaluate": ("eval_prompts.parquet", "eval_pairs.parquet", "pair-logps-*.parquet", "samples/*", "start/*"),
+    "evaluate": (
+        "eval_prompts.parquet",
+        "eval_pairs.parquet",
+        "pair-logps-*.parquet",
+        "samples.parquet",
+        "values.parquet",
+        "samples/*",
+        "start/*",
+        "previous/*",
+        "benchmark/*",
+    ),
 }
 """What the commands write into their --out, as patterns."""
 _KINDS = (
