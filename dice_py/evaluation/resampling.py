@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Sums = npt.NDArray[np.float64]
 
-_DRAWS_AT_ONCE = 2**23
+DRAWS_AT_ONCE = 2**23
 """Counts that are in memory at one time."""
 
 
@@ -33,7 +33,7 @@ def resampled_sums(sums: Sums, seed: int) -> Sums:
     items = len(sums)
     rng = np.random.default_rng(seed % 2**63)
     chances = np.full(items, 1.0 / items)
-    step = max(1, _DRAWS_AT_ONCE // items)
+    step = max(1, DRAWS_AT_ONCE // items)
     parts = [
         rng.multinomial(items, chances, size=min(step, RESAMPLES - first)) @ sums for first in range(0, RESAMPLES, step)
     ]

@@ -277,9 +277,7 @@ class Estimator:
         if pairs:
             models, tokens = self._add_pairs(stage, number, pairs, sampled=scored > 0)
             scored += tokens
-        if scored or pairs:
-            stage.work += scoring.warm_up
-        stage.work += self._scoring(scored, 2 * models * pairs)
+        stage.work += self._scoring(scored, 2 * models * pairs) + (scoring.warm_up if scored or pairs else 0.0)
         stage.tokens += round(scored)
         formula = score_memory([self.policy, self.reference], config, machine.dtype, machine.cuda)
         measured = scoring.peak_bytes
@@ -289,12 +287,8 @@ class Estimator:
             formula, measured = max(formula, sampling), max(measured, self.costs.generate.peak_bytes)
         stage.memory = self._memory(formula, measured, 1)
         stage.counts = {"prompts": len(prompts), "responses": responses, "pairs": pairs}
-        known = self.costs.evaluate
-        if (
-            known is not None
-            and draws
-            and known.workload == (len(prompts), config.evaluate.samples if prompts else 0, pairs)
-        ):
+        known, workload = self.costs.evaluate, (len(prompts), config.evaluate.samples if prompts else 0, pairs)
+        if known is not None and draws and known.workload == workload:
             at = min(number if first else number + 1, len(known.work)) - 1
             stage.work, stage.load = known.work[at], known.load[at]
         return stage

@@ -29,7 +29,7 @@ from dice_py.storage.integrity import check_intact
 from dice_py.storage.keys import file_digest
 
 MODEL = "{model}"
-_GRACE = 10.0
+GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 _LAST_LINES = 5
 _MOST_BYTES = 2**24
@@ -195,7 +195,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except ProcessLookupError:
             break
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
+            process.wait(GRACE)
             if number == signal.SIGTERM:
                 time.sleep(0.05)  # its children had the signal too
     process.wait()

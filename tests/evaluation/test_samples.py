@@ -163,7 +163,7 @@ def test_draws_are_seeded_and_keep_their_size() -> None:
 def test_draws_in_parts_have_the_same_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=(40, 1))
     complete = resampled_sums(values, 0)
-    monkeypatch.setattr("dice_py.evaluation.resampling._DRAWS_AT_ONCE", 40 * 300)
+    monkeypatch.setattr("dice_py.evaluation.resampling.DRAWS_AT_ONCE", 40 * 300)
     parts = resampled_sums(values, 0)
     assert parts.shape == complete.shape
     assert parts.mean() == pytest.approx(complete.mean(), abs=0.5)

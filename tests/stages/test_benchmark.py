@@ -126,7 +126,7 @@ def test_a_time_limit_ends_all_that_it_started(llama: Path, tmp_path: Path) -> N
         """
     started = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dice_py.stages.benchmark._GRACE", 0.5)
+        patch.setattr("dice_py.stages.benchmark.GRACE", 0.5)
         text = failed(job(llama, tmp_path, code, timeout=5.0))
     assert "stopped at evaluate.command_timeout (5 s)" in text
     assert text.endswith("working")
