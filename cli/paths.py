@@ -63,6 +63,9 @@ class PathCommand(TyperCommand):
 
     out_is_file = False
     probes_out = True
+    files_out: tuple[str, ...] = ()
+    """Further parameters that are files which the command writes."""
+    folders_out: tuple[str, ...] = _FOLDERS_OUT
 
     def invoke(self, ctx: Any) -> Any:
         """Checks the values of all parameters that are paths, then runs the command."""
@@ -71,7 +74,9 @@ class PathCommand(TyperCommand):
         for name, value in ctx.params.items():
             if name == "folder" or value is None:
                 continue
-            if name not in _FOLDERS_OUT:
+            if name in self.files_out:
+                check_output_file(value, options[name])
+            elif name not in self.folders_out:
                 paths = value if isinstance(value, list) else [value]
                 for path in (path for path in paths if isinstance(path, Path)):
                     check_input_file(path, options[name])
