@@ -53,13 +53,15 @@ class PathCommand(TyperCommand):
 
     out_is_file = False
     probes_out = True
+    may_be_folders: tuple[str, ...] = ("folder",)
+    """Parameters that may be folders, and are looked at by what reads them."""
 
     def invoke(self, ctx: Any) -> Any:
         """Checks the values of all parameters that are paths, then runs the command."""
         options = {param.name: param.opts[0] for param in self.get_params(ctx)}
         ctx.params.update({name: _local(value, options[name]) for name, value in ctx.params.items()})
         for name, value in ctx.params.items():
-            if name == "folder" or value is None:
+            if name in self.may_be_folders or value is None:
                 continue
             if name not in _FOLDERS_OUT:
                 paths = value if isinstance(value, list) else [value]

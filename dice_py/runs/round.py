@@ -239,7 +239,7 @@ def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference
         shared=run.folder / "evaluate",
         seed=seed_for(config.seed, "evaluate"),
         max_prompt_tokens=config.data.max_prompt_tokens,
-        judges=build_judges(config.evaluate.judges, config.is_world),
+        judges=build_judges(config.evaluate.judges, config.model, config.is_world),
         devices=config.devices,
         bad_rows=config.data.bad_rows,
         needs_values=config.rounds.are_compared,
