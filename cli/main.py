@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from cli.demo import demo
 from cli.extrapolate import extrapolate
+from cli.judge import judge_app
 from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
@@ -94,6 +95,7 @@ app.command(cls=MineCommand)(mine)
 for stage in (replay, train, evaluate, extrapolate):
     app.command(cls=Panels)(stage)
 app.command(cls=WinrateCommand)(winrate)
+app.add_typer(judge_app, name="judge")
 
 
 @app.command()

@@ -206,7 +206,7 @@ def evaluate(
         shared=out,
         seed=seed,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
-        judges=build_judges(resolved.evaluate.judges, world_oracle),
+        judges=build_judges(resolved.evaluate.judges, resolved.model, world_oracle),
         devices=resolved.devices,
         bad_rows=resolved.data.bad_rows,
     )

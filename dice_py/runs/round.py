@@ -248,7 +248,7 @@ def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference
         shared=run.folder / "evaluate",
         seed=seed_for(config.seed, "evaluate"),
         max_prompt_tokens=config.data.max_prompt_tokens,
-        judges=build_judges(config.evaluate.judges, config.is_world),
+        judges=build_judges(config.evaluate.judges, config.model, config.is_world),
         devices=config.devices,
         bad_rows=config.data.bad_rows,
         needed_judge=metric.removesuffix("_win_rate") if metric and metric.endswith("_win_rate") else None,

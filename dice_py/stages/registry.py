@@ -11,6 +11,7 @@ from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.extrapolate import ExtrapolateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.job import Job
+from dice_py.stages.judge import JudgeJob
 from dice_py.stages.mine import MineJob
 from dice_py.stages.preflight import PreflightJob
 from dice_py.stages.replay import ReplayJob
@@ -66,6 +67,13 @@ _TABLE = (
         "evaluate",
     ),
     Stage("extrapolate", ChooseAlphaJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "evaluate"),
+    Stage(
+        "judge",
+        JudgeJob,
+        (),
+        "lower evaluate.judges.implicit.token_budget or evaluate.judges.reward_model.token_budget",
+        None,
+    ),
     Stage("evaluate", EvaluateJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "generate"),
     Stage("benchmark", BenchmarkJob, (), "", None),
 )
