@@ -157,6 +157,8 @@ def model_figures(human: Standings, reward: Standings) -> dict[str, Figure]:
     from scipy.stats import kendalltau, spearmanr
 
     def correlations(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+        if np.ptp(ours) == 0 or np.ptp(theirs) == 0:  # as where a reward ties all responses
+            return np.nan, np.nan
         return float(kendalltau(ours, theirs).statistic), float(spearmanr(ours, theirs).statistic)
 
     tau, rho = correlations(human.strengths, reward.strengths)
