@@ -36,6 +36,7 @@ _WRITTEN = {
     "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
     "train": ("model", "model/*", "adapter", "adapter/*", "checkpoints", "checkpoints/*"),
     "extrapolate": ("model", "model/*"),
+    "audit": ("audit.json", "pairs.parquet", "responses.parquet"),
     "evaluate": (
         "eval_prompts.parquet",
         "eval_pairs.parquet",

@@ -26,6 +26,7 @@ from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DataError, InterruptedRunError, UsageError
+from dice_py.evaluation.judges.registry import build_judges
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.runs.best import Outcome
@@ -175,6 +176,8 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     if config.evaluate.command is not None:
         check_command(config.evaluate.command, Path(config.evaluate.command_folder or "."))
+    # Here, so that a judge whose model or package is not there stops a run before its first round, and not after it.
+    build_judges(config.evaluate.judges, config.model, config.is_world)
     inputs = prepare(run)
     check_held_out(run, inputs)
     outcome = Outcome(run, inputs)

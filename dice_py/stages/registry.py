@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dice_py.stages.audit import AuditJob
 from dice_py.stages.benchmark import BenchmarkJob
 from dice_py.stages.choose_alpha import ChooseAlphaJob
 from dice_py.stages.convert import ConvertJob
@@ -76,6 +77,7 @@ _TABLE = (
     ),
     Stage("evaluate", EvaluateJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "generate"),
     Stage("benchmark", BenchmarkJob, (), "", None),
+    Stage("audit", AuditJob, (), "lower score.token_budget", None),
 )
 REGISTRY = {stage.name: stage for stage in _TABLE}
 

@@ -7,7 +7,7 @@ import random
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dice_py.evaluation.slices import (
@@ -27,6 +27,7 @@ def integers(values: list[int]) -> pl.Series:
     return pl.Series(values, dtype=pl.UInt32)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LENGTHS, st.randoms(use_true_random=False))
 def test_slices_against_a_count_by_hand(lengths: list[tuple[int, int]], rng: random.Random) -> None:
     outcomes = [rng.choice([0.0, 0.5, 1.0]) for _ in lengths]
@@ -64,6 +65,7 @@ def test_slices_against_a_count_by_hand(lengths: list[tuple[int, int]], rng: ran
         assert sum(low <= mean <= high for mean in means) == row["pairs"]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=200))
 def test_buckets_hold_about_a_quarter_each_unless_lengths_are_equal(values: list[int]) -> None:
     names = length_buckets(pl.Series("tokens", values))
