@@ -18,7 +18,14 @@ _HIGHLIGHTS = {
     "replay": ("mined", "replay", "reached_share"),
     "train": ("pairs", "steps", "step0_loss", "final_loss"),
     "extrapolate": ("alpha", "metric"),
-    "evaluate": ("oracle_win_rate", "oracle_accuracy", "mean_response_tokens", "implicit_reward_accuracy"),
+    "benchmark": ("metrics",),
+    "evaluate": (
+        *(f"{judge}_win_rate" for judge in ("oracle", "reward_model", "implicit", "openai")),
+        "oracle_accuracy",
+        "mean_response_tokens",
+        "kl_to_previous",
+        "implicit_reward_accuracy",
+    ),
 }
 _SHOWN_MARGINS = ("0.05", "0.5", "0.95")
 

@@ -243,6 +243,11 @@ class EvaluateConfig(Section):
     @classmethod
     def _split_command(cls, value: Any) -> Any:
         """A text as a shell would split it; no shell runs it."""
+        if not isinstance(value, str | list | None):
+            raise ValueError(
+                "write the program and its arguments as a text, or as a list of texts (YAML reads a text with a colon "
+                "and a space in it as a mapping: put it in quotes)"
+            )
         return shlex.split(value) if isinstance(value, str) else value
 
     @field_validator("command")

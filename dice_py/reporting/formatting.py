@@ -47,6 +47,8 @@ _GROUPS = (
 """Of metrics of an evaluation, in the order in which they are shown; those of a benchmark and others come after."""
 _NOTES = ("kl_and_entropy",)
 """Metrics that are sentences: shown below the table."""
+_WARNED = ("judge_failures",)
+"""Shown as warnings (runs/warnings.py)."""
 
 
 def evaluation_rows(metrics: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -63,7 +65,9 @@ def evaluation_rows(metrics: dict[str, dict[str, Any]]) -> list[list[str]]:
 
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     shown = [
-        name for name in names if name not in _NOTES and name.removesuffix(_INTERVAL) not in names[: names.index(name)]
+        name
+        for name in names
+        if name not in (*_NOTES, *_WARNED) and name.removesuffix(_INTERVAL) not in names[: names.index(name)]
     ]
     return [
         [name.replace("_", " "), *(_with_interval(values, name) for values in metrics.values())]

@@ -122,6 +122,8 @@ def test_the_command_in_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ('[""]', "names no program"),
         ('["a\\0"]', "NUL"),
         ("'\"a'", "quot"),
+        ("{a: b}", "as a text, or as a list"),
+        ("3", "as a text, or as a list"),
     ):
         with pytest.raises(UsageError, match=said):
             resolve([], [f"evaluate.command={value}"])
