@@ -20,7 +20,7 @@ import polars as pl
 
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import COMMAND_SETTINGS, EvaluateConfig, GenerateConfig, ScoreConfig
-from dice_py.errors import DataError, JudgeError
+from dice_py.errors import DataError, JudgeError, UsageError
 from dice_py.evaluation.judges.base import Judge
 from dice_py.evaluation.judging import PolicySamples, judge_metrics
 from dice_py.evaluation.pair_metrics import PairLogps, pair_metrics
@@ -233,14 +233,18 @@ class EvaluateJob(Job):
     def _judge_metrics(
         self, policies: PolicySamples, rewards: pl.Series, values: ItemValues, report: Report
     ) -> dict[str, Any]:
-        """The metrics of all judges. One that fails leaves its own out, unless rounds are compared by it."""
+        """The metrics of all judges. One that fails leaves its own out, unless rounds are compared by it.
+
+        Whatever the reason, such as a key that was withdrawn in the night: the training before it is not lost, and the
+        next round does not wait.
+        """
         metrics: dict[str, Any] = {}
         failures: dict[str, str] = {}
         for judge in self.judges:
             release_held()  # a judge may need the memory for models of its own
             try:
                 metrics |= judge_metrics(judge, policies, rewards, self.seed, values, report)
-            except JudgeError as error:
+            except (JudgeError, DataError, UsageError) as error:
                 if judge.name == self.needed_judge:
                     raise
                 failures[judge.name] = str(error)
