@@ -93,7 +93,7 @@ def winrate(
     difficulty: GivenDifficulty = None,
     write_difficulty: WriteDifficulty = None,
     write_annotations: WriteAnnotations = None,
-    resamples: Resamples = 1000,
+    resamples: Resamples = 500,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

@@ -107,7 +107,7 @@ def estimate_win_rates(
     comparisons: Comparisons,
     difficulty: Difficulty | None = None,
     *,
-    resamples: int = 1000,
+    resamples: int = 500,
     seed: int = 0,
     ridge: float = RIDGE,
     report: Report = no_report,
