@@ -28,6 +28,7 @@ from cli.replay import replay
 from cli.runs import resume, run, status
 from cli.stages import evaluate, generate, score, train
 from cli.terminal import prepare_streams, say
+from cli.winrate import WinrateCommand, winrate
 from dice_py.compute.interrupts import settle, stopped_by_signals
 from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, UsageError
 
@@ -94,6 +95,7 @@ app.command(cls=MineCommand)(mine)
 for stage in (replay, train, evaluate, extrapolate):
     app.command(cls=Panels)(stage)
 app.add_typer(judge_app, name="judge")
+app.command(cls=WinrateCommand)(winrate)
 
 
 @app.command()

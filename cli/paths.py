@@ -55,6 +55,9 @@ class PathCommand(TyperCommand):
     probes_out = True
     may_be_folders: tuple[str, ...] = ("folder",)
     """Parameters that may be folders, and are looked at by what reads them."""
+    files_out: tuple[str, ...] = ()
+    """Further parameters that are files which the command writes."""
+    folders_out: tuple[str, ...] = _FOLDERS_OUT
 
     def invoke(self, ctx: Any) -> Any:
         """Checks the values of all parameters that are paths, then runs the command."""
@@ -63,7 +66,9 @@ class PathCommand(TyperCommand):
         for name, value in ctx.params.items():
             if name in self.may_be_folders or value is None:
                 continue
-            if name not in _FOLDERS_OUT:
+            if name in self.files_out:
+                check_output_file(value, options[name])
+            elif name not in self.folders_out:
                 paths = value if isinstance(value, list) else [value]
                 for path in (path for path in paths if isinstance(path, Path)):
                     check_input_file(path, options[name])

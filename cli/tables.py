@@ -253,6 +253,28 @@ def _table(title: str, columns: dict[str, Literal["left", "right"]]) -> Table:
     return table
 
 
+def winrate_table(summary: dict[str, Any]) -> Table:
+    """The summary of `dice winrate` (evaluation/winrate/summary.py): a row for each model."""
+    controlled = "length-controlled" + ("" if summary["comparable"] else " (not comparable)")
+    title = f"win rates against {summary['baseline']}, in percent, with 95 % intervals"
+    heads = (controlled, "", "win rate", " ", "prompts", "mean length")
+    table = _table(title, {"model": "left", **dict.fromkeys(heads, "right")})
+    for model in summary["models"]:
+        cells = []
+        for name in ("length_controlled_win_rate", "win_rate"):
+            interval = model[f"{name}_ci95"]
+            is_sure = model["baseline"] or interval is None
+            cells += [_points(model[name]), "" if is_sure else f"{interval[0]:.1f} to {interval[1]:.1f}"]
+        length = model["mean_length"]
+        name = f"{model['model']} (the baseline)" if model["baseline"] else model["model"]
+        table.add_row(name, *cells, number(model["prompts"]), "–" if length is None else f"{length:,.0f}")
+    return table
+
+
+def _points(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:.2f}"
+
+
 def print_table(table: Table) -> None:
     """Prints to stdout; to a pipe or a file each row on one line, without trailing blanks."""
     terminal = console()
