@@ -88,6 +88,7 @@ def test_a_reward_model(dice: Dice, tmp_path: Path) -> None:
     assert f"win rate: {result['win_rate']:.4g}\n" in printed
 
 
+@pytest.mark.slow
 def test_an_implicit_reward(dice: Dice, tmp_path: Path) -> None:
     ours, theirs = files(tmp_path)
     policy, reference = make_llama(tmp_path / "policy", 1), make_llama(tmp_path / "reference", 2)
@@ -184,6 +185,7 @@ def test_settings_of_a_config_file(dice: Dice, tmp_path: Path) -> None:
     assert json.loads(printed)["pairs"] == 6
 
 
+@pytest.mark.slow
 def test_generations_of_two_folders(dice: Dice, tmp_path: Path) -> None:
     """What `dice generate` writes: folders of shards, with prompts.parquet beside them."""
     model = make_classifier(tmp_path / "reward", "qwen2")

@@ -159,14 +159,15 @@ def test_a_template_of_the_users_own(server: JudgeServer, tmp_path: Path) -> Non
 
 def test_answers_without_a_verdict_are_no_ties(server: JudgeServer) -> None:
     prompts, ours, theirs = pairs(6)
-    judge = judge_of(server, request={}, max_tokens=4, max_unread=1.0)
+    vague = {"structured_outputs": {"choice": ["I cannot say", "[A]"]}}
+    judge = judge_of(server, request=vague, max_unread=1.0)
     verdicts = judge.verdicts(prompts, ours, theirs)
     assert verdicts.preferences.to_list() == [0.5, None, None, None, None, None]
     assert (verdicts.counts["no_verdict"], verdicts.counts["answers_unread"]) == (5, 10)
     assert win_rates(judge, prompts, ours, theirs)["prompt_id"].to_list() == [0]
     with pytest.raises(DataError, match="gives no verdict on any prompt"):
         win_rates(judge, prompts, ours[1:], theirs[1:])
-    strict = judge_of(server, request={}, max_tokens=5, concurrency=1)
+    strict = judge_of(server, request=vague, max_tokens=2, concurrency=1)
     before = server.requests()
     with pytest.raises(DataError, match=r"1 of 6 pairs have no verdict.*max_unread=0\.1.*cut off.*1 of 10 requests"):
         strict.verdicts(prompts, ours, theirs)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dice_py.data import prompts_frame
 from dice_py.errors import DataError, UsageError
-from dice_py.evaluation.responses import Matched, ResponseSet, match, prompt_text, read_response_set
+from dice_py.evaluation.response_sets import Matched, ResponseSet, match, prompt_text, read_response_set
 from dice_py.rows.messages import prompt_key
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import PROMPTS
