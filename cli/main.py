@@ -17,6 +17,7 @@ import typer
 from typer import Abort
 from typer.core import TyperGroup
 
+from cli.audit import audit
 from cli.demo import demo
 from cli.extrapolate import extrapolate
 from cli.judge import judge_app
@@ -92,10 +93,10 @@ for command in (run, resume, status, plan, demo):
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)
-for stage in (replay, train, evaluate, extrapolate):
+for stage in (replay, train, evaluate, extrapolate, audit):
     app.command(cls=Panels)(stage)
-app.add_typer(judge_app, name="judge")
 app.command(cls=WinrateCommand)(winrate)
+app.add_typer(judge_app, name="judge", short_help="Compare two models' responses by a judge.")
 
 
 @app.command()

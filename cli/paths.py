@@ -36,7 +36,18 @@ _WRITTEN = {
     "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
     "train": ("model", "model/*", "adapter", "adapter/*", "checkpoints", "checkpoints/*"),
     "extrapolate": ("model", "model/*"),
-    "evaluate": ("eval_prompts.parquet", "eval_pairs.parquet", "pair-logps-*.parquet", "samples/*", "start/*"),
+    "audit": ("audit.json", "pairs.parquet", "responses.parquet"),
+    "evaluate": (
+        "eval_prompts.parquet",
+        "eval_pairs.parquet",
+        "pair-logps-*.parquet",
+        "samples.parquet",
+        "values.parquet",
+        "samples/*",
+        "start/*",
+        "previous/*",
+        "benchmark/*",
+    ),
 }
 """What the commands write into their --out, as patterns."""
 _KINDS = (
@@ -53,11 +64,11 @@ class PathCommand(TyperCommand):
 
     out_is_file = False
     probes_out = True
-    may_be_folders: tuple[str, ...] = ("folder",)
-    """Parameters that may be folders, and are looked at by what reads them."""
     files_out: tuple[str, ...] = ()
     """Further parameters that are files which the command writes."""
     folders_out: tuple[str, ...] = _FOLDERS_OUT
+    may_be_folders: tuple[str, ...] = ("folder",)
+    """Parameters that may be folders, and are looked at by what reads them."""
 
     def invoke(self, ctx: Any) -> Any:
         """Checks the values of all parameters that are paths, then runs the command."""

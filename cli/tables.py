@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from cli.terminal import console, say
-from dice_py.reporting.formatting import mining_rows, number, seconds, share
+from dice_py.reporting.formatting import evaluation_rows, mining_rows, number, seconds, share
 
 _PLAIN_WIDTH = 1000  # so that a pipe or a file gets each row of a table on one line
 
@@ -18,7 +18,14 @@ _HIGHLIGHTS = {
     "replay": ("mined", "replay", "reached_share"),
     "train": ("pairs", "steps", "step0_loss", "final_loss"),
     "extrapolate": ("alpha", "metric"),
-    "evaluate": ("oracle_win_rate", "oracle_accuracy", "mean_response_tokens", "implicit_reward_accuracy"),
+    "benchmark": ("metrics",),
+    "evaluate": (
+        *(f"{judge}_win_rate" for judge in ("oracle", "reward_model", "implicit", "openai")),
+        "oracle_accuracy",
+        "mean_response_tokens",
+        "kl_to_previous",
+        "implicit_reward_accuracy",
+    ),
 }
 _SHOWN_MARGINS = ("0.05", "0.5", "0.95")
 
@@ -49,8 +56,8 @@ def _mining(counts: dict[str, Any]) -> list[str]:
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
     """The evaluation of each round, side by side."""
     table = _table("on held-out prompts and pairs", {"": "left", **dict.fromkeys(metrics, "right")})
-    for name in dict.fromkeys(name for values in metrics.values() for name in values):
-        table.add_row(name.replace("_", " "), *(number(values.get(name)) for values in metrics.values()))
+    for row in evaluation_rows(metrics):
+        table.add_row(*row)
     return table
 
 

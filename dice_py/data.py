@@ -105,6 +105,16 @@ def read_prompts(
     return prompts_frame([messages for messages, _ in seen.values()]).with_columns(places)
 
 
+def prompt_of(row: dict[str, Any], where: str, column: str, ignored: Collection[str]) -> list[Message]:
+    """The prompt of a row: a column of text or messages, with the columns beside it that are a part of it.
+
+    Raises:
+        DataError: the column is absent or holds no prompt; `where` names the row.
+    """
+    messages = _prompt(_column(row, column, where, "prompt"), where, column, ignored)
+    return _with_columns(messages, row, where, column, ignored)
+
+
 def _with_columns(
     messages: list[Message], row: dict[str, Any], where: str, column: str, ignored: Collection[str]
 ) -> list[Message]:
@@ -215,7 +225,7 @@ def read_pairs(
     # (result column, its dtype, column in the file, check and conversion, config key for errors)
     columns: list[tuple[str, pl.DataType, str | None, Callable[[Any, str, str], Any], str | None]] = [
         ("weight", pl.Float64(), weight_column, _weight, weight_key),
-        ("margin", pl.Float64(), margin_column, _margin, None),
+        ("margin", pl.Float64(), margin_column, finite_number, None),
         ("round", pl.Int64(), round_column, partial(_round, current_round=current_round), None),
         ("source", pl.String(), source_column, _source, None),
     ]
@@ -317,7 +327,12 @@ def _weight(value: Any, where: str, column: str) -> float:
     return float(value)
 
 
-def _margin(value: Any, where: str, column: str) -> float:
+def finite_number(value: Any, where: str, column: str) -> float:
+    """A number of a row.
+
+    Raises:
+        DataError: it is no number, or is not finite.
+    """
     if not _is_finite(value):
         raise DataError(f"{where}: {column!r} must be a finite number, got {value!r:.80}")
     return float(value)
