@@ -15,7 +15,7 @@ from dice_py.errors import DataError, UsageError
 if TYPE_CHECKING:
     from dice_py.config.run import RunConfig
     from dice_py.evaluation.judges.base import Judge
-    from dice_py.evaluation.responses import Matched
+    from dice_py.evaluation.response_sets import Matched
 
 Ours = Annotated[Path, typer.Argument(metavar="OURS", help="Responses of the model that is judged.")]
 Theirs = Annotated[Path, typer.Argument(metavar="THEIRS", help="Responses of the model that it is compared with.")]
@@ -212,7 +212,7 @@ def _matched(
     out: Path | None,
 ) -> tuple[Matched, tuple[str, str]]:
     """The pairs of responses, and the names of both sides."""
-    from dice_py.evaluation.responses import match, read_response_set
+    from dice_py.evaluation.response_sets import match, read_response_set
 
     for side in (ours, theirs):
         if out is not None and os.path.realpath(side) == os.path.realpath(out):

@@ -96,7 +96,7 @@ app.command(cls=MineCommand)(mine)
 for stage in (replay, train, evaluate, extrapolate, audit):
     app.command(cls=Panels)(stage)
 app.command(cls=WinrateCommand)(winrate)
-app.add_typer(judge_app, name="judge")
+app.add_typer(judge_app, name="judge", short_help="Compare two models' responses by a judge.")
 
 
 @app.command()

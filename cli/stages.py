@@ -169,7 +169,7 @@ def evaluate(
     assign: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Stage 6: win rates, reward accuracy, KL and lengths on held-out data.
+    """Stage 6: win rates, accuracies, KL on held-out data.
 
     Into OUT/metrics.json, and the samples into OUT/samples.parquet. Judges are those of evaluate.judges in the config.
     """

@@ -53,8 +53,10 @@ def win_rates(
         JudgeError: as of the judge.
     """
     if isinstance(judge, ScoringJudge):
-        scores = [judge.scores(prompts, samples, report) for samples in (ours, theirs)]
-        rates = win_rates_of_scores(ours, scores[0], theirs, scores[1])
+        # In one call, so that a judge loads its models once.
+        both = pl.concat([side.select("prompt_id", "response") for side in (ours, theirs)], how="vertical_relaxed")
+        scores = judge.scores(prompts, both, report)
+        rates = win_rates_of_scores(ours, scores[: ours.height], theirs, scores[ours.height :])
     elif isinstance(judge, PairwiseJudge):
         rates = _pairwise(judge, prompts, ours, theirs, report)
     else:

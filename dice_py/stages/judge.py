@@ -14,7 +14,7 @@ import polars as pl
 from dice_py.errors import DataError
 from dice_py.evaluation.judges.base import Judge, PairwiseJudge, ScoringJudge, Verdicts
 from dice_py.evaluation.metrics import bootstrap_ci95
-from dice_py.evaluation.responses import Matched, prompt_text
+from dice_py.evaluation.response_sets import Matched, prompt_text
 from dice_py.evaluation.winrate.alpaca_eval import write_annotations
 from dice_py.events import Report, no_report
 from dice_py.stages.job import Job, StageResult

@@ -21,7 +21,7 @@ from dice_py.evaluation.judges.base import ScoringJudge, conversations
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.models.limits import check_positions
-from dice_py.models.loading import release
+from dice_py.models.loading import release, release_held
 from dice_py.models.sources import resolve_classifier
 from dice_py.models.template_time import check_time_is_set
 from dice_py.models.tokenization import encode_conversation, load_tokenizer
@@ -76,6 +76,7 @@ class RewardModelJudge(ScoringJudge):
             encode_conversation(tokenizer, prompt, response, where)
             for where, prompt, response in conversations(prompts, samples)
         ]
+        release_held()  # a policy of the stage before would take the memory
         model = load_classifier(self.model, self.models)
         check_positions(
             map(len, ids),
