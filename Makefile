@@ -16,7 +16,7 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test test-fast test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
-	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real gpu-kit lock \
+	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-audit bench-real gpu-kit lock \
 	clean
 
 help: ## this list
@@ -116,6 +116,9 @@ bench-training: setup ## one epoch of DPO against a stock DPOTrainer: time and p
 
 bench-real: setup $(VENV)/.demo ## the demo's model: both engines, TRL, the plan (a quarter of an hour; BENCH_ARGS="--model FOLDER")
 	$(BIN)/python benches/real.py $(BENCH_ARGS)
+
+bench-audit: setup ## an audit of 200 pairs against rewardbench's way for DPO models (some minutes)
+	$(BIN)/python benches/audit.py $(BENCH_ARGS)
 
 bench-plan: setup ## the plan of the embedded default against a run of it (minutes)
 	$(BIN)/python benches/plan.py $(BENCH_ARGS)
