@@ -17,7 +17,7 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test test-fast test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
 	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real bench-winrate \
-	gpu-kit lock clean
+	bench-audit gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -116,6 +116,9 @@ bench-training: setup ## one epoch of DPO against a stock DPOTrainer: time and p
 
 bench-real: setup $(VENV)/.demo ## the demo's model: both engines, TRL, the plan (a quarter of an hour; BENCH_ARGS="--model FOLDER")
 	$(BIN)/python benches/real.py $(BENCH_ARGS)
+
+bench-audit: setup ## an audit of 200 pairs against rewardbench's way for DPO models (some minutes)
+	$(BIN)/python benches/audit.py $(BENCH_ARGS)
 
 bench-plan: setup ## the plan of the embedded default against a run of it (minutes)
 	$(BIN)/python benches/plan.py $(BENCH_ARGS)

@@ -42,6 +42,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
     },
+    # SmolLM2-135M, but for its embeddings, which are the head's weights too.
+    "smollm2-135m": {
+        "family": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+    },
     "llama3-1b": {
         "family": "llama",
         "vocab_size": 128256,

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from dice_py.config.shared import ModelConfig
     from dice_py.evaluation.audit.reading import AuditColumns
 
-_COLUMNS = "Columns"
-
 
 @dataclass(frozen=True)
 class _Subject:
@@ -30,33 +28,44 @@ class _Subject:
     references: dict[str, Path]
     config: RunConfig
     models: ModelConfig
+    rows: pl.DataFrame
+    key: str
+    """Of the rows' content."""
+    source: Path
+    """The file that they are from."""
     round_number: int | None = None
 
 
 def _column(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=_COLUMNS)
+    return typer.Option(help=text, rich_help_panel="Columns")
+
+
+File = Annotated[Path | None, typer.Argument(metavar="FILE", help="Preference pairs, votes, or scored responses.")]
+Policy = Annotated[str | None, typer.Option(help="The policy: folder, GGUF file or Hugging Face id.")]
+Reference = Annotated[str | None, typer.Option(help="The model that its DPO training started from.")]
+Initial = Annotated[str | None, typer.Option(help="The reference of the first round, to compare with.")]
+Sft = Annotated[str | None, typer.Option(help="The SFT model, to compare with.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="A run folder: models and held-out pairs are its own.")]
+Round = Annotated[
+    int | None,
+    typer.Option("--round", min=0, help="With --run: after which round; 0: its start; default: the last."),
+]
+Beta = Annotated[float | None, typer.Option(help="β of the implicit reward.")]
+Alpha = Annotated[str | None, typer.Option(help="Length penalty per token: a number, or auto, what mining would find.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where rewards and figures are kept.")]
 
 
 def audit(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="Preference pairs, votes, or scored responses.")
-    ] = None,
-    policy: Annotated[str | None, typer.Option(help="The policy: folder, GGUF file or Hugging Face id.")] = None,
-    reference: Annotated[str | None, typer.Option(help="The model that its DPO training started from.")] = None,
-    initial: Annotated[str | None, typer.Option(help="The reference of the first round, to compare with.")] = None,
-    sft: Annotated[str | None, typer.Option(help="The SFT model, to compare with.")] = None,
-    folder: Annotated[
-        Path | None, typer.Option("--run", help="A run folder: models and held-out pairs are its own.")
-    ] = None,
-    round_number: Annotated[
-        int | None,
-        typer.Option("--round", min=0, help="With --run: after this round; 0: the start; default: the last one."),
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="β of the implicit reward.")] = None,
-    alpha: Annotated[
-        str | None, typer.Option(help="Length penalty per token: a number, or auto, what mining would find.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where rewards and figures are kept.")] = None,
+    file: File = None,
+    policy: Policy = None,
+    reference: Reference = None,
+    initial: Initial = None,
+    sft: Sft = None,
+    folder: RunFolder = None,
+    round_number: Round = None,
+    beta: Beta = None,
+    alpha: Alpha = None,
+    out: Out = None,
     prompt_column: Annotated[str, _column("The prompt.")] = "prompt",
     chosen_column: Annotated[str, _column("The chosen response of a pair.")] = "chosen",
     rejected_column: Annotated[str, _column("The rejected response.")] = "rejected",
@@ -83,36 +92,19 @@ def audit(
         raise UsageError("--score-column and --correct-column name the same thing, how good a response is: give one")
     penalty = _alpha(alpha)
     columns = AuditColumns(
-        prompt_column,
-        chosen_column,
-        rejected_column,
-        response_column,
-        score_column,
-        correct_column,
-        model_column,
-        chosen_model_column,
-        rejected_model_column,
-        source_column,
+        *(prompt_column, chosen_column, rejected_column, response_column, score_column, correct_column, model_column),
+        *(chosen_model_column, rejected_model_column, source_column),
     )
     models = {"--policy": policy, "--reference": reference, "--initial": initial, "--sft": sft}
     if folder is not None:
-        subject, rows, key, source = _of_run(folder, round_number, file, columns, models, config, assign)
+        subject = _of_run(folder, round_number, file, columns, models, config, assign)
     else:
-        if file is None or policy is None:
-            raise UsageError("nothing to audit: give FILE and --policy (and --reference), or --run")
-        if round_number is not None:
-            raise UsageError("--round is of a run: name its folder with --run")
-        resolved = stage_config(config, assign)
-        rows, key = _read(file, columns, resolved)  # before the models, which may be long downloads
-        subject, source = _of_models(models, resolved, out), str(file)
-    _run(subject, rows, key, source, beta, penalty, out, seed, as_json)
+        subject = _of_models(file, round_number, columns, models, stage_config(config, assign), out)
+    _run(subject, beta, penalty, out, seed, as_json)
 
 
 def _run(
     subject: _Subject,
-    rows: pl.DataFrame,
-    key: str,
-    source: str,
     beta: float | None,
     alpha: float | Literal["auto"] | None,
     out: Path | None,
@@ -129,8 +121,8 @@ def _run(
         models=subject.models,
         policy=subject.policy,
         references=subject.references,
-        rows=rows,
-        rows_key=key,
+        rows=subject.rows,
+        rows_key=subject.key,
         beta=subject.config.beta if beta is None else _beta(beta),
         alpha=mining.alpha if alpha is None else alpha,
         form=forms.get(mining.debias, "sum"),
@@ -140,7 +132,7 @@ def _run(
     )
     figures = run_job(job, cache_folder() / "log" if out is None else out).counts
     named: dict[str, Any] = {
-        "file": source,
+        "file": str(subject.source),
         "round": subject.round_number,
         "policy": str(subject.policy),
         "references": {role: str(model) for role, model in subject.references.items()},
@@ -183,8 +175,20 @@ def _read(file: Path, columns: AuditColumns, resolved: RunConfig) -> tuple[pl.Da
     return read_audit(file, columns, **reading(resolved)), digest(file_digest(file), columns.__dict__)
 
 
-def _of_models(models: dict[str, str | None], resolved: RunConfig, out: Path | None) -> _Subject:
-    """The models that options name."""
+def _of_models(
+    file: Path | None,
+    round_number: int | None,
+    columns: AuditColumns,
+    models: dict[str, str | None],
+    resolved: RunConfig,
+    out: Path | None,
+) -> _Subject:
+    """The file and the models that options name."""
+    if file is None or models["--policy"] is None:
+        raise UsageError("nothing to audit: give FILE and --policy (and --reference), or --run")
+    if round_number is not None:
+        raise UsageError("--round is of a run: name its folder with --run")
+    rows, key = _read(file, columns, resolved)  # before the models, which may be long downloads
     revisions = {"--policy": resolved.model.policy_revision, "--reference": resolved.model.reference_revision}
     found = {
         option: model_folder(name, revisions.get(option), option) for option, name in models.items() if name is not None
@@ -192,7 +196,7 @@ def _of_models(models: dict[str, str | None], resolved: RunConfig, out: Path | N
     policy = found.pop("--policy")
     roles = {"--reference": "previous", "--initial": "initial", "--sft": "sft"}
     references = {roles[option]: folder for option, folder in found.items()}
-    return _Subject(policy, references, resolved, _at_one_time(resolved, policy, out))
+    return _Subject(policy, references, resolved, _at_one_time(resolved, policy, out), rows, key, file)
 
 
 def _at_one_time(resolved: RunConfig, policy: Path, out: Path | None) -> ModelConfig:
@@ -216,7 +220,7 @@ def _of_run(
     models: dict[str, str | None],
     config: list[Path] | None,
     assign: list[str] | None,
-) -> tuple[_Subject, pl.DataFrame, str, str]:
+) -> _Subject:
     """What a run folder has: the models after a round, and the held-out pairs unless a file is given."""
     from dice_py.config.loading import reassigned
     from dice_py.runs.audited import audited_round
@@ -227,10 +231,12 @@ def _of_run(
         raise UsageError(f"{(given or ['--config'])[0]} is the run's own with --run: leave out one of the two")
     found = audited_round(folder, number)
     resolved = reassigned(found.config, assign or [])
-    subject = _Subject(found.policy, found.references, resolved, resolved.model, found.number)
-    if file is not None:
-        return subject, *_read(file, columns, resolved), str(file)
-    if found.pairs is None:
+    if file is None and found.pairs is None:
         raise UsageError(f"--run: {folder} has no held-out pairs: give a FILE to audit its models on")
-    rows = read_parquet(found.pairs)
-    return subject, rows, str(parquet_key(found.pairs)), str(found.pairs)
+    if file is not None:
+        rows, key = _read(file, columns, resolved)
+        source = file
+    else:
+        assert found.pairs is not None
+        rows, key, source = read_parquet(found.pairs), str(parquet_key(found.pairs)), found.pairs
+    return _Subject(found.policy, found.references, resolved, resolved.model, rows, key, source, found.number)

@@ -41,7 +41,7 @@ def print_audit(figures: dict[str, Any]) -> None:
     say()
     for title, names in (("several responses to a prompt", _SETS), ("models compared", _MODELS)):
         if any(entry["metrics"][name]["value"] is not None for entry in entries for name in names):
-            print_table(_metrics(title, names, entries))
+            print_table(_columns_of(title, names, entries))
             say()
     print_table(_slices(figures))
     say()
@@ -61,7 +61,7 @@ def _agreement(figures: dict[str, Any], entries: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _metrics(title: str, names: dict[str, str], entries: list[dict[str, Any]]) -> Table:
+def _columns_of(title: str, names: dict[str, str], entries: list[dict[str, Any]]) -> Table:
     known = {name for name in names for entry in entries if entry["metrics"][name]["value"] is not None}
     shown = {name: head for name, head in names.items() if name in known}
     table = _table(title, ["reward", *shown.values()])

@@ -93,7 +93,8 @@ class AuditJob(Job):
         """Scores and measures. With `out`, files of an equal audit are kept."""
         key = self.key()
         made: list[StageFile] = [(file, key) for file in self.files]
-        if made and all(is_kept(file, key, report) for file in self.files):
+        are_kept = [is_kept(file, key, report) for file in self.files]  # all are looked at: some may be set aside
+        if made and all(are_kept):
             kept = read_sealed(self.files[-1], key)
             if kept is not None:
                 report("note", text=f"the same audit is in {self.out} already")

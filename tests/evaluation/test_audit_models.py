@@ -10,9 +10,10 @@ from audit_data import pairs, scored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
 
 from dice_py.evaluation.audit.data import AuditData
-from dice_py.evaluation.audit.models import Standings, battles_of, model_figures, standings, strengths
+from dice_py.evaluation.audit.models import Battles, Standings, battles_of, model_figures, standings, strengths
 from dice_py.evaluation.audit.resampling import Resamples
 
 SETS = st.lists(
@@ -56,10 +57,18 @@ def test_battles_of_preference_pairs() -> None:
     assert battles_of(data) is None
 
 
+def totals(battles: Battles, won: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Wins and games of each pair of models, in one row."""
+    weight = np.ones(len(won)) if weights is None else weights
+    counts = (np.bincount(battles.pair, weights=weight * one, minlength=len(battles.pairs)) for one in (won, won**0))
+    wins, games = counts
+    return wins[None], games[None]
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SETS)
 def test_strengths_are_those_of_a_plain_fit(sets: list[list[tuple[int, int]]]) -> None:
-    """The maximum of the likelihood with scikit-learn's penalty ½·‖s‖², found by SciPy; any C would be another one."""
+    """The maximum of the likelihood with the penalty ½·‖s‖², found by SciPy."""
     prompt = [number for number, rows in enumerate(sets) for _ in rows]
     model, score = ([row[at] for rows in sets for row in rows] for at in (0, 1))
     battles = battles_of(scored(prompt, score, model=model))
@@ -73,9 +82,31 @@ def test_strengths_are_those_of_a_plain_fit(sets: list[list[tuple[int, int]]]) -
         return float(likelihood.sum() + 0.5 * s @ s)
 
     expected = minimize(loss, np.zeros(battles.models), method="BFGS", options={"gtol": 1e-9}).x
-    wins = np.bincount(battles.pair, weights=battles.won, minlength=len(battles.pairs))
-    games = np.bincount(battles.pair, minlength=len(battles.pairs)).astype(float)
-    assert strengths(battles, wins, games) == pytest.approx(expected - expected.mean(), abs=1e-4)
+    assert strengths(battles, *totals(battles, battles.won))[0] == pytest.approx(expected - expected.mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("games", [3, 100_000])
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_strengths_are_scikit_learns(games: int, one_sided: bool) -> None:
+    """Of many games, too, and where every model beats all that come after it."""
+    rng = np.random.default_rng(0)
+    pairs_of = np.array(list(combinations(range(7), 2)))
+    at = rng.normal(size=7)
+    chance = 1 / (1 + np.exp(at[pairs_of[:, 1]] - at[pairs_of[:, 0]]))
+    wins = np.full(21, float(games)) if one_sided else rng.binomial(games, chance).astype(float)
+    empty = np.zeros(0, dtype=int)
+    battles = Battles(empty, empty, empty, empty, np.zeros(0), pairs_of, 7)
+    x = np.zeros((21, 7))
+    x[np.arange(21), pairs_of[:, 0]], x[np.arange(21), pairs_of[:, 1]] = 1, -1
+    # Each game from both sides, at half its weight, so that both outcomes occur.
+    weight = np.concatenate([wins, wins, games - wins, games - wins]) / 2
+    kept = weight > 0
+    rows, outcome = np.concatenate([x, -x, x, -x]), np.repeat([1, 0, 0, 1], 21)
+    model = LogisticRegression(fit_intercept=False, solver="newton-cholesky", tol=1e-10)
+    expected = model.fit(rows[kept], outcome[kept], sample_weight=weight[kept]).coef_[0]
+    found = strengths(battles, np.stack([wins, wins / 2]), np.full((2, 21), float(games)))
+    assert found[0] == pytest.approx(expected - expected.mean(), abs=1e-5)
+    assert found[1] != pytest.approx(found[0], abs=1e-3)  # each row has strengths of its own
 
 
 def arena(models: int, prompts: int, seed: int, noise: float) -> tuple[AuditData, np.ndarray, np.ndarray]:
@@ -157,6 +188,4 @@ def test_win_rates_and_their_rows_by_hand() -> None:
     assert model_figures(human, ours)["row_wise_pearson"].value == pytest.approx(np.mean(correlations))
     # The strengths of a resample are those of its games.
     weights = resamples.weights[7][battles.prompt]
-    wins = np.bincount(battles.pair, weights=weights * won, minlength=len(battles.pairs))
-    games = np.bincount(battles.pair, weights=weights, minlength=len(battles.pairs))
-    assert ours.drawn[7] == pytest.approx(strengths(battles, wins, games), abs=1e-6)
+    assert ours.drawn[7] == pytest.approx(strengths(battles, *totals(battles, won, weights))[0], abs=1e-6)

@@ -102,7 +102,7 @@ class _Measures:
                 reasons[name] = (
                     "the human preferences separate no two models"
                     if name == "confidence_agreement"
-                    else "a correlation needs values that differ, and those of some reward, or the scores, do not"
+                    else "a correlation needs values that differ, of models three or more, and some reward has too few"
                 )
         return reasons
 
