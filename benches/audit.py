@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from rich.console import Console
 from rich.table import Table
 
+from dice_py.data import pairs_frame
 from dice_py.storage.files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -74,29 +76,24 @@ def write_models(args: argparse.Namespace, folder: Path) -> list[Path]:
     return folders
 
 
+def as_messages(pairs: list[dict[str, str]]) -> pl.DataFrame:
+    """The pairs as the job of an audit takes them."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    turns: list[Any] = [{name: [{"role": role, "content": row[name]}] for name, role in roles.items()} for row in pairs]
+    return pairs_frame(turns).drop("key")
+
+
 def audited(args: argparse.Namespace, folders: list[Path], pairs: list[dict[str, str]]) -> dict[str, Any]:
     """The job of `dice audit`: its seconds, those of its forwards, the rewards, and the token ids that it scored."""
-    import polars as pl
-
     from dice_py.config.shared import ModelConfig
     from dice_py.config.stages import ScoreConfig
-    from dice_py.data import pairs_frame
     from dice_py.models.loading import release_held
     from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
     from dice_py.scoring import forwards
     from dice_py.stages.audit import AuditJob
 
     models = ModelConfig(device="cpu", dtype="float32")
-    rows = pairs_frame(
-        [
-            {
-                "prompt": [{"role": "user", "content": row["prompt"]}],
-                "chosen": [{"role": "assistant", "content": row["chosen"]}],
-                "rejected": [{"role": "assistant", "content": row["rejected"]}],
-            }
-            for row in pairs
-        ]
-    ).drop("key")
+    rows = as_messages(pairs)
     spent, plain = [0.0], forwards.packed_sums
 
     def timed_sums(*arguments: Any) -> list[float]:

@@ -30,7 +30,6 @@ _SCALES = ("auto", "1", "100")
 Files = Annotated[
     list[Path],
     typer.Argument(
-        metavar="FILE…",
         help="Verdicts: one row per response (Parquet, JSONL, JSON), AlpacaEval's annotations.json, or Arena-Hard's "
         "judgments. Several files are of one kind.",
     ),
@@ -38,7 +37,7 @@ Files = Annotated[
 Baseline = Annotated[str | None, typer.Option(help="The model that the others were compared with.")]
 Outputs = Annotated[
     list[Path] | None,
-    typer.Option(help="Outputs, for lengths that FILE lacks: model_outputs.json, or Arena-Hard's model_answer files."),
+    typer.Option(help="Outputs, for lengths that FILES lack: model_outputs.json, or Arena-Hard's model_answer files."),
 ]
 PromptColumn = Annotated[str, typer.Option(help="The prompt's id.", rich_help_panel=_ROWS)]
 ModelColumn = Annotated[str, typer.Option(help="The model's name.", rich_help_panel=_ROWS)]

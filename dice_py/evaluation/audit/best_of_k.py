@@ -128,7 +128,7 @@ def _weighted_auc(prompt: np.ndarray, right: np.ndarray, scaled: np.ndarray, res
     levels = int(place.max()) + 1
     drawn = np.empty(len(resamples.weights))
     for number, weights in enumerate(resamples.weights):
-        weight = weights[prompt].astype(np.float64)
+        weight = weights[prompt]
         positive, negative = (by_group(place, weight * side, levels) for side in (right, ~right))
         below = np.cumsum(negative) - negative / 2
         total = positive.sum() * negative.sum()

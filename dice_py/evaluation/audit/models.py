@@ -100,7 +100,7 @@ def standings(battles: Battles, won: np.ndarray, resamples: Resamples) -> Standi
     """
     games, wins = (_by_prompt(battles, values, resamples.prompts) for values in (np.ones(len(won)), won))
     weights = resamples.weights[:ROUNDS]
-    drawn_games, drawn_wins = ((counts.T @ weights.T.astype(np.float64)).T for counts in (games, wins))
+    drawn_games, drawn_wins = ((counts.T @ weights.T).T for counts in (games, wins))
     total, total_wins = games.sum(axis=0), wins.sum(axis=0)
     rates = np.full((battles.models, battles.models), np.nan)
     first, second = battles.pairs.T

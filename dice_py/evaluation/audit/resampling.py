@@ -8,7 +8,7 @@ import numpy as np
 
 from dice_py.evaluation.metrics import RESAMPLES
 
-_ENTRIES = 20_000_000
+_ENTRIES = 10_000_000
 """Of a matrix of resamples × prompts: 80 MB."""
 _FEWEST = 200
 
@@ -29,7 +29,7 @@ class Figure(NamedTuple):
 class Resamples:
     """How often each prompt is in each resample. All figures of an audit share them, so that differences are paired.
 
-    There are 2000 resamples; fewer, but at least 200, where the prompts are more than 10 000.
+    There are 2000 resamples; fewer, but at least 200, where the prompts are more than 5000.
 
     Args:
         prompts: their number, one or more.
@@ -40,8 +40,8 @@ class Resamples:
         self.prompts = prompts
         count = max(_FEWEST, min(RESAMPLES, _ENTRIES // prompts))
         rng = np.random.default_rng(seed % 2**63)
-        self.weights = np.empty((count, prompts), dtype=np.float32)
-        """(resamples, prompts) float32; each row sums to the number of prompts."""
+        self.weights = np.empty((count, prompts))
+        """(resamples, prompts) float64; each row sums to the number of prompts."""
         for row in self.weights:
             row[:] = np.bincount(rng.integers(0, prompts, prompts), minlength=prompts)
 

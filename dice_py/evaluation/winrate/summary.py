@@ -45,7 +45,7 @@ def summarize(comparisons: Comparisons, rates: WinRates, given: Difficulty | Non
             "from": "this fit" if given is None else "an earlier fit",
             "models": len(source.models),
             "prompts": len(source.gamma),
-            "length_coefficient_mean": source.prior.length_mean,
+            "baseline": source.baseline,
         },
         "notes": notes,
     }
