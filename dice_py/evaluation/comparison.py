@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import polars as pl
 
 from dice_py.errors import DataError
 from dice_py.evaluation.judges.base import Judge, PairwiseJudge, ScoringJudge
 from dice_py.evaluation.metrics import win_rate
 from dice_py.events import Report, no_report
+from dice_py.storage.schemas import PLACE
 
 
 def win_rates_of_scores(
@@ -33,6 +37,20 @@ def win_rates_of_scores(
     return both.select("prompt_id").with_columns(pl.Series("win_rate", rates, dtype=pl.Float64))
 
 
+def scores_of_each(
+    judge: ScoringJudge, prompts: pl.DataFrame, sides: Sequence[pl.DataFrame], report: Report = no_report
+) -> list[pl.Series]:
+    """The scores of several sets of samples, by one call of the judge, which then loads its models once.
+
+    Args:
+        sides: `prompt_id` and `response`, and perhaps `where` in all of them.
+    """
+    columns = ["prompt_id", "response", *([PLACE] if all(PLACE in side.columns for side in sides) else [])]
+    scores = judge.scores(prompts, pl.concat([side.select(columns) for side in sides], how="vertical_relaxed"), report)
+    ends = list(accumulate(side.height for side in sides))
+    return [scores[end - side.height : end] for side, end in zip(sides, ends, strict=True)]
+
+
 def win_rates(
     judge: Judge, prompts: pl.DataFrame, ours: pl.DataFrame, theirs: pl.DataFrame, report: Report = no_report
 ) -> pl.DataFrame:
@@ -53,10 +71,8 @@ def win_rates(
         JudgeError: as of the judge.
     """
     if isinstance(judge, ScoringJudge):
-        # In one call, so that a judge loads its models once.
-        both = pl.concat([side.select("prompt_id", "response") for side in (ours, theirs)], how="vertical_relaxed")
-        scores = judge.scores(prompts, both, report)
-        rates = win_rates_of_scores(ours, scores[: ours.height], theirs, scores[ours.height :])
+        our_scores, their_scores = scores_of_each(judge, prompts, (ours, theirs), report)
+        rates = win_rates_of_scores(ours, our_scores, theirs, their_scores)
     elif isinstance(judge, PairwiseJudge):
         rates = _pairwise(judge, prompts, ours, theirs, report)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from dice_py.evaluation.comparison import win_rates, win_rates_of_scores
+from dice_py.evaluation.comparison import scores_of_each, win_rates, win_rates_of_scores
 from dice_py.evaluation.judges.base import Judge, ScoringJudge
 from dice_py.evaluation.judges.oracle import OracleJudge, oracle_metrics
 from dice_py.evaluation.metrics import bootstrap_ci95
@@ -59,8 +59,10 @@ def judge_metrics(
     name = judge.name
     scores: dict[str, pl.Series] = {}
     if isinstance(judge, ScoringJudge):
-        scores = {"ours": judge.scores(samples.prompts, samples.ours, report)}
-        scores["start"] = judge.scores(samples.prompts, samples.start, report)
+        sides = {"ours": samples.ours, "start": samples.start}
+        if samples.previous is not samples.start:
+            sides["previous"] = samples.previous
+        scores = dict(zip(sides, scores_of_each(judge, samples.prompts, list(sides.values()), report), strict=True))
         rates = win_rates_of_scores(samples.ours, scores["ours"], samples.start, scores["start"])
     else:
         rates = win_rates(judge, samples.prompts, samples.ours, samples.start, report)
@@ -74,8 +76,7 @@ def judge_metrics(
             metrics |= _scores(name, samples, scores, seed)
     if samples.previous is not samples.start:
         if isinstance(judge, ScoringJudge):
-            theirs = judge.scores(samples.prompts, samples.previous, report)
-            rates = win_rates_of_scores(samples.ours, scores["ours"], samples.previous, theirs)
+            rates = win_rates_of_scores(samples.ours, scores["ours"], samples.previous, scores["previous"])
         else:
             rates = win_rates(judge, samples.prompts, samples.ours, samples.previous, report)
     return metrics | _rates(f"{name}_win_rate{PREVIOUS}", rates, seed)

@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from dice_py.errors import DataError
+from dice_py.evaluation.comparison import scores_of_each
 from dice_py.evaluation.judges.base import Judge, PairwiseJudge, ScoringJudge, Verdicts
 from dice_py.evaluation.metrics import bootstrap_ci95
 from dice_py.evaluation.response_sets import Matched, prompt_text
@@ -96,9 +97,7 @@ class JudgeJob(Job):
             return self.judge.verdicts(matched.prompts, matched.ours, matched.theirs, report)
         if not isinstance(self.judge, ScoringJudge):
             raise TypeError(f"{type(self.judge).__name__} is neither a ScoringJudge nor a PairwiseJudge")
-        # One call, so that a judge loads its models once.
-        scores = self.judge.scores(matched.prompts, pl.concat([matched.ours, matched.theirs]), report)
-        ours, theirs = scores[: matched.ours.height], scores[matched.ours.height :]
+        ours, theirs = scores_of_each(self.judge, matched.prompts, (matched.ours, matched.theirs), report)
         wins = (ours > theirs).cast(pl.Float64) + 0.5 * (ours == theirs).cast(pl.Float64)
         return Verdicts(wins, {})
 

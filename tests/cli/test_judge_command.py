@@ -41,6 +41,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_reward_model(dice: Dice, tmp_path: Path) -> None:
     ours, theirs = files(tmp_path)
     model = make_classifier(tmp_path / "reward", "llama", seed=2)
