@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from cli.audit import audit
 from cli.demo import demo
 from cli.extrapolate import extrapolate
+from cli.judge import judge_app
 from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
@@ -28,6 +29,7 @@ from cli.replay import replay
 from cli.runs import resume, run, status
 from cli.stages import evaluate, generate, score, train
 from cli.terminal import prepare_streams, say
+from cli.winrate import WinrateCommand, winrate
 from dice_py.compute.interrupts import settle, stopped_by_signals
 from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, UsageError
 
@@ -93,6 +95,8 @@ app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)
 for stage in (replay, train, evaluate, extrapolate, audit):
     app.command(cls=Panels)(stage)
+app.command(cls=WinrateCommand)(winrate)
+app.add_typer(judge_app, name="judge", short_help="Compare two models' responses by a judge.")
 
 
 @app.command()

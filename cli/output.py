@@ -46,7 +46,7 @@ def run_job(job: Job, folder: Path, limits: WarningsConfig | None = None) -> Sta
     from dice_py.stages.registry import stage_of
     from dice_py.storage.files import remove_leftovers
 
-    for written in (folder, folder / "samples", folder / "start"):
+    for written in (folder, folder / "samples", folder / "start", folder / "previous"):
         remove_leftovers(written)
     stage = stage_of(job)
     with Display() as display:

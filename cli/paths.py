@@ -37,7 +37,17 @@ _WRITTEN = {
     "train": ("model", "model/*", "adapter", "adapter/*", "checkpoints", "checkpoints/*"),
     "extrapolate": ("model", "model/*"),
     "audit": ("audit.json", "pairs.parquet", "responses.parquet"),
-    "evaluate": ("eval_prompts.parquet", "eval_pairs.parquet", "pair-logps-*.parquet", "samples/*", "start/*"),
+    "evaluate": (
+        "eval_prompts.parquet",
+        "eval_pairs.parquet",
+        "pair-logps-*.parquet",
+        "samples.parquet",
+        "values.parquet",
+        "samples/*",
+        "start/*",
+        "previous/*",
+        "benchmark/*",
+    ),
 }
 """What the commands write into their --out, as patterns."""
 _KINDS = (
@@ -54,15 +64,22 @@ class PathCommand(TyperCommand):
 
     out_is_file = False
     probes_out = True
+    files_out: tuple[str, ...] = ()
+    """Further parameters that are files which the command writes."""
+    folders_out: tuple[str, ...] = _FOLDERS_OUT
+    may_be_folders: tuple[str, ...] = ("folder",)
+    """Parameters that may be folders, and are looked at by what reads them."""
 
     def invoke(self, ctx: Any) -> Any:
         """Checks the values of all parameters that are paths, then runs the command."""
         options = {param.name: param.opts[0] for param in self.get_params(ctx)}
         ctx.params.update({name: _local(value, options[name]) for name, value in ctx.params.items()})
         for name, value in ctx.params.items():
-            if name == "folder" or value is None:
+            if name in self.may_be_folders or value is None:
                 continue
-            if name not in _FOLDERS_OUT:
+            if name in self.files_out:
+                check_output_file(value, options[name])
+            elif name not in self.folders_out:
                 paths = value if isinstance(value, list) else [value]
                 for path in (path for path in paths if isinstance(path, Path)):
                     check_input_file(path, options[name])

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Method, Out, Policy, Reference, Set, StageSeed, stage_config
-from cli.output import model_folder, models_at, print_result, reading, run_job, write_copy
+from cli.output import echo_note, echo_warnings, model_folder, models_at, print_result, reading, run_job, write_copy
 from cli.paths import check_oracle_prompts, check_table
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from dice_py.config.run import RunConfig
     from dice_py.stages.job import StageFile
 
 
@@ -154,6 +155,9 @@ def evaluate(
     start: Annotated[str, typer.Option(help="The policy to compare with.")],
     reference: Reference,
     out: Out,
+    previous: Annotated[
+        str | None, typer.Option(help="The policy of the round before; default: the one to compare with.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Held-out prompts.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Held-out pairs in TRL's format.")] = None,
     prompt_column: Annotated[str, typer.Option(help="The prompts' column.")] = "prompt",
@@ -165,9 +169,9 @@ def evaluate(
     assign: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Stage 6: lengths and reward accuracy on held-out data.
+    """Stage 6: win rates, accuracies, KL on held-out data.
 
-    Into OUT/metrics.json.
+    Into OUT/metrics.json, and the samples into OUT/samples.parquet. Judges are those of evaluate.judges in the config.
     """
     from dice_py.evaluation.judges.registry import build_judges
     from dice_py.stages.evaluate import EvaluateJob
@@ -191,6 +195,8 @@ def evaluate(
         models=models_at(resolved, policy_folder, out),
         policy=policy_folder,
         start=start_folder,
+        previous=start_folder if previous is None else model_folder(previous, None, "--previous"),
+        previous_samples=out / "previous",
         reference=against,
         initial_reference=against,
         prompts=prompts_file[0] if prompts_file else None,
@@ -200,11 +206,29 @@ def evaluate(
         shared=out,
         seed=seed,
         max_prompt_tokens=resolved.data.max_prompt_tokens,
-        judges=build_judges(resolved.evaluate.judges, world_oracle),
+        judges=build_judges(resolved.evaluate.judges, resolved.model, world_oracle),
         devices=resolved.devices,
         bad_rows=resolved.data.bad_rows,
     )
-    print_result(run_job(job, out).counts, as_json)
+    metrics = dict(run_job(job, out, resolved.warnings).counts)
+    if resolved.evaluate.command is not None:
+        metrics |= _benchmark(resolved, policy_folder, out)
+    print_result(metrics, as_json)
+
+
+def _benchmark(resolved: RunConfig, policy: Path, out: Path) -> dict[str, float]:
+    """The numbers of evaluate.command on a policy; a failure is a warning."""
+    from dice_py.runs.warnings import stage_warnings
+    from dice_py.stages.benchmark import BenchmarkJob, benchmark_metrics, check_command
+
+    config = resolved.evaluate
+    assert config.command is not None
+    folder = Path(config.command_folder or ".").absolute()
+    check_command(config.command, folder)
+    job = BenchmarkJob(policy.absolute(), tuple(config.command), folder, config.command_timeout, out / "benchmark")
+    result = job.run(echo_note)
+    echo_warnings(stage_warnings("benchmark", job, result, resolved.warnings))
+    return benchmark_metrics(result.counts)
 
 
 def _read_held_out(

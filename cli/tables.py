@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from cli.terminal import console, say
-from dice_py.reporting.formatting import mining_rows, number, seconds, share
+from dice_py.reporting.formatting import evaluation_rows, mining_rows, number, seconds, share
 
 _PLAIN_WIDTH = 1000  # so that a pipe or a file gets each row of a table on one line
 
@@ -18,7 +18,14 @@ _HIGHLIGHTS = {
     "replay": ("mined", "replay", "reached_share"),
     "train": ("pairs", "steps", "step0_loss", "final_loss"),
     "extrapolate": ("alpha", "metric"),
-    "evaluate": ("oracle_win_rate", "oracle_accuracy", "mean_response_tokens", "implicit_reward_accuracy"),
+    "benchmark": ("metrics",),
+    "evaluate": (
+        *(f"{judge}_win_rate" for judge in ("oracle", "reward_model", "implicit", "openai")),
+        "oracle_accuracy",
+        "mean_response_tokens",
+        "kl_to_previous",
+        "implicit_reward_accuracy",
+    ),
 }
 _SHOWN_MARGINS = ("0.05", "0.5", "0.95")
 
@@ -49,8 +56,8 @@ def _mining(counts: dict[str, Any]) -> list[str]:
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
     """The evaluation of each round, side by side."""
     table = _table("on held-out prompts and pairs", {"": "left", **dict.fromkeys(metrics, "right")})
-    for name in dict.fromkeys(name for values in metrics.values() for name in values):
-        table.add_row(name.replace("_", " "), *(number(values.get(name)) for values in metrics.values()))
+    for row in evaluation_rows(metrics):
+        table.add_row(*row)
     return table
 
 
@@ -251,6 +258,28 @@ def _table(title: str, columns: dict[str, Literal["left", "right"]]) -> Table:
     for name, justify in columns.items():
         table.add_column(name, justify=justify)
     return table
+
+
+def winrate_table(summary: dict[str, Any]) -> Table:
+    """The summary of `dice winrate` (evaluation/winrate/summary.py): a row for each model."""
+    controlled = "length-controlled" + ("" if summary["comparable"] else " (not comparable)")
+    title = f"win rates against {summary['baseline']}, in percent, with 95 % intervals"
+    heads = (controlled, "", "win rate", " ", "prompts", "mean length")
+    table = _table(title, {"model": "left", **dict.fromkeys(heads, "right")})
+    for model in summary["models"]:
+        cells = []
+        for name in ("length_controlled_win_rate", "win_rate"):
+            interval = model[f"{name}_ci95"]
+            is_sure = model["baseline"] or interval is None
+            cells += [_points(model[name]), "" if is_sure else f"{interval[0]:.1f} to {interval[1]:.1f}"]
+        length = model["mean_length"]
+        name = f"{model['model']} (the baseline)" if model["baseline"] else model["model"]
+        table.add_row(name, *cells, number(model["prompts"]), "–" if length is None else f"{length:,.0f}")
+    return table
+
+
+def _points(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:.2f}"
 
 
 def print_table(table: Table) -> None:

@@ -260,6 +260,67 @@ def read_pairs(
     )
 
 
+def read_responses(
+    path: Path,
+    *,
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    rule: BadRowRule = _RULE,
+    ignored: Collection[str] = (),
+    report: Report = no_report,
+) -> pl.DataFrame:
+    """Reads responses to prompts, one row each. A row without these columns may have AlpacaEval's: instruction, output.
+
+    Args:
+        path: JSONL, JSON or Parquet.
+        prompt_column: column of the prompt, as text or messages.
+        response_column: column of the response, as text or as one assistant turn. It may be empty, but not null.
+        rule: what happens to a row that cannot be used.
+        ignored: keys of messages, and columns beside the prompt, to leave out.
+        report: receives a note with the rows that were left out.
+
+    Returns:
+        Columns `messages`, `key` (text, equal for equal prompts only), `response` (text), `generator` and `dataset`
+        (text or null), as AlpacaEval's files have them, and `where` (text: the file's name and the row's place).
+
+    Raises:
+        DataError: the message names the file, the line and the column.
+    """
+    rows: list[tuple[list[Message], str, str, str | None, str | None, str]] = []
+    bad = BadRows(rule, str(path), "responses")
+    for line in read_rows(path):
+        with bad.row():
+            row, where = line.columns, line.where
+            prompt = "instruction" if prompt_column not in row and "instruction" in row else prompt_column
+            response = "output" if response_column not in row and "output" in row else response_column
+            messages = _prompt(_column(row, prompt, where, "prompt"), where, prompt, ignored)
+            messages = _with_columns(messages, row, where, prompt, ignored)
+            if response not in row:
+                columns = ", ".join(row)
+                raise DataError(
+                    f"{where}: no column {response!r}; its columns are {columns}. Name it with --response-column"
+                )
+            text = _response(row[response], where, response)
+            labels = [row.get(name) if isinstance(row.get(name), str) else None for name in ("generator", "dataset")]
+            rows.append((messages, prompt_key(messages), text, labels[0], labels[1], line.place))
+    bad.finish(report)
+    if not rows:
+        raise DataError(f"{path} holds no responses")
+    schema = {"messages": _dtype(row[0] for row in rows)} | dict.fromkeys(
+        ("key", "response", "generator", "dataset", PLACE), pl.String()
+    )
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _response(value: Any, where: str, column: str) -> str:
+    if isinstance(value, str):
+        return value
+    turns = read_messages(value, "assistant", where, column)
+    if [turn["role"] for turn in turns] != ["assistant"] or turns[0].get("extra"):
+        raise DataError(f"{where}: {column!r} must be text, or one assistant turn of text, got {value!r:.80}")
+    return turns[0]["content"]
+
+
 def _weight(value: Any, where: str, column: str) -> float:
     if not _is_finite(value) or value < 0:
         raise DataError(f"{where}: {column!r} must be a finite number ≥ 0, got {value!r:.80}")

@@ -11,3 +11,17 @@ Report = Callable[..., None]
 
 def no_report(event: str, **fields: Any) -> None:
     """A `Report` that ignores every event."""
+
+
+def notes_once(report: Report) -> Report:
+    """A report that passes each note on once: several passes over one thing have the same to say of it."""
+    seen: set[str] = set()
+
+    def once(event: str, **fields: Any) -> None:
+        if event == "note":
+            if fields["text"] in seen:
+                return
+            seen.add(fields["text"])
+        report(event, **fields)
+
+    return once

@@ -15,6 +15,7 @@ from dice_py.errors import (
     DiceError,
     DiskFullError,
     InterruptedRunError,
+    JudgeError,
     OutOfMemoryError,
     UsageError,
 )
@@ -31,7 +32,16 @@ _OUT_OF_MEMORY = (
     "less than desired gpu memory utilization",
 )
 
-_KINDS = (DiceError, UsageError, DataError, DamagedError, OutOfMemoryError, DiskFullError, InterruptedRunError)
+_KINDS = (
+    DiceError,
+    UsageError,
+    DataError,
+    DamagedError,
+    OutOfMemoryError,
+    DiskFullError,
+    InterruptedRunError,
+    JudgeError,
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from dice_py.config.renamed import foreign_name, renaming
 from dice_py.config.run import ONE_STAGE, WORLD_DEFAULTS, RunConfig
-from dice_py.config.shared import Section
+from dice_py.config.shared import SECRET, Section
 from dice_py.config.yaml_text import parse_yaml, read_yaml
 from dice_py.errors import UsageError
 
@@ -92,7 +92,8 @@ def _sentence(item: ErrorDetails) -> str:
     # Besides keys, pydantic's location names the branch of a union that was tried: "literal['auto']", "float".
     where = ".".join(part for part in parts if part.replace("_", "").isalnum() and part != "float")
     text = item["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(item["input"], Section | dict) else f" (got {_SHORT.repr(item['input'])})"
+    is_hidden = item["type"] == SECRET or isinstance(item["input"], Section | dict)
+    got = "" if is_hidden else f" (got {_SHORT.repr(item['input'])})"
     return f"{where}: {text}{got}" if where else text
 
 

@@ -13,15 +13,19 @@ from pydantic import Field, field_validator, model_validator
 from dice_py.config.shared import Positive, Section
 
 Limit = Annotated[float, Field(ge=0.0)]
-RoundMetric = Literal[
+ROUND_METRICS = (
     "oracle_win_rate",
     "oracle_accuracy",
     "oracle_score",
+    "reward_model_win_rate",
+    "implicit_win_rate",
+    "openai_win_rate",
     "implicit_reward_accuracy",
     "implicit_reward_accuracy_initial_reference",
-]
+)
 """Metrics of the evaluation by which rounds are compared; of each, more is better. The evaluation stores their values
-by prompt or pair (evaluation/values.py)."""
+by prompt or pair (evaluation/values.py). Beside them: command.NAME, a number that evaluate.command prints."""
+COMMAND_PREFIX = "command."
 
 
 class RoundsConfig(Section):
@@ -36,11 +40,30 @@ class RoundsConfig(Section):
         description="worse: end the run after a round that is worse on the metric than the policy that it started "
         "from, beyond the 95 % interval of the difference",
     )
-    metric: RoundMetric | None = Field(
+    metric: str | None = Field(
         default=None,
-        description="metric of keep and stop_when; none: oracle_win_rate on the synthetic world, else "
+        description="metric of keep and stop_when: the win rate of a judge (oracle, reward_model, implicit, openai: as "
+        "in openai_win_rate), oracle_accuracy, oracle_score, implicit_reward_accuracy, "
+        "implicit_reward_accuracy_initial_reference, or command.NAME, a number of evaluate.command of which more is "
+        "better (for keep alone: it has no interval). none: oracle_win_rate on the synthetic world, else "
         "implicit_reward_accuracy_initial_reference",
     )
+
+    @field_validator("metric")
+    @classmethod
+    def _check_metric(cls, value: str | None) -> str | None:
+        if value is None or value in ROUND_METRICS or (value.startswith(COMMAND_PREFIX) and value != COMMAND_PREFIX):
+            return value
+        raise ValueError(f"it should be one of {', '.join(map(repr, ROUND_METRICS))}, or command.NAME")
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> RoundsConfig:
+        if self.stop_when == "worse" and (self.metric or "").startswith(COMMAND_PREFIX):
+            raise ValueError(
+                f"stop_when is worse, but {self.metric} is one number a round, without an interval: set another "
+                "metric, or stop_when to none"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

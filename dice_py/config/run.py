@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from dice_py.config.extrapolation import ExtrapolateConfig
 from dice_py.config.loss import MINING_LABELS
 from dice_py.config.mining import MineConfig
-from dice_py.config.rounds import RoundMetric, RoundsConfig, WarningsConfig
+from dice_py.config.rounds import COMMAND_PREFIX, ROUND_METRICS, RoundsConfig, WarningsConfig
 from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Section
 from dice_py.config.stages import (
     EvaluateConfig,
@@ -231,23 +231,32 @@ def _check_own_run(config: RunConfig) -> None:
 
 def _check_round_metric(config: RunConfig) -> None:
     """Checks that the evaluation measures what rounds are compared by."""
-    metric, evaluate = config.round_metric, config.evaluate
-    has_pairs = config.is_world or config.data.replay is not None or config.data.eval_pairs is not None
-    lacking = {
-        "oracle": [] if config.is_world else ["only the synthetic world has an oracle"],
-        "implicit": [] if has_pairs else ["no offline pairs are given: name data.eval_pairs"],
-    }
-    if not evaluate.prompts:
-        lacking["oracle"].append("evaluate.prompts is 0")
-    if not evaluate.pairs:
-        lacking["implicit"].append("evaluate.pairs is 0")
-    if metric is None or not (why := lacking[metric.partition("_")[0]]):
+    metric = config.round_metric
+    if metric is None or not (why := _lacking(config, metric)):
         return
-    known = [name for name in get_args(RoundMetric) if not lacking[name.partition("_")[0]]]
+    known = [name for name in ROUND_METRICS if not _lacking(config, name)]
     raise ValueError(
         f"rounds.metric is {metric}, which this run does not measure ({'; '.join(why)}). It measures: "
         f"{', '.join(known) or 'none'}"
     )
+
+
+def _lacking(config: RunConfig, metric: str) -> list[str]:
+    """What an evaluation lacks to measure a metric of the rounds."""
+    evaluate = config.evaluate
+    if metric.startswith(COMMAND_PREFIX):
+        return [] if evaluate.command is not None else ["evaluate.command is not set"]
+    if metric.startswith("implicit_reward"):
+        has_pairs = config.is_world or config.data.replay is not None or config.data.eval_pairs is not None
+        lacking = [] if has_pairs else ["no offline pairs are given: name data.eval_pairs"]
+        return lacking if evaluate.pairs else [*lacking, "evaluate.pairs is 0"]
+    lacking = []
+    judge = metric.removesuffix("_win_rate")
+    if metric.startswith("oracle"):
+        lacking += [] if config.is_world else ["only the synthetic world has an oracle"]
+    elif getattr(evaluate.judges, judge, None) is None:
+        lacking.append(f"evaluate.judges.{judge} is not set")
+    return lacking if evaluate.prompts else [*lacking, "evaluate.prompts is 0"]
 
 
 # Defaults of a run on the synthetic world, where they differ from RunConfig's. They were tuned on that world; a run on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, LiteralString
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,6 +16,10 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 ADDED: dict[str, Any] = {"added": True}
 """`json_schema_extra` of a field that came after runs were made, and whose default is what they did."""
+
+
+SECRET: LiteralString = "secret"
+"""The type of a `PydanticCustomError` about a value that errors must not repeat."""
 
 
 class Section(BaseModel):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+import shlex
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -203,6 +204,10 @@ class RoundZeroConfig(Section):
         return train.model_copy(update=update)
 
 
+COMMAND_SETTINGS = ("command", "command_timeout", "command_folder")
+"""Settings of `evaluate` that are the benchmark stage's."""
+
+
 class EvaluateConfig(Section):
     """Evaluation after a round, on held-out prompts and pairs."""
 
@@ -211,7 +216,48 @@ class EvaluateConfig(Section):
     )
     samples: Positive = Field(default=1, description="responses per held-out prompt")
     pairs: Annotated[int, Field(ge=0)] = Field(default=512, description="held-out offline pairs")
+    kl_to_start: bool = Field(
+        default=True,
+        description="measure the KL divergence from the policy that the run started from: one pass of that model over "
+        "the samples, from round 2 on",
+        json_schema_extra=ADDED,
+    )
     judges: JudgesConfig = Field(default_factory=JudgesConfig, json_schema_extra=ADDED)
+    command: list[str] | None = Field(
+        default=None,
+        description="a benchmark of your own: a program with its arguments, of which {model} is the new policy's "
+        "folder (without {model} it comes last). It prints a JSON object of numbers, which join the round's metrics "
+        "as command.NAME",
+        json_schema_extra=ADDED,
+    )
+    command_timeout: Annotated[float, Field(gt=0.0)] = Field(
+        default=3600.0, description="seconds that the command may take", json_schema_extra=ADDED
+    )
+    command_folder: str | None = Field(
+        default=None,
+        description="the folder that the command runs in; none: the one that the run was started in",
+        json_schema_extra=ADDED,
+    )
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _split_command(cls, value: Any) -> Any:
+        """A text as a shell would split it; no shell runs it."""
+        if not isinstance(value, str | list | None):
+            raise ValueError(
+                "write the program and its arguments as a text, or as a list of texts (YAML reads a text with a colon "
+                "and a space in it as a mapping: put it in quotes)"
+            )
+        return shlex.split(value) if isinstance(value, str) else value
+
+    @field_validator("command")
+    @classmethod
+    def _check_command(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (not value or not value[0]):
+            raise ValueError("it names no program; null: no command")
+        if value is not None and any("\0" in part for part in value):
+            raise ValueError("an argument cannot have a NUL character")
+        return value
 
 
 class WorldConfig(Section):

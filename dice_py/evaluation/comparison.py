@@ -53,14 +53,18 @@ def win_rates(
         JudgeError: as of the judge.
     """
     if isinstance(judge, ScoringJudge):
-        scores = [judge.scores(prompts, samples, report) for samples in (ours, theirs)]
-        rates = win_rates_of_scores(ours, scores[0], theirs, scores[1])
+        # In one call, so that a judge loads its models once.
+        both = pl.concat([side.select("prompt_id", "response") for side in (ours, theirs)], how="vertical_relaxed")
+        scores = judge.scores(prompts, both, report)
+        rates = win_rates_of_scores(ours, scores[: ours.height], theirs, scores[ours.height :])
     elif isinstance(judge, PairwiseJudge):
         rates = _pairwise(judge, prompts, ours, theirs, report)
     else:
         raise TypeError(f"{type(judge).__name__} is neither a ScoringJudge nor a PairwiseJudge")
     if rates.is_empty():
-        raise DataError("the two sets of samples have no prompt in common, so they cannot be compared")
+        if ours.join(theirs, on="prompt_id", how="semi").is_empty():
+            raise DataError("the two sets of samples have no prompt in common, so they cannot be compared")
+        raise DataError(f"the judge {judge.name} gives no verdict on any prompt, so there is no win rate")
     return rates
 
 
@@ -78,5 +82,6 @@ def _pairwise(
         both.select("prompt_id", response="response_theirs"),
         report,
     )
-    judged = both.select("prompt_id").with_columns(preferences.alias("win_rate"))
+    # Rows without a verdict do not count, neither for one side nor as a tie.
+    judged = both.select("prompt_id").with_columns(preferences.alias("win_rate")).drop_nulls("win_rate")
     return judged.group_by("prompt_id").agg(pl.col("win_rate").mean()).sort("prompt_id")

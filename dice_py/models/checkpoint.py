@@ -72,7 +72,7 @@ def check_checkpoint(folder: Path, role: str, config: ModelConfig) -> None:
             _check_generation_config(folder)
             built = _build(folder, transformers_config, config)
             compare_weights(folder, built)
-        _check_tied(folder, built.all_tied_weights_keys, _check_values(folder))
+        _check_tied(folder, built.all_tied_weights_keys, check_values(folder))
     except DiceError as error:
         raise type(error)(f"{role}: {error}") from None
     remember("checkpoint", key, True)
@@ -192,8 +192,12 @@ def _build(folder: Path, read: PreTrainedConfig, config: ModelConfig) -> PreTrai
     return model
 
 
-def _check_values(folder: Path) -> dict[str, TensorRecord]:
-    """Refuses NaN, infinities, and weights that were never written. Returns the records of all tensors by name."""
+def check_values(folder: Path) -> dict[str, TensorRecord]:
+    """Reads all weights of a model folder. Returns the records of its tensors by name.
+
+    Raises:
+        DataError: tensors with NaN or infinities, or matrices that were never written.
+    """
     held: dict[str, TensorRecord] = {}
     for file in weight_files(folder):
         records = bin_records(file) if file.suffix == ".bin" else tensor_records(file)

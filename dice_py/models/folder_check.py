@@ -28,18 +28,19 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def check_model_folder(folder: Path, *, role: str) -> None:
+def check_model_folder(folder: Path, *, role: str, scores: bool = False) -> None:
     """Checks a folder's config.json, generation_config.json and the files and headers of its weights.
 
     Args:
         role: how error messages name the model, such as "--policy".
+        scores: the model is to be a sequence classifier, which scores texts, and not one that generates them.
 
     Raises:
-        DataError: a file is missing, cut off, no JSON object, or a link to nothing; the model is quantized, an encoder,
-            or an adapter that was not merged.
+        DataError: a file is missing, cut off, no JSON object, or a link to nothing; the model is quantized, of the
+            other kind, or an adapter that was not merged.
     """
     try:
-        _check(folder)
+        _check(folder, scores)
     except DataError as error:
         raise DataError(f"{role}: {_broken_links(folder, '*') or error}") from None
 
@@ -57,7 +58,7 @@ def _broken_links(folder: Path, *patterns: str) -> str | None:
     )
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path, scores: bool) -> None:
     if is_adapter(folder):
         raise DataError(f"{folder} is an adapter (adapter_config.json) that is not merged into its base model")
     if not (folder / "config.json").is_file():
@@ -71,7 +72,7 @@ def _check(folder: Path) -> None:
     config = read_object(folder / "config.json")
     _check_not_quantized(folder, config)
     files = weight_files(folder)
-    _check_type(folder, config)
+    _check_type(folder, config, scores)
     if (folder / "generation_config.json").is_file():
         read_object(folder / "generation_config.json")
     for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.model")):
@@ -115,7 +116,7 @@ def _constant(text: str) -> float:
     return float(text)
 
 
-def _check_type(folder: Path, config: dict[str, Any]) -> None:
+def _check_type(folder: Path, config: dict[str, Any], scores: bool) -> None:
     kind, code = config.get("model_type"), config.get("auto_map")
     if not isinstance(kind, str) and not (kind is None and code):
         raise DataError(
@@ -124,6 +125,13 @@ def _check_type(folder: Path, config: dict[str, Any]) -> None:
         )
     architectures = config.get("architectures") or []
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if scores:
+        if names and not code and not any(name.endswith("ForSequenceClassification") for name in names):
+            raise DataError(
+                f"{folder / 'config.json'}: the model is a {names[0]}, which has no head that scores a text; a "
+                "sequence classifier is needed (…ForSequenceClassification)"
+            )
+        return
     if any(name.endswith(_ENCODERS) for name in names) and not any(name.endswith(_NOT_ENCODERS) for name in names):
         raise DataError(
             f"{folder / 'config.json'}: the model is a {names[0]}, which does not generate text; a causal language "

@@ -48,6 +48,21 @@ def resolve_model(name: str, revision: str | None, *, role: str, report: Report 
     return folder.resolve()
 
 
+def resolve_classifier(name: str, revision: str | None, *, role: str) -> Path:
+    """The local folder of a sequence classifier: `name` itself if it is a folder, else a snapshot from the hub.
+
+    Args:
+        role: how error messages name the model, such as "--model".
+
+    Raises:
+        DataError: it is no complete sequence classifier, or the hub refuses the download.
+        UsageError: a package that this needs is not installed.
+    """
+    folder = _local_folder(name, revision, role)
+    check_model_folder(folder, role=role, scores=True)
+    return folder.resolve()
+
+
 def needs_conversion(name: str, revision: str | None, role: str) -> bool:
     """True for a GGUF file or an adapter whose model folder is not in the cache yet. Arguments as of `resolve_model`.
 

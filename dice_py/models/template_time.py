@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dice_py.config.shared import ModelConfig
+from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.storage.files import read_sealed, write_sealed
 
@@ -25,6 +26,19 @@ def prints_time(folder: Path) -> bool:
     return any(
         b"strftime_now" in file.read_bytes() for file in (*files, folder / "tokenizer_config.json") if file.is_file()
     )
+
+
+def check_time_is_set(models: ModelConfig, folder: Path, role: str) -> None:
+    """Refuses a model whose chat template prints the time, where no time is set: it would judge otherwise each day.
+
+    Raises:
+        UsageError: `role` names the model.
+    """
+    if models.template_time is None and prints_time(folder):
+        raise UsageError(
+            f"{role}: the chat template of {folder} prints the time, so that its verdicts would change each day: set "
+            "one with --set model.template_time=2026-01-31T12:00:00"
+        )
 
 
 def with_template_time(

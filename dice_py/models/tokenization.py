@@ -29,8 +29,11 @@ _FEWEST_TOKENS = 8  # in an empty vocabulary, where a class adds some of its own
 _templates: WeakKeyDictionary[Any, ChatTemplate] = WeakKeyDictionary()
 
 
-def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: ModelConfig, *, generates: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Its padding token is the end-of-sequence token if it has none.
+
+    Args:
+        generates: the model writes responses, so that it needs an end-of-sequence token; else it only reads them.
 
     Raises:
         DataError: transformers cannot load it, or it lacks a chat template or an end-of-sequence token.
@@ -46,11 +49,13 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
             f"{folder}: its tokenizer has chat templates by the names {', '.join(sorted(tokenizer.chat_template))}, "
             "but none is named default; save the one to use as the tokenizer's only chat template"
         )
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{folder}: its tokenizer has no end-of-sequence token, so a response cannot end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    stops = stop_token_ids(folder, tokenizer)
+    stops: list[int] = []
+    if generates:
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"{folder}: its tokenizer has no end-of-sequence token, so a response cannot end")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        stops = stop_token_ids(folder, tokenizer)
     controls = ControlTokens.of(tokenizer, {*stops, *turn_tokens(tokenizer)})
     time = None if config.template_time is None else datetime.fromisoformat(config.template_time)
     _templates[tokenizer] = ChatTemplate(controls, time)
@@ -177,6 +182,30 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], w
     template.check_complete(conversation, text, where, turns=len(messages), prompt=True)
     if guard is not None:
         text = template.render(conversation, where, prompt=True, guard=guard)
+    ids = template.controls.encode(text, guard, where)
+    if not ids:
+        raise DataError(f"{where}: the chat template renders these messages as nothing")
+    return ids
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], response: list[Message], where: str = "pair"
+) -> list[int]:
+    """Token ids of a complete conversation, as the template ends it: what a model reads that scores it.
+
+    The texts of the messages give no control tokens.
+
+    Raises:
+        DataError: the chat template refuses the messages, or leaves out a part of them; `where` names the row.
+    """
+    template = _template_of(tokenizer)
+    conversation = Conversation.of([*prompt, *response])
+    guard = template.controls.guard([conversation.messages, conversation.options])
+    text = template.render(conversation, where)
+    template.check_complete(conversation, text, where, turns=len(conversation.messages), prompt=False)
+    template.check_words(response, text, where)
+    if guard is not None:
+        text = template.render(conversation, where, guard=guard)
     ids = template.controls.encode(text, guard, where)
     if not ids:
         raise DataError(f"{where}: the chat template renders these messages as nothing")

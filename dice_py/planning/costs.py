@@ -257,7 +257,9 @@ class Estimator:
         return total
 
     def evaluate(self, number: int, draws: int | None = None) -> _Estimate:
-        """Samples of held-out prompts (in round 1 also the start's), rewards, and held-out pairs under three models.
+        """Samples of held-out prompts (in round 1 also the start's), and both they and held-out pairs scored.
+
+        Judges and a benchmark of the user's are not part of it: what they take is not known.
 
         `draws`: models that sample; None: those of a round's first evaluation.
         """
@@ -270,14 +272,12 @@ class Estimator:
         pairs = min(config.evaluate.pairs, self.data.eval_pairs)
         scored = 0.0  # tokens
         if responses:
-            scored += self._add_sampling(stage, draws, prompts)
+            scored += self._add_sampling(stage, number, draws, prompts)
         models = 0
         if pairs:
-            models, tokens = self._add_pairs(stage, number, pairs, held=scored > 0)
+            models, tokens = self._add_pairs(stage, number, pairs, sampled=scored > 0)
             scored += tokens
-        if scored or pairs:
-            stage.work += scoring.warm_up
-        stage.work += self._scoring(scored, 2 * models * pairs)
+        stage.work += self._scoring(scored, 2 * models * pairs) + (scoring.warm_up if scored or pairs else 0.0)
         stage.tokens += round(scored)
         formula = score_memory([self.policy, self.reference], config, machine.dtype, machine.cuda)
         measured = scoring.peak_bytes
@@ -287,39 +287,44 @@ class Estimator:
             formula, measured = max(formula, sampling), max(measured, self.costs.generate.peak_bytes)
         stage.memory = self._memory(formula, measured, 1)
         stage.counts = {"prompts": len(prompts), "responses": responses, "pairs": pairs}
-        known = self.costs.evaluate
-        if (
-            known is not None
-            and draws
-            and known.workload == (len(prompts), config.evaluate.samples if prompts else 0, pairs)
-        ):
+        known, workload = self.costs.evaluate, (len(prompts), config.evaluate.samples if prompts else 0, pairs)
+        if known is not None and draws and known.workload == workload:
             at = min(number if first else number + 1, len(known.work)) - 1
             stage.work, stage.load = known.work[at], known.load[at]
         return stage
 
-    def _add_sampling(self, stage: _Estimate, draws: int, prompts: list[int]) -> float:
+    def _reward_reference(self, number: int) -> str:
+        """π_ref of the reward after round `number`."""
+        return f"policy {number - 1}" if self.config.reward_reference == "previous" else "reference"
+
+    def _add_sampling(self, stage: _Estimate, number: int, draws: int, prompts: list[int]) -> float:
         """Adds the sampling of held-out prompts (by their tokens) by `draws` models.
 
-        Returns the tokens to score for rewards.
+        Returns the tokens to score, by the models that rewards and KL need.
         """
         config, costs = self.config, self.costs.generate
         responses = len(prompts) * config.evaluate.samples
         lengths = draw_lengths(self.data.lengths, responses)
         each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths, sum(prompts))
-        intervals = 5 if config.is_world else 1
+        intervals = 16 if config.is_world else 12
         stage.work += costs.warm_up + draws * each + self.machine.bootstrap_seconds * intervals
         stage.load += draws * costs.load
         stage.disk += draws * costs.bytes_per_response * responses
         stage.tokens += draws * (sum(prompts) + sum(lengths))
-        if not config.is_world:
-            return 0.0
-        stage.load += 2 * self.costs.score.load
-        return 2 * (sum(prompts) + sum(lengths)) * self.costs.score.token_ratio
+        models = {self._reward_reference(number), f"policy {number - 1}"}
+        models |= {"policy 0"} if config.evaluate.kl_to_start else set()
+        models |= {f"policy {number}"} if config.score.policy_logps == "recompute" else set()
+        stage.load += len(models) * self.costs.score.load
+        return len(models) * (sum(prompts) + sum(lengths)) * self.costs.score.token_ratio
 
-    def _add_pairs(self, stage: _Estimate, number: int, pairs: int, held: bool) -> tuple[int, float]:
-        """Adds the held-out pairs; returns (models that score them, tokens to score). `held`: one model is loaded."""
-        before = f"policy {number - 1}" if self.config.reward_reference == "previous" else "reference"
-        new = {f"policy {number}", before, "policy 0", "reference"} - self._stored_logps
+    def _add_pairs(self, stage: _Estimate, number: int, pairs: int, sampled: bool) -> tuple[int, float]:
+        """Adds the held-out pairs; returns (models that score them, tokens to score).
+
+        `sampled`: samples were scored before, in round 1 by the start last, which is still loaded.
+        """
+        before = {self._reward_reference(number), f"policy {number - 1}"}
+        new = {f"policy {number}", *before, "policy 0", "reference"} - self._stored_logps
+        held = sampled and "policy 0" in new
         self._stored_logps |= new
         prompt, chosen, rejected = self.data.pair_tokens or (0.0, 0.0, 0.0)
         stage.load += (len(new) - held) * self.costs.score.load

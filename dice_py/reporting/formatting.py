@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -31,6 +32,61 @@ def seconds(value: float | None) -> str:
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+_INTERVAL = "_ci95"
+_GROUPS = (
+    r".*win_rate",
+    r"(start_)?oracle_",
+    r"(start_)?implicit_reward|length_only|worst_slice|on_policy_reward|reward_length",
+    r"kl_",
+    r"entropy|distinct|duplicate|cut_off",
+    r"(start_)?mean_response",
+    r".*_drift",
+)
+"""Of metrics of an evaluation, in the order in which they are shown; those of a benchmark and others come after."""
+_NOTES = ("kl_and_entropy",)
+"""Metrics that are sentences: shown below the table."""
+_WARNED = ("judge_failures",)
+"""Shown as warnings (runs/warnings.py)."""
+
+
+def evaluation_rows(metrics: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The metrics of rounds side by side: a row for each metric, its name and a text for each round.
+
+    A value with an interval is one text: "0.53 (0.5 to 0.56)".
+
+    Args:
+        metrics: by round, as the evaluate stage writes them.
+    """
+
+    def group(name: str) -> int:
+        return next((n for n, pattern in enumerate(_GROUPS) if re.match(pattern, name)), len(_GROUPS))
+
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    shown = [
+        name
+        for name in names
+        if name not in (*_NOTES, *_WARNED) and name.removesuffix(_INTERVAL) not in names[: names.index(name)]
+    ]
+    return [
+        [name.replace("_", " "), *(_with_interval(values, name) for values in metrics.values())]
+        for name in sorted(shown, key=group)
+    ]
+
+
+def evaluation_notes(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """The sentences among the metrics of rounds, each once."""
+    return list(dict.fromkeys(str(values[name]) for values in metrics.values() for name in _NOTES if name in values))
+
+
+def _with_interval(values: dict[str, Any], name: str) -> str:
+    value, interval = values.get(name), values.get(name + _INTERVAL)
+    if isinstance(value, dict) and "ci95" in value:
+        return (
+            f"{number(value['accuracy'])} ({number(value['ci95'])}), {value['slice']}, {number(value['pairs'])} pairs"
+        )
+    return number(value) if interval is None else f"{number(value)} ({number(interval)})"
 
 
 def mining_rows(summary: dict[str, Any]) -> list[list[str]]:

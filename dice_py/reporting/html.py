@@ -11,9 +11,10 @@ from typing import Any
 from dice_py.errors import DataError
 from dice_py.reporting.charts import gap_curve_svg
 from dice_py.reporting.foreign_text import html_text
-from dice_py.reporting.formatting import mining_rows, number, seconds
+from dice_py.reporting.formatting import evaluation_notes, evaluation_rows, mining_rows, number, seconds
 from dice_py.runs.best import comparison_text, stored_outcome
 from dice_py.runs.folder import round_name
+from dice_py.stages.benchmark import benchmark_metrics
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, read_json, write_sealed_text
 
@@ -101,12 +102,15 @@ def _evaluation(folder: Path, rounds: list[str]) -> list[str]:
     metrics = {name: values for name, file in files.items() if (values := _stored(file)) is not None}
     if not metrics:
         return []
-    names = list(dict.fromkeys(key for values in metrics.values() for key in values))
-    rows = [[name, *(number(values.get(name)) for values in metrics.values())] for name in names]
+    for name, values in metrics.items():
+        benchmark = _stored(folder / name / "benchmark" / "benchmark.json")
+        if benchmark is not None and isinstance(benchmark.get("metrics"), dict):
+            metrics[name] = values | benchmark_metrics(benchmark)
     return [
         "<h2>Evaluation</h2>",
-        _table("on held-out prompts and pairs", ["", *metrics], rows),
+        _table("on held-out prompts and pairs", ["", *metrics], evaluation_rows(metrics)),
         "<p class='note'>Intervals are 95 % percentile bootstraps over prompts or pairs.</p>",
+        *(f"<p class='note'>{html_text(note)}</p>" for note in evaluation_notes(metrics)),
     ]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import polars as pl
 
+from dice_py.config.rounds import COMMAND_PREFIX
 from dice_py.config.run import RunConfig
 from dice_py.errors import UsageError
 from dice_py.evaluation.values import change
@@ -55,7 +56,11 @@ class Outcome:
         """
         name = round_name(number)
         self._policies[name] = policy
-        is_worse = self._metric is not None and self._compare(number, self._metric, metrics)
+        is_worse = False
+        if self._metric is not None and self._metric.startswith(COMMAND_PREFIX):
+            self._note_number(number, self._metric, metrics)
+        elif self._metric is not None:
+            is_worse = self._compare(number, self._metric, metrics)
         ends = is_worse and self._rounds.stop_when == "worse" and number < self._rounds.count
         self._save(number if ends else None)
         if ends:
@@ -73,21 +78,36 @@ class Outcome:
         Notes say where it is not the last round's, and where no round is better than the start of the run.
         """
         best, last = self._best(), list(self._policies)[-1]
-        if self._rounds.keep == "best" and self._metric is not None:
-            value, first = self._comparisons[best]["value"], self._comparisons[round_name(1)]["start"]
+        if self._rounds.keep == "best" and best in self._comparisons:
+            value, first = self._comparisons[best]["value"], self._comparisons.get(round_name(1), {}).get("start")
             if best != last:
                 text = f"the new policy is that of {best}, the best by {self._metric} ({value:.4g})"
-                self._run.report("note", text=f"{text}; {last} has {self._comparisons[last]['value']:.4g}")
-            if first >= value:
+                of_last = self._comparisons.get(last)
+                text += f"; {last} has {of_last['value']:.4g}" if of_last else f"; {last} was not measured"
+                self._run.report("note", text=text)
+            if first is not None and first >= value:
                 text = f"no round is better by {self._metric} than the policy that the run started from"
                 self._run.report("note", text=f"{text} ({first:.4g}; the best round: {value:.4g}): keep that one")
         return {"policy": str(self._policies[best]), "round": best}
 
     def _best(self) -> str:
         """The round whose policy is kept; of equal ones the earlier."""
-        if self._rounds.keep == "last":
+        measured = [name for name in self._policies if name in self._comparisons]
+        if self._rounds.keep == "last" or not measured:
             return list(self._policies)[-1]
-        return max(self._policies, key=lambda name: float(self._comparisons[name]["value"]))
+        return max(measured, key=lambda name: float(self._comparisons[name]["value"]))
+
+    def _note_number(self, number: int, metric: str, metrics: dict[str, Any]) -> None:
+        """Keeps a round's number of the user's benchmark, which has no value of the start and no interval."""
+        value = metrics.get(metric)
+        if value is None:
+            text = f"round {number} has no {metric}: the benchmark failed, or did not print it"
+            self._run.report("note", text=f"warning: {text}. The round is not kept as the best one")
+            return
+        comparison = {"metric": metric, "value": float(value), "worse": False}
+        self._comparisons[round_name(number)] = comparison
+        self._run.report("comparison", round=number, **comparison)
+        self._run.report("note", text=comparison_text(comparison))
 
     def _compare(self, number: int, metric: str, metrics: dict[str, Any]) -> bool:
         """Compares a round with its start, and reports it; True if it is worse."""
@@ -127,6 +147,8 @@ class Outcome:
 
 def comparison_text(comparison: dict[str, Any]) -> str:
     """A comparison of a round with its start as a sentence: the metric, its interval, and the change with its own."""
+    if "change" not in comparison:
+        return f"{comparison['metric']} {comparison['value']:.4g}"
     (low, high), (least, most) = comparison["ci95"], comparison["change_ci95"]
     verdict = "worse than" if comparison["worse"] else "better than" if least > 0 else "not distinguishable from"
     return (
@@ -138,8 +160,10 @@ def comparison_text(comparison: dict[str, Any]) -> str:
 
 def _check_held_out(config: RunConfig, inputs: Inputs) -> None:
     metric = config.round_metric
-    of_pairs = metric is not None and metric.startswith("implicit")
-    if metric is not None and (inputs.eval_pairs if of_pairs else inputs.eval_prompts) is None:
+    if metric is None or metric.startswith(COMMAND_PREFIX):
+        return
+    of_pairs = metric.startswith("implicit_reward")
+    if (inputs.eval_pairs if of_pairs else inputs.eval_prompts) is None:
         kind, key = ("pairs", "data.eval_pairs") if of_pairs else ("prompts", "data.eval_prompts")
         raise UsageError(
             f"rounds.metric is {metric}, but there are too few {kind} to hold any out for it: give them in {key}"

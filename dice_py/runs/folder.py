@@ -242,6 +242,8 @@ def stage_names(config: RunConfig, rounds: int | None = None) -> list[str]:
     stages = [*ROUND_STAGES]
     if config.extrapolate.tried:
         stages.insert(stages.index("evaluate"), "extrapolate")
+    if config.evaluate.command is not None:
+        stages.append("benchmark")
     return names + [f"{round_name(number)}/{stage}" for number in range(1, last + 1) for stage in stages]
 
 

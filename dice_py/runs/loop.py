@@ -26,6 +26,7 @@ from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DataError, InterruptedRunError, UsageError
+from dice_py.evaluation.judges.registry import build_judges
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.runs.best import Outcome
@@ -44,6 +45,7 @@ from dice_py.runs.stored_config import (
 )
 from dice_py.runs.throughput import remember_run
 from dice_py.scoring.shards import PreviousModel
+from dice_py.stages.benchmark import check_command
 from dice_py.storage.files import make_folder, remove_temporaries
 from dice_py.storage.keys import versions
 
@@ -172,6 +174,10 @@ def _check_named_files(before: RunConfig, after: RunConfig) -> None:
 
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
+    if config.evaluate.command is not None:
+        check_command(config.evaluate.command, Path(config.evaluate.command_folder or "."))
+    # Here, so that a judge whose model or package is not there stops a run before its first round, and not after it.
+    build_judges(config.evaluate.judges, config.model, config.is_world)
     inputs = prepare(run)
     check_held_out(run, inputs)
     outcome = Outcome(run, inputs)
@@ -193,10 +199,11 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
         next_policy = run_round(run, inputs, number, policy, reference, previous)
         previous = previous_model(config, policy, reference)
         next_reference = policy if config.reward_reference == "previous" else inputs.reference
-        chosen = choose_policy(run, number, policy, evaluation_of(run, inputs, number, next_policy, next_reference))
-        next_policy = chosen.policy
-        metrics[round_name(number)] = evaluate_round(run, inputs, number, next_policy, next_reference) | chosen.metrics
-        policy, reference = next_policy, next_reference
+        trained = evaluation_of(run, inputs, number, next_policy, next_reference, policy)
+        chosen = choose_policy(run, number, policy, trained)
+        evaluated = evaluate_round(run, inputs, number, chosen.policy, next_reference, policy)
+        metrics[round_name(number)] = evaluated | chosen.metrics
+        policy, reference = chosen.policy, next_reference
         ends = outcome.add(number, policy, metrics[round_name(number)])
         if after_round is not None:
             after_round(run.folder)

@@ -14,6 +14,7 @@ from dice_py.runs.candidates import Candidates, candidates
 from dice_py.runs.folder import Run
 from dice_py.runs.inputs import Inputs, round_prompts
 from dice_py.scoring.shards import PreviousModel
+from dice_py.stages.benchmark import BenchmarkJob, benchmark_metrics
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.job import StageFile, StageResult
@@ -220,9 +221,15 @@ def _reference_of_loss(config: RunConfig, inputs: Inputs, reference: Path) -> di
     return {"reference": inputs.reference, "reference_scores": "ref_logp" if reference == inputs.reference else None}
 
 
-def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> EvaluateJob:
-    """The evaluation of a new policy of round `number` on held-out data."""
+def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path, previous: Path) -> EvaluateJob:
+    """The evaluation of a new policy of round `number` on held-out data.
+
+    Args:
+        reference: of the next round's reward.
+        previous: the policy that the round started from.
+    """
     config = run.config
+    metric = config.round_metric
     return EvaluateJob(
         config=config.evaluate,
         generate_config=config.generate,
@@ -230,6 +237,8 @@ def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference
         models=config.model,
         policy=policy,
         start=inputs.policy,
+        previous=previous,
+        previous_samples=run.round_folder(number - 1) / "evaluate" / "samples",
         reference=reference,
         initial_reference=inputs.reference,
         prompts=inputs.eval_prompts,
@@ -239,14 +248,28 @@ def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference
         shared=run.folder / "evaluate",
         seed=seed_for(config.seed, "evaluate"),
         max_prompt_tokens=config.data.max_prompt_tokens,
-        judges=build_judges(config.evaluate.judges, config.is_world),
+        judges=build_judges(config.evaluate.judges, config.model, config.is_world),
         devices=config.devices,
         bad_rows=config.data.bad_rows,
-        needs_values=config.rounds.are_compared,
+        needed_judge=metric.removesuffix("_win_rate") if metric and metric.endswith("_win_rate") else None,
     )
 
 
-def evaluate_round(run: Run, inputs: Inputs, number: int, policy: Path, reference: Path) -> dict[str, Any]:
-    """The metrics of round `number`'s new policy on held-out data."""
-    job = evaluation_of(run, inputs, number, policy, reference)
-    return dict(run.run_stage(number, job, is_last=number == run.config.rounds.count).counts)
+def evaluate_round(
+    run: Run, inputs: Inputs, number: int, policy: Path, reference: Path, previous: Path
+) -> dict[str, Any]:
+    """The metrics of round `number`'s new policy on held-out data, and of the user's own benchmark."""
+    config = run.config.evaluate
+    is_last = number == run.config.rounds.count
+    job = evaluation_of(run, inputs, number, policy, reference, previous)
+    metrics = dict(run.run_stage(number, job, is_last=is_last).counts)
+    if config.command is not None:
+        benchmark = BenchmarkJob(
+            policy=policy,
+            command=tuple(config.command),
+            folder=Path(config.command_folder or "."),
+            timeout=config.command_timeout,
+            out=run.round_folder(number) / "benchmark",
+        )
+        metrics |= benchmark_metrics(run.run_stage(number, benchmark).counts)
+    return metrics

@@ -156,7 +156,20 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         for name in ("policy", "reference", "sft")
         if (value := getattr(config.model, name)) and _is_path(value)
     }
-    replay = config.replay
+    replay, evaluate = config.replay, config.evaluate
+    judges = evaluate.judges
+    named: dict[str, Any] = {}
+    if judges.reward_model is not None and _is_path(judges.reward_model.model):
+        named["reward_model"] = absolute(judges.reward_model, "model")
+    if judges.implicit is not None:
+        of_paths = [name for name in ("policy", "reference") if _is_path(getattr(judges.implicit, name))]
+        named["implicit"] = absolute(judges.implicit, *of_paths)
+    if judges.openai is not None:
+        named["openai"] = absolute(judges.openai, "template")
+    if named:
+        evaluate = evaluate.model_copy(update={"judges": judges.model_copy(update=named)})
+    if evaluate.command is not None:
+        evaluate = evaluate.model_copy(update={"command_folder": _absolute(evaluate.command_folder or ".")})
     buffers = {name: absolute(buffer, "path") for name, buffer in replay.buffers.items()}
     return config.model_copy(
         update={
@@ -164,6 +177,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs"),
             "replay": replay.model_copy(update={"buffers": buffers}) if buffers else replay,
             "train": absolute(config.train, "accelerate_config"),
+            "evaluate": evaluate,
         }
     )
 

@@ -15,6 +15,8 @@ values: the mean difference between two ways of computing the policy's sum, whic
 and β·u·√(mean(log π² + log π_ref²)), what the relative error u (unit roundoff of the dtype that the models compute in)
 makes of two sums of this size.
 
+What a judge or the user's benchmark failed at is warned of without a limit.
+
 All come from the counts of a stage but two, which are read from its shards: the sums' size, and duplicates (one shard
 at a time).
 """
@@ -64,7 +66,24 @@ def stage_warnings(stage: str, job: Any, result: StageResult, limits: WarningsCo
         job: the stage's job.
     """
     measures = _MEASURES.get(stage)
-    return [] if measures is None else _above(measures(job, result, limits), limits)
+    failures = list(_failures(stage, result))
+    return failures if measures is None else failures + _above(measures(job, result, limits), limits)
+
+
+def _failures(stage: str, result: StageResult) -> Iterator[StageWarning]:
+    """What an evaluation could not do: the round has no such metrics, and a resume tries again."""
+    if stage == "evaluate":
+        for judge, why in (result.counts.get("judge_failures") or {}).items():
+            text = f"the judge {judge} failed, so the round lacks its win rates: {why}. dice resume asks it again"
+            yield StageWarning("judge_failure", 1.0, 0.0, text)
+    if stage == "benchmark":
+        failure, left_out = result.counts.get("failure"), result.counts.get("left_out")
+        if failure:
+            text = f"evaluate.command gave no numbers: {failure}. dice resume runs it again"
+            yield StageWarning("benchmark_failure", 1.0, 0.0, text)
+        elif left_out:
+            text = f"evaluate.command printed values that are no finite numbers, left out: {', '.join(left_out)}"
+            yield StageWarning("benchmark_left_out", float(len(left_out)), 0.0, text)
 
 
 def mining_warnings(summary: dict[str, Any], debias: str, limits: WarningsConfig) -> list[StageWarning]:

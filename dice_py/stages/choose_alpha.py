@@ -13,7 +13,8 @@ from typing import Any
 
 from dice_py.config.extrapolation import ExtrapolateConfig
 from dice_py.errors import DataError
-from dice_py.events import Report, no_report
+from dice_py.evaluation.judges.oracle import OracleJudge
+from dice_py.events import Report, no_report, notes_once
 from dice_py.models.extrapolation import NotFiniteError
 from dice_py.models.identity import model_identity
 from dice_py.models.loading import release_held
@@ -71,7 +72,7 @@ class ChooseAlphaJob(Job):
         if choice is None:
             file.unlink(missing_ok=True)  # of other settings
             self._remove_others(set(map(self._folder, self.config.tried)) | {self._folder(0.0)})
-            choice = self._choose(key, _once(report))
+            choice = self._choose(key, notes_once(report))
         picked = float(choice["alpha"])
         files: list[StageFile] = [(file, key)]
         if picked:
@@ -136,10 +137,22 @@ class ChooseAlphaJob(Job):
         else:
             # The next candidate is sampled by an engine that needs the memory of the model that was scored last.
             release_held()
-            metrics = replace(self.evaluation, policy=policy, out=self._folder(alpha)).run(report).counts
+            metrics = self._candidate(policy, alpha).run(report).counts
             entry |= {"value": metrics.get(METRICS[self.config.metric]), _LENGTH: metrics.get(_LENGTH)}
         write_sealed(file, entry, own_key)
         return entry
+
+    def _candidate(self, policy: Path, alpha: float) -> EvaluateJob:
+        """The evaluation of a candidate: what α is picked by, without judges that take time or money, and the KL."""
+        evaluation = self.evaluation
+        return replace(
+            evaluation,
+            config=evaluation.config.model_copy(update={"kl_to_start": False}),
+            policy=policy,
+            out=self._folder(alpha),
+            judges=tuple(judge for judge in evaluation.judges if isinstance(judge, OracleJudge)),
+            needed_judge=None,
+        )
 
     def _too_long(self, entry: dict[str, Any], trained: dict[str, Any]) -> str | None:
         """Why an α is refused for its length; None if it is not."""
@@ -174,20 +187,6 @@ class ChooseAlphaJob(Job):
 
         kept = f"alpha {picked:g} is the new policy" if picked else "the trained policy (alpha 0) stays the new one"
         return f"extrapolation: {kept}. {'; '.join(map(described, (trained, *others)))}"
-
-
-def _once(report: Report) -> Report:
-    """A report that passes each note on once: every candidate's evaluation has the same to say of the models."""
-    seen: set[str] = set()
-
-    def once(event: str, **fields: Any) -> None:
-        if event == "note":
-            if fields["text"] in seen:
-                return
-            seen.add(fields["text"])
-        report(event, **fields)
-
-    return once
 
 
 def _only_progress(report: Report) -> Report:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dice_py.stages.audit import AuditJob
+from dice_py.stages.benchmark import BenchmarkJob
 from dice_py.stages.choose_alpha import ChooseAlphaJob
 from dice_py.stages.convert import ConvertJob
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.extrapolate import ExtrapolateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.job import Job
+from dice_py.stages.judge import JudgeJob
 from dice_py.stages.mine import MineJob
 from dice_py.stages.preflight import PreflightJob
 from dice_py.stages.replay import ReplayJob
@@ -66,13 +68,24 @@ _TABLE = (
         "evaluate",
     ),
     Stage("extrapolate", ChooseAlphaJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "evaluate"),
+    Stage(
+        "judge",
+        JudgeJob,
+        (),
+        "lower evaluate.judges.implicit.token_budget or evaluate.judges.reward_model.token_budget",
+        None,
+    ),
     Stage("evaluate", EvaluateJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "generate"),
+    Stage("benchmark", BenchmarkJob, (), "", None),
     Stage("audit", AuditJob, (), "lower score.token_budget", None),
 )
 REGISTRY = {stage.name: stage for stage in _TABLE}
 
 ROUND_STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
-"""The stages of a round, in order of work. Where a run extrapolates, "extrapolate" comes before "evaluate"."""
+"""The stages of a round, in order of work.
+
+Where a run extrapolates, "extrapolate" comes before "evaluate"; with evaluate.command, "benchmark" comes last.
+"""
 
 ROUND_ZERO_STAGES = ("replay", "train")
 """The stages of round 0, which makes π_1 from the SFT model."""

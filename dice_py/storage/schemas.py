@@ -32,6 +32,22 @@ GENERATIONS = _schema(
     sampled_logp=pl.Float32,
 )
 
+# Of an evaluation: a policy's samples with their prompts, and Σ log π in nats under the policy itself, π_ref of the
+# reward, the policy of the round before and the start (null: not measured). log_ratio is log π − log π_ref.
+EVALUATED_SAMPLES = _schema(
+    prompt_id=pl.UInt32,
+    sample_id=pl.UInt16,
+    messages=MESSAGES,
+    response=pl.String,
+    response_tokens=pl.UInt32,
+    finish_reason=pl.String,
+    sampled_logp=pl.Float64,
+    ref_logp=pl.Float64,
+    previous_logp=pl.Float64,
+    start_logp=pl.Float64,
+    log_ratio=pl.Float64,
+)
+
 SCORES = _schema(logp=pl.Float32, ref_logp=pl.Float32, reward=pl.Float32)
 # The reward of the round before, for mine.second_reward=previous.
 SCORES_WITH_PREVIOUS = _schema(**SCORES, previous_reward=pl.Float32)

@@ -24,8 +24,10 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 
 COMMANDS = (
     "run", "resume", "status", "plan", "demo", "generate", "score", "mine", "replay", "train", "evaluate",
-    "extrapolate", "world", "doctor",
+    "extrapolate", "audit", "winrate", "world", "doctor", "judge",
 )  # fmt: skip
+GROUPS = {"judge": ("oracle", "reward-model", "implicit", "openai")}
+"""Commands that only have further commands."""
 HEAVY = ("torch", "transformers", "vllm", "trl", "polars", "pyarrow", "rich")
 
 
@@ -89,10 +91,11 @@ def test_every_command_has_help(dice) -> None:
     listed = re.findall(r"^  (\w+) {2,}(.*)$", out.partition("Commands:")[2], flags=re.M)
     assert [name for name, _ in listed] == list(COMMANDS)
     assert not [told for _, told in listed if told.endswith("...")]  # each fits on its line
-    for command in COMMANDS:
-        code, out, err = dice(command, "-h")
+    calls = [[name] for name in COMMANDS if name not in GROUPS]
+    for words in calls + [[group, name] for group, names in GROUPS.items() for name in names]:
+        code, out, err = dice(*words, "-h")
         assert (code, err) == (0, "")
-        assert f"Usage: dice {command}" in out
+        assert f"Usage: dice {' '.join(words)}" in out
         assert "--json" in out
 
 

@@ -115,8 +115,8 @@ def test_tables_are_complete_lines_without_a_terminal(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "on held-out prompts and pairs"
     assert lines[1].split() == list(rounds)
-    assert re.fullmatch(r"oracle win rate +0\.5 +0\.51 .* 0\.58", lines[2])
-    assert lines[4].split() == ["only", "here", *["–"] * 8, "1"]
+    assert re.fullmatch(r"oracle win rate +0\.5 \(0\.5 to 0\.6\) +0\.51 .* 0\.58 \(0\.5 to 0\.6\)", lines[2])
+    assert lines[3].split() == ["only", "here", *["–"] * 8, "1"]
     assert lines == [line.rstrip() for line in lines]
 
 

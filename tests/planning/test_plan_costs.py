@@ -39,11 +39,12 @@ def test_estimates_by_hand() -> None:
     assert (train["steps"], train["checkpoints"], train["tokens"]) == (2, 2, 240)
     assert train["work_seconds"] == pytest.approx(2.0 + 0.24 + 2 * (0.36 + 0.14) + 2 * 0.25)
     assert (train["disk_bytes"], train["transient_disk_bytes"]) == (4200, 1400)
-    # Two draws of 2 responses; 6 pairs of 30 tokens under the new policy, the first one and the reference.
-    assert evaluate["tokens"] == 2 * (20 + 10) + 3 * 6 * 30
-    assert evaluate["startup_seconds"] == 2 * 1.0 + 3 * 1.0
+    # Two draws of 2 responses, whose 30 tokens the first policy scores; 6 pairs of 30 tokens under the new policy, the
+    # first one, which is still loaded, and the reference.
+    assert evaluate["tokens"] == 2 * (20 + 10) + 30 + 3 * 6 * 30
+    assert evaluate["startup_seconds"] == 2 * 1.0 + 1.0 + 2 * 1.0
     draws = 2 * (0.2 + 0.02 + 0.5 + 0.1 + 0.002)
-    assert evaluate["work_seconds"] == pytest.approx(0.5 + draws + 0.1 + 0.2 + 0.06 + 0.25 + 0.54)
+    assert evaluate["work_seconds"] == pytest.approx(0.5 + draws + 12 * 0.1 + 0.03 + 0.2 + 0.06 + 0.25 + 0.54)
 
 
 def test_an_extrapolation_evaluates_each_candidate() -> None:
@@ -54,16 +55,16 @@ def test_an_extrapolation_evaluates_each_candidate() -> None:
     stage, evaluate = found["round-01/extrapolate"], found["round-01/evaluate"]
     assert stage["candidates"] == 3
     # The start's samples and the log-probabilities of the two other models are made once: a candidate has one draw of
-    # 2 responses, and 6 pairs of 30 tokens.
-    assert stage["tokens"] == plain["tokens"] + 2 * (20 + 10 + 6 * 30)
+    # 2 responses, which are scored by one model, and 6 pairs of 30 tokens.
+    assert stage["tokens"] == plain["tokens"] + 2 * (20 + 10 + 30 + 6 * 30)
     draw = 0.2 + 0.02 + 0.5 + 0.1 + 0.002
-    scoring = 0.2 + 0.06 + 0.25 + 0.18
-    assert stage["work_seconds"] == pytest.approx(plain["work_seconds"] + 2 * (0.5 + draw + 0.1 + scoring))
-    assert stage["startup_seconds"] == plain["startup_seconds"] + 2 * (1.0 + 1.0)
+    scoring = 0.2 + 0.06 + 0.25 + 0.18 + 0.03
+    assert stage["work_seconds"] == pytest.approx(plain["work_seconds"] + 2 * (0.5 + draw + 12 * 0.1 + scoring))
+    assert stage["startup_seconds"] == plain["startup_seconds"] + 2 * (1.0 + 1.0 + 1.0)
     assert stage["disk_bytes"] == plain["disk_bytes"] + 4200 + 2 * (2 * 10 + 16 * 6)
     assert stage["transient_disk_bytes"] == 4200
-    assert evaluate["tokens"] == 0
-    assert evaluate["work_seconds"] < plain["work_seconds"] / 2
+    assert evaluate["tokens"] == 30  # scored: the samples are there
+    assert evaluate["work_seconds"] == pytest.approx(0.5 + 12 * 0.1 + 0.03 + 0.2 + 0.06 + 0.25)
 
 
 def test_a_failed_gate_adds_the_policys_pass() -> None:
@@ -85,9 +86,11 @@ def test_later_rounds_reuse_what_is_stored_of_the_start() -> None:
     config, run_data = small("rounds=2")
     two = replace(run_data, rounds=run_data.rounds * 2, offline=[1000, 1000])
     found = estimated(config, two)
-    # One draw, and only the new policy's log-probabilities of the pairs.
-    assert found["round-02/evaluate"]["tokens"] == 20 + 10 + 6 * 30
-    assert found["round-02/evaluate"]["startup_seconds"] == 1.0 + 1.0
+    # One draw, which two models score, and only the new policy's log-probabilities of the pairs.
+    assert found["round-02/evaluate"]["tokens"] == 3 * (20 + 10) + 6 * 30
+    assert found["round-02/evaluate"]["startup_seconds"] == 1.0 + 2.0 + 1.0
+    config, _ = small("rounds=2", "evaluate.kl_to_start=false")
+    assert estimated(config, two)["round-02/evaluate"]["tokens"] == 2 * (20 + 10) + 6 * 30
 
 
 def test_a_step_costs_by_its_tokens_and_an_update_whatever_they_are() -> None:

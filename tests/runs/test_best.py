@@ -178,32 +178,6 @@ def test_a_worse_last_round_ends_nothing_early(
     }  # fmt: skip
 
 
-def test_an_evaluation_of_an_earlier_version_is_made_again_only_where_it_is_compared(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faked_stages(monkeypatch, evaluated(GOOD, BAD))
-    folder = tmp_path / "run"
-    run(with_rounds(config, count=2), folder)
-    stages = Manifest(folder / "manifest.json")
-    for number in (1, 2):
-        entry = stages.data["stages"][f"round-0{number}/evaluate"]
-        entry["files"] = [file for file in entry["files"] if not file["file"].endswith("values.parquet")]
-        (folder / f"round-0{number}/evaluate/values.parquet").unlink()
-    stages.data["config"]["rounds"] = 2
-    del stages.data["outcome"]
-    stages.save()
-    (folder / "config.yaml").unlink()  # the manifest's copy, with the number of rounds alone, is the config
-    assert run_status(folder)["policy"] == str(folder / "round-02/train/model")
-    events = Events()
-    loop.resume(folder, events)
-    assert {status for _, status in events.stages()} == {"kept"}
-    events = Events()
-    loop.resume(folder, events, assignments=["rounds.keep=best"])
-    made = [stage for stage, status in events.stages() if status == "done"]
-    assert made == ["round-01/evaluate", "round-02/evaluate"]
-    assert of(events, "finished")[0]["round"] == "round-01"
-
-
 def test_too_few_held_out_pairs(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked_stages(monkeypatch, evaluated(GOOD))
     pairs = tmp_path / "pairs.jsonl"

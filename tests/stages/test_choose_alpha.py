@@ -76,6 +76,8 @@ def job(llama: Path, after: Path, tmp_path: Path) -> ChooseAlphaJob:
         CPU,
         policy=after,
         start=llama,
+        previous=llama,
+        previous_samples=tmp_path / "before",
         reference=llama,
         initial_reference=llama,
         prompts=None,

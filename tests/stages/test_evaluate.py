@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def evaluation(
         CPU,
         policy=policy,
         start=start or policy,
+        previous=start or policy,
+        previous_samples=folder / "before",
         reference=reference,
         initial_reference=initial,
         prompts=None,
@@ -181,10 +184,13 @@ def test_accuracy_is_of_the_difference_of_logps(llama: Path, other: Path, tmp_pa
     ours, theirs = (score_pairs(ScoreConfig(), CPU, policy=model, pairs=encoded) for model in (llama, other))
     reward = ours - theirs
     right = sum(chosen > rejected for chosen, rejected in reward.iter_rows())
-    longer = sum(
+    lengths = [
         1.0 if len(chosen) > len(rejected) else 0.5 if len(chosen) == len(rejected) else 0.0
         for chosen, rejected in encoded.select("chosen_ids", "rejected_ids").iter_rows()
-    )
+    ]
+    longer = sum(lengths)
+    intervals = {name: metrics.pop(name) for name in list(metrics) if re.fullmatch(".*_drift.*_ci95", name)}
+    worst = metrics.pop("worst_slice")
     assert metrics == {
         "eval_pairs": 20,  # the limit of the config
         REWARD: right / 20,
@@ -194,7 +200,20 @@ def test_accuracy_is_of_the_difference_of_logps(llama: Path, other: Path, tmp_pa
         "start_implicit_reward_accuracy": pytest.approx(1 - right / 20),
         "start_implicit_reward_accuracy_ci95": bootstrap_ci95([float(c < r) for c, r in reward.iter_rows()], 0),
         "length_only_accuracy": longer / 20,
+        "length_only_accuracy_ci95": bootstrap_ci95(lengths, 0),
+        **{
+            f"{side}_logp_drift{since}": pytest.approx(reward[f"{side}_logp"].mean(), abs=1e-4)
+            for side in ("chosen", "rejected")
+            for since in ("", "_previous")
+        },
     }
+    for side in ("chosen", "rejected"):
+        low, high = intervals.pop(f"{side}_logp_drift_ci95")
+        assert low < metrics[f"{side}_logp_drift"] < high
+        assert intervals.pop(f"{side}_logp_drift_previous_ci95") == [low, high]
+    assert intervals == {}
+    # Twenty pairs make one slice of enough of them, if the chosen is always the longer or there is one length.
+    assert worst is None or worst["pairs"] >= 20
     assert 0 < right < 20
     # The values that the accuracies are means of, and those of the start.
     values = pl.read_parquet(tmp_path / "out" / "values.parquet")
@@ -215,19 +234,6 @@ def test_values_are_by_the_pair_of_the_file(llama: Path, other: Path, tmp_path: 
     accuracy(llama, other, other, pl.concat([pairs[:2], equal, pairs[3:]]), tmp_path)
     values = pl.read_parquet(tmp_path / "out" / "values.parquet").filter(pl.col("metric") == REWARD)
     assert values["item"].to_list() == [0, 1, 3, 4, 5]
-
-
-def test_an_evaluation_without_values_is_incomplete_where_they_are_needed(
-    llama: Path, other: Path, tmp_path: Path
-) -> None:
-    accuracy(llama, other, other, text_pairs(3), tmp_path)
-    for needed in (False, True):
-        job = evaluation(llama, other, other, tmp_path / "pairs.parquet", tmp_path, needs_values=needed)
-        files = job.run().files
-        assert job.incomplete(files) == []
-        older = [(file, key) for file, key in files if file != job.values_file]
-        assert job.incomplete(older) == ([job.values_file] if needed else [])
-    assert evaluation(llama, other, other, tmp_path / "pairs.parquet", tmp_path).key() == job.key()
 
 
 def test_each_model_is_scored_once(llama: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def job_of(stage: str, models: dict[str, Path], folder: Path, config: RunConfig)
     if stage == "preflight":
         return PreflightJob(config, prompts=[absent], pairs=[], data_key="k", **models)
     held_out: dict[str, Any] = {"prompts": absent, "pairs": None, "input_keys": [], "shared": out, "judges": ()}
+    held_out |= {"previous": models["start"], "previous_samples": out / "before"}
     return EvaluateJob(EvaluateConfig(), GenerateConfig(), score, CPU, **held_out, **shared, **limits)
 
 
@@ -265,6 +266,8 @@ def test_swapped_models_in_an_evaluation(llama: Path, tuned: Path, tmp_path: Pat
             CPU,
             policy=policy,
             start=reference,
+            previous=reference,
+            previous_samples=tmp_path / name / "before",
             reference=reference,
             initial_reference=reference,
             prompts=None,

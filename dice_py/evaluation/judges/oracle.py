@@ -10,6 +10,7 @@ import polars as pl
 
 from dice_py.evaluation.judges.base import ScoringJudge
 from dice_py.evaluation.metrics import bootstrap_ci95, win_rate
+from dice_py.evaluation.resampling import ratio, statistic_ci95
 from dice_py.evaluation.values import ItemValues
 from dice_py.events import Report, no_report
 from dice_py.synthetic.task import oracle
@@ -56,7 +57,8 @@ def oracle_metrics(
         `oracle_accuracy_ci95` and, for the difference of the two, `oracle_accuracy_gain_ci95`.
         `oracle_score`, `start_oracle_score`: mean score over samples, with `oracle_score_ci95` over prompts.
         `on_policy_reward_accuracy`, with `rewards`: the share of pairs of our samples for a prompt, with different
-        scores, that the reward orders as the oracle does (ties of rewards count half); None without such a pair.
+        scores, that the reward orders as the oracle does (ties of rewards count half), with its interval over prompts;
+            None without such a pair.
         Rates and accuracies are from 0 to 1.
     """
     messages = dict(prompts.select("prompt_id", "messages").iter_rows())
@@ -90,7 +92,7 @@ def oracle_metrics(
     }
     if rewards is not None:
         by_prompt = {p: [score for score, _ in judged] for p, judged in our_scores.items()}
-        metrics["on_policy_reward_accuracy"] = _reward_accuracy(ours["prompt_id"], by_prompt, rewards)
+        metrics |= _reward_accuracy(ours["prompt_id"], by_prompt, rewards, seed)
     return metrics
 
 
@@ -98,16 +100,28 @@ def _mean_score(judged: list[tuple[float, bool]]) -> float:
     return sum(score for score, _ in judged) / len(judged)
 
 
-def _reward_accuracy(prompt_ids: pl.Series, scores: dict[int, list[float]], rewards: pl.Series) -> float | None:
+def _reward_accuracy(
+    prompt_ids: pl.Series, scores: dict[int, list[float]], rewards: pl.Series, seed: int
+) -> dict[str, Any]:
     """The share of sample pairs with different scores that `rewards` orders alike; `scores` are by prompt, in order."""
+    import numpy as np
+
     by_prompt: dict[int, list[float]] = {}
     for prompt_id, reward in zip(prompt_ids, rewards, strict=True):
         by_prompt.setdefault(prompt_id, []).append(reward)
-    agrees: list[float] = []
+    sums: list[tuple[float, float]] = []
     for prompt_id, prompt_scores in scores.items():
         samples = zip(prompt_scores, by_prompt[prompt_id], strict=True)
+        agrees = []
         for (score, reward), (other_score, other_reward) in combinations(samples, 2):
             if score != other_score:
                 agreement = (reward - other_reward) * (score - other_score)
                 agrees.append(1.0 if agreement > 0 else 0.5 if agreement == 0 else 0.0)
-    return sum(agrees) / len(agrees) if agrees else None
+        if agrees:
+            sums.append((sum(agrees), float(len(agrees))))
+    name = "on_policy_reward_accuracy"
+    if not sums:
+        return {name: None, f"{name}_ci95": None}
+    table = np.array(sums)
+    agreed, pairs = table.sum(axis=0)
+    return {name: float(agreed / pairs), f"{name}_ci95": statistic_ci95(table, ratio, seed)}

@@ -6,19 +6,32 @@ from collections.abc import Callable
 from typing import Any
 
 from dice_py.config.judges import JudgesConfig
+from dice_py.config.shared import ModelConfig
 from dice_py.evaluation.judges.base import Judge
+from dice_py.evaluation.judges.implicit import ImplicitJudge
+from dice_py.evaluation.judges.openai_server import OpenAIJudge
 from dice_py.evaluation.judges.oracle import OracleJudge
+from dice_py.evaluation.judges.reward_model import RewardModelJudge
 
-JUDGES: dict[str, Callable[[Any], Judge]] = {}
-"""By the name of the section in config `evaluate.judges`; each makes the judge of its section."""
+JUDGES: dict[str, Callable[[Any, ModelConfig], Judge]] = {
+    "reward_model": RewardModelJudge.of,
+    "implicit": ImplicitJudge.of,
+    "openai": OpenAIJudge.of,
+}
+"""By the name of the section in config `evaluate.judges`; each makes the judge of its section and of `model`."""
 
 
-def build_judges(config: JudgesConfig, is_world: bool) -> tuple[Judge, ...]:
+def build_judges(config: JudgesConfig, models: ModelConfig, is_world: bool) -> tuple[Judge, ...]:
     """The judges of an evaluation, in the order of the sections.
 
     Args:
+        models: the device and dtype of judges that are models, and the time that chat templates print.
         is_world: the prompts are the synthetic world's, which its oracle judges too.
+
+    Raises:
+        DataError: a judge's model is not there, or its template cannot be read.
+        UsageError: a package that a judge needs is not installed.
     """
     asked = [(name, getattr(config, name)) for name in JudgesConfig.model_fields]
-    judges = [JUDGES[name](section) for name, section in asked if section is not None]
+    judges = [JUDGES[name](section, models) for name, section in asked if section is not None]
     return (OracleJudge(), *judges) if is_world else tuple(judges)
