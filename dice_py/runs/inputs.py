@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dice_py.evaluation.judges.registry import build_judges
 from dice_py.models.loading import require
 from dice_py.models.sources import needs_conversion, resolve_model
 from dice_py.models.template_time import FILE, with_template_time
@@ -108,6 +109,21 @@ def prepare(run: Run) -> Inputs:
     )
     _check(run, inputs, key)
     return inputs
+
+
+def check_judges(run: Run) -> None:
+    """Finds the judges of the evaluation, whose errors would otherwise come after the first round.
+
+    Raises:
+        DataError: a judge's model or template is not there.
+        UsageError: a package that a judge needs is not installed.
+    """
+    judges = run.config.evaluate.judges
+    if judges.implicit is not None:
+        for role in ("policy", "reference"):
+            name, revision = (getattr(judges.implicit, key) for key in (role, f"{role}_revision"))
+            _model(run, name, revision, f"evaluate.judges.implicit.{role}")
+    build_judges(judges, run.config.model, run.config.is_world)
 
 
 def _models(run: Run) -> tuple[Path, Path]:

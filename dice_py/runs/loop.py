@@ -26,13 +26,12 @@ from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DataError, InterruptedRunError, UsageError
-from dice_py.evaluation.judges.registry import build_judges
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.runs.best import Outcome
 from dice_py.runs.extrapolation import check_held_out, choose_policy
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
-from dice_py.runs.inputs import prepare
+from dice_py.runs.inputs import check_judges, prepare
 from dice_py.runs.profile import write_profile
 from dice_py.runs.round import evaluate_round, evaluation_of, previous_model, run_round, run_round_zero
 from dice_py.runs.stored_config import (
@@ -176,9 +175,8 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     config = run.config
     if config.evaluate.command is not None:
         check_command(config.evaluate.command, Path(config.evaluate.command_folder or "."))
-    # Here, so that a judge whose model or package is not there stops a run before its first round, and not after it.
-    build_judges(config.evaluate.judges, config.model, config.is_world)
     inputs = prepare(run)
+    check_judges(run)
     check_held_out(run, inputs)
     outcome = Outcome(run, inputs)
     files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs, *inputs.buffers.values()]
