@@ -173,6 +173,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         )
     if plan["may_end_early"]:
         lines.append(f"rounds.stop_when=worse may end the run before its last round, {plan['rounds']}")
+    if plan["not_estimated"]:
+        lines.append(f"not in the estimate, since nothing is known of them: {', '.join(plan['not_estimated'])}")
     if not plan["gpu_hours"]:
         lines.append(f"no GPU is used: {number(plan['cpu_hours'])} core hours")
     free = f"{size(plan['free_disk_bytes'])} of disk and {size(plan['free_memory_bytes'])} of memory are free"

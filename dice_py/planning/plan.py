@@ -79,7 +79,7 @@ def plan(
         works), `peak_memory_bytes` (of one GPU, or of the host), and its counts. For the run: `total_seconds`,
         `gpu_hours`, `cpu_hours` (without a GPU: its cores times its wall clock), `disk_bytes` and `peak_memory_bytes`
         at their peak, `fits`, and `first_failure` (planning/feasibility.py), the first in order of work; `method`, the
-        training method, and the `labels` that mining adds.
+        training method, the `labels` that mining adds, and `not_estimated`, parts of an evaluation that take time too.
 
     Raises:
         DiceError: the same errors that would stop the run before its first stage.
@@ -124,8 +124,16 @@ def plan(
         "may_end_early": config.rounds.stop_when == "worse",
         "method": config.train.method,
         "labels": mining_labels(config),
+        "not_estimated": not_estimated(config),
         "stages": stages,
     }
+
+
+def not_estimated(config: RunConfig) -> list[str]:
+    """The settings of parts of an evaluation whose time, memory and cost are not known before they run."""
+    judges = config.evaluate.judges
+    names = [f"evaluate.judges.{name}" for name in type(judges).model_fields if getattr(judges, name) is not None]
+    return [*names, *(["evaluate.command"] if config.evaluate.command is not None else [])]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def made_plan(**changes: Any) -> dict[str, Any]:
         "may_end_early": False,
         "method": "dpo",
         "labels": [],
+        "not_estimated": [],
         "stages": stages,
         **changes,
     }  # fmt: skip
@@ -97,6 +98,12 @@ def test_extrapolated_lengths_are_reported(dice, faked) -> None:
     assert (
         "\n3 of 8 responses of the calibration were cut at 30 tokens: their lengths are extrapolated" in dice("plan")[1]
     )
+
+
+def test_what_is_not_estimated_is_said(dice, faked) -> None:
+    faked["found"]["not_estimated"] = ["evaluate.judges.openai", "evaluate.command"]
+    _, out, _ = dice("plan")
+    assert "not in the estimate, since nothing is known of them: evaluate.judges.openai, evaluate.command" in out
 
 
 def test_a_run_that_may_end_early_is_planned_to_its_end(dice, faked) -> None:

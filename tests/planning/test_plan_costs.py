@@ -12,6 +12,7 @@ from dice_py.planning.calibration import calibrated_costs
 from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import count_rounds
 from dice_py.planning.pair_costs import mining_labels
+from dice_py.planning.plan import not_estimated
 from dice_py.runs.measured_costs import EvaluateCosts
 
 
@@ -244,6 +245,12 @@ def test_another_reference_and_shared_lengths_score_more_pairs() -> None:
     # All eight pairs under the policy, with the start of the longer response.
     shared, run_data = small("train.ld_alpha=0.5")
     assert estimated(shared, run_data)["round-01/replay"]["tokens"] == 1.5 * 240
+
+
+def test_judges_and_a_benchmark_are_not_estimated() -> None:
+    assert not_estimated(small()[0]) == []
+    config, _ = small("evaluate.command=bench", "evaluate.judges.reward_model.model=m")
+    assert not_estimated(config) == ["evaluate.judges.reward_model", "evaluate.command"]
 
 
 def test_labels_of_mining_are_named() -> None:
