@@ -14,7 +14,7 @@ def bootstrap_ci95(values: list[float], seed: int) -> list[float]:
         values: one or more, independent of each other (one per prompt, for example).
         seed: 0 or more; the same seed gives the same interval.
     """
-    # Here, because NumPy is not among the requirements of the package: it comes with the libraries that train.
+    # Here, so that commands that need no statistics start without NumPy.
     import numpy as np
 
     data = np.asarray(values, dtype=np.float64)
