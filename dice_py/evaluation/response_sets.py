@@ -15,6 +15,7 @@ import polars as pl
 from dice_py.data import read_responses
 from dice_py.errors import DataError, UsageError
 from dice_py.rows.messages import prompt_key
+from dice_py.storage.lookup import look_up
 from dice_py.storage.parquet import UNREADABLE, read_parquet
 from dice_py.storage.schemas import GENERATIONS, PLACE, PROMPTS
 
@@ -105,12 +106,11 @@ def _of_shards(shards: list[Path], option: str) -> pl.DataFrame:
         ]
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{option}: {shards[0].parent} is not as `dice generate` writes it: {error}") from None
-    rows = pl.concat(of_shards).join(prompts, on="prompt_id", how="left", maintain_order="left")
-    if rows["messages"].null_count() or rows["response"].null_count():
-        raise DataError(
-            f"{option}: {shards[0].parent} has responses that are null, or whose prompt_id is not in {_PROMPTS}; give "
-            "the shards and the prompts of one call of `dice generate`"
-        )
+    rows = pl.concat(of_shards)
+    if rows["response"].null_count():
+        raise DataError(f"{option}: {shards[0].parent} has responses that are null, and cannot be judged")
+    who = f"{option}: the responses in {shards[0].parent}"
+    rows = look_up(rows, prompts, "prompt_id", who=who, where=str(shards[0].parent / _PROMPTS))
     keys = pl.Series("key", [prompt_key(messages) for messages in rows["messages"].to_list()], dtype=pl.String)
     places = pl.format("{}, prompt_id {}", pl.lit(str(shards[0].parent)), "prompt_id").alias(PLACE)
     return rows.select("messages", keys, "response", pl.lit(None, dtype=pl.String).alias("dataset"), places)

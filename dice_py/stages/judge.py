@@ -20,6 +20,7 @@ from dice_py.evaluation.winrate.alpaca_eval import write_annotations
 from dice_py.events import Report, no_report
 from dice_py.stages.job import Job, StageResult
 from dice_py.storage.keys import digest, versions
+from dice_py.storage.lookup import look_up
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class JudgeJob(Job):
             "dataset",
             pl.Series("instruction", list(map(prompt_text, self.matched.prompts["messages"].to_list()))),
         )
-        rows = self.matched.ours.select("prompt_id").join(texts, on="prompt_id", how="left", maintain_order="left")
+        asked = self.matched.ours.select("prompt_id")
+        rows = look_up(asked, texts, "prompt_id", who="the pairs of responses", where="the prompts of both")
         return rows.select(
             "instruction",
             self.matched.theirs["response"].alias("output_1"),

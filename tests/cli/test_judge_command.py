@@ -203,4 +203,4 @@ def test_generations_of_two_folders(dice: Dice, tmp_path: Path) -> None:
     pl.read_parquet(moved / "prompts.parquet").head(1).write_parquet(moved / "prompts.parquet")
     code, _, err = dice("judge", "reward-model", moved, tmp_path / "two", "--model", model)
     assert code == 3
-    assert "prompt_id is not in prompts.parquet" in err
+    assert "prompts.parquet does not have" in err

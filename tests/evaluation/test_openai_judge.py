@@ -234,7 +234,7 @@ def test_another_port_and_another_kind_of_server(server: JudgeServer) -> None:
         wrong.verdicts(*pairs(3))
     slow = judge_of(server, timeout=0.001)
     with pytest.raises(JudgeError, match="timed out"):
-        slow.verdicts(*pairs(3))
+        slow.verdicts(*pairs(3, "of a slow server"))
 
 
 def _files(folder: Path, count: int) -> tuple[Path, Path]:

@@ -161,7 +161,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         read_response_set(tmp_path, "OURS", None)
     folder = generations(tmp_path / "generated")
     write_parquet(folder / "prompts.parquet", prompts_frame([user("one")]), key="k", schema=PROMPTS)  # type: ignore[list-item]
-    with pytest.raises(DataError, match=r"prompt_id is not in prompts\.parquet"):
+    with pytest.raises(DataError, match=r"prompt_id 1, which .*prompts\.parquet does not have"):
         read_response_set(folder, "OURS", None)
     (folder / "prompts.parquet").unlink()
     with pytest.raises(DataError, match="keep them in one folder"):
