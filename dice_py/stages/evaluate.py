@@ -159,8 +159,9 @@ class EvaluateJob(Job):
         return StageResult([(file, key), (self.values_file, key), *dict.fromkeys(made)], metrics)
 
     def _check_models(self, report: Report) -> None:
-        models = {"policy": self.policy, "start": self.start, "reference": self.reference}
-        for role, folder in (models | {"initial reference": self.initial_reference}).items():
+        models = {"policy": self.policy, "start": self.start, "previous policy": self.previous}
+        models |= {"reference": self.reference, "initial reference": self.initial_reference}
+        for role, folder in models.items():
             check_checkpoint(folder, role, self.models)
         # The policy may be the start, whose own accuracy is measured too.
         check_distinct(self.policy, self.reference, allowed=self.score_config.allow_same_model, report=report)

@@ -67,12 +67,13 @@ def read_responses(
         raise no_such_baseline(baseline, list(models), source)
     table, notes = _scaled(table, baseline, scale, source)
     table = table.with_columns(length=pl.coalesce("length", _looked_up(table, lengths, None)))
-    of_baseline = table.filter(pl.col("model") == baseline).select(
-        "prompt", baseline_length="length", baseline_response="response"
-    )
+    of_baseline = table.filter(pl.col("model") == baseline)
     if of_baseline["prompt"].n_unique() == len(of_baseline):  # else build_comparisons says which is there twice
-        table = table.drop("baseline_length", "baseline_response").join(
-            of_baseline, on="prompt", how="left", maintain_order="left"
+        table = table.with_columns(
+            pl.col("prompt")
+            .replace_strict(of_baseline["prompt"], of_baseline[name], default=None, return_dtype=COMPARISONS[name])
+            .alias(f"baseline_{name}")
+            for name in ("length", "response")
         )
         table = table.with_columns(baseline_length=pl.coalesce("baseline_length", _looked_up(table, lengths, baseline)))
     return build_comparisons(table.select(*COMPARISONS), baseline, source, notes)
