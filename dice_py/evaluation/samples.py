@@ -6,13 +6,13 @@ the sampling engine, before temperature and top-p, so that entropy and KL need n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import polars as pl
 
 from dice_py.evaluation.metrics import bootstrap_ci95
-from dice_py.evaluation.resampling import r_squared, ratio, statistic_ci95
 
 _DISTINCT = (1, 2)
 
@@ -70,10 +70,13 @@ def kl_metrics(name: str, logps: pl.Series, other_logps: pl.Series, samples: pl.
         samples: `prompt_id`.
 
     Returns:
-        The mean over samples, in nats a response, and its interval over prompts. Of samples at another temperature
+        The mean over samples, in nats a response, and its interval over prompts; None where a log-probability is not
+        finite. Of samples at another temperature
         than 1, or with truncation (top-p, top-k), it is the mean over those samples, and not the policy's KL.
     """
     ratios = logps.cast(pl.Float64) - other_logps.cast(pl.Float64)
+    if not ratios.is_finite().all():  # JSON has no NaN, and a mean that leaves them out would look sound
+        return {name: None, f"{name}_ci95": None}
     return {name: ratios.mean(), f"{name}_ci95": mean_ci95(samples["prompt_id"], ratios, seed)}
 
 
@@ -88,7 +91,7 @@ def reward_length_metrics(samples: pl.DataFrame, rewards: pl.Series, seed: int) 
         reward_length_r2: R² of a straight line from length to reward, 0 to 1, and its interval over prompts; None
         where all rewards or all lengths are equal.
     """
-    import numpy as np
+    from dice_py.evaluation.resampling import r_squared, statistic_ci95
 
     rows = pl.DataFrame({"prompt_id": samples["prompt_id"], "x": samples["response_tokens"], "y": rewards})
     centered = rows.with_columns(pl.col(axis).cast(pl.Float64) - pl.col(axis).cast(pl.Float64).mean() for axis in "xy")
@@ -100,7 +103,7 @@ def reward_length_metrics(samples: pl.DataFrame, rewards: pl.Series, seed: int) 
         .to_numpy()
     )
     value = float(r_squared(sums.sum(axis=0, keepdims=True))[0])
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         return {"reward_length_r2": None, "reward_length_r2_ci95": None}
     return {"reward_length_r2": value, "reward_length_r2_ci95": statistic_ci95(sums, r_squared, seed)}
 
@@ -112,19 +115,23 @@ def mean_ci95(items: pl.Series, values: pl.Series, seed: int) -> list[float] | N
         items: of each row, a prompt_id for example.
         values: of each row.
     """
+    from dice_py.evaluation.resampling import column_ratio, statistic_ci95
+
     rows = pl.DataFrame({"item": items, "value": values.cast(pl.Float64)})
     by_item = rows.group_by("item", maintain_order=True)
     sums = by_item.agg(pl.col("value").sum(), count=pl.len().cast(pl.Float64)).drop("item")
-    return statistic_ci95(sums.to_numpy(), ratio, seed)
+    return statistic_ci95(sums.to_numpy(), column_ratio, seed)
 
 
 def _ratio(name: str, sums: pl.DataFrame, seed: int) -> dict[str, Any]:
     """Σ of the first column over Σ of the second, with its interval; None where the second is zero."""
+    from dice_py.evaluation.resampling import column_ratio, statistic_ci95
+
     table = sums.cast(pl.Float64).to_numpy()
     above, below = table.sum(axis=0)
-    if not below:
+    if not below or not math.isfinite(above):
         return {name: None, f"{name}_ci95": None}
-    return {name: float(above / below), f"{name}_ci95": statistic_ci95(table, ratio, seed)}
+    return {name: float(above / below), f"{name}_ci95": statistic_ci95(table, column_ratio, seed)}
 
 
 def sampling_note(temperature: float, top_p: float, top_k: int, others: Iterable[str] = ()) -> str | None:

@@ -24,7 +24,7 @@ from dice_py.evaluation.audit.best_of_k import (
 )
 from dice_py.evaluation.audit.data import comparisons_of_scores
 from dice_py.evaluation.audit.preferences import agreement, brier
-from dice_py.evaluation.audit.resampling import Resamples, by_group, interval, ratio
+from dice_py.evaluation.resampling import Resamples, by_group, interval, ratio
 
 SETS = st.lists(
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=6), min_size=1, max_size=6

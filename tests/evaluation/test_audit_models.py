@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dice_py.evaluation.audit.data import AuditData
 from dice_py.evaluation.audit.models import Battles, Standings, battles_of, model_figures, standings, strengths
-from dice_py.evaluation.audit.resampling import Resamples
+from dice_py.evaluation.resampling import Resamples
 
 SETS = st.lists(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=5), min_size=1, max_size=6

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import linregress
 
 from dice_py.evaluation.metrics import RESAMPLES
-from dice_py.evaluation.resampling import r_squared, ratio, resampled_sums, statistic_ci95
+from dice_py.evaluation.resampling import Resamples, column_ratio, r_squared, statistic_ci95
 from dice_py.evaluation.samples import (
     distinct_share,
     kl_metrics,
@@ -104,7 +104,7 @@ def test_intervals_are_those_of_resampled_prompts() -> None:
     assert (low, high) == pytest.approx(want, rel=0.08)
     of_rows = statistic_ci95(
         np.stack([-frame["sampled_logp"].to_numpy(), frame["response_tokens"].to_numpy()], axis=1).astype(float),
-        ratio,
+        column_ratio,
         1,
     )
     assert of_rows is not None
@@ -153,28 +153,29 @@ def test_r_squared_needs_two_values() -> None:
 
 def test_draws_are_seeded_and_keep_their_size() -> None:
     sums = np.ones((7, 1))
-    assert resampled_sums(sums, 0).shape == (RESAMPLES, 1)
-    assert (resampled_sums(sums, 0) == 7.0).all()
+    assert Resamples(7, 0).sums(sums).shape == (RESAMPLES, 1)
+    assert (Resamples(7, 0).sums(sums) == 7.0).all()
     values = np.arange(50.0)[:, None]
-    assert (resampled_sums(values, 4) == resampled_sums(values, 4)).all()
-    assert (resampled_sums(values, 4) != resampled_sums(values, 5)).any()
+    assert (Resamples(50, 4).sums(values) == Resamples(50, 4).sums(values)).all()
+    assert (Resamples(50, 4).sums(values) != Resamples(50, 5).sums(values)).any()
 
 
-def test_draws_in_parts_have_the_same_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(0).normal(size=(40, 1))
-    complete = resampled_sums(values, 0)
-    monkeypatch.setattr("dice_py.evaluation.resampling.DRAWS_AT_ONCE", 40 * 300)
-    parts = resampled_sums(values, 0)
-    assert parts.shape == complete.shape
-    assert parts.mean() == pytest.approx(complete.mean(), abs=0.5)
-    assert parts.std() == pytest.approx(complete.std(), rel=0.1)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_log_probabilities_that_are_not_finite_give_no_figure(wrong: float) -> None:
+    frame = samples((0, "a", [1], "stop", wrong), (1, "b", [2, 3], "stop", -1.0))
+    found = sample_metrics(frame, seed=0)
+    assert (found["entropy_per_token"], found["entropy_per_token_ci95"]) == (None, None)
+    assert found["mean_response_tokens"] == 1.5
+    logps = frame["sampled_logp"]
+    assert kl_metrics("kl", logps, pl.Series([0.0, 0.0]), frame, 0) == {"kl": None, "kl_ci95": None}
+    assert reward_length_metrics(frame, logps, 0) == {"reward_length_r2": None, "reward_length_r2_ci95": None}
 
 
 def test_ratios_and_r_squared_without_a_value() -> None:
-    assert ratio(np.array([[1.0, 2.0]])) == [0.5]
-    assert np.isnan(ratio(np.array([[1.0, 0.0]]))).all()
+    assert column_ratio(np.array([[1.0, 2.0]])) == [0.5]
+    assert np.isnan(column_ratio(np.array([[1.0, 0.0]]))).all()
     assert np.isnan(r_squared(np.array([[3.0, 0.0, 0.0, 0.0, 1.0, 0.0]]))).all()
-    assert statistic_ci95(np.array([[1.0, 0.0]]), ratio, 0) is None
+    assert statistic_ci95(np.array([[1.0, 0.0]]), column_ratio, 0) is None
 
 
 def test_mean_interval_of_rows_in_groups() -> None:

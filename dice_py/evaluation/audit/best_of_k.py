@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dice_py.evaluation.audit.data import AuditData, rows_of_prompts
-from dice_py.evaluation.audit.resampling import Figure, Resamples, by_group, interval, ratio
+from dice_py.evaluation.resampling import Figure, Resamples, by_group, interval, ratio
 
 
 class BestOfK(NamedTuple):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dice_py.evaluation.audit.data import AuditData, rows_of_prompts
-from dice_py.evaluation.audit.resampling import Figure, Resamples, interval
+from dice_py.evaluation.resampling import Figure, Resamples, interval
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from dice_py.evaluation.audit.data import AuditData
-from dice_py.evaluation.audit.resampling import Figure, Resamples, by_group, interval, ratio
+from dice_py.evaluation.resampling import Figure, Resamples, by_group, interval, ratio
 from dice_py.evaluation.slices import CHOSEN_LONGER, CHOSEN_SHORTER, MINIMUM_PAIRS, accuracy_interval
 from dice_py.storage.keys import seed_for
 

@@ -12,8 +12,8 @@ from dice_py.evaluation.audit.choices import LENGTH_ONLY, Reward
 from dice_py.evaluation.audit.data import AuditData
 from dice_py.evaluation.audit.models import FEWEST_MODELS, Battles, Standings, battles_of, model_figures, standings
 from dice_py.evaluation.audit.preferences import Agreement, agreement, brier
-from dice_py.evaluation.audit.resampling import Figure, Resamples
 from dice_py.evaluation.audit.verdict import over_length, verdict_of
+from dice_py.evaluation.resampling import Figure, Resamples
 from dice_py.evaluation.slices import CHOSEN_LONGER, CHOSEN_SHORTER
 from dice_py.storage.keys import seed_for
 

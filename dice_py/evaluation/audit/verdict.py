@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from dice_py.evaluation.audit.preferences import Agreement
-from dice_py.evaluation.audit.resampling import Figure, interval
+from dice_py.evaluation.resampling import Figure, interval
 from dice_py.evaluation.slices import CHOSEN_LONGER, CHOSEN_SHORTER
 
 Word = Literal["usable", "length-biased", "at chance"]

@@ -10,7 +10,6 @@ import polars as pl
 
 from dice_py.evaluation.judges.base import ScoringJudge
 from dice_py.evaluation.metrics import bootstrap_ci95, win_rate
-from dice_py.evaluation.resampling import ratio, statistic_ci95
 from dice_py.evaluation.values import ItemValues
 from dice_py.events import Report, no_report
 from dice_py.synthetic.task import oracle
@@ -106,6 +105,8 @@ def _reward_accuracy(
     """The share of sample pairs with different scores that `rewards` orders alike; `scores` are by prompt, in order."""
     import numpy as np
 
+    from dice_py.evaluation.resampling import column_ratio, statistic_ci95
+
     by_prompt: dict[int, list[float]] = {}
     for prompt_id, reward in zip(prompt_ids, rewards, strict=True):
         by_prompt.setdefault(prompt_id, []).append(reward)
@@ -124,4 +125,4 @@ def _reward_accuracy(
         return {name: None, f"{name}_ci95": None}
     table = np.array(sums)
     agreed, pairs = table.sum(axis=0)
-    return {name: float(agreed / pairs), f"{name}_ci95": statistic_ci95(table, ratio, seed)}
+    return {name: float(agreed / pairs), f"{name}_ci95": statistic_ci95(table, column_ratio, seed)}
