@@ -129,7 +129,9 @@ bench-winrate: setup ## win rates against AlpacaEval's own figures (BENCH_ARGS="
 gpu-kit: setup ## .gpukit/kit.tar.xz: what a GPU machine without network needs for benches/gpu/check.py
 	benches/gpu/build_kit.sh .gpukit $(GPU_KIT_WORLD)
 
-lock: $(UV) ## requirements/dev.txt and oldest.txt from requirements/*.in
+lock: $(UV) ## requirements/dev.txt, docs.txt and oldest.txt from requirements/*.in
+	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/docs.in --python-version 3.11 --universal \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/docs.txt
 	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/dev.in \
 		--override requirements/overrides.txt --python-version 3.11 --universal --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --quiet --output-file requirements/dev.txt

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, model_validator
 from dice_py.config.extrapolation import ExtrapolateConfig
 from dice_py.config.loss import MINING_LABELS
 from dice_py.config.mining import MineConfig
+from dice_py.config.report import ReportConfig
 from dice_py.config.rounds import COMMAND_PREFIX, ROUND_METRICS, RoundsConfig, WarningsConfig
 from dice_py.config.shared import DataConfig, DevicesConfig, ModelConfig, Section
 from dice_py.config.stages import (
@@ -49,6 +50,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     extrapolate: ExtrapolateConfig = Field(default_factory=ExtrapolateConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
     warnings: WarningsConfig = Field(default_factory=WarningsConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
 

@@ -90,6 +90,44 @@ TRAINING_SET = _schema(
     source=pl.String,
 )
 
+# Of the inspect stage: pairs to read, with what decided them. Rewards are β(log π − log π_ref) in nats, credits their
+# parts by token (null: no models were given). What is not known of a replayed pair is null.
+CANDIDATE = pl.Struct(
+    {
+        "sample_id": pl.UInt16,
+        "response": pl.String,
+        "reward": pl.Float32,
+        # reward − penalty of the length, by which the candidates are ranked.
+        "penalized_reward": pl.Float32,
+        "response_tokens": pl.UInt32,
+        "finish_reason": pl.String,
+        "role": pl.String,  # "chosen", "rejected", or null
+    }
+)
+TOKEN_CREDIT = pl.Struct({"text": pl.String, "logp": pl.Float32, "ref_logp": pl.Float32, "credit": pl.Float32})
+INSPECTED_PAIRS = _schema(
+    # Unique in a run and the same in every report of it: "r01-mined-17", "r01-replay-3", "file-3".
+    pair_id=pl.String,
+    round=pl.UInt32,
+    source=pl.String,  # "mined", or the training set's, or that of the user's file
+    prompt=MESSAGES,
+    chosen=MESSAGES,
+    rejected=MESSAGES,
+    chosen_tokens=pl.UInt32,
+    rejected_tokens=pl.UInt32,
+    chosen_finish_reason=pl.String,
+    rejected_finish_reason=pl.String,
+    chosen_reward=pl.Float32,
+    rejected_reward=pl.Float32,
+    chosen_penalized_reward=pl.Float32,
+    rejected_penalized_reward=pl.Float32,
+    margin=pl.Float32,
+    labels=pl.String,  # a JSON object of what mining or the user's file says besides, or null
+    candidates=pl.List(CANDIDATE),  # all responses to the prompt, best first; empty of a replayed pair
+    chosen_credit=pl.List(TOKEN_CREDIT),
+    rejected_credit=pl.List(TOKEN_CREDIT),
+)
+
 # Of an evaluation, by metric and item: a prompt_id, or the row number of a held-out pair. `start` is the value of the
 # policy that the run started from.
 METRIC_VALUES = _schema(metric=pl.String, item=pl.UInt32, value=pl.Float64, start=pl.Float64)
