@@ -1,10 +1,10 @@
 """The pairs that people read: a sample in which every source and every kind of length gap is there.
 
-The rule. Pairs of one source and one bucket of the length gap are a stratum. The gap is (chosen − rejected) / longer, in
-tokens; its buckets are cut at `GAP_CUTS`. First the sources share the sample in proportion to their pairs, then the buckets
-of a source what it got, by largest remainders; each source and each bucket gets one pair at least, where there is room for
-that. Within a stratum pairs are drawn without replacement, all with the same probability. The draw depends on the seed,
-the source and the bucket alone.
+The rule. Pairs of one source and one bucket of the length gap are a stratum. The gap is (chosen − rejected) / longer,
+in tokens; its buckets are cut at `GAP_CUTS`. First the sources share the sample in proportion to their pairs, then the
+buckets of a source share what it got, by largest remainders; each source and each bucket gets one pair at least, where
+there is room for that. Within a stratum pairs are drawn without replacement, all with the same probability. The draw
+depends on the seed, the source and the bucket alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dice_py.storage.keys import seed_for
 
 GAP_CUTS = (-0.5, -0.1, 0.1, 0.5)
 """(chosen − rejected) / longer: from "the rejected response is more than twice as long" to the same of the chosen."""
+
+_STRATUM = ["source", "bucket"]
 
 
 def gap_bucket(chosen: str, rejected: str) -> pl.Expr:
@@ -38,14 +40,16 @@ def draw_pairs(pairs: pl.DataFrame, count: int, seed: int) -> list[int]:
     if pairs.height <= count:
         return list(range(pairs.height))
     rows = pairs.select("source", bucket=gap_bucket("chosen_tokens", "rejected_tokens")).with_row_index("row")
-    strata = rows.group_by("source", "bucket").agg(pl.col("row").sort()).sort("source", "bucket")
+    strata = rows.group_by(_STRATUM).agg(pl.col("row").sort()).sort(_STRATUM)
     drawn: list[int] = []
     sources = strata.partition_by("source", maintain_order=True)
     quotas = proportional([int(source["row"].list.len().sum()) for source in sources], count)
     for source, quota in zip(sources, quotas, strict=True):
         shares = proportional(source["row"].list.len().to_list(), quota)
-        for (name, bucket, members), share in zip(source.iter_rows(), shares, strict=True):
-            drawn += random.Random(seed_for(seed, "pairs to read", name, bucket)).sample(members, share)
+        names = source.select(_STRATUM).iter_rows()
+        for (name, bucket), members, share in zip(names, source["row"], shares, strict=True):
+            at = random.Random(seed_for(seed, "pairs to read", name, bucket)).sample(range(len(members)), share)
+            drawn += members.gather(at).to_list()
     return sorted(drawn)
 
 

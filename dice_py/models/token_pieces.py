@@ -1,8 +1,8 @@
 """The text of a response cut into pieces of one token or of a few: what a reader sees of each token.
 
 A token alone has no text of its own. In byte-level vocabularies several tokens make one character ("漢" is three
-bytes), and SentencePiece drops the space before a token that is decoded first. So a piece is a run of tokens, as short as
-the decoded text allows, and the pieces together are that text. Control tokens are shown by their spelling.
+bytes), and SentencePiece drops the space before a token that is decoded first. So a piece is a run of tokens, as short
+as the decoded text allows, and the pieces together are that text. Control tokens are shown by their spelling.
 """
 
 from __future__ import annotations
