@@ -17,6 +17,7 @@ from dice_py.scoring.shards import PreviousModel
 from dice_py.stages.benchmark import BenchmarkJob, benchmark_metrics
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
+from dice_py.stages.inspect import InspectJob
 from dice_py.stages.job import StageFile, StageResult
 from dice_py.stages.mine import MineJob
 from dice_py.stages.replay import ReplayJob
@@ -47,7 +48,7 @@ def run_round_zero(run: Run, inputs: Inputs) -> Path:
         out=base / "replay",
         seed=seed_for(config.seed, 0, "replay"),
     )
-    training_set, training_set_key = run.run_stage(0, replay_job).files[0]
+    training_set, training_set_key = run.run_stage(0, replay_job, following="train").files[0]
     train_job = TrainJob(
         config=config.round0.training(config.train),
         models=config.model,
@@ -79,7 +80,7 @@ def previous_model(config: RunConfig, policy: Path, reference: Path) -> Previous
 def run_round(
     run: Run, inputs: Inputs, number: int, policy: Path, reference: Path, previous: PreviousModel | None = None
 ) -> Path:
-    """Generate, score, mine, replay, train: the new policy's folder."""
+    """Generate, score, mine, replay, inspect, train: the new policy's folder."""
     config, base = run.config, run.round_folder(number)
     prompts, prompts_key = round_prompts(run, inputs, number, base / "generate")
     run.list_files(prompts)
@@ -115,6 +116,22 @@ def run_round(
     replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)
     replayed = run.run_stage(number, replay_job)
     training_set, training_set_key = replayed.files[0]
+    inspect_job = InspectJob(
+        config=config.report,
+        score_config=config.score,
+        models=config.model,
+        policy=policy,
+        reference=reference,
+        beta=config.beta,
+        mine=mine_job,
+        mined=mined.files[0],
+        training_set=replayed.files[0],
+        prompts=pool.prompts,
+        out=base / "inspect",
+        seed=seed_for(config.seed, number, "inspect"),
+        round_number=number,
+    )
+    run.run_stage(number, inspect_job)
     train_job = TrainJob(
         config=config.train,
         models=config.model,
