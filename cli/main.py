@@ -26,6 +26,7 @@ from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
 from cli.plan import plan
 from cli.replay import replay
+from cli.report import ReportCommand, report
 from cli.runs import resume, run, status
 from cli.stages import evaluate, generate, score, train
 from cli.terminal import prepare_streams, say
@@ -88,8 +89,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (run, resume, status, plan, demo):
+for command in (run, resume, status):
     app.command()(command)
+app.command(cls=ReportCommand)(report)
+for planned in (plan, demo):
+    app.command()(planned)
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)

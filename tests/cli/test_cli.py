@@ -23,7 +23,7 @@ from cli.main import main
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 COMMANDS = (
-    "run", "resume", "status", "plan", "demo", "generate", "score", "mine", "replay", "train", "evaluate",
+    "run", "resume", "status", "report", "plan", "demo", "generate", "score", "mine", "replay", "train", "evaluate",
     "extrapolate", "audit", "winrate", "world", "doctor", "judge",
 )  # fmt: skip
 GROUPS = {"judge": ("oracle", "reward-model", "implicit", "openai")}
