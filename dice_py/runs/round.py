@@ -116,21 +116,7 @@ def run_round(
     replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)
     replayed = run.run_stage(number, replay_job)
     training_set, training_set_key = replayed.files[0]
-    inspect_job = InspectJob(
-        config=config.report,
-        score_config=config.score,
-        models=config.model,
-        policy=policy,
-        reference=reference,
-        beta=config.beta,
-        mine=mine_job,
-        mined=mined.files[0],
-        training_set=replayed.files[0],
-        prompts=pool.prompts,
-        out=base / "inspect",
-        seed=seed_for(config.seed, number, "inspect"),
-        round_number=number,
-    )
+    inspect_job = _inspect_job(run, number, pool, mine_job, mined.files[0], replayed.files[0], policy, reference)
     run.run_stage(number, inspect_job)
     train_job = TrainJob(
         config=config.train,
@@ -224,6 +210,34 @@ def _replay_job(
         round_number=number,
         shared_logps=config.train.ld_alpha is not None,
         **_reference_of_loss(config, inputs, reference),
+    )
+
+
+def _inspect_job(
+    run: Run,
+    number: int,
+    pool: Candidates,
+    mine: MineJob,
+    mined: StageFile,
+    training_set: StageFile,
+    policy: Path,
+    reference: Path,
+) -> InspectJob:
+    config = run.config
+    return InspectJob(
+        config=config.report,
+        score_config=config.score,
+        models=config.model,
+        policy=policy,
+        reference=reference,
+        beta=config.beta,
+        mine=mine,
+        mined=mined,
+        training_set=training_set,
+        prompts=pool.prompts,
+        out=run.round_folder(number) / "inspect",
+        seed=seed_for(config.seed, number, "inspect"),
+        round_number=number,
     )
 
 

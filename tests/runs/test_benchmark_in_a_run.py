@@ -64,7 +64,7 @@ def test_its_numbers_choose_the_round(config: RunConfig, bench: Path, tmp_path: 
     assert finished["round"] == "round-02"
     assert any("the best by command.score (0.75); round-03 has 0.25" in note for note in notes(events))
     status = run_status(folder)
-    assert [entry["stage"] for entry in status["entries"]][6] == "round-01/benchmark"
+    assert [entry["stage"] for entry in status["entries"]][7] == "round-01/benchmark"
     assert status["state"] == "finished"
     page = (folder / "report.html").read_text()
     assert "<th>command.score</th><td>0.5</td><td>0.75</td><td>0.25</td>" in page
