@@ -57,13 +57,14 @@ def run(
         return
     from cli.progress import Display
     from dice_py.reporting.html import write_report
+    from dice_py.reporting.tracking.session import Tracked
     from dice_py.runs.folder import new_run_folder
     from dice_py.runs.loop import run as run_rounds
 
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
-    with Display() as display:
+    with Display() as display, Tracked(folder, display) as report:
         display.line(f"run folder: {folder}")
-        metrics = run_rounds(resolved, folder, display, after_round=write_report, force=force)
+        metrics = run_rounds(resolved, folder, report, after_round=write_report, force=force)
     _finish(folder, metrics, as_json)
 
 
@@ -82,10 +83,11 @@ def resume(
     """
     from cli.progress import Display
     from dice_py.reporting.html import write_report
+    from dice_py.reporting.tracking.session import Tracked
     from dice_py.runs.loop import resume as resume_rounds
 
-    with Display() as display:
-        metrics = resume_rounds(folder, display, assignments=assign or [], after_round=write_report, force=force)
+    with Display() as display, Tracked(folder, display) as report:
+        metrics = resume_rounds(folder, report, assignments=assign or [], after_round=write_report, force=force)
     _finish(folder, metrics, as_json)
 
 

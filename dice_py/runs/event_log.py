@@ -20,14 +20,21 @@ def read_events(path: Path) -> list[Event]:
         return events
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            named = isinstance(event, dict) and isinstance(event.get("event"), str)
-            if named and finite_number(event.get("time")) is not None and _is_sound(event):
+            event = parse_event(line)
+            if event is not None:
                 events.append(event)
     return events
+
+
+def parse_event(line: str) -> Event | None:
+    """The event of a line; None if it is damaged."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    named = isinstance(event, dict) and isinstance(event.get("event"), str)
+    sound = named and finite_number(event.get("time")) is not None and _is_sound(event)
+    return event if sound else None
 
 
 def finite_number(value: Any) -> float | None:
