@@ -37,6 +37,27 @@ def parse_event(line: str) -> Event | None:
     return event if sound else None
 
 
+class EventTail:
+    """The events of a run as they come, for who follows it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> list[Event]:
+        """Those in the complete lines behind the ones that were read."""
+        try:
+            with self._path.open("rb") as handle:
+                handle.seek(self._offset)
+                text = handle.read()
+        except FileNotFoundError:
+            return []
+        lines = text[: text.rfind(b"\n") + 1]
+        self._offset += len(lines)
+        parsed = (parse_event(line.decode("utf-8", errors="replace")) for line in lines.splitlines())
+        return [event for event in parsed if event is not None]
+
+
 def finite_number(value: Any) -> float | None:
     """A value as a float if it is a finite number, else None."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

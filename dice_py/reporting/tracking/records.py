@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from dice_py.reporting.foreign_text import visible
-from dice_py.runs.event_log import Event, parse_event
+from dice_py.runs.event_log import Event, EventTail
 from dice_py.storage.files import Manifest
 from dice_py.storage.schemas import INSPECTED_PAIRS
 from dice_py.training.log import read_training_log
@@ -72,7 +71,7 @@ class Follower:
         self._folder = folder
         self._process = process
         self._started = False
-        self._offset = 0
+        self._events = EventTail(folder / "events.jsonl")
         self._training: str | None = None
         self._taken: set[Identity] = set()
         self._steps: dict[str, int] = {}
@@ -81,7 +80,7 @@ class Follower:
     def poll(self) -> list[Record]:
         """The records that have come since the last call."""
         found: list[Record] = []
-        for event in self._new_events():
+        for event in self._events.new():
             if event["event"] == "started":
                 self._started = event.get("pid") == self._process
             elif event["event"] == "stage" and self._started:
@@ -94,21 +93,6 @@ class Follower:
                 self._taken.add(record.identity)
                 fresh.append(record)
         return fresh
-
-    def _new_events(self) -> Iterator[Event]:
-        """The complete lines behind those that were read."""
-        try:
-            with (self._folder / "events.jsonl").open("rb") as handle:
-                handle.seek(self._offset)
-                text = handle.read()
-        except FileNotFoundError:
-            return
-        lines = text[: text.rfind(b"\n") + 1]
-        self._offset += len(lines)
-        for line in lines.splitlines():
-            event = parse_event(line.decode("utf-8", errors="replace"))
-            if event is not None:
-                yield event
 
     def _of_stage(self, event: Event) -> list[Record]:
         name, counts = event.get("stage"), event.get("counts")
