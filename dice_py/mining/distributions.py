@@ -13,10 +13,9 @@ from typing import Any
 import polars as pl
 
 from dice_py.config.mining import MiningOptions
-from dice_py.mining.columns import narrow_frame
 from dice_py.mining.comparison import compare_mining
 from dice_py.mining.labels import finite
-from dice_py.mining.numeric import numeric_columns
+from dice_py.mining.ranking import usable_responses
 
 LENGTH_BINS = 40
 REWARD_BINS = 30
@@ -61,7 +60,7 @@ def mining_distributions(
         for variant, each in zip(compared.variants, compared.mined, strict=True)
         if each is not None and variant.options is not None and variant.options.debias == "none"
     )
-    usable = _usable(scored, options)
+    usable = usable_responses(scored, options).filter("usable")
     return {
         "rows": scored.height,
         "usable": usable.height,
@@ -105,23 +104,6 @@ def _variant_entry(entry: dict[str, Any], overlap: float | None) -> dict[str, An
     shown |= {name: entry[name] for name in same}
     shown |= {name: entry[f"{name}_after"] for name in after}
     return shown | {"overlap": overlap}
-
-
-def _usable(scored: pl.DataFrame, options: MiningOptions) -> pl.DataFrame:
-    """`reward` f64 and `length` i64 of the responses that mining may use; of equal ones of a prompt the first."""
-    numbers, _ = numeric_columns(narrow_frame(scored, options), options)
-    reward, length = pl.col("reward").cast(pl.Float32), pl.col("length").cast(pl.Int64)
-    shortest = max(options.min_length or 0, 1 if options.debias == "per_token" else 0)
-    keep = reward.is_finite() & (length >= shortest)
-    if options.max_length is not None:
-        keep &= length <= options.max_length
-    if "truncated" in numbers.columns:
-        keep &= ~pl.col("truncated").fill_null(False)
-    usable = numbers.filter(keep)
-    if "duplicate" in numbers.columns:
-        first = pl.struct("prompt", "duplicate").is_first_distinct()
-        usable = usable.filter(first | pl.col("duplicate").is_null())
-    return usable.select(reward.cast(pl.Float64), length)
 
 
 def _reward_length(usable: pl.DataFrame) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The trainer's log, `log.jsonl` in the folder of a train stage: one entry a line, as it comes, to follow a training.
 
-The trained model has the same entries in its `train_log.json`, which is there only in the end. A resumed training
-begins with the entries up to its checkpoint, so that in the end its log is that of a training that was not stopped.
-The file has no digest, since it grows. Imports neither torch nor transformers.
+The trained model has the same entries in its `train_log.json`, which is there only in the end. The first line has the
+key of the training: until a training begins, the log of an earlier one may lie there. A resumed training begins with
+the entries up to its checkpoint, so that in the end its log is that of a training that was not stopped. The file has no
+digest, since it grows. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.events import Report
-from dice_py.storage.files import write_text
+from dice_py.storage.files import KEY_NAME, write_text
 
 LOG_FILE = "log.jsonl"
 
@@ -27,8 +28,9 @@ Entry = dict[str, Any]
 class TrainingLog:
     """Writes the log of one training. A log that cannot be written is a note, and no end of the training."""
 
-    def __init__(self, folder: Path, report: Report) -> None:
+    def __init__(self, folder: Path, key: str, report: Report) -> None:
         self._path = folder / LOG_FILE
+        self._key = key
         self._report = report
         self._writes = True
 
@@ -38,7 +40,7 @@ class TrainingLog:
             if self._path.exists() and not _is_log(self._path):
                 self._stop("it is not of this program, and is left as it is")
                 return
-            write_text(self._path, "".join(map(_line, entries)))
+            write_text(self._path, json.dumps({KEY_NAME: self._key}) + "\n" + "".join(map(_line, entries)))
         except OSError as error:
             self._stop(str(error))
 
@@ -57,19 +59,24 @@ class TrainingLog:
         self._report("note", text=f"the training's log {self._path} is not written: {why}")
 
 
-def read_training_log(folder: Path) -> list[Entry]:
+def read_training_log(folder: Path, key: str | None = None) -> list[Entry]:
     """The entries of the trainer's log in the folder of a train stage, in order.
 
     Each has `step`, an int, and finite numbers under the trainer's names: `loss`, `grad_norm`, `learning_rate`,
     `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`, `logps/chosen`, `logps/rejected`, …
     A value that is not finite is left out, and so is a damaged line. Without the file, as earlier versions left it,
     the entries are those in the trained model; without either there are none.
+
+    Args:
+        key: of the training. A log of another one has no entries for it.
     """
     path = folder / LOG_FILE
-    found: Iterable[Any]
+    found: list[Any]
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as lines:
             found = [_parsed(line) for line in lines]
+        if key is not None and (not found or not _has_key(found[0]) or found[0][KEY_NAME] != key):
+            return []
     else:
         found = _of_model(folder / "model" / "train_log.json")
     return [entry for value in found if (entry := _entry(value)) is not None]
@@ -115,8 +122,11 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
+def _has_key(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get(KEY_NAME), str)
+
+
 def _is_log(path: Path) -> bool:
-    """Whether a file is a log of this program: empty, or with an entry in its first line, be that cut short."""
+    """Whether a file is a log of this program. It is written at once with its first line, so none is cut short."""
     with path.open("rb") as handle:
-        first = handle.readline(1 << 16)
-    return not first or not first.endswith(b"\n") or _entry(_parsed(first.decode(errors="replace"))) is not None
+        return _has_key(_parsed(handle.readline(1 << 16).decode(errors="replace")))

@@ -68,7 +68,7 @@ def _callback(trainer: PairTrainer, config: TrainConfig, out: Path, stamp: dict[
         """Checks step 0, reports progress, keeps the log, and stamps complete checkpoints."""
 
         step0: Step0 | None = None
-        log = TrainingLog(out, report)
+        log = TrainingLog(out, stamp["key"], report)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:

@@ -65,7 +65,7 @@ def test_its_numbers_choose_the_round(config: RunConfig, bench: Path, tmp_path: 
     assert finished["round"] == "round-02"
     assert any("the best by command.score (0.75); round-03 has 0.25" in note for note in notes(events))
     status = run_status(folder)
-    assert [entry["stage"] for entry in status["entries"]][6] == "round-01/benchmark"
+    assert [entry["stage"] for entry in status["entries"]][7] == "round-01/benchmark"
     assert status["state"] == "finished"
     page = Page(folder / "report.html")
     assert page.table("on held-out prompts and pairs")["command.score"] == ["0.5", "0.75", "0.25"]

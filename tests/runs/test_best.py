@@ -97,7 +97,7 @@ def test_a_round_that_is_worse_ends_the_run(
     (finished,) = of(events, "finished")
     assert (finished["policy"], finished["round"]) == (str(folder / kept / "train/model"), kept)
     status = run_status(folder)
-    assert (status["state"], status["stages"], status["ended_after"]) == ("finished", 12, 2)
+    assert (status["state"], status["stages"], status["ended_after"]) == ("finished", 14, 2)
     assert status["policy"] == finished["policy"]
     page = (folder / "report.html").read_text()
     assert f"new policy: {kept}/train/model" in page
@@ -125,7 +125,7 @@ def test_a_round_that_is_worse_ends_the_run(
     # Equal rounds: the earlier one is the best.
     now = {"last": "round-03", "best": "round-01"}[keep]
     assert f"new policy: {folder / now / 'train/model'}\n" in out
-    assert run_status(folder)["stages"] == 18
+    assert run_status(folder)["stages"] == 21
     assert list_runs(tmp_path)[0]["state"] == "finished"
 
 

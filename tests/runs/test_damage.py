@@ -93,7 +93,7 @@ def test_samples_that_come_out_otherwise_are_scored_again(copy: Path, monkeypatc
     kept = (copy / "round-01/score/scores-00000.parquet").stat().st_mtime_ns
     monkeypatch.setattr(shard, "seed_for", lambda *parts: seed_for("another", *parts))
     events = resume(copy)
-    assert made_again(events)[:5] == ["generate", "score", "mine", "replay", "train"]
+    assert made_again(events)[:6] == ["generate", "score", "mine", "replay", "inspect", "train"]
     why = "round-01/score is made again (the first stage that is), because of: generations"
     assert why in notes(events)
     assert (copy / "round-01/score/scores-00000.parquet").stat().st_mtime_ns == kept

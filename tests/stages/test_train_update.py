@@ -109,7 +109,7 @@ def test_the_final_loss_and_the_log_are_the_same_after_a_resume(run: Stage, tmp_
     assert read_training_log(run.out) == read_training_log(uninterrupted.out)
     files = [(stage.out / "log.jsonl").read_bytes() for stage in (run, uninterrupted)]
     assert files[0] == files[1]
-    assert files[0].count(b"\n") == 4
+    assert files[0].count(b"\n") == 5
     assert want["final_loss"] == pytest.approx((first[-1][1] + first[-2][1]) / 2)
 
 

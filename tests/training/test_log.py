@@ -25,7 +25,7 @@ class Notes:
 
 
 def test_entries_are_there_as_they_come_and_the_summary_is_none(tmp_path: Path) -> None:
-    log = TrainingLog(tmp_path, no_report)
+    log = TrainingLog(tmp_path, "key", no_report)
     log.begin([])
     assert read_training_log(tmp_path) == []
     for number, entry in enumerate(ENTRIES, start=1):
@@ -36,11 +36,11 @@ def test_entries_are_there_as_they_come_and_the_summary_is_none(tmp_path: Path) 
 
 
 def test_a_resumed_training_begins_with_the_entries_of_its_checkpoint(tmp_path: Path) -> None:
-    log = TrainingLog(tmp_path, no_report)
+    log = TrainingLog(tmp_path, "key", no_report)
     log.begin([])
     for entry in [*ENTRIES, {"loss": 0.4, "step": 5}]:
         log.add(entry)
-    resumed = TrainingLog(tmp_path, no_report)
+    resumed = TrainingLog(tmp_path, "key", no_report)
     resumed.begin(ENTRIES[:1])
     assert read_training_log(tmp_path) == ENTRIES[:1]
     resumed.add(ENTRIES[1])
@@ -48,10 +48,11 @@ def test_a_resumed_training_begins_with_the_entries_of_its_checkpoint(tmp_path: 
 
 
 def test_values_that_are_not_finite_are_null_in_the_file_and_left_out_when_read(tmp_path: Path) -> None:
-    log = TrainingLog(tmp_path, no_report)
+    log = TrainingLog(tmp_path, "key", no_report)
     log.begin([{"loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-6, "step": 1}])
-    stored = json.loads((tmp_path / LOG_FILE).read_text(), parse_constant=pytest.fail)
-    assert stored == {"loss": None, "grad_norm": None, "learning_rate": 1e-6, "step": 1}
+    _, line = (tmp_path / LOG_FILE).read_text().splitlines()
+    want = {"loss": None, "grad_norm": None, "learning_rate": 1e-6, "step": 1}
+    assert json.loads(line, parse_constant=pytest.fail) == want
     assert read_training_log(tmp_path) == [{"learning_rate": 1e-6, "step": 1}]
 
 
@@ -75,11 +76,11 @@ def test_without_the_file_the_entries_are_those_of_the_model(tmp_path: Path) -> 
     assert read_training_log(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", [b"my own notes\n", b'{"text": "of a user"}\n'])
+@pytest.mark.parametrize("content", [b"my own notes\n", b'{"step": 1, "text": "of a user"}\n', b""])
 def test_a_file_of_the_users_is_left_as_it_is(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LOG_FILE).write_bytes(content)
     notes = Notes()
-    log = TrainingLog(tmp_path, notes)
+    log = TrainingLog(tmp_path, "key", notes)
     log.begin([])
     log.add(ENTRIES[0])
     assert (tmp_path / LOG_FILE).read_bytes() == content
@@ -87,16 +88,18 @@ def test_a_file_of_the_users_is_left_as_it_is(tmp_path: Path, content: bytes) ->
     assert "is not of this program" in notes.texts[0]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"loss": 0.5, "st'])
-def test_a_log_that_a_kill_cut_short_is_ours(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / LOG_FILE).write_bytes(content)
-    TrainingLog(tmp_path, no_report).begin(ENTRIES)
-    assert read_training_log(tmp_path) == ENTRIES
+def test_a_log_of_another_training_has_no_entries(tmp_path: Path) -> None:
+    """Until a training begins, that of before lies there."""
+    TrainingLog(tmp_path, "before", no_report).begin(ENTRIES)
+    assert read_training_log(tmp_path, "before") == read_training_log(tmp_path) == ENTRIES
+    assert read_training_log(tmp_path, "now") == []
+    TrainingLog(tmp_path, "now", no_report).begin(ENTRIES[:1])
+    assert read_training_log(tmp_path, "now") == ENTRIES[:1]
 
 
 def test_a_log_that_cannot_be_written_is_one_note(tmp_path: Path) -> None:
     notes = Notes()
-    log = TrainingLog(tmp_path, notes)
+    log = TrainingLog(tmp_path, "key", notes)
     log.begin([])
     (tmp_path / LOG_FILE).unlink()
     (tmp_path / LOG_FILE).mkdir()
