@@ -25,7 +25,7 @@ from dice_py.storage.files import Manifest, read_json
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two rounds, with its page. Read only."""
-    folder = reported_run(tmp_path_factory.mktemp("reported") / "mine")
+    folder = reported_run(tmp_path_factory.mktemp("reported") / "mine", 2, "replay.gamma=0.4")
     write_report(folder)
     return folder
 
@@ -71,8 +71,13 @@ def test_its_outline_is_in_order_and_its_contents_lead_somewhere(page: Page) -> 
     assert text(page.all("title")[0]) == "DICE run mine"
 
 
+def facts_of(page: Page) -> dict[str, str]:
+    (facts,) = page.all("dl", "run-facts")
+    return dict(zip(map(text, facts.iter("dt")), map(text, facts.iter("dd")), strict=True))
+
+
 def test_the_overview(run: Path, page: Page) -> None:
-    facts = dict(zip(map(text, page.all("dt")), map(text, page.all("dd")), strict=True))
+    facts = facts_of(page)
     assert facts["state"] == "finished"
     assert facts["reference of round 1"] == "the sft"
     assert "new policy: round-02/train/model" in map(text, page.all("p"))
@@ -108,7 +113,7 @@ def test_the_mining_of_a_round(run: Path, page: Page) -> None:
     rows = [[text(cell) for cell in row] for row in shown[0].iter("tr")]
     assert rows == mining_rows(mining)
     found = read_json(run / "round-01/inspect/distributions.json")
-    plots = page.plots()
+    plots = page.plots("mining-round-01")
     gap = plots["Length gap of the best and the worst response, |best| − |worst|, against α"]
     assert gap.startswith(f"Mean length gap against α. mine: from {mining['curve']['mean_length_gap'][0]:.4g} at α = 0")
     assert "usable responses; least squares" in plots["Reward against length"]
@@ -132,7 +137,7 @@ def test_the_training(page: Page) -> None:
 
 
 def test_the_configuration(run: Path, page: Page) -> None:
-    assert page.table("settings that are not the defaults of the synthetic world") == {"rounds.count": ["2", "1"]}
+    assert page.table("settings that are not the defaults of the synthetic world") == {"replay.gamma": ["0.4", "0.3"]}
     models = page.table("models")
     assert models["reference of round 1"] == ["the sft", "7c1926893eb16351cbfe0acb"]
     assert models["new policy"] == ["round-02/train/model", "k"]
@@ -218,7 +223,7 @@ def test_a_stopped_run(copy: Path) -> None:
     shutil.rmtree(copy / "round-02/evaluate")
     shutil.rmtree(copy / "round-02/train")
     page = Page(write_report(copy))
-    facts = dict(zip(map(text, page.all("dt")), map(text, page.all("dd")), strict=True))
+    facts = facts_of(page)
     assert facts["state"] == f"not finished; to go on: dice resume {copy}"
     steps = [text(item) for item in page.all("ol", "stages")[1].iter("li")]
     assert [step for step in steps if "1 min 30 s" not in step] == ["train stopped", "evaluate to do"]
@@ -232,7 +237,7 @@ def test_warnings_stand_on_top(copy: Path) -> None:
     page = Page(write_report(copy))
     assert page.items("warned") == ["round-01, mine: lengths differ: set mine.debias"]
     order = [element.get("class") or element.tag for element in page.root.iter() if element.tag in ("div", "dl")]
-    assert order.index("warned") < order.index("facts") < order.index("round")
+    assert order.index("warned") < order.index("run-facts") < order.index("round")
 
 
 def test_without_an_address_space_the_page_has_its_tables(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,11 +260,11 @@ def compared(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_runs_side_by_side(compared: Page) -> None:
     assert text(compared.all("title")[0]) == "DICE runs mine, other"
-    assert compared.table("settings that differ") == {"rounds.count": ["2", "1"], "replay.gamma": ["0.3", "0.5"]}
+    assert compared.table("settings that differ") == {"rounds.count": ["2", "1"], "replay.gamma": ["0.4", "0.5"]}
     (table,) = [t for t in compared.all("table") if text(t.find("caption")) == "on held-out prompts and pairs"]
     heads = [text(cell) for head in table.iter("thead") for cell in head.iter("th")]
     assert heads == ["mine, round-01", "mine, round-02", "other, round-01"]
-    plots = compared.plots()
+    plots = compared.plots() | compared.plots("mining-round-01")
     assert "mine: 0.52 after round 1, 0.54 after round 2; other: 0.52 after round 1" in plots["oracle win rate"]
     assert "mine: from" in plots["Length gap of the best and the worst response, |best| − |worst|, against α"]
     assert "Reward against length, mine" in plots

@@ -65,10 +65,11 @@ class Page:
         """The items of all lists in elements of a class."""
         return [text(item) for block in self.root.iter() if of_class in _classes(block) for item in block.iter("li")]
 
-    def plots(self) -> dict[str, str]:
-        """The text alternative of each plot by its title."""
+    def plots(self, section: str | None = None) -> dict[str, str]:
+        """The text alternative of each plot by its title; of all sections, or of the one with this id."""
         found = {}
-        for figure in self.all("figure"):
+        inside = [each for each in self.all("section") if section in (None, each.get("aria-labelledby"))]
+        for figure in (figure for each in inside for figure in each.iter("figure")):
             svg = figure.find("svg")
             assert svg is not None
             assert svg.get("role") == "img"
