@@ -27,6 +27,7 @@ from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
 from cli.plan import plan
 from cli.replay import replay
+from cli.report import ReportCommand, report
 from cli.runs import resume, run, status
 from cli.samples import samples
 from cli.stages import evaluate, generate, score, train
@@ -90,8 +91,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (run, resume, status, samples, plan, demo):
+for command in (run, resume, status):
     app.command()(command)
+app.command(cls=ReportCommand)(report)
+for shown in (samples, plan, demo):
+    app.command()(shown)
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)

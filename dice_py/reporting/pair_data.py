@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,11 @@ BYTES = 24_000_000
 MOST_CANDIDATES = 64
 """Of a pair. Of more, the best and the worst half as many are kept, and the chosen and the rejected one."""
 MOST_TURNS = 200
+_FIRST_LINE = 160
+"""Bytes of each candidate's text that have room before token credit."""
 _NAME = 200
 """Characters of a source, a role or a label's name: longer ones are cut."""
+_NOT_FINITE = {"nan": "NaN", "inf": "∞", "-inf": "−∞"}
 _BUCKETS = 4
 _STEPS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
@@ -34,17 +37,28 @@ Text = str | list[Any]
 """A text, or [its first part, its complete number of characters]."""
 
 
-@dataclass
-class _Cut:
-    """Room for some of the texts, and how many of them did not fit."""
+class _Room:
+    """Bytes for items of one kind, and how many of these did not fit."""
 
-    limit: float
-    count: int = 0
+    def __init__(self, room: float, costs: list[int]) -> None:
+        self.limit = fair_limit(costs, room)
+        self.left = room - sum(min(cost, self.limit) for cost in costs)
+        self.count = 0
 
-    def __call__(self, text: str) -> Text:
+    def cut(self, text: str) -> Text:
+        """The text, or a part of it."""
         cut = cut_text(text, self.limit)
         self.count += not isinstance(cut, str)
         return cut
+
+    def shorten(self, credit: dict[str, Any], cost: int) -> None:
+        """Keeps as many of the first tokens as fit."""
+        self.count += cost > self.limit
+        while cost > self.limit and credit["texts"]:
+            kept = min(int(len(credit["texts"]) * self.limit / cost), len(credit["texts"]) - 1)
+            for name in ("texts", "credits", "logps", "ref_logps"):
+                credit[name] = credit[name][:kept]
+            cost = _cost(credit)
 
 
 @dataclass
@@ -149,7 +163,22 @@ def _picked(frames: dict[str, pl.DataFrame], most: int) -> Iterator[tuple[int, d
             count, spare = count + 1, spare - 1
         # Evenly spaced, since a stratified sample lies stratum by stratum.
         rows = [index * group.height // count for index in range(count)]
-        yield from ((run, row) for row in group[rows].iter_rows(named=True))
+        yield from ((run, row) for row in _with_credit_columns(group[rows]).iter_rows(named=True))
+
+
+def _with_credit_columns(frame: pl.DataFrame) -> pl.DataFrame:
+    """The credits as a list for each field, and their sum: a dict for each token would take most of the time."""
+    digits = {"credit": 4, "logp": 5, "ref_logp": 5}
+    columns = []
+    for side in ("chosen", "rejected"):
+        tokens = pl.col(f"{side}_credit")
+        for name, kept in digits.items():
+            values = tokens.list.eval(pl.element().struct.field(name).cast(pl.Float64).round_sig_figs(kept))
+            columns.append(values.alias(f"{side}_{name}s"))
+        columns.append(tokens.list.eval(pl.element().struct.field("text").fill_null("")).alias(f"{side}_texts"))
+        exact = tokens.list.eval(pl.element().struct.field("credit").cast(pl.Float64))
+        columns.append(exact.list.sum().alias(f"{side}_sum"))
+    return frame.with_columns(columns).drop("chosen_credit", "rejected_credit")
 
 
 def _pair(run: int, row: dict[str, Any], several: bool, notes: _Notes) -> dict[str, Any]:
@@ -177,7 +206,7 @@ def _answer(row: dict[str, Any], side: str, notes: _Notes) -> dict[str, Any]:
         "finish": row[f"{side}_finish_reason"],
         "reward": _figure(row[f"{side}_reward"]),
         "penalized": _figure(row[f"{side}_penalized_reward"]),
-        "credit": _credit(row[f"{side}_credit"]),
+        "credit": _credit(row, side),
     }
 
 
@@ -216,19 +245,22 @@ def _labels(text: str | None, notes: _Notes) -> list[list[Any]]:
     ]
 
 
-def _credit(tokens: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+def _credit(row: dict[str, Any], side: str) -> dict[str, Any] | None:
     """Columns of the tokens' credits, and their sum and number, which stay true of a part of them."""
-    if tokens is None:
+    texts = row[f"{side}_texts"]
+    if texts is None:
         return None
-    credits = [token["credit"] for token in tokens]
     return {
-        "texts": [token["text"] or "" for token in tokens],
-        "credits": [_figure(value, 4) for value in credits],
-        "logps": [_figure(token["logp"], 5) for token in tokens],
-        "ref_logps": [_figure(token["ref_logp"], 5) for token in tokens],
-        "sum": _figure(math.fsum(value for value in credits if value is not None and math.isfinite(value))),
-        "count": len(tokens),
+        "texts": texts,
+        **{name: _finite(row[f"{side}_{name}"]) for name in ("credits", "logps", "ref_logps")},
+        "sum": _figure(row[f"{side}_sum"]),
+        "count": len(texts),
     }
+
+
+def _finite(values: list[float | None]) -> list[float | str | None]:
+    """NaN and infinities, which JSON has not, as texts."""
+    return [value if value is None or math.isfinite(value) else _NOT_FINITE[str(value)] for value in values]
 
 
 def _candidates(rows: list[dict[str, Any]], answers: dict[str, Any], notes: _Notes) -> dict[str, Any]:
@@ -281,53 +313,40 @@ def _figure(value: float | None, digits: int = 6) -> float | str | None:
     """A number to some significant digits; NaN and infinities, which JSON has not, as texts."""
     if value is None:
         return None
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else _NOT_FINITE[str(value)]
 
 
 def _cut_to_size(pairs: list[dict[str, Any]], notes: list[str]) -> None:
     """Cuts texts and credits, in place, so that they take at most `BYTES`, and adds to `notes` what was cut."""
-    answers = [turn for pair in pairs for turn in _all_turns(pair)]
-    texts = [text for turn in answers for text in turn[1:]] + [text for pair in pairs for _, text in pair["labels"]]
-    room = float(BYTES)
-    cut = _Cut(fair_limit(map(_cost, texts), room))
-    for turn in answers:
-        turn[1:] = [cut(text) for text in turn[1:]]
-    for pair in pairs:
-        pair["labels"] = [[name, cut(text)] for name, text in pair["labels"]]
-    room -= sum(min(_cost(text), cut.limit) for text in texts)
+    turns = [turn for pair in pairs for turn in _all_turns(pair)]
+    labels = [label for pair in pairs for label in pair["labels"]]
+    answers = _Room(BYTES, [_cost(text) for parts in (*turns, *labels) for text in parts[1:]])
+    for parts in (*turns, *labels):
+        parts[1:] = [answers.cut(text) for text in parts[1:]]
 
     credits = [pair[side]["credit"] for pair in pairs for side in ("chosen", "rejected") if pair[side]["credit"]]
     costs = [_cost(credit) for credit in credits]
-    limit = fair_limit(costs, room)
-    short = sum(_shorten(credit, cost, limit) for credit, cost in zip(credits, costs, strict=True) if cost > limit)
-    room -= sum(min(cost, limit) for cost in costs)
-
     others = [each for pair in pairs for each in pair["candidates"] if each["text"] is not None]
-    cut_others = _Cut(fair_limit([_cost(each["text"]) for each in others], room))
+    candidate_costs = [_cost(each["text"]) for each in others]
+    reserved = min(answers.left, sum(min(cost, _FIRST_LINE) for cost in candidate_costs))
+    tokens = _Room(answers.left - reserved, costs)
+    for credit, cost in zip(credits, costs, strict=True):
+        tokens.shorten(credit, cost)
+
+    candidates = _Room(tokens.left + reserved, candidate_costs)
     for each in others:
-        each["text"] = cut_others(each["text"])
-    for count, what in (
-        (cut.count, "texts of prompts, answers and labels are cut"),
-        (short, "answers have token credit for their first tokens only"),
-        (cut_others.count, "texts of candidates are cut"),
+        each["text"] = candidates.cut(each["text"])
+    for room, what in (
+        (answers, "texts of prompts, answers and labels are cut"),
+        (tokens, "answers have token credit for their first tokens only"),
+        (candidates, "texts of candidates are cut"),
     ):
-        if count:
-            notes.append(f"{count:,} {what}, so that the page stays small.")
+        if room.count:
+            notes.append(f"{room.count:,} {what}, so that the page stays small.")
 
 
-def _all_turns(pair: dict[str, Any]) -> Sequence[list[Any]]:
+def _all_turns(pair: dict[str, Any]) -> list[list[Any]]:
     return [*pair["prompt"], *pair["chosen"]["turns"], *pair["rejected"]["turns"]]
-
-
-def _shorten(credit: dict[str, Any], cost: int, limit: float) -> bool:
-    """Keeps as many of the first tokens as fit."""
-    columns = ("texts", "credits", "logps", "ref_logps")
-    while cost > limit and credit["texts"]:
-        count = min(int(len(credit["texts"]) * limit / cost), len(credit["texts"]) - 1)
-        for name in columns:
-            credit[name] = credit[name][:count]
-        cost = _cost(credit)
-    return True
 
 
 def _count_left_out(notes: _Notes) -> None:
@@ -365,7 +384,7 @@ def _credit_bounds(pairs: list[dict[str, Any]]) -> list[float] | None:
         if isinstance(value, float) and value
     ]
     if not sizes:
-        return [step for step in _STEPS] if any(pair["chosen"]["credit"] for pair in pairs) else None
+        return list(_STEPS) if any(pair["chosen"]["credit"] for pair in pairs) else None
     large = pl.Series(sizes).quantile(0.95, "nearest") or 1.0
     power = 10.0 ** math.floor(math.log10(large))
     top = min((step * power for step in (1, 2, 4, 8, 10)), key=lambda value: abs(math.log(value / large)))

@@ -20,6 +20,7 @@ from dice_py.compute.stage_process import WarmPool, run_in_subprocess
 from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DiskFullError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.runs.progress import ProgressFile
 from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.runs.warnings import stage_warnings
 from dice_py.stages.job import FAILURE, Job, StageFile, StageResult
@@ -55,6 +56,7 @@ class Run:
         self._warned: set[tuple[str, str]] = set()
         """Stages and texts of the warnings that were reported."""
         self._forward = report
+        self._progress = ProgressFile(folder)
         self._monitor = monitor
         self._warm = WarmPool()
         if self.manifest.is_damaged:
@@ -73,7 +75,11 @@ class Run:
         return self.folder / round_name(number)
 
     def report(self, event: str, **fields: Any) -> None:
-        """Passes an event on, and appends it to `events.jsonl` unless it is only progress."""
+        """Passes an event on, and appends it to `events.jsonl`; progress goes to `progress.json`."""
+        if event == "progress":
+            self._progress.update(**fields)
+        elif event == "stage" and fields["status"] == "running":
+            self._progress.begin(fields["stage"])
         if event not in ("progress", "advance"):
             line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
             try:

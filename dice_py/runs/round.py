@@ -7,6 +7,7 @@ from typing import Any
 
 from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
+from dice_py.config.training import TRACKED, TrainConfig
 from dice_py.evaluation.judges.registry import build_judges
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
@@ -50,7 +51,7 @@ def run_round_zero(run: Run, inputs: Inputs) -> Path:
     )
     training_set, training_set_key = run.run_stage(0, replay_job, following="train").files[0]
     train_job = TrainJob(
-        config=config.round0.training(config.train),
+        config=_told_by_trl(config.round0.training(config.train)),
         models=config.model,
         policy=sft,
         training_set=training_set,
@@ -62,6 +63,11 @@ def run_round_zero(run: Run, inputs: Inputs) -> Path:
     )
     run.run_stage(0, train_job, following="generate")
     return train_job.target
+
+
+def _told_by_trl(train: TrainConfig) -> TrainConfig:
+    """The settings with those trackers alone that TRL tells: others are told of the whole run, by who follows it."""
+    return train.model_copy(update={"report_to": [name for name in train.report_to if name not in TRACKED]})
 
 
 def previous_model(config: RunConfig, policy: Path, reference: Path) -> PreviousModel | None:
@@ -119,7 +125,7 @@ def run_round(
     inspect_job = _inspect_job(run, number, pool, mine_job, mined.files[0], replayed.files[0], policy, reference)
     run.run_stage(number, inspect_job)
     train_job = TrainJob(
-        config=config.train,
+        config=_told_by_trl(config.train),
         models=config.model,
         policy=policy,
         training_set=training_set,

@@ -1,8 +1,8 @@
 """The trainer's log, `log.jsonl` in the folder of a train stage: one entry a line, as it comes, to follow a training.
 
 The trained model has the same entries in its `train_log.json`, which is there only in the end. The first line has the
-key of the training: until a training begins, the log of an earlier one may lie there. A resumed training begins with the
-entries up to its checkpoint, so that in the end its log is that of a training that was not stopped. The file has no
+key of the training: until a training begins, the log of an earlier one may lie there. A resumed training begins with
+the entries up to its checkpoint, so that in the end its log is that of a training that was not stopped. The file has no
 digest, since it grows. Imports neither torch nor transformers.
 """
 

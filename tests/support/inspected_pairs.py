@@ -13,10 +13,11 @@ from hostile_texts import HOSTILE
 from dice_py.storage.schemas import INSPECTED_PAIRS
 
 BETA = 0.1
-WORDS = (
+SENTENCE = (
     "the model answers with a short proof that every even number above two which we have tried is the sum of primes "
     "however nobody has shown it for all of them so the claim stays open and careful readers say so"
-).split()
+)
+WORDS = SENTENCE.split()
 
 HOSTILE_TEXTS = HOSTILE | {
     "script": "<script>window.harmed = true</script>",
@@ -111,6 +112,13 @@ def plain_pairs(count: int = 40, seed: int = 0, candidates: int = 4, words: int 
     """Ordinary pairs of two rounds."""
     rng = np.random.default_rng(seed)
     return inspected([pair_row(number, rng, candidates, words) for number in range(count)])
+
+
+def many_pairs(count: int, distinct: int = 40, candidates: int = 4, words: int = 30) -> pl.DataFrame:
+    """Ordinary pairs, of which only some are distinct: they cost less."""
+    pairs = plain_pairs(distinct, candidates=candidates, words=words)
+    repeated = pl.concat([pairs] * (count // distinct))
+    return repeated.with_columns(pl.format("{}-{}", "pair_id", pl.int_range(pl.len())).alias("pair_id"))
 
 
 def hostile_pairs() -> pl.DataFrame:

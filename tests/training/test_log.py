@@ -51,7 +51,8 @@ def test_values_that_are_not_finite_are_null_in_the_file_and_left_out_when_read(
     log = TrainingLog(tmp_path, "key", no_report)
     log.begin([{"loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-6, "step": 1}])
     _, line = (tmp_path / LOG_FILE).read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail) == {"loss": None, "grad_norm": None, "learning_rate": 1e-6, "step": 1}
+    want = {"loss": None, "grad_norm": None, "learning_rate": 1e-6, "step": 1}
+    assert json.loads(line, parse_constant=pytest.fail) == want
     assert read_training_log(tmp_path) == [{"learning_rate": 1e-6, "step": 1}]
 
 

@@ -18,20 +18,23 @@ function wordsOf(text) {
  * words, and the rest of both is marked as a whole.
  */
 function compareWords(left, right) {
-  const only = { left: new Array(left.length).fill(false), right: new Array(right.length).fill(false), complete: true };
+  const only = { left: new Array(left.length).fill(false), right: new Array(right.length).fill(false) };
   let start = 0;
   let endLeft = left.length;
   let endRight = right.length;
   while (start < endLeft && start < endRight && left[start] === right[start]) start++;
-  while (endLeft > start && endRight > start && left[endLeft - 1] === right[endRight - 1]) [endLeft, endRight] = [endLeft - 1, endRight - 1];
+  while (endLeft > start && endRight > start && left[endLeft - 1] === right[endRight - 1]) {
+    endLeft--;
+    endRight--;
+  }
   const path = shortestPath(left.slice(start, endLeft), right.slice(start, endRight));
   only.complete = path.complete;
   for (const x of path.removed) only.left[start + x] = true;
   for (const y of path.added) only.right[start + y] = true;
   only.left.fill(true, start + path.x, endLeft);
   only.right.fill(true, start + path.y, endRight);
-  markSpacesBetween(left, only.left);
-  markSpacesBetween(right, only.right);
+  markSpaces(left, only.left);
+  markSpaces(right, only.right);
   return only;
 }
 
@@ -48,7 +51,9 @@ function shortestPath(a, b) {
       let x = down ? furthest[origin + k + 1] : furthest[origin + k - 1] + 1;
       while (x < a.length && x - k < b.length && a[x] === b[x - k]) x++;
       furthest[origin + k] = x;
-      if (x >= a.length && x - k >= b.length) return { ...wayBack(trace, edits, k, x), x: a.length, y: b.length, complete: true };
+      if (x >= a.length && x - k >= b.length) {
+        return { ...wayBack(trace, edits, k, x), x: a.length, y: b.length, complete: true };
+      }
     }
   }
   let best = { k: 0, x: -1 };
@@ -74,10 +79,14 @@ function wayBack(trace, edits, k, x) {
   return { removed, added };
 }
 
-/** A space between two words that differ is marked with them: single spaces make a difference hard to read. */
-function markSpacesBetween(words, only) {
-  for (let i = 1; i + 1 < words.length; i++) {
-    if (!only[i] && only[i - 1] && only[i + 1] && words[i].trim() === "") only[i] = true;
+/** Spaces between marked words are marked with them, those at the ends of marked words are not: so it reads best. */
+function markSpaces(words, only) {
+  const marked = only.slice();
+  for (let i = 0; i < words.length; i++) {
+    if (words[i].trim() !== "") continue;
+    const neighbors = Number(marked[i - 1] ?? false) + Number(marked[i + 1] ?? false);
+    if (neighbors === 2) only[i] = true;
+    if (neighbors === 1) only[i] = false;
   }
 }
 
@@ -90,8 +99,12 @@ function differencePieces(leftTurns, rightTurns) {
   const right = turnWords(rightTurns);
   const only = compareWords(left.words, right.words);
   const notes = [];
-  if (left.short || right.short) notes.push(`The first ${count(COMPARED_CHARACTERS)} characters of an answer are compared.`);
-  if (!only.complete) notes.push(`The answers differ in more than ${count(MOST_EDITS)} words; what follows these is marked as a whole.`);
+  if (left.short || right.short) {
+    notes.push(`The first ${count(COMPARED_CHARACTERS)} characters of an answer are compared.`);
+  }
+  if (!only.complete) {
+    notes.push(`The answers differ in more than ${count(MOST_EDITS)} words; what follows these is marked as a whole.`);
+  }
   return { left: left.pieces(only.left), right: right.pieces(only.right), notes };
 }
 
@@ -114,8 +127,8 @@ function turnWords(turns) {
         if (last && last.className === className) last.text += word;
         else made.push({ text: word, className });
       }
-      if (parts[turn].length < texts[turn].length) made.push({ text: texts[turn].slice(parts[turn].length), className: "" });
-      return made;
+      const rest = texts[turn].slice(parts[turn].length);
+      return rest ? [...made, { text: rest, className: "" }] : made;
     });
   };
   return { words: words.flat(), short: parts.some((part, i) => part.length < texts[i].length), pieces };

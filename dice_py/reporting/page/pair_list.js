@@ -47,6 +47,11 @@ class Filters {
     return this.order.getAttribute("aria-pressed") === "true";
   }
 
+  /** What prompts and answers are searched for. */
+  get words() {
+    return this.text.value.toLowerCase();
+  }
+
   setDescending(value, quiet = false) {
     this.order.setAttribute("aria-pressed", String(value));
     this.order.textContent = value ? "Descending" : "Ascending";
@@ -56,23 +61,26 @@ class Filters {
   fillSelects() {
     const { pairs, runs, length_bounds: bounds } = this.data;
     const distinct = (value) => [...new Set(pairs.map(value))].sort((a, b) => (a > b ? 1 : a < b ? -1 : 0));
-    const selects = {
+    const rounds = distinct((pair) => pair.round);
+    const sources = distinct((pair) => pair.source);
+    return {
       run: this.fill("find-run", runs.map((run, i) => [String(i), run])),
-      round: this.fill("find-round", distinct((pair) => pair.round).map((round) => [String(round), String(round ?? "–")])),
-      source: this.fill("find-source", distinct((pair) => pair.source).map((source) => [source, source])),
+      round: this.fill("find-round", rounds.map((round) => [String(round), String(round ?? "–")])),
+      source: this.fill("find-source", sources.map((source) => [source, source])),
       length: this.fill("find-length", this.bucketNames(bounds)),
       longer: this.fill("find-longer", [["chosen", "chosen"], ["rejected", "rejected"], ["equal", "neither"]]),
       sort: this.fill("sort-by", Object.entries(SORTS).map(([name, [label]]) => [name, label]), false),
     };
-    return selects;
   }
 
   /** Options of a select; one that has no choice is not shown. */
   fill(id, options, any = true) {
     const select = byId(id);
-    const all = any ? [[NOTHING, "any"], ...options] : options;
-    // A value begins with "=", so that no value of the data is that of "any".
-    select.append(...all.map(([value, label], i) => element("option", { value: any && i === 0 ? NOTHING : any ? "=" + value : value }, oneLine(label, 60))));
+    if (any) select.append(element("option", { value: NOTHING }, "any"));
+    for (const [value, label] of options) {
+      // A value begins with "=", so that no value of the data is that of "any".
+      select.append(element("option", { value: any ? "=" + value : value }, oneLine(label, 60)));
+    }
     byId(id + "-label").hidden = any && options.length < 2;
     return select;
   }
@@ -81,7 +89,8 @@ class Filters {
     const unit = this.unit === "tokens" ? "tokens" : "characters";
     return [...bounds, null].map((bound, i) => {
       const from = i === 0 ? 0 : bounds[i - 1] + 1;
-      return [String(i), bound === null ? `${count(from)} ${unit} and more` : `${count(from)} to ${count(bound)} ${unit}`];
+      const to = bound === null ? "and more" : `to ${count(bound)}`;
+      return [String(i), `${count(from)} ${to} ${unit}`];
     });
   }
 
@@ -94,7 +103,7 @@ class Filters {
 
   /** The pairs that are left, sorted; what has no value comes last. */
   matches(flags) {
-    const words = this.text.value.toLowerCase();
+    const { words } = this;
     if (words && !this.texts) this.texts = this.data.pairs.map((pair) => searched(pair));
     const { run, round, source, length, longer: side } = this.selects;
     const bounds = this.data.length_bounds;
@@ -149,6 +158,7 @@ class PairList {
     this.pairs = [];
     this.selected = null;
     this.first = -1;
+    byId("index-columns").textContent = `margin, length gap in ${this.unit === "tokens" ? "tokens" : "characters"}`;
     this.box.addEventListener("scroll", () => this.draw(), { passive: true });
     this.box.addEventListener("click", (event) => {
       const row = event.target.closest("[role=option]");
@@ -169,7 +179,7 @@ class PairList {
   }
 
   get rowHeight() {
-    return this.rows.firstElementChild?.offsetHeight || 56;
+    return this.rows.firstElementChild?.getBoundingClientRect().height || 56;
   }
 
   scrollTo(place) {
@@ -202,9 +212,9 @@ class PairList {
     const made = element("div", { className: "row", id: `pair-row-${place}`, role: "option" },
       element("span", { className: "name" }, visible(pair.key)),
       element("span", { className: "flag" }, this.flags.has(pair) ? "⚑" : ""),
-      element("span", { className: "number", title: "margin" }, figure(pair.margin)),
+      element("span", { className: "number" }, figure(pair.margin)),
       element("span", { className: "line", dir: "auto" }, oneLine(lastTurn(pair), 90)),
-      element("span", { className: "number", title: "length, chosen − rejected" }, signed(lengthGap(pair, this.unit))));
+      element("span", { className: "number" }, signed(lengthGap(pair, this.unit))));
     made.dataset.place = String(place);
     made.setAttribute("aria-selected", String(chosen));
     made.setAttribute("aria-setsize", String(this.pairs.length));

@@ -31,7 +31,8 @@ function firstPart(text, length) {
 
 /** One line of a text, for a list. */
 function oneLine(text, length) {
-  const line = firstPart(text, 4 * length).replace(/\s+/g, " ").trim();
+  // Only what `visible` leaves as it is becomes a space: a carriage return is to be seen.
+  const line = firstPart(text, 4 * length).replace(/[ \n\t]+/g, " ").trim();
   const part = firstPart(line, length);
   return visible(part) + (part.length < line.length || text.length > 4 * length ? "…" : "");
 }
@@ -95,8 +96,9 @@ function fillPieces(parent, pieces, make = makePiece) {
   const moreButton = () => {
     const left = total - shown;
     const step = Math.min(left, MORE_CHARACTERS);
-    const words = step < left ? `Show ${count(step)} of ${count(left)} more characters` : `Show the other ${count(left)} characters`;
-    const button = element("button", { type: "button", className: "more" }, words);
+    const button = element("button", { type: "button", className: "more" });
+    button.textContent = step < left ? `Show ${count(step)} of ${count(left)} more characters`
+      : `Show the other ${count(left)} characters`;
     button.addEventListener("click", () => {
       button.remove();
       showMore(MORE_CHARACTERS);
@@ -127,7 +129,8 @@ function figure(value, sign = true) {
   if (value === null || value === undefined) return "–";
   if (typeof value === "string") return value; // NaN and infinities
   const size = Math.abs(value);
-  const digits = size !== 0 && size < 0.0005 ? size.toExponential(1) : size < 1000 ? size.toFixed(3) : size.toPrecision(6);
+  const digits = size !== 0 && size < 0.0005 ? size.toExponential(1)
+    : size < 1000 ? size.toFixed(3) : size.toPrecision(6);
   return (value < 0 ? "−" : sign && value > 0 ? "+" : "") + digits;
 }
 

@@ -2,6 +2,8 @@
 // The pair that is shown: prompt, both answers with their words or tokens marked, and all candidates.
 
 const SIDES = ["chosen", "rejected"];
+/** Places of a text that was filtered by, which are marked in the shown pair. */
+const MOST_FOUND = 500;
 
 class PairView {
   constructor(data) {
@@ -9,6 +11,7 @@ class PairView {
     this.bounds = data.credit_bounds;
     this.difference = false;
     this.credit = false;
+    this.words = "";
     byId("pair-credit").hidden = this.bounds === null;
     if (this.bounds) this.fillLegend();
     for (const side of SIDES) this.readTokens(side);
@@ -18,9 +21,21 @@ class PairView {
     this.pair = pair;
     byId("pair-name").replaceChildren(visible(pair.key));
     fillFacts(byId("pair-facts"), this.facts(pair));
-    this.turns(byId("pair-prompt"), pair.prompt, pair.prompt.map((turn) => [{ text: textOf(turn[1]) }]), true);
+    this.turns(byId("pair-prompt"), pair.prompt, plainPieces(pair.prompt), true);
     this.showAnswers();
     this.showCandidates(pair);
+  }
+
+  /** Marks what the filter by text has found, where the browser can without a change of the elements. */
+  mark(words = this.words) {
+    this.words = words;
+    if (!CSS.highlights) return;
+    const ranges = [];
+    for (const box of words ? document.querySelectorAll("#pair-prompt .text, .side .text") : []) {
+      const walker = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
+      while (ranges.length < MOST_FOUND && walker.nextNode()) ranges.push(...rangesOf(walker.currentNode, words));
+    }
+    CSS.highlights.set("found", new Highlight(...ranges));
   }
 
   facts(pair) {
@@ -31,17 +46,25 @@ class PairView {
       ["source", visible(pair.source)],
       ["margin", figure(pair.margin)],
       ["reward, chosen − rejected", figure(gap(pair.chosen.reward, pair.rejected.reward))],
-      ["length, chosen − rejected", `${signed(lengthGap(pair, unit))} ${unit === "tokens" ? "tokens" : "characters"}`],
+      [`${unit === "tokens" ? "tokens" : "characters"}, chosen − rejected`, signed(lengthGap(pair, unit))],
       ...pair.labels.map(([name, value]) => [visible(name), oneLine(textOf(value), 200)]),
     ].filter(([, value]) => value !== null);
   }
 
-  /** Both answers, with what is switched on. Credit wins over the difference. */
+  /** Switches the difference or the credit on or off. Both mark words, so one switches the other off. */
+  toggle(name) {
+    const on = !this[name];
+    [this.difference, this.credit] = [false, false];
+    this[name] = on && (name !== "credit" || this.bounds !== null);
+    this.showAnswers();
+  }
+
+  /** Both answers, with what is switched on. */
   showAnswers() {
     const { pair } = this;
     const notes = [];
-    let pieces = Object.fromEntries(SIDES.map((side) => [side, pair[side].turns.map((turn) => [{ text: textOf(turn[1]) }])]));
-    if (this.difference && !this.credit) {
+    let pieces = { chosen: plainPieces(pair.chosen.turns), rejected: plainPieces(pair.rejected.turns) };
+    if (this.difference) {
       const found = differencePieces(pair.chosen.turns, pair.rejected.turns);
       pieces = { chosen: found.left, rejected: found.right };
       notes.push(...found.notes);
@@ -63,15 +86,17 @@ class PairView {
     byId("difference-note").textContent = notes.join(" ");
     setPressed("pair-difference", this.difference);
     setPressed("pair-credit", this.credit);
+    this.mark();
   }
 
   /** Turns of a conversation, with their roles where these say something. */
   turns(box, turns, pieces, roles) {
     box.replaceChildren(...turns.map((turn, i) => {
       const made = element("div", { className: "turn" });
-      if (roles || turns.length > 1 || turn[0] !== "assistant") made.append(element("p", { className: "role" }, visible(turn[0])));
+      if (roles || turns.length > 1 || turn[0] !== "assistant") made.append(roleLine(turn[0]));
       made.append(textBox(turn[1], pieces[i]));
-      if (turn.length > 2) made.append(element("p", { className: "role" }, "also"), textBox(turn[2], [{ text: textOf(turn[2]) }]));
+      // What a turn says besides its content, as JSON: calls of tools, names.
+      if (turn.length > 2) made.append(roleLine("further fields"), textBox(turn[2], plainPieces([turn.slice(1)])[0]));
       return made;
     }));
     if (turns.length === 0) box.append(element("p", { className: "note" }, "empty"));
@@ -82,7 +107,9 @@ class PairView {
     const text = element("div", { className: "text tokens", tabIndex: 0, dir: "auto" });
     text.setAttribute("role", "group");
     text.setAttribute("aria-label", `tokens of ${side}; left and right arrow go from token to token`);
-    const pieces = credit.texts.map((token, i) => ({ text: token || "∅", className: `token ${creditClass(credit.credits[i], this.bounds)}` }));
+    const pieces = credit.texts.map((token, i) => {
+      return { text: token || "∅", className: `token ${creditClass(credit.credits[i], this.bounds)}` };
+    });
     fillPieces(text, pieces, (piece, i) => {
       const made = makePiece(piece);
       made.dataset.token = String(i);
@@ -90,7 +117,8 @@ class PairView {
     });
     box.replaceChildren(text);
     if (credit.texts.length < credit.count) {
-      box.append(element("p", { className: "note" }, `The page has the credit of the first ${count(credit.texts.length)} of ${count(credit.count)} tokens.`));
+      const parts = `${count(credit.texts.length)} of ${count(credit.count)}`;
+      box.append(element("p", { className: "note" }, `The page has the credit of the first ${parts} tokens.`));
     }
     byId(`${side}-readout`).textContent = sumText(answer);
   }
@@ -102,7 +130,8 @@ class PairView {
       box.querySelector(".current")?.classList.remove("current");
       if (token) token.classList.add("current");
       const answer = this.pair[side];
-      byId(`${side}-readout`).textContent = token ? tokenText(answer.credit, Number(token.dataset.token)) : sumText(answer);
+      const words = token ? tokenText(answer.credit, Number(token.dataset.token)) : sumText(answer);
+      byId(`${side}-readout`).textContent = words;
     };
     box.addEventListener("pointerover", (event) => {
       const token = event.target.closest("[data-token]");
@@ -116,7 +145,8 @@ class PairView {
       if (!step || !event.target.classList.contains("tokens")) return;
       event.preventDefault();
       const current = box.querySelector(".current");
-      const token = !current ? box.querySelector("[data-token]") : step > 0 ? current.nextElementSibling : current.previousElementSibling;
+      const beside = step > 0 ? "nextElementSibling" : "previousElementSibling";
+      const token = current ? current[beside] : box.querySelector("[data-token]");
       if (token?.dataset.token) {
         tell(token);
         token.scrollIntoView({ block: "nearest" });
@@ -127,19 +157,21 @@ class PairView {
   fillLegend() {
     const [one, two, three, four] = this.bounds.map((bound) => String(bound));
     const names = [
-      ["minus-4", `≤ −${four}`], ["minus-3", `−${four} to −${three}`], ["minus-2", `−${three} to −${two}`], ["minus-1", `−${two} to −${one}`],
+      ["minus-4", `≤ −${four}`], ["minus-3", `−${four} to −${three}`],
+      ["minus-2", `−${three} to −${two}`], ["minus-1", `−${two} to −${one}`],
       ["zero", `within ±${one}`],
-      ["plus-1", `${one} to ${two}`], ["plus-2", `${two} to ${three}`], ["plus-3", `${three} to ${four}`], ["plus-4", `≥ ${four}`],
+      ["plus-1", `${one} to ${two}`], ["plus-2", `${two} to ${three}`],
+      ["plus-3", `${three} to ${four}`], ["plus-4", `≥ ${four}`],
     ];
-    byId("credit-legend").replaceChildren(
-      element("p", { className: "note" }, "credit of a token, β·(log π − log π_ref) in nats; the sum over an answer is its reward"),
-      element("ul", {}, ...names.map(([name, words]) => element("li", { className: `token ${name}` }, words))));
+    const note = "Credit of a token, β·(log π − log π_ref) in nats. The sum over an answer is its reward.";
+    const swatches = names.map(([name, words]) => element("li", { className: `token ${name}` }, words));
+    byId("credit-legend").replaceChildren(element("p", { className: "note" }, note), element("ul", {}, ...swatches));
   }
 
   showCandidates(pair) {
     const all = pair.candidates;
     byId("pair-candidates").hidden = all.length === 0;
-    const parts = [`${count(pair.candidate_count)} responses to this prompt, best first by reward minus length penalty.`];
+    const parts = [`${count(pair.candidate_count)} responses to this prompt, best first by penalized reward.`];
     if (all.length < pair.candidate_count) parts.push(`${count(all.length)} of them are on this page.`);
     if (pair.correlation !== null) parts.push(`Rank correlation of reward and length: ${figure(pair.correlation)}.`);
     byId("candidates-note").textContent = parts.join(" ");
@@ -147,9 +179,25 @@ class PairView {
   }
 }
 
+/** Where a node has a text, in any case. A letter whose lower case is longer would shift the places. */
+function rangesOf(node, words) {
+  const text = node.data.toLowerCase();
+  const found = [];
+  if (text.length !== node.data.length) return found;
+  let at = text.indexOf(words);
+  while (at >= 0 && found.length < MOST_FOUND) {
+    const range = new Range();
+    range.setStart(node, at);
+    range.setEnd(node, at + words.length);
+    found.push(range);
+    at = text.indexOf(words, at + words.length);
+  }
+  return found;
+}
+
 function candidateRow(pair, candidate) {
   const value = candidate.text ?? pair[candidate.role].turns[0][1];
-  const open = element("details", {}, element("summary", { dir: "auto" }, oneLine(textOf(value), 100) || "empty"));
+  const open = element("details", {}, element("summary", { dir: "auto" }, oneLine(textOf(value), 100) || "–"));
   // The complete text gets elements only when it is asked for: there may be many candidates.
   open.addEventListener("toggle", () => {
     if (open.open && open.childElementCount === 1) open.append(textBox(value, [{ text: textOf(value) }]));
@@ -162,6 +210,14 @@ function candidateRow(pair, candidate) {
     element("td", {}, visible(candidate.finish ?? "–")),
     element("td", { className: "number" }, count(candidate.sample)),
     element("td", { className: "response" }, open));
+}
+
+function plainPieces(turns) {
+  return turns.map((turn) => [{ text: textOf(turn[1]) }]);
+}
+
+function roleLine(role) {
+  return element("p", { className: "role" }, visible(role));
 }
 
 /** A text of the data in a box of its own, whose direction is that of its first letter. */
@@ -184,7 +240,8 @@ function answerFacts(answer) {
 }
 
 function fillFacts(list, facts) {
-  list.replaceChildren(...facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value ?? "–")))));
+  list.replaceChildren(...facts.map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, String(value ?? "–")))));
 }
 
 /** The class of a token's color: "minus-4" to "plus-4". */
@@ -196,11 +253,13 @@ function creditClass(value, bounds) {
 
 function tokenText(credit, i) {
   const token = JSON.stringify(visible(credit.texts[i]));
-  return `${token}, token ${count(i + 1)} of ${count(credit.count)}: credit ${figure(credit.credits[i])}, log π ${figure(credit.logps[i])}, log π_ref ${figure(credit.ref_logps[i])}`;
+  const logps = `log π ${figure(credit.logps[i])}, log π_ref ${figure(credit.ref_logps[i])}`;
+  return `${token}, token ${count(i + 1)} of ${count(credit.count)}: credit ${figure(credit.credits[i])}, ${logps}`;
 }
 
 function sumText(answer) {
-  return `Credits of ${count(answer.credit.count)} tokens sum to ${figure(answer.credit.sum)}; the reward is ${figure(answer.reward)}.`;
+  const { credit, reward } = answer;
+  return `The credits of ${count(credit.count)} tokens sum to ${figure(credit.sum)}; the reward is ${figure(reward)}.`;
 }
 
 function setPressed(id, value) {

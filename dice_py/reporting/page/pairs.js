@@ -1,9 +1,10 @@
 "use strict";
-// The pair browser: what is selected, its address, the keys, and the flags. pair_*.js, before this file, have the parts.
+// The pair browser: what is selected, its address, the keys, and the flags. Its parts are in pair_*.js.
 
 const PREFIX = "#pair=";
 /** Milliseconds without a move after which the address follows. Browsers refuse too many changes of it. */
 const SETTLED = 200;
+const KEYS_OFF = "dice keys";
 
 /** Keys of flagged pairs, kept by the browser for this file and these runs; in memory where it keeps nothing. */
 class Flags {
@@ -50,9 +51,17 @@ class Browser {
     this.current = null;
     this.timer = 0;
     byId("pair-browser").hidden = false;
+    this.rememberKeys();
     this.bindButtons();
     this.exporting();
     document.addEventListener("keydown", (event) => this.key(event));
+    window.addEventListener("storage", (event) => {
+      if (event.key !== this.flags.name) return;
+      this.flags.keys = new Set(this.flags.load()); // another window has the page too
+      this.showFlags();
+      this.list.draw(true);
+      this.showPlace();
+    });
     window.addEventListener("hashchange", () => this.follow());
     this.matches = this.filters.matches(this.flags);
     this.countMatches();
@@ -66,8 +75,8 @@ class Browser {
       "pair-next": () => this.move(1),
       "pair-previous": () => this.move(-1),
       "pair-flag": () => this.flag(),
-      "pair-difference": () => this.toggle("difference"),
-      "pair-credit": () => this.toggle("credit"),
+      "pair-difference": () => this.view.toggle("difference"),
+      "pair-credit": () => this.view.toggle("credit"),
       "open-help": () => this.help(),
     };
     for (const [id, action] of Object.entries(actions)) byId(id).addEventListener("click", action);
@@ -76,6 +85,7 @@ class Browser {
   /** After a change of the filters: the list anew, and its first pair where the selected one is not in it. */
   refresh() {
     this.matches = this.filters.matches(this.flags);
+    this.view.mark(this.filters.words);
     this.countMatches();
     const stays = this.matches.includes(this.current) || this.matches.length === 0;
     this.list.show(this.matches, stays ? this.current : this.matches[0]);
@@ -114,10 +124,11 @@ class Browser {
     clearTimeout(this.timer);
     const key = decoded(location.hash.slice(PREFIX.length));
     const pair = this.byKey.get(key);
+    if (pair && pair === this.current) return true; // the address followed the reader
     if (pair) this.select(pair, false);
     else if (this.current === null) this.select(this.matches[0], false);
     if (!pair) this.notice(`This page has no pair ${oneLine(key, 80)}.`);
-    byId("pairs").scrollIntoView();
+    this.reveal();
     return true;
   }
 
@@ -135,16 +146,18 @@ class Browser {
     byId("pair-hidden").hidden = !words;
   }
 
+  /** Scrolls to the pair where its beginning is out of view. */
+  reveal() {
+    const { top } = byId("pair").getBoundingClientRect();
+    if (top < 0 || top > 0.7 * window.innerHeight) byId("pair").scrollIntoView();
+  }
+
   move(step) {
     const place = this.matches.indexOf(this.current);
     const next = place < 0 ? this.matches[0] : this.matches[place + step];
-    if (next) this.select(next);
-  }
-
-  toggle(name) {
-    if (name === "credit" && this.data.credit_bounds === null) return;
-    this.view[name] = !this.view[name];
-    this.view.showAnswers();
+    if (!next) return;
+    this.select(next);
+    this.reveal();
   }
 
   flag() {
@@ -156,18 +169,15 @@ class Browser {
   }
 
   showFlags() {
-    const flagged = this.flagged();
-    byId("flag-count").textContent = `${count(flagged.length)} flagged`;
-    byId("flag-download").disabled = byId("flag-copy").disabled = flagged.length === 0;
-    if (!this.flags.kept) byId("flag-note").textContent = "This browser keeps no flags for this page: they are lost when it closes.";
-  }
-
-  flagged() {
-    return this.data.pairs.filter((pair) => this.flags.has(pair));
+    const { size } = this.flags.keys;
+    const here = this.data.pairs.filter((pair) => this.flags.has(pair)).length;
+    byId("flag-count").textContent = `${count(size)} flagged` + (here < size ? `, ${count(here)} on this page` : "");
+    byId("flag-download").disabled = byId("flag-copy").disabled = size === 0;
+    if (!this.flags.kept) byId("flag-note").textContent = "This browser keeps no flags: they end with the page.";
   }
 
   exporting() {
-    const text = () => this.flagged().map((pair) => pair.key + "\n").join("");
+    const text = () => [...this.flags.keys].map((key) => key + "\n").join("");
     byId("flag-download").addEventListener("click", () => {
       const address = URL.createObjectURL(new Blob([text()], { type: "text/plain" }));
       element("a", { href: address, download: "flagged-pairs.txt" }).click();
@@ -186,6 +196,20 @@ class Browser {
     });
   }
 
+  /** Whoever speaks to the browser, or has another use for letters, can switch them off for all pages. */
+  rememberKeys() {
+    const box = byId("keys-on");
+    box.checked = stored(KEYS_OFF) === null;
+    box.addEventListener("change", () => {
+      try {
+        if (box.checked) localStorage.removeItem(KEYS_OFF);
+        else localStorage.setItem(KEYS_OFF, "off");
+      } catch {
+        // For this page it is as the box says.
+      }
+    });
+  }
+
   help() {
     byId("pair-help").showModal();
   }
@@ -194,7 +218,9 @@ class Browser {
     if (event.ctrlKey || event.metaKey || event.altKey || byId("pair-help").open) return;
     const { target } = event;
     const typing = target.matches("input:not([type=checkbox]), textarea, select, [contenteditable]");
-    const action = event.key.length > 1 ? this.longKey(event, typing) : typing || !byId("keys-on").checked ? null : this.letter(event.key);
+    let action = null;
+    if (event.key.length > 1) action = this.longKey(event, typing);
+    else if (!typing && byId("keys-on").checked) action = this.letter(event.key);
     if (!action) return;
     event.preventDefault();
     action();
@@ -204,8 +230,8 @@ class Browser {
     return {
       j: () => this.move(1),
       k: () => this.move(-1),
-      d: () => this.toggle("difference"),
-      c: () => this.toggle("credit"),
+      d: () => this.view.toggle("difference"),
+      c: () => this.view.toggle("credit"),
       f: () => this.flag(),
       "/": () => byId("find-text").focus(),
       "?": () => this.help(),
@@ -214,7 +240,7 @@ class Browser {
 
   longKey({ key, target }, typing) {
     const inList = target.id === "pair-list";
-    if (key === "Escape") return () => byId("pair-list").focus();
+    if (key === "Escape" && target.closest("#pair-browser")) return () => byId("pair-list").focus();
     if (key === "Enter" && target.id === "find-text") return () => byId("pair-list").focus();
     if (key === "Enter" && inList) return () => byId("pair").focus();
     if (typing || !inList) return null;
@@ -226,6 +252,15 @@ class Browser {
   jump(step) {
     const place = this.matches.indexOf(this.current) + step;
     this.select(this.matches[Math.min(Math.max(place, 0), this.matches.length - 1)]);
+  }
+}
+
+/** What the browser keeps under a name; null if it has nothing, or keeps nothing. */
+function stored(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
   }
 }
 
