@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from cli.audit import audit
 from cli.demo import demo
 from cli.extrapolate import extrapolate
+from cli.inspect import InspectCommand, inspect
 from cli.judge import judge_app
 from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
@@ -28,6 +29,7 @@ from cli.plan import plan
 from cli.replay import replay
 from cli.report import ReportCommand, report
 from cli.runs import resume, run, status
+from cli.samples import samples
 from cli.stages import evaluate, generate, score, train
 from cli.terminal import prepare_streams, say
 from cli.winrate import WinrateCommand, winrate
@@ -92,13 +94,14 @@ app = typer.Typer(
 for command in (run, resume, status):
     app.command()(command)
 app.command(cls=ReportCommand)(report)
-for planned in (plan, demo):
-    app.command()(planned)
+for shown in (samples, plan, demo):
+    app.command()(shown)
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)
 for stage in (replay, train, evaluate, extrapolate, audit):
     app.command(cls=Panels)(stage)
+app.command(cls=InspectCommand)(inspect)
 app.command(cls=WinrateCommand)(winrate)
 app.add_typer(judge_app, name="judge", short_help="Compare two models' responses by a judge.")
 

@@ -27,7 +27,9 @@ def gap_bucket(chosen: str, rejected: str) -> pl.Expr:
     one, other = (pl.col(name).cast(pl.Float64) for name in (chosen, rejected))
     longer = pl.max_horizontal(one, other)
     share = pl.when(longer > 0).then((one - other) / longer).otherwise(0.0)
-    return sum(((share > cut).cast(pl.UInt8) for cut in GAP_CUTS), pl.lit(0, dtype=pl.UInt8))
+    # A gap on a cut belongs to the bucket that is nearer to zero, on both sides.
+    above = ((share > cut) if cut > 0 else (share >= cut) for cut in GAP_CUTS)
+    return sum((is_above.cast(pl.UInt8) for is_above in above), pl.lit(0, dtype=pl.UInt8))
 
 
 def draw_pairs(pairs: pl.DataFrame, count: int, seed: int) -> list[int]:

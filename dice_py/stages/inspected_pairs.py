@@ -23,6 +23,7 @@ from dice_py.storage.schemas import (
     INSPECTED_PAIRS,
     MESSAGES_WITH_EXTRA,
     MINED_LABELS,
+    PLACE,
     TRAINING_LABELS,
 )
 
@@ -173,10 +174,12 @@ def file_pairs(pairs: pl.DataFrame) -> pl.DataFrame:
     """Pairs of a user's file, as `WITH_IDS`.
 
     Args:
-        pairs: `prompt`, `chosen`, `rejected` (messages), `row`, and maybe `source`, `margin`, and the token ids.
+        pairs: `prompt`, `chosen`, `rejected` (messages), `row`, and maybe `source`, `where`, and the token ids.
     """
     source = pl.col("source") if "source" in pairs.columns else pl.lit("file")
-    return _complete(pairs.with_columns(source=source, pair_id=pl.format("file-{}", pl.col("row"))), None)
+    labels = _labels(pairs, [name for name in (PLACE,) if name in pairs.columns])
+    frame = pairs.with_columns(source=source, labels=labels, pair_id=pl.format("file-{}", pl.col("row")))
+    return _complete(frame, None)
 
 
 def _complete(frame: pl.DataFrame, round_number: int | None) -> pl.DataFrame:

@@ -12,6 +12,7 @@ from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.extrapolate import ExtrapolateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.inspect import InspectJob
+from dice_py.stages.inspect_file import InspectFileJob
 from dice_py.stages.job import Job
 from dice_py.stages.judge import JudgeJob
 from dice_py.stages.mine import MineJob
@@ -89,6 +90,7 @@ _TABLE = (
     Stage("evaluate", EvaluateJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "generate"),
     Stage("benchmark", BenchmarkJob, (), "", None),
     Stage("audit", AuditJob, (), "lower score.token_budget", None),
+    Stage("inspect file", InspectFileJob, (), "lower score.token_budget, or give fewer --pairs", None),
 )
 REGISTRY = {stage.name: stage for stage in _TABLE}
 

@@ -40,6 +40,8 @@ ONCE = {
     "round-01/mine/mined.parquet": ["mine"],
     "round-01/mine/mining.json": ["mine"],
     "round-01/replay/training_set.parquet": ["replay"],
+    "round-01/inspect/pairs.parquet": ["inspect"],
+    "round-01/inspect/distributions.json": ["inspect"],
     "round-01/train/model/model.safetensors": ["train"],
     "round-01/evaluate/metrics.json": ["evaluate"],
     "round-01/evaluate/samples/generations-00000.parquet": ["evaluate"],
