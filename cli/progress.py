@@ -9,12 +9,14 @@ import sys
 import time
 from typing import Any
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 from cli.tables import counts_text
 from cli.terminal import console, readers_may_leave
 from dice_py.reporting.formatting import seconds
+from dice_py.runs.progress import Pace, Progress
 
 PLAIN_EVERY = 10.0  # seconds between two lines of one stage's progress
 
@@ -26,12 +28,15 @@ class _Pace(ProgressColumn):
         """The column's text."""
         if task.total is None:
             return Text("starting")
-        return Text(_pace(int(task.completed), int(task.total), task.fields["unit"], task.fields["speed"]))
+        return Text(task.fields["pace"])
 
 
-def _pace(done: int, total: int, unit: str, speed: float) -> str:
-    left = f", {seconds((total - done) / speed)} left" if speed and done < total else ""
-    return f"{done:,}/{total:,} {unit}" + (f", {speed:,.1f}/s" if speed else "") + left
+def pace_text(progress: Progress) -> str:
+    """ "12/40 steps, 2.0/s, 14.0 s left"."""
+    left = progress.seconds_left
+    rate = f", {progress.per_second:,.1f}/s" if progress.per_second else ""
+    time_left = "" if left is None else f", {seconds(left)} left"
+    return f"{progress.done:,}/{progress.total:,} {progress.unit}{rate}{time_left}"
 
 
 class Display:
@@ -39,15 +44,15 @@ class Display:
 
     def __init__(self) -> None:
         self.console = console(err=True)
-        self.progress: Progress | None = None
+        self.progress: Bars | None = None
         self.task: TaskID | None = None
         self.stage = ""
-        self.first: int | None = None  # count of the first progress event
-        self.began = self.last = 0.0
+        self.pace = Pace()
+        self.last: float | None = None  # when the last line was printed
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
-            self.progress = Progress(
+            self.progress = Bars(
                 TextColumn("  {task.description}", markup=False),
                 TimeElapsedColumn(),
                 BarColumn(bar_width=24),
@@ -90,27 +95,26 @@ class Display:
 
     def _begin(self, stage: str) -> None:
         self._end()
-        self.stage, self.first = stage, None
+        self.stage, self.last = stage, None
+        self.pace.begin()
         if self.progress is not None:
-            self.task = self.progress.add_task(stage, total=None, unit="", speed=0.0)
+            self.task = self.progress.add_task(stage, total=None, pace="")
 
     def _end(self) -> None:
         if self.progress is not None and self.task is not None:
             self.progress.remove_task(self.task)
         self.task, self.stage = None, ""
 
-    def _progress(self, stage: str, done: int, total: int, unit: str = "rows", step: str | None = None) -> None:
+    def _progress(self, **fields: Any) -> None:
         now = time.monotonic()
-        # Each step of a stage goes over the same rows, so it has its own bar.
-        stage = stage if step is None else f"{stage} ({step})"
-        if stage != self.stage:
-            self._begin(stage)
-        if self.first is None:
-            self.first, self.began, self.last = done, now, now
-        # Shards that a resume kept count as done from the start, but not in the rate.
-        speed = (done - self.first) / (now - self.began) if now > self.began else 0.0
+        progress = self.pace(**fields)
+        if progress.stage != self.stage:
+            self._begin(progress.stage)
+            progress = self.pace(**fields)
+        if self.last is None:
+            self.last = now
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=done, total=total, unit=unit, speed=speed)
+            self.progress.update(self.task, completed=progress.done, total=progress.total, pace=pace_text(progress))
         elif now - self.last >= PLAIN_EVERY:
             self.last = now
-            self.line(f"  {stage}: {_pace(done, total, unit, speed)}")
+            self.line(f"  {progress.stage}: {pace_text(progress)}")

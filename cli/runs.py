@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from cli.output import print_json
 from cli.plan import show_plan
 from cli.terminal import say
 from dice_py.errors import DataError, UsageError
+from dice_py.events import Report
 
 
 def run(
@@ -56,14 +58,14 @@ def run(
         show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
         return
     from cli.progress import Display
-    from dice_py.reporting.html import write_report
+    from dice_py.reporting.tracking.session import Tracked
     from dice_py.runs.folder import new_run_folder
     from dice_py.runs.loop import run as run_rounds
 
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
-    with Display() as display:
+    with Display() as display, Tracked(folder, display) as report:
         display.line(f"run folder: {folder}")
-        metrics = run_rounds(resolved, folder, display, after_round=write_report, force=force)
+        metrics = run_rounds(resolved, folder, report, after_round=_pages(display), force=force)
     _finish(folder, metrics, as_json)
 
 
@@ -81,12 +83,24 @@ def resume(
     stage that the setting touches. What is damaged is set aside and made again.
     """
     from cli.progress import Display
-    from dice_py.reporting.html import write_report
+    from dice_py.reporting.tracking.session import Tracked
     from dice_py.runs.loop import resume as resume_rounds
 
-    with Display() as display:
-        metrics = resume_rounds(folder, display, assignments=assign or [], after_round=write_report, force=force)
+    with Display() as display, Tracked(folder, display) as report:
+        metrics = resume_rounds(folder, report, assignments=assign or [], after_round=_pages(display), force=force)
     _finish(folder, metrics, as_json)
+
+
+def _pages(report: Report) -> Callable[[Path], None]:
+    """What is written after each round, for people to read."""
+    from dice_py.reporting.cards.write import write_cards
+    from dice_py.reporting.html import write_report
+
+    def write(folder: Path) -> None:
+        write_report(folder)
+        write_cards(folder, report)
+
+    return write
 
 
 def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
@@ -110,16 +124,28 @@ def status(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every artifact, and name those that are damaged or missing.")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow a run until it ends: rates, time left, loss, margins, warnings.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the stages of a run, with their counts and times."""
     from dice_py.runs.status import run_profile, run_status
 
+    chosen = [name for name, given in (("--profile", profile), ("--verify", verify), ("--watch", watch)) if given]
+    if watch and (len(chosen) > 1 or as_json):
+        other = "--json" if as_json else chosen[0]
+        raise UsageError(f"--watch and {other} do not go together: --watch shows a run as it goes on; leave one out")
     if folder is None:
-        if profile or verify:
-            name = "--profile" if profile else "--verify"
+        if chosen:
+            name = chosen[0]
             raise UsageError(f"{name} is of one run: name its folder (dice status RUN {name})")
         _list_runs(as_json)
+        return
+    if watch:
+        from cli.watch import watch_run
+
+        watch_run(folder)
         return
     if verify:
         _verify(folder, as_json)
@@ -132,6 +158,14 @@ def status(
 
     if not profile:
         print_table(status_table(values))
+        if values["progress"] is not None:
+            from cli.progress import pace_text
+            from dice_py.runs.progress import Progress
+
+            at_work = dict(values["progress"])
+            del at_work["seconds_left"]
+            progress = Progress(**at_work)
+            say(f"{progress.stage}: {pace_text(progress)}")
         if values["ended_after"] is not None:
             goes_on = f"dice resume {folder} --set rounds.stop_when=none"
             say(f"ended after round {values['ended_after']} (rounds.stop_when=worse); to go on: {goes_on}")

@@ -5,6 +5,7 @@ Each reads the user's files, builds the stage's job, and prints its result.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,6 +127,7 @@ def train(
     The new policy goes to OUT/model; with train.lora, the adapter that was merged into it to OUT/adapter. The reference
     is that of the training set: the policy itself, unless it was made with another.
     """
+    from dice_py.reporting.tracking.session import places_alone
     from dice_py.stages.train import TrainJob
     from dice_py.storage.keys import file_digest
 
@@ -143,6 +145,8 @@ def train(
         seed=seed,
         devices=resolved.devices,
     )
+    for name, value in places_alone(out).items():
+        os.environ.setdefault(name, value)
     result = run_job(job, out, resolved.warnings)
     made = {"model": str(job.target)}
     if resolved.train.lora is not None and job.adapter.is_dir():

@@ -10,6 +10,9 @@ from dice_py.config.loss import LossConfig
 from dice_py.config.passthrough import PassedOptions, passed_options, refuse_own
 from dice_py.config.shared import ADDED, Positive, Probability, Section
 
+TRACKED = ("tensorboard", "trackio")
+"""The trackers that are told of a whole run (reporting/tracking/); TRL tells the others of each training."""
+
 Warmup = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
 """A number of optimizer steps, or a share of a training's steps."""
 
@@ -83,7 +86,10 @@ class TrainConfig(LossConfig):
         default=100, description="optimizer steps between checkpoints, from which a resume continues"
     )
     logging_steps: Positive = Field(default=10, description="optimizer steps between logged values")
-    report_to: list[str] = Field(default_factory=list, description="trackers of transformers: wandb, tensorboard, …")
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="trackers: tensorboard, trackio, and those that transformers knows besides (wandb, mlflow, …)",
+    )
     save_dtype: Literal["auto", "stored", "float32"] = Field(
         default="auto",
         description="dtype of the trained policy's files; stored: as the start's; auto: as the start's, but float32, "
@@ -118,8 +124,9 @@ class TrainConfig(LossConfig):
         return 4096 if cuda else 512
 
     def key_fields(self) -> dict[str, Any]:
-        """The settings that decide the trained weights: all but how work is spread over processes."""
-        return self.key_dump(exclude=("processes", "strategy", "accelerate_config"))
+        """The settings that decide the trained weights: all but how work is spread over processes, and who is told."""
+        kept = self.key_dump(exclude=("processes", "strategy", "accelerate_config", "report_to"))
+        return kept | {"report_to": []}  # as keys had it before, for a training without trackers
 
     @field_validator("trainer_args")
     @classmethod

@@ -20,14 +20,42 @@ def read_events(path: Path) -> list[Event]:
         return events
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            named = isinstance(event, dict) and isinstance(event.get("event"), str)
-            if named and finite_number(event.get("time")) is not None and _is_sound(event):
+            event = parse_event(line)
+            if event is not None:
                 events.append(event)
     return events
+
+
+def parse_event(line: str) -> Event | None:
+    """The event of a line; None if it is damaged."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    named = isinstance(event, dict) and isinstance(event.get("event"), str)
+    sound = named and finite_number(event.get("time")) is not None and _is_sound(event)
+    return event if sound else None
+
+
+class EventTail:
+    """The events of a run as they come, for who follows it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> list[Event]:
+        """Those in the complete lines behind the ones that were read."""
+        try:
+            with self._path.open("rb") as handle:
+                handle.seek(self._offset)
+                text = handle.read()
+        except FileNotFoundError:
+            return []
+        lines = text[: text.rfind(b"\n") + 1]
+        self._offset += len(lines)
+        parsed = (parse_event(line.decode("utf-8", errors="replace")) for line in lines.splitlines())
+        return [event for event in parsed if event is not None]
 
 
 def finite_number(value: Any) -> float | None:

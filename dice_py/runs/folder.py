@@ -18,16 +18,20 @@ from typing import Any
 from dice_py.compute.gpu_monitor import GpuMonitor
 from dice_py.compute.stage_process import WarmPool, run_in_subprocess
 from dice_py.config.run import RunConfig
-from dice_py.errors import DiskFullError, UsageError
+from dice_py.errors import DamagedError, DiskFullError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.runs.progress import ProgressFile
 from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.runs.warnings import stage_warnings
-from dice_py.stages.job import Job, StageFile, StageResult
+from dice_py.stages.job import FAILURE, Job, StageFile, StageResult
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES, ROUND_ZERO_STAGES, stage_of
 from dice_py.storage.digests import file_state, stored_digest
 from dice_py.storage.files import Manifest, is_disk_full
 from dice_py.storage.integrity import MODEL_STAMP, set_aside
 from dice_py.storage.lock import exclusive_lock, is_locked
+
+_ENDING = (DamagedError, DiskFullError, InterruptedRunError)
+"""Errors that end a stage which may fail, too: they are not of its work, and the next stage would meet them."""
 
 
 class Run:
@@ -52,6 +56,7 @@ class Run:
         self._warned: set[tuple[str, str]] = set()
         """Stages and texts of the warnings that were reported."""
         self._forward = report
+        self._progress = ProgressFile(folder)
         self._monitor = monitor
         self._warm = WarmPool()
         if self.manifest.is_damaged:
@@ -70,7 +75,11 @@ class Run:
         return self.folder / round_name(number)
 
     def report(self, event: str, **fields: Any) -> None:
-        """Passes an event on, and appends it to `events.jsonl` unless it is only progress."""
+        """Passes an event on, and appends it to `events.jsonl`; progress goes to `progress.json`."""
+        if event == "progress":
+            self._progress.update(**fields)
+        elif event == "stage" and fields["status"] == "running":
+            self._progress.begin(fields["stage"])
         if event not in ("progress", "advance"):
             line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
             try:
@@ -135,10 +144,13 @@ class Run:
         self.report("stage", stage=name, status="running")
         try:
             result = self._work(job, self.folder / name, is_last, following)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError, DiskFullError):  # the stage's own error is the one to report
                 self.report_gpus(name)
-            raise
+            if not stage.may_fail or not isinstance(error, Exception) or isinstance(error, _ENDING):
+                raise
+            # Without files it is not complete, so that a resume does it again.
+            result = StageResult([], {FAILURE: f"{type(error).__name__}: {error}"[:2000]})
         self.report_gpus(name)
         seconds = time.time() - started
         files_named = [

@@ -10,6 +10,7 @@ from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.runs.best import new_policy, stored_outcome
 from dice_py.runs.folder import check_plain, is_running, stage_names
 from dice_py.runs.profile import profile
+from dice_py.runs.progress import read_progress
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.storage.files import Manifest
 
@@ -21,7 +22,9 @@ def run_status(folder: Path) -> dict[str, Any]:
     rounds that its config asks for (runs/best.py), else None.
 
     `state` is "running" while a process works in the folder, "finished" when every stage is done, else "stopped"
-    (`dice resume` continues it). An entry has `stage`, `status`, `seconds` and `counts`.
+    (`dice resume` continues it). An entry has `stage`, `status`, `seconds` and `counts`, and `started` (seconds since
+    the epoch) and `key`, None before it begins. `progress` is that of the running stage, None if there is none
+    (runs/progress.py).
 
     Raises:
         UsageError: the folder holds no run.
@@ -47,7 +50,10 @@ def run_status(folder: Path) -> dict[str, Any]:
             status = "stopped"
         entries.append(
             {"stage": name, "status": status, "seconds": entry.get("seconds"), "counts": entry.get("counts", {})}
+            | {"started": entry.get("started"), "key": entry.get("key")}
         )
+    at_work = next((entry["stage"] for entry in entries if entry["status"] == "running"), None)
+    progress = None if at_work is None else read_progress(folder, at_work)
     done = sum(entry["status"] == "done" for entry in entries)
     state = "running" if running else "finished" if done == len(entries) else "stopped"
     return {
@@ -57,6 +63,7 @@ def run_status(folder: Path) -> dict[str, Any]:
         "done": done,
         "policy": str(new_policy(folder, manifest.data, config)) if state == "finished" else None,
         "ended_after": ended_after,
+        "progress": None if progress is None else progress.values(),
         "entries": entries,
     }
 
@@ -86,5 +93,5 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
             status = run_status(config.parent)
         except (DiceError, OSError):  # one broken folder must not hide the others
             status = {"run": str(config.parent), "state": "unreadable", "stages": 0, "done": 0}
-        statuses.append({name: value for name, value in status.items() if name != "entries"})
+        statuses.append({name: value for name, value in status.items() if name not in ("entries", "progress")})
     return statuses

@@ -315,6 +315,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             metrics["num_tokens"].append(inputs["attention_mask"].sum()[None])
         return loss
 
+    def count_tokens_on(self, log: list[dict[str, Any]]) -> None:
+        """A resumed training counts its tokens on from the log of its checkpoint, where TRL begins at 0."""
+        self._total_train_tokens = int(next((each["num_tokens"] for each in reversed(log) if "num_tokens" in each), 0))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's logging, of means over the pairs of all ranks since the last one; `num_tokens` is a running sum."""
         metrics = self._metrics["train" if self.model.training else "eval"]

@@ -44,6 +44,7 @@ from dice_py.models.loading import load_model, placement
 from dice_py.models.tokenization import load_tokenizer
 from dice_py.storage.files import read_json, read_sealed, write_json, write_sealed
 from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model, stamp_checkpoint
+from dice_py.training.log import TrainingLog
 from dice_py.training.lora import hold_in_float32, peft_config
 from dice_py.training.pair_terms import TRAINER_COLUMNS, load_pairs
 from dice_py.training.parallelism import SHARDED, ProcessLayout
@@ -60,15 +61,19 @@ _FINAL = {"loss": "loss", "chosen_logps": "logps/chosen", "chosen_change": "logp
 """Measures of the end of a training, by their names in the trainer's log."""
 
 
-def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], report: Report) -> Any:
+def _callback(trainer: PairTrainer, config: TrainConfig, out: Path, stamp: dict[str, Any], report: Report) -> Any:
     from transformers import TrainerCallback
 
     class StageCallback(TrainerCallback):  # type: ignore[misc]
-        """Checks step 0, reports progress, and stamps complete checkpoints."""
+        """Checks step 0, reports progress, keeps the log, and stamps complete checkpoints."""
 
         step0: Step0 | None = None
+        log = TrainingLog(out, stamp["key"], report)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                self.log.begin(state.log_history)
+            trainer.count_tokens_on(state.log_history)
             if state.global_step:
                 return
             self.step0 = measure_step0(trainer, config.step0_pairs)
@@ -81,6 +86,10 @@ def _callback(trainer: PairTrainer, config: TrainConfig, stamp: dict[str, Any], 
             # The loss is logged as the mean since the last entry. With one at each checkpoint and at the end, a resumed
             # training logs the same means as one that was not stopped, and every training has a final loss.
             control.should_log |= control.should_save or state.global_step >= state.max_steps
+
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                self.log.add(state.log_history[-1])
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             trainer.accelerator.wait_for_everyone()  # Every rank has written its shard.
@@ -306,7 +315,7 @@ def train_rank(
     time_updates: bool = False,
     report: Report = no_report,
 ) -> dict[str, Any]:
-    """Trains in this process, alone or as one of several ranks, and saves `out/model`.
+    """Trains in this process, alone or as one of several ranks, and saves `out/model`; its log is `out/log.jsonl`.
 
     Args:
         policy: the model folder to start from.
@@ -338,7 +347,7 @@ def train_rank(
         config, models, policy=policy, pairs=pairs, folder=folder, beta=beta, seed=seed, report=report
     )
     _check_strategy(trainer, layout.strategy, config)
-    callback = _callback(trainer, config, checkpoint_stamp(key, layout), report)
+    callback = _callback(trainer, config, out, checkpoint_stamp(key, layout), report)
     trainer.add_callback(callback)
     if time_updates:
         trainer.add_callback(update_timer(trainer, report))

@@ -22,6 +22,7 @@ from dice_py.models.comparison import check_distinct
 from dice_py.models.identity import model_identity
 from dice_py.storage.integrity import MODEL_STAMP
 from dice_py.training import checkpoints
+from dice_py.training.log import read_training_log
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +106,10 @@ def test_the_final_loss_and_the_log_are_the_same_after_a_resume(run: Stage, tmp_
     first, second = ([(entry["step"], entry["loss"]) for entry in log if "loss" in entry] for log in logs)
     assert first == second
     assert [step for step, _ in first] == [2, 3, 4, 5]
+    assert read_training_log(run.out) == read_training_log(uninterrupted.out)
+    files = [(stage.out / "log.jsonl").read_bytes() for stage in (run, uninterrupted)]
+    assert files[0] == files[1]
+    assert files[0].count(b"\n") == 5
     assert want["final_loss"] == pytest.approx((first[-1][1] + first[-2][1]) / 2)
 
 
