@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from cli.output import print_json
 from cli.plan import show_plan
 from cli.terminal import say
 from dice_py.errors import DataError, UsageError
+from dice_py.events import Report
 
 
 def run(
@@ -56,7 +58,6 @@ def run(
         show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
         return
     from cli.progress import Display
-    from dice_py.reporting.html import write_report
     from dice_py.reporting.tracking.session import Tracked
     from dice_py.runs.folder import new_run_folder
     from dice_py.runs.loop import run as run_rounds
@@ -64,7 +65,7 @@ def run(
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
     with Display() as display, Tracked(folder, display) as report:
         display.line(f"run folder: {folder}")
-        metrics = run_rounds(resolved, folder, report, after_round=write_report, force=force)
+        metrics = run_rounds(resolved, folder, report, after_round=_pages(display), force=force)
     _finish(folder, metrics, as_json)
 
 
@@ -82,13 +83,24 @@ def resume(
     stage that the setting touches. What is damaged is set aside and made again.
     """
     from cli.progress import Display
-    from dice_py.reporting.html import write_report
     from dice_py.reporting.tracking.session import Tracked
     from dice_py.runs.loop import resume as resume_rounds
 
     with Display() as display, Tracked(folder, display) as report:
-        metrics = resume_rounds(folder, report, assignments=assign or [], after_round=write_report, force=force)
+        metrics = resume_rounds(folder, report, assignments=assign or [], after_round=_pages(display), force=force)
     _finish(folder, metrics, as_json)
+
+
+def _pages(report: Report) -> Callable[[Path], None]:
+    """What is written after each round, for people to read."""
+    from dice_py.reporting.cards.write import write_cards
+    from dice_py.reporting.html import write_report
+
+    def write(folder: Path) -> None:
+        write_report(folder)
+        write_cards(folder, report)
+
+    return write
 
 
 def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:

@@ -14,9 +14,9 @@ from dice_py.models.loading import require
 
 _WANTED = (
     *("*.json", "*.safetensors", "adapter_model.bin", "*.model", "*.jinja", "*.txt", "tokenizer*", "*.tiktoken"),
-    "*.py",
+    *("*.py", "README.md"),
 )
-"""Of a repository on the hub; code is run with model.trust_remote_code alone."""
+"""Of a repository on the hub; code is run with model.trust_remote_code alone. README.md names the model's license."""
 _TWICE = ["original/*", "consolidated*"]
 """The same weights in another layout."""
 

@@ -114,7 +114,7 @@ def by_series(names: Sequence[str], *, dashed: bool = True) -> dict[str, Any]:
 
     domain = [visible(name) for name in names]
     several = len(domain) > 1
-    legend: Any = alt.Legend() if several else None
+    legend: Any = alt.Legend(symbolType="stroke", symbolOpacity=1) if several else None
     colors = alt.Scale(domain=domain, range=list(SERIES[: len(domain)]))
     encoding: dict[str, Any] = {"color": alt.Color("series:N", scale=colors, legend=legend)}
     if dashed and several:

@@ -14,6 +14,7 @@ import unicodedata
 _NOT_PLAIN = re.compile(r"[^\n\t\x20-\x7e]")
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of controls, format characters, surrogates, and separators of lines and paragraphs."""
+_MARKDOWN = re.compile(r"([\\`*_\[\]#!|~$])")
 _JOINERS = "\u200c\u200d"  # Persian words and emoji need them.
 
 
@@ -25,6 +26,13 @@ def visible(text: str) -> str:
 def html_text(value: object) -> str:
     """A value as text of an HTML page, with quotes escaped too, so that it can be an attribute's."""
     return html.escape(visible(str(value)))
+
+
+def markdown_text(text: str, longest: int) -> str:
+    """A text in one line, cut to `longest` characters, that Markdown shows as it is, also in a cell of a table."""
+    cut = text[:longest] + ("…" if len(text) > longest else "")
+    line = _MARKDOWN.sub(r"\\\1", " ".join(visible(cut).split()))
+    return html.escape(line, quote=False)
 
 
 def _shown(character: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dice_py.errors import UsageError
 from dice_py.reporting.charts import SERIES, cannot_draw
+from dice_py.reporting.pair_data import SCRIPTS, STYLES, pair_data
 from dice_py.reporting.render import render_page
 from dice_py.reporting.sections.configuration import configuration, settings_that_differ
 from dice_py.reporting.sections.evaluation import evaluation
@@ -92,8 +93,8 @@ def report_page(runs: list[StoredRun], *, with_pairs: bool) -> str:
     return render_page(
         "report.html.j2",
         title=title,
-        styles=["style.css", "report.css", *(["pairs.css"] if pairs else [])],
-        scripts=["pairs.js"] if pairs else [],
+        styles=[*(STYLES if pairs else ["style.css"]), "report.css"],
+        scripts=SCRIPTS if pairs else [],
         runs=[view for view in views if view is not None],
         problems=list(dict.fromkeys(problems)),
         evaluation=evaluated,
@@ -111,8 +112,6 @@ def _pairs(runs: list[StoredRun]) -> dict[str, Any] | None:
     frames = {run.name: frame for run in runs if (frame := run.pairs()) is not None and frame.height}
     if not frames:
         return None
-    from dice_py.reporting.pair_data import pair_data
-
     return pair_data(frames)
 
 

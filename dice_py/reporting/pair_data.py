@@ -96,7 +96,8 @@ def pair_data(
     notes = _Notes()
     if len(rows) < total:
         notes.sentences.append(f"{len(rows):,} of {total:,} pairs are on this page, evenly over runs and rounds.")
-    pairs = [_pair(run, row, len(frames) > 1, notes) for run, row in rows]
+    prefixes = [f"{name}/" if len(frames) > 1 else "" for name in frames]
+    pairs = [{"key": prefixes[run] + row["pair_id"], "run": run, **_pair(row, notes)} for run, row in rows]
     # Colors are of all credit, also of what is cut.
     bounds = _credit_bounds(pairs)
     _cut_to_size(pairs, notes.sentences)
@@ -163,11 +164,15 @@ def _picked(frames: dict[str, pl.DataFrame], most: int) -> Iterator[tuple[int, d
             count, spare = count + 1, spare - 1
         # Evenly spaced, since a stratified sample lies stratum by stratum.
         rows = [index * group.height // count for index in range(count)]
-        yield from ((run, row) for row in _with_credit_columns(group[rows]).iter_rows(named=True))
+        yield from ((run, row) for row in _with_measures(group[rows]).iter_rows(named=True))
 
 
-def _with_credit_columns(frame: pl.DataFrame) -> pl.DataFrame:
-    """The credits as a list for each field, and their sum: a dict for each token would take most of the time."""
+def _with_measures(frame: pl.DataFrame) -> pl.DataFrame:
+    """The credits as a list for each field, since a dict for each token would take most of the time; and measures.
+
+    They are the sum of the credits, and Spearman's correlation of reward and tokens over the candidates with a finite
+    reward: null for fewer than three, or where one of the two does not vary.
+    """
     digits = {"credit": 4, "logp": 5, "ref_logp": 5}
     columns = []
     for side in ("chosen", "rejected"):
@@ -178,15 +183,19 @@ def _with_credit_columns(frame: pl.DataFrame) -> pl.DataFrame:
         columns.append(tokens.list.eval(pl.element().struct.field("text").fill_null("")).alias(f"{side}_texts"))
         exact = tokens.list.eval(pl.element().struct.field("credit").cast(pl.Float64))
         columns.append(exact.list.sum().alias(f"{side}_sum"))
+    finite = pl.element().filter(pl.element().struct.field("reward").is_finite())
+    fields = (finite.struct.field(name) for name in ("reward", "response_tokens"))
+    correlation = pl.col("candidates").list.eval(
+        pl.when(finite.len() > 2).then(pl.corr(*fields, method="spearman").fill_nan(None))
+    )
+    columns.append(correlation.list.first().alias("correlation"))
     return frame.with_columns(columns).drop("chosen_credit", "rejected_credit")
 
 
-def _pair(run: int, row: dict[str, Any], several: bool, notes: _Notes) -> dict[str, Any]:
+def _pair(row: dict[str, Any], notes: _Notes) -> dict[str, Any]:
     """A pair with complete texts."""
     answers = {side: _answer(row, side, notes) for side in ("chosen", "rejected")}
     return {
-        "key": row["pair_id"],
-        **({"run": run} if several else {"run": 0}),
         "round": row["round"],
         "source": _name(row["source"], notes),
         "prompt": _turns(row["prompt"], notes),
@@ -194,6 +203,7 @@ def _pair(run: int, row: dict[str, Any], several: bool, notes: _Notes) -> dict[s
         "margin": _figure(row["margin"]),
         "labels": _labels(row["labels"], notes),
         **_candidates(row["candidates"] or [], answers, notes),
+        "correlation": None if row["correlation"] is None else _figure(row["correlation"]),
     }
 
 
@@ -286,27 +296,12 @@ def _candidates(rows: list[dict[str, Any]], answers: dict[str, Any], notes: _Not
             for rank, row in ranked
         ],
         "candidate_count": len(rows),
-        "correlation": _correlation(rows),
     }
 
 
 def _is_answer(row: dict[str, Any], answers: dict[str, Any]) -> bool:
     answer = answers.get(row["role"])
     return answer is not None and len(answer["turns"]) == 1 and answer["turns"][0][1] == row["response"]
-
-
-def _correlation(rows: list[dict[str, Any]]) -> float | str | None:
-    """Spearman's correlation of reward and tokens; None where it is not defined."""
-    points = [
-        (row["reward"], row["response_tokens"])
-        for row in rows
-        if row["reward"] is not None and math.isfinite(row["reward"]) and row["response_tokens"] is not None
-    ]
-    if len(points) < 3:
-        return None
-    frame = pl.DataFrame(points, schema=["reward", "tokens"], orient="row")
-    value = frame.select(pl.corr("reward", "tokens", method="spearman")).item()
-    return None if value is None or math.isnan(value) else _figure(value)
 
 
 def _figure(value: float | None, digits: int = 6) -> float | str | None:

@@ -55,10 +55,17 @@ class Watch:
         status = run_status(self._folder)
         for event in self._events.new():
             self._take(event)
-        running = next((entry["stage"] for entry in status["entries"] if entry["status"] == "running"), None)
-        progress = None if running is None else read_progress(self._folder, running)
         training, log = self._log(status)
-        return Live(status, progress, training, log, list(self._warnings), self._gpus)
+        return Live(status, self._progress(status), training, log, list(self._warnings), self._gpus)
+
+    def _progress(self, status: dict[str, Any]) -> Progress | None:
+        """Of the running stage; before the first one, of what is made for it (the synthetic world, say)."""
+        if status["state"] != "running":
+            return None
+        entries = status["entries"]
+        running = next((entry["stage"] for entry in entries if entry["status"] == "running"), None)
+        begun = any(entry["status"] != "to do" for entry in entries)
+        return None if running is None and begun else read_progress(self._folder, running or "")
 
     def _take(self, event: Event) -> None:
         text = event.get("text")

@@ -18,14 +18,14 @@ from typing import Any
 import polars as pl
 import pytest
 from faked_stages import faked_stages
-from hostile_texts import HOSTILE, obeyed
+from hostile_texts import obeyed
 from own_run import Events, own_config
 from tiny_models import make_llama
 
 from dice_py.errors import InterruptedRunError
 from dice_py.events import no_report
 from dice_py.reporting.tracking import process, session
-from dice_py.reporting.tracking.records import Follower, Record, flat_numbers, markdown_table, safe_text, sample_table
+from dice_py.reporting.tracking.records import Follower, Record, flat_numbers, markdown_table, sample_table
 from dice_py.reporting.tracking.session import Tracked
 from dice_py.runs import loop
 from dice_py.runs.folder import Run
@@ -188,7 +188,7 @@ def test_trackio_has_the_same_in_one_run(tried: Tried) -> None:
         (2 * STEPS, 0.25),
     ]
     (table,) = [log["samples"]["_value"] for log in logs if "samples" in log]
-    assert [row["pair"] for row in table] == [safe_text(f"r01-mined-{number}") for number in range(len(TEXTS))]
+    assert [row["pair"] for row in table] == [f"r01-mined-{number}" for number in range(len(TEXTS))]
     assert not obeyed(json.dumps(table, ensure_ascii=False))
     assert "<script>" not in json.dumps(table)
 
@@ -286,15 +286,6 @@ def test_what_is_counted_becomes_numbers() -> None:
     (name,) = flat_numbers("mine", {"\x1b[2J\n" + "x" * 500: 1})
     assert not obeyed(name)
     assert len(name) == 120
-
-
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
-def test_hostile_texts_are_safe_in_a_table(text: str) -> None:
-    safe = safe_text(text)
-    assert not obeyed(safe)
-    assert not set("<>") & set(safe)
-    assert not re.search(r"(?<!\\)[|*_`\[\]]", safe)
-    assert len(safe_text(text * 100_000)) < 1000
 
 
 def test_a_run_without_pairs_to_look_at_has_no_table(tmp_path: Path) -> None:

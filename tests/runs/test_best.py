@@ -13,6 +13,7 @@ import pytest
 from damage import notes
 from faked_stages import faked_stages
 from own_run import Events
+from report_page import Page
 
 from dice_py.config.rounds import RoundsConfig
 from dice_py.config.run import RunConfig
@@ -135,14 +136,14 @@ def test_rounds_that_were_made_before_the_run_ends_earlier_are_not_shown(
     folder = tmp_path / "run"
     rounds, _ = run(with_rounds(config, count=3), folder)
     assert len(rounds) == 3
-    assert "<h2>round-03</h2>" in (folder / "report.html").read_text()
+    assert (2, "Mining, round-03") in Page(folder / "report.html").headings()
     # Rounds are compared from now on, for which the stored evaluations are enough.
     events = Events()
     metrics = loop.resume(folder, events, assignments=["rounds.stop_when=worse"], after_round=write_report)
     assert list(metrics) == ["round-01", "round-02"]
     assert {status for _, status in events.stages()} == {"kept"}
     page = (folder / "report.html").read_text()
-    assert "<h2>round-02</h2>" in page
+    assert (2, "Mining, round-02") in Page(folder / "report.html").headings()
     assert "round-03" not in page
     assert run_status(folder)["policy"] == str(folder / "round-02/train/model")
 

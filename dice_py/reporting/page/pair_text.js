@@ -32,7 +32,7 @@ function firstPart(text, length) {
 /** One line of a text, for a list. */
 function oneLine(text, length) {
   // Only what `visible` leaves as it is becomes a space: a carriage return is to be seen.
-  const line = firstPart(text, 4 * length).replace(/[ \n\t]+/g, " ").trim();
+  const line = firstPart(text, 4 * length).replace(/[ \n\t]+/g, " ");
   const part = firstPart(line, length);
   return visible(part) + (part.length < line.length || text.length > 4 * length ? "…" : "");
 }

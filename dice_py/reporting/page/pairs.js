@@ -43,7 +43,7 @@ class Browser {
   constructor(data) {
     this.data = data;
     data.pairs.forEach((pair, index) => (pair.index = index));
-    this.byKey = new Map(data.pairs.map((pair) => [pair.key, pair]));
+    this.byAddress = new Map(data.pairs.map((pair) => [visible(pair.key), pair]));
     this.flags = new Flags(data);
     this.view = new PairView(data);
     this.list = new PairList(data, this.flags, (pair) => this.select(pair));
@@ -102,7 +102,7 @@ class Browser {
     if (pair !== this.current) {
       this.current = pair;
       this.view.show(pair);
-      byId("pair-link").href = PREFIX + encodeURIComponent(pair.key);
+      byId("pair-link").href = addressOf(pair);
     }
     this.list.select(pair);
     this.showPlace();
@@ -113,8 +113,7 @@ class Browser {
   address() {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => {
-      const hash = PREFIX + encodeURIComponent(this.current.key);
-      if (location.hash !== hash) location.hash = hash;
+      if (location.hash !== addressOf(this.current)) location.hash = addressOf(this.current);
     }, SETTLED);
   }
 
@@ -123,7 +122,7 @@ class Browser {
     if (!location.hash.startsWith(PREFIX)) return false;
     clearTimeout(this.timer);
     const key = decoded(location.hash.slice(PREFIX.length));
-    const pair = this.byKey.get(key);
+    const pair = this.byAddress.get(key);
     if (pair && pair === this.current) return true; // the address followed the reader
     if (pair) this.select(pair, false);
     else if (this.current === null) this.select(this.matches[0], false);
@@ -177,7 +176,7 @@ class Browser {
   }
 
   exporting() {
-    const text = () => [...this.flags.keys].map((key) => key + "\n").join("");
+    const text = () => [...this.flags.keys].map((key) => visible(key) + "\n").join("");
     byId("flag-download").addEventListener("click", () => {
       const address = URL.createObjectURL(new Blob([text()], { type: "text/plain" }));
       element("a", { href: address, download: "flagged-pairs.txt" }).click();
@@ -262,6 +261,11 @@ function stored(name) {
   } catch {
     return null;
   }
+}
+
+/** The fragment of the address. A name with half of a surrogate pair, as in no UTF-8, cannot stand there as it is. */
+function addressOf(pair) {
+  return PREFIX + encodeURIComponent(visible(pair.key));
 }
 
 function decoded(text) {

@@ -271,8 +271,8 @@ def _line_styles(names: list[str]) -> dict[str, Any]:
     colors = alt.Scale(domain=names, range=list(charts.SERIES[1 : len(names) + 1]))
     dashes = alt.Scale(domain=names, range=[[1, 0], [5, 3]][: len(names)])
     return {
-        "color": alt.Color("series:N", scale=colors, legend=alt.Legend()),
-        "strokeDash": alt.StrokeDash("series:N", scale=dashes, legend=alt.Legend()),
+        "color": alt.Color("series:N", scale=colors, legend=alt.Legend(symbolType="stroke")),
+        "strokeDash": alt.StrokeDash("series:N", scale=dashes, legend=alt.Legend(symbolType="stroke")),
         "order": alt.Order("x:Q"),
     }
 

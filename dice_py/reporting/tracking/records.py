@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import polars as pl
 from polars.exceptions import PolarsError
 
-from dice_py.reporting.foreign_text import visible
+from dice_py.reporting.foreign_text import markdown_text, visible
 from dice_py.runs.event_log import Event, EventTail
 from dice_py.storage.files import Manifest
 from dice_py.storage.schemas import INSPECTED_PAIRS
@@ -36,8 +35,6 @@ _MOST_METRICS = 300  # of one stage
 _NAME = 120  # characters of a metric's name
 
 _TRAIN = "train"
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~$^=:/@])")
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 Row = dict[str, Any]
 Identity = tuple[str, str, int, tuple[str, ...]]
@@ -166,9 +163,12 @@ def sample_table(file: Path) -> list[Row]:
     every = max(1, frame.height // _SAMPLE_PAIRS)
     rows = []
     for pair in frame.gather_every(every).head(_SAMPLE_PAIRS).iter_rows(named=True):
-        texts = {name: safe_text(_text_of(pair[name])) for name in ("prompt", "chosen", "rejected")}
+        texts = {name: markdown_text(_text_of(pair[name]), _SAMPLE_TEXT) for name in ("prompt", "chosen", "rejected")}
         rewards = {name: pair[name] for name in ("chosen_reward", "rejected_reward") if _is_number(pair[name])}
-        named = {"pair": safe_text(pair["pair_id"] or ""), "source": safe_text(pair["source"] or "")}
+        named = {
+            "pair": markdown_text(pair["pair_id"] or "", _SAMPLE_TEXT),
+            "source": markdown_text(pair["source"] or "", _SAMPLE_TEXT),
+        }
         rows.append({**named, **texts, **rewards})
     return rows
 
@@ -176,13 +176,6 @@ def sample_table(file: Path) -> list[Row]:
 def _text_of(messages: list[dict[str, Any]] | None) -> str:
     """The last message: of a prompt what was asked, of a response all of it."""
     return str(messages[-1]["content"] or "") if messages else ""
-
-
-def safe_text(text: str) -> str:
-    """A text cut, in one line, with nothing that Markdown or HTML would obey."""
-    cut = text[:_SAMPLE_TEXT] + ("…" if len(text) > _SAMPLE_TEXT else "")
-    line = " ".join(visible(cut).split())
-    return "".join(_HTML.get(character, character) for character in _MARKDOWN.sub(r"\\\1", line))
 
 
 def markdown_table(rows: list[Row]) -> str:
