@@ -163,13 +163,10 @@ def sample_table(file: Path) -> list[Row]:
     every = max(1, frame.height // _SAMPLE_PAIRS)
     rows = []
     for pair in frame.gather_every(every).head(_SAMPLE_PAIRS).iter_rows(named=True):
-        texts = {name: markdown_text(_text_of(pair[name]), _SAMPLE_TEXT) for name in ("prompt", "chosen", "rejected")}
+        texts = {"pair": pair["pair_id"] or "", "source": pair["source"] or ""}
+        texts |= {name: _text_of(pair[name]) for name in ("prompt", "chosen", "rejected")}
         rewards = {name: pair[name] for name in ("chosen_reward", "rejected_reward") if _is_number(pair[name])}
-        named = {
-            "pair": markdown_text(pair["pair_id"] or "", _SAMPLE_TEXT),
-            "source": markdown_text(pair["source"] or "", _SAMPLE_TEXT),
-        }
-        rows.append({**named, **texts, **rewards})
+        rows.append({name: markdown_text(text, _SAMPLE_TEXT) for name, text in texts.items()} | rewards)
     return rows
 
 
