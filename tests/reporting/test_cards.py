@@ -277,23 +277,23 @@ def test_the_model_loads_with_plain_transformers(carded: Carded) -> None:
 def test_the_training_set_loads_with_plain_datasets(carded: Carded, tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    file = carded.pairs / "training_set.parquet"
-    (carded.pairs / "other.parquet").write_bytes(b"PAR1 not a table")  # the card names the file
-    try:
-        of_folder = load_dataset(str(carded.pairs), split="train", cache_dir=str(tmp_path))
-    finally:
-        (carded.pairs / "other.parquet").unlink()
+    # Under a plain name: datasets takes the run's for a pattern. The card names the file, so that others do no harm.
+    folder = shutil.copytree(carded.pairs, tmp_path / "replay")
+    (folder / "other.parquet").write_bytes(b"PAR1 not a table")
+    file = folder / "training_set.parquet"
+    of_folder = load_dataset(str(folder), split="train", cache_dir=str(tmp_path))
     of_file = load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path))
     assert of_folder.to_list() == of_file.to_list() == pl.read_parquet(file).to_dicts()
 
 
 @pytest.mark.slow
 def test_trls_own_trainer_takes_the_messages(carded: Carded, tmp_path: Path) -> None:
-    """As the card says it: the three columns of messages. The loss begins at ln 2, as of a policy that is the reference."""
+    """As the card says it: the columns of messages. The loss begins at ln 2, since the reference is the policy."""
     from datasets import load_dataset
     from trl import DPOConfig, DPOTrainer
 
-    pairs = load_dataset(str(carded.pairs), split="train", cache_dir=str(tmp_path))
+    folder = shutil.copytree(carded.pairs, tmp_path / "replay")
+    pairs = load_dataset(str(folder), split="train", cache_dir=str(tmp_path))
     settings: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     arguments = DPOConfig(
         output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", logging_steps=1, **settings
@@ -321,7 +321,8 @@ def sampled_by_vllm(folder: Path, report: Any) -> list[int]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its options are those of vLLM's CPU build")
 def test_the_model_loads_with_plain_vllm(carded: Carded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    folder = shutil.copytree(carded.model, tmp_path / "model")  # vLLM takes the run's name for a pattern
     tokens = run_in_subprocess(
-        partial(sampled_by_vllm, carded.model), log=tmp_path / "worker.log", remedy="", report=lambda *_, **__: None
+        partial(sampled_by_vllm, folder), log=tmp_path / "worker.log", remedy="", report=lambda *_, **__: None
     )
     assert 0 < len(tokens) <= 4

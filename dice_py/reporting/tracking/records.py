@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from polars.exceptions import PolarsError
 
+from dice_py.errors import DataError
 from dice_py.reporting.foreign_text import markdown_text, visible
 from dice_py.runs.event_log import Event, EventTail
 from dice_py.storage.files import Manifest
+from dice_py.storage.parquet import read_parquet
 from dice_py.storage.schemas import INSPECTED_PAIRS
 from dice_py.training.log import read_training_log
 
@@ -157,8 +158,8 @@ def _is_number(value: Any) -> bool:
 def sample_table(file: Path) -> list[Row]:
     """A handful of a round's inspected pairs, over all of the file, with texts cut; none without the file."""
     try:
-        frame = pl.read_parquet(file, columns=INSPECTED_PAIRS.names()[:14])
-    except (OSError, PolarsError):
+        frame = read_parquet(file, INSPECTED_PAIRS.names()[:14])
+    except (OSError, DataError, PolarsError):
         return []
     every = max(1, frame.height // _SAMPLE_PAIRS)
     rows = []
