@@ -90,8 +90,15 @@ format: setup ## format Rust and Python, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup ## docs/configuration.md from the config models
+# An environment of its own: the site's packages are not the engine's.
+$(VENV)-docs/.requirements: requirements/docs.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-docs
+	$(UV) pip install --python $(VENV)-docs/bin/python --no-deps --require-hashes -r requirements/docs.txt
+	touch $@
+
+docs: setup $(VENV)-docs/.requirements ## docs/configuration.md from the config models, and the site of docs/ in target/site
 	$(BIN)/python docs/config_reference.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --config-file docs/mkdocs.yml --site-dir $(abspath target/site)
 
 bench: setup ## criterion's benches
 	cargo bench
@@ -140,4 +147,4 @@ lock: $(UV) ## requirements/dev.txt, docs.txt and oldest.txt from requirements/*
 		--no-emit-index-url --no-emit-find-links --quiet --output-file requirements/oldest.txt
 
 clean: ## remove what was built (not the runs)
-	rm -rf $(VENV) $(VENV)-oldest target dice_py/_native*.so
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs target dice_py/_native*.so

@@ -196,20 +196,7 @@ def _of_models(
     policy = found.pop("--policy")
     roles = {"--reference": "previous", "--initial": "initial", "--sft": "sft"}
     references = {roles[option]: folder for option, folder in found.items()}
-    return _Subject(policy, references, resolved, _at_one_time(resolved, policy, out), rows, key, file)
-
-
-def _at_one_time(resolved: RunConfig, policy: Path, out: Path | None) -> ModelConfig:
-    """The models' config, with the time that the policy's chat template prints, if it prints one."""
-    if out is not None:
-        return models_at(resolved, policy, out)
-    from datetime import datetime
-
-    from dice_py.models.template_time import prints_time
-
-    if resolved.model.template_time is not None or not prints_time(policy):
-        return resolved.model
-    return resolved.model.model_copy(update={"template_time": datetime.now().isoformat(timespec="seconds")})
+    return _Subject(policy, references, resolved, models_at(resolved, policy, out), rows, key, file)
 
 
 def _of_run(

@@ -20,13 +20,16 @@ from typer.core import TyperGroup
 from cli.audit import audit
 from cli.demo import demo
 from cli.extrapolate import extrapolate
+from cli.inspect import InspectCommand, inspect
 from cli.judge import judge_app
 from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
 from cli.plan import plan
 from cli.replay import replay
+from cli.report import ReportCommand, report
 from cli.runs import resume, run, status
+from cli.samples import samples
 from cli.stages import evaluate, generate, score, train
 from cli.terminal import prepare_streams, say
 from cli.winrate import WinrateCommand, winrate
@@ -88,13 +91,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (run, resume, status, plan, demo):
+for command in (run, resume, status):
     app.command()(command)
+app.command(cls=ReportCommand)(report)
+for shown in (samples, plan, demo):
+    app.command()(shown)
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)
 for stage in (replay, train, evaluate, extrapolate, audit):
     app.command(cls=Panels)(stage)
+app.command(cls=InspectCommand)(inspect)
 app.command(cls=WinrateCommand)(winrate)
 app.add_typer(judge_app, name="judge", short_help="Compare two models' responses by a judge.")
 

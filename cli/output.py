@@ -103,8 +103,18 @@ def reading(resolved: RunConfig) -> dict[str, Any]:
     return {"rule": resolved.data.bad_rows, "ignored": resolved.data.ignored_keys, "report": echo_note}
 
 
-def models_at(resolved: RunConfig, policy: Path, out: Path) -> ModelConfig:
-    """The models' config, with the time that the policy's chat template prints, if it prints one."""
-    from dice_py.models.template_time import FILE, with_template_time
+def models_at(resolved: RunConfig, policy: Path, out: Path | None) -> ModelConfig:
+    """The models' config, with the time that the policy's chat template prints, if it prints one.
 
-    return with_template_time(resolved.model, policy, out / FILE, echo_note)
+    Args:
+        out: the folder that keeps the time for the next call; None: it is now.
+    """
+    from dice_py.models.template_time import FILE, prints_time, with_template_time
+
+    if out is not None:
+        return with_template_time(resolved.model, policy, out / FILE, echo_note)
+    from datetime import datetime
+
+    if resolved.model.template_time is not None or not prints_time(policy):
+        return resolved.model
+    return resolved.model.model_copy(update={"template_time": datetime.now().isoformat(timespec="seconds")})

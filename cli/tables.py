@@ -16,6 +16,7 @@ _HIGHLIGHTS = {
     "score": ("responses", "mean_reward", "reward_std"),
     "mine": ("pairs", "alpha"),
     "replay": ("mined", "replay", "reached_share"),
+    "inspect": ("pairs", "tokens", "failure", "credit_failure"),
     "train": ("pairs", "steps", "step0_loss", "final_loss"),
     "extrapolate": ("alpha", "metric"),
     "benchmark": ("metrics",),

@@ -93,6 +93,11 @@ class WarningsConfig(Section):
     replay_shortfall: Limit | None = Field(
         default=0.05, description="share of the requested replay pairs that could not be had"
     )
+    credit_difference: Limit | None = Field(
+        default=0.5,
+        description="largest difference of a mined response's reward summed by token from its stored reward, as a "
+        "share of the rewards' standard deviation",
+    )
     chosen_logps_fall: Limit | None = Field(
         default=0.1,
         description="fall of the chosen responses' log-probabilities in training, as a share of the reference's",

@@ -6,8 +6,7 @@ Arithmetic only: nothing is measured here. Seconds are wall clock; the costs are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 from dice_py.config.run import RunConfig
@@ -16,6 +15,7 @@ from dice_py.models.memory import TrainingMemory, checkpoint_bytes, generate_mem
 from dice_py.models.sizes import ModelSize
 from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
+from dice_py.planning.estimate import Estimate
 from dice_py.planning.machine import Machine
 from dice_py.planning.pair_costs import pair_passes, replay_shortage
 from dice_py.planning.timeline import Task, shared_speed, timeline
@@ -23,32 +23,11 @@ from dice_py.runs.measured_costs import StageCosts
 
 _PAIR_BYTES = 64  # of a mined pair's row
 _MINING_JSON = 2**14  # bytes of mining.json, mostly the curve
-
-
-@dataclass
-class _Estimate:
-    """A stage's estimate, without the wait for its process."""
-
-    work: float = 0.0
-    """Seconds, without `load`."""
-    load: float = 0.0
-    """Seconds for weights."""
-    tokens: float = 0.0
-    disk: float = 0.0
-    """Bytes that stay."""
-    transient: float = 0.0
-    """Further bytes on the disk while the stage works."""
-    memory: int = 0
-    """Peak bytes of one GPU, or of the host."""
-    least_memory: int | None = None
-    """Bytes that it can do with; None: its peak."""
-    remedy: Callable[[int], str] | None = None
-    """What to set if fewer bytes than these are free; None: the stage's remedy (stages/registry.py)."""
-    devices: int = 0
-    """GPUs in use."""
-    counts: dict[str, Any] = field(default_factory=dict)
-    lacking: dict[str, Any] | None = None
-    """A shortage of something other than memory and disk (planning/feasibility.py)."""
+_DISTRIBUTIONS_JSON = 2**15  # bytes of distributions.json
+_MININGS = 6  # of the same rewards by the stage inspect, under other settings
+_CREDIT_BYTES = 16  # of a token's credit, compressed
+_SAME_IMPORTS = {"extrapolate": "evaluate", "inspect": "replay"}
+"""Stages whose processes import what those of other stages do, and start in the same time."""
 
 
 class Estimator:
@@ -102,7 +81,7 @@ class Estimator:
 
     # --- stages
 
-    def generate(self, counts: RoundCounts) -> _Estimate:
+    def generate(self, counts: RoundCounts) -> Estimate:
         """Tokenization, then the shards of the group that has most of them."""
         config, costs, machine = self.config, self.costs.generate, self.machine
         groups = self._groups(counts.shards)
@@ -114,7 +93,7 @@ class Estimator:
         formula = generate_memory(
             self.policy, config, machine.engine, machine.dtype, self._longest_prompt(), machine.gpu_bytes
         )
-        return _Estimate(
+        return Estimate(
             work=encoding + costs.warm_up + decoding + self._group_startup(groups),
             load=costs.load,
             tokens=counts.prompt_tokens + counts.response_tokens,
@@ -132,7 +111,7 @@ class Estimator:
             },
         )
 
-    def score(self, counts: RoundCounts, number: int) -> _Estimate:
+    def score(self, counts: RoundCounts, number: int) -> Estimate:
         """The passes of the reference, of an earlier model for `mine.second_reward=previous`, of the gate, and of the
         policy where its log-probabilities are not reused."""
         config, costs = self.config, self.costs.score
@@ -151,7 +130,7 @@ class Estimator:
         work += self._scoring(gate, 0)
         tokens = all_tokens * (1 + earlier) + policy_tokens
         work += self._scoring(tokens / groups, counts.pool_responses * (1 + earlier) / groups)
-        return _Estimate(
+        return Estimate(
             work=work,
             load=costs.load * ((2 if gate or policy_tokens else 1) + earlier),
             tokens=round(tokens + gate),
@@ -161,16 +140,16 @@ class Estimator:
             counts={"shards": counts.shards, "responses": counts.pool_responses, "gate_passes": costs.gate_passed},
         )
 
-    def mine(self, counts: RoundCounts) -> _Estimate:
+    def mine(self, counts: RoundCounts) -> Estimate:
         """In the run's own process."""
-        return _Estimate(
+        return Estimate(
             work=self.machine.mine_seconds * counts.pool_responses,
             disk=_PAIR_BYTES * counts.mined + _MINING_JSON,
             memory=self.machine.base_memory + 64 * counts.pool_responses,
             counts={"responses": counts.pool_responses, "pairs": counts.mined},
         )
 
-    def replay(self, counts: RoundCounts, number: int) -> _Estimate:
+    def replay(self, counts: RoundCounts, number: int) -> Estimate:
         """Tokenizes the replayed pairs, and scores what has no log-probabilities (planning/pair_costs.py)."""
         costs = self.costs.score
         formula = score_memory([self.policy], self.config, self.machine.dtype, self.machine.cuda)
@@ -183,7 +162,7 @@ class Estimator:
         if tokens:
             work += self._scoring(tokens, sequences)
             load = costs.load * passes
-        return _Estimate(
+        return Estimate(
             work=work,
             load=load,
             tokens=round(tokens),
@@ -194,7 +173,27 @@ class Estimator:
             lacking=replay_shortage(self.config, counts),
         )
 
-    def train(self, counts: RoundCounts, config: RunConfig | None = None) -> _Estimate:
+    def inspect(self, counts: RoundCounts) -> Estimate:
+        """Mining under other settings, and both models over the pairs that are kept for people to read."""
+        config, costs = self.config, self.costs.score
+        work = _MININGS * self.machine.mine_seconds * counts.pool_responses
+        pairs = min(config.report.pairs, counts.pairs)
+        disk = _DISTRIBUTIONS_JSON + pairs * config.generate.samples * self.costs.generate.bytes_per_response
+        if not (pairs and config.report.token_credit):
+            return Estimate(work=work, disk=disk, memory=self.machine.base_memory, counts={"pairs": pairs})
+        tokens = counts.pair_tokens * pairs
+        formula = score_memory([self.policy, self.reference], config, self.machine.dtype, self.machine.cuda)
+        return Estimate(
+            work=work + self.tokenizer + costs.warm_up + 2 * self._scoring(tokens, 2 * pairs),
+            load=2 * costs.load,
+            tokens=round(2 * tokens),
+            disk=disk + _CREDIT_BYTES * tokens,
+            memory=self._memory(formula, costs.peak_bytes, 1),
+            devices=1 if self.machine.cuda else 0,
+            counts={"pairs": pairs},
+        )
+
+    def train(self, counts: RoundCounts, config: RunConfig | None = None) -> Estimate:
         """Optimizer steps, each by its tokens; checkpoints; the model at the end. `config`: if not the run's."""
         config, costs, machine = config or self.config, self.costs.train, self.machine
         train = config.train
@@ -214,7 +213,7 @@ class Estimator:
                 "text": "no prompt of the calibration had enough usable responses, so that no pair could be mined",
                 "remedy": "raise generate.max_new_tokens or generate.samples, or loosen the mine.* filters",
             }
-        return _Estimate(
+        return Estimate(
             work=costs.fixed + costs.check_per_token * checked + step * counts.steps + costs.save * saves,
             load=costs.load,
             tokens=round(counts.pair_tokens * batch * counts.steps),
@@ -240,7 +239,7 @@ class Estimator:
             "remedy": needs.remedy,
         }
 
-    def extrapolate(self, number: int) -> _Estimate:
+    def extrapolate(self, number: int) -> Estimate:
         """The evaluation of the trained policy, and of the model of each α. The seconds to write it are not known."""
         tried = len(self.config.extrapolate.tried)
         total = self.evaluate(number)
@@ -256,7 +255,7 @@ class Estimator:
         total.counts |= {"candidates": 1 + tried}
         return total
 
-    def evaluate(self, number: int, draws: int | None = None) -> _Estimate:
+    def evaluate(self, number: int, draws: int | None = None) -> Estimate:
         """Samples of held-out prompts (in round 1 also the start's), and both they and held-out pairs scored.
 
         Judges and a benchmark of the user's are not part of it: what they take is not known.
@@ -266,7 +265,7 @@ class Estimator:
         first = draws is None
         draws = (2 if number == 1 else 1) if draws is None else draws
         config, scoring, machine = self.config, self.costs.score, self.machine
-        stage = _Estimate(devices=1 if machine.cuda else 0)
+        stage = Estimate(devices=1 if machine.cuda else 0)
         prompts = [n for n in self.data.eval_prompts if n <= config.data.max_prompt_tokens][: config.evaluate.prompts]
         responses = len(prompts) * config.evaluate.samples
         pairs = min(config.evaluate.pairs, self.data.eval_pairs)
@@ -297,7 +296,7 @@ class Estimator:
         """π_ref of the reward after round `number`."""
         return f"policy {number - 1}" if self.config.reward_reference == "previous" else "reference"
 
-    def _add_sampling(self, stage: _Estimate, number: int, draws: int, prompts: list[int]) -> float:
+    def _add_sampling(self, stage: Estimate, number: int, draws: int, prompts: list[int]) -> float:
         """Adds the sampling of held-out prompts (by their tokens) by `draws` models.
 
         Returns the tokens to score, by the models that rewards and KL need.
@@ -317,7 +316,7 @@ class Estimator:
         stage.load += len(models) * self.costs.score.load
         return len(models) * (sum(prompts) + sum(lengths)) * self.costs.score.token_ratio
 
-    def _add_pairs(self, stage: _Estimate, number: int, pairs: int, sampled: bool) -> tuple[int, float]:
+    def _add_pairs(self, stage: Estimate, number: int, pairs: int, sampled: bool) -> tuple[int, float]:
         """Adds the held-out pairs; returns (models that score them, tokens to score).
 
         `sampled`: samples were scored before, in round 1 by the start last, which is still loaded.
@@ -349,8 +348,7 @@ class Estimator:
         for name, stage in stages.items():
             kind = name.rpartition("/")[2]
             prepares = kind != "mine" and name != f"round-{len(rounds):02d}/evaluate"
-            # An extrapolation's process imports what an evaluation's does.
-            startup = None if kind == "mine" else self.costs.startup["evaluate" if kind == "extrapolate" else kind]
+            startup = None if kind == "mine" else self.costs.startup[_SAME_IMPORTS.get(kind, kind)]
             tasks.append(Task(startup, stage.work + stage.load, prepares))
         alone = self.costs.source == "calibration" and not self.machine.cuda
         times = timeline(tasks, shared_speed(self.machine.cores) if alone else 1.0)
@@ -361,12 +359,13 @@ class Estimator:
             before = 0.0
         return entries
 
-    def _round(self, number: int, counts: RoundCounts) -> Iterator[tuple[str, _Estimate]]:
+    def _round(self, number: int, counts: RoundCounts) -> Iterator[tuple[str, Estimate]]:
         """The stages of a round by name, in order of work."""
         yield "generate", self.generate(counts)
         yield "score", self.score(counts, number)
         yield "mine", self.mine(counts)
         yield "replay", self.replay(counts, number)
+        yield "inspect", self.inspect(counts)
         yield "train", self.train(counts)
         if self.config.extrapolate.tried:
             yield "extrapolate", self.extrapolate(number)
@@ -374,13 +373,13 @@ class Estimator:
         else:
             yield "evaluate", self.evaluate(number)
 
-    def _round_zero(self) -> dict[str, _Estimate]:
+    def _round_zero(self) -> dict[str, Estimate]:
         """The stages of round 0: all offline pairs, under the SFT model and its training."""
         config = self.config.model_copy(update={"train": self.config.round0.training(self.config.train)})
         counts = count_round_zero(config, self.data, self.machine.processes)
         return {"round-00/replay": self.replay(counts, 0), "round-00/train": self.train(counts, config)}
 
-    def _entry(self, stage: _Estimate, seconds: float, wait: float, before: float) -> dict[str, Any]:
+    def _entry(self, stage: Estimate, seconds: float, wait: float, before: float) -> dict[str, Any]:
         """A stage's entry in the plan. `before`: seconds that precede it and count as its start-up."""
         return {
             "seconds": seconds + before,

@@ -14,6 +14,7 @@ _SETTINGS = {
     "score": "score.token_budget",
     "mine": "data.prompts_per_round",
     "replay": "score.token_budget",
+    "inspect": "report.token_credit",
     "train": "train.lora",
     "evaluate": "generate.token_budget",
 }

@@ -1,63 +1,178 @@
-"""Charts as inline SVG."""
+"""Plots as static SVG: Vega-Lite charts by Altair, drawn by vl-convert. No plotting script is in the page.
+
+A plot has no color of its own but those of the page (style.css), so it serves dark, light and print. To a screen reader
+it is one picture with a text alternative: the parts of the plot say nothing.
+"""
 
 from __future__ import annotations
 
-import math
+import functools
+import html
+import itertools
+import json
+import resource
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dice_py.reporting.formatting import number
+from dice_py.reporting.foreign_text import visible
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+WIDTH, HEIGHT = 330, 190
+SERIES = tuple(f"var(--series-{number})" for number in range(1, 9))
+"""The colors of series, which style.css names; a page has no more series than these."""
+_DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
+_FONT = "system-ui, sans-serif"
+_DATA = "rows"
+_ADDRESS_SPACE = 128 * 2**30
+"""Bytes that the JavaScript engine of vl-convert reserves, and more: with less it ends the process."""
+
+Row = dict[str, Any]
+Chart: TypeAlias = Any
+"""A chart of Altair, whose stubs give a layer of charts many types."""
 
 
-def gap_curve_svg(alphas: list[float], gaps: list[float], alpha: float | None, exact: list[bool] | None = None) -> str:
-    """The falling step function of mean length gap against α, with a dot at the α in use.
+def cannot_draw() -> str | None:
+    """Why this process cannot draw plots; None if it can."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY or limit >= _ADDRESS_SPACE:
+        return None
+    return (
+        f"plots are left out: drawing them reserves {_ADDRESS_SPACE >> 30} GiB of addresses, and this process may have "
+        f"{limit >> 30} GiB (ulimit -v). The tables have their numbers; `dice report` without the limit draws them"
+    )
+
+
+def svg(chart: Chart, rows: Sequence[Row], description: str) -> Markup:
+    """Draws a chart of `data()`.
 
     Args:
-        alphas: where the steps begin, ascending.
-        gaps: `gaps[i]` holds from `alphas[i]` to `alphas[i + 1]`.
-        alpha: the α in use; None: no dot.
-        exact: False where a gap was computed on a sample of the prompts; such steps are drawn lighter.
+        rows: its data; texts in it are shown as `visible` does.
+        description: the text alternative: what is shown, and what to see in it.
     """
-    steps = zip(alphas, gaps, exact or [True] * len(alphas), strict=True)
-    points = [(a, g, e) for a, g, e in steps if math.isfinite(a) and math.isfinite(g)]
-    if len(points) < 2:
-        return "<p class='note'>The gap does not change with α here: there is no curve to draw.</p>"
-    # A few distant break points would flatten the curve near the α in use.
-    limit = max(min(points[-1][0], 4 * alpha) if alpha else points[-1][0], 1e-12)
-    points = [p for p in points if p[0] <= limit]
-    width, height, left, bottom, top = 640, 260, 70, 40, 15
-    low = min(0.0, *(g for _, g, _ in points))
-    high = max(0.0, *(g for _, g, _ in points))
-    span = (high - low) or 1.0
+    from markupsafe import Markup
 
-    def label(at: float, value: float) -> str:
-        return f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{number(value)}</text>'
+    spec = chart.to_dict() | {"datasets": {_DATA: [_shown(row) for row in rows]}, "config": _config()}
+    drawn = _drawn(json.dumps(spec, allow_nan=False))
+    label = html.escape(visible(description))
+    return Markup(drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
-    def x(value: float) -> float:
-        return left + value / limit * (width - left - 20)
 
-    def y(value: float) -> float:
-        return top + (high - value) / span * (height - top - bottom)
+def data() -> Any:
+    """The rows that `svg` gets. They are not in the chart, since Altair would check each against its schema."""
+    import altair as alt
 
-    # Consecutive steps of one kind are one path, up to where the next kind begins.
-    paths = {True: "", False: ""}
-    for i, (a, g, e) in enumerate(points):
-        if i == 0 or points[i - 1][2] != e:
-            paths[e] += f"M{x(a):.1f},{y(g):.1f}"
-        end, after = points[i + 1][:2] if i + 1 < len(points) else (limit, g)
-        paths[e] += f"H{x(end):.1f}V{y(after):.1f}"
-    drawn = "".join(f'<path class="curve{"" if e else " sampled"}" d="{path}"/>' for e, path in paths.items() if path)
-    marked = ""
-    reached = [g for a, g, _ in points if alpha is not None and a <= alpha]
-    if alpha is not None and reached and alpha <= limit:
-        marked = f'<circle class="chosen" cx="{x(alpha):.1f}" cy="{y(reached[-1]):.1f}" r="5"/>'
+    return alt.NamedData(_DATA)
+
+
+def _shown(row: Row) -> Row:
+    return {name: visible(value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+@functools.lru_cache(maxsize=512)
+def _drawn(spec: str) -> str:
+    """The SVG of a chart. A report after round 20 draws what is new since round 19."""
+    import vl_convert
+
+    text: str = vl_convert.vegalite_to_svg(spec)
+    # As parts of a picture they say nothing, and they are a fifth of its size.
+    for part in (' role="graphics-object" aria-roledescription="group mark container"', ' pointer-events="none"'):
+        text = text.replace(part, "")
+    return text
+
+
+def _config() -> dict[str, Any]:
+    """The look of all plots."""
+    quiet = {
+        "labelColor": "currentColor",
+        "titleColor": "currentColor",
+        "labelFont": _FONT,
+        "titleFont": _FONT,
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+    }
+    lines = {"gridColor": "var(--line)", "domainColor": "var(--muted)", "tickColor": "var(--muted)"}
+    return {
+        "aria": False,
+        "background": "transparent",
+        "font": _FONT,
+        "padding": 5,
+        "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": HEIGHT, "discreteWidth": WIDTH},
+        "axis": quiet | lines | {"labelLimit": 160, "gridOpacity": 0.6},
+        "legend": quiet | {"orient": "top", "title": None, "symbolStrokeWidth": 2.5, "labelLimit": 260, "columns": 3},
+        "line": {"strokeWidth": 1.8, "color": SERIES[0]},
+        "point": {"filled": True, "size": 34, "color": SERIES[0]},
+        "rule": {"color": "var(--muted)"},
+    }
+
+
+def by_series(names: Sequence[str], *, dashed: bool = True) -> dict[str, Any]:
+    """The encoding of `series`: a color and, for print, a dash for each name. One series needs no legend."""
+    import altair as alt
+
+    domain = [visible(name) for name in names]
+    several = len(domain) > 1
+    legend: Any = alt.Legend(symbolType="stroke", symbolOpacity=1) if several else None
+    colors = alt.Scale(domain=domain, range=list(SERIES[: len(domain)]))
+    encoding: dict[str, Any] = {"color": alt.Color("series:N", scale=colors, legend=legend)}
+    if dashed and several:
+        dashes = list(itertools.islice(itertools.cycle(_DASHES), len(domain)))
+        encoding["strokeDash"] = alt.StrokeDash("series:N", scale=alt.Scale(domain=domain, range=dashes), legend=legend)
+    return encoding
+
+
+def number_axis(
+    field: str, title: str, *, zero: bool = False, whole: bool = False, domain: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Arguments of an x or y channel of numbers."""
+    import altair as alt
+
+    limits: dict[str, Any] = {} if domain is None else {"domain": list(domain)}
+    scale = alt.Scale(zero=zero, nice=domain is None, **limits)
+    ticks: dict[str, Any] = {"tickCount": 5} | ({"tickMinStep": 1} if whole else {})
+    return {"shorthand": f"{field}:Q", "title": title, "scale": scale, "axis": alt.Axis(**ticks)}
+
+
+def level(chart: Chart, value: float, **mark: Any) -> Chart:
+    """A line across a chart at a value of y, drawn once and not for each row."""
+    import altair as alt
+
+    return chart.transform_aggregate(count="count()").mark_rule(**mark).encode(y=alt.datum(value))
+
+
+def steps(edges: Sequence[float], counts: Sequence[float]) -> list[Row]:
+    """The outline of a histogram as rows of `x` and `y`, for a line of the interpolation "step-after"."""
+    if not counts:
+        return []
+    return [*({"x": x, "y": y} for x, y in zip(edges, counts, strict=False)), {"x": edges[-1], "y": 0}]
+
+
+def thinned(rows: Sequence[Row], most: int) -> list[Row]:
+    """Every k-th row and the last, `most` and one at most."""
+    every = -(-len(rows) // most) if most else 1
+    if every <= 1:
+        return list(rows)
+    return [*rows[:-1:every], rows[-1]]
+
+
+def step_lines(names: Sequence[str], x_title: str, y_title: str, most: float | None = None) -> Chart:
+    """Outlines of histograms: rows of `x`, `y`, `series`.
+
+    Args:
+        most: where the axis of y ends, so that pictures beside each other have one scale.
+    """
+    import altair as alt
+
+    y: dict[str, Any] = {} if most is None else {"domain": [0, most]}
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="mean length gap against alpha">'
-        f'<line class="axis" x1="{left}" y1="{y(0):.1f}" x2="{width - 20}" y2="{y(0):.1f}"/>'
-        f'<line class="axis" x1="{left}" y1="{top}" x2="{left}" y2="{height - bottom}"/>'
-        f"{drawn}{marked}"
-        f"{''.join(label(y(value), value) for value in sorted({low, 0.0, high}))}"
-        f'<text x="{left}" y="{height - 22}">0</text>'
-        f'<text x="{width - 20}" y="{height - 22}" text-anchor="end">{number(limit)}</text>'
-        f'<text x="{(width + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">'
-        "α (reward per unit of length)</text>"
-        "</svg>"
+        alt.Chart(data())
+        .mark_line(interpolate="step-after")
+        .encode(
+            x=alt.X(**number_axis("x", x_title)),
+            y=alt.Y(**number_axis("y", y_title, zero=True, whole=True, **y)),
+            order=alt.Order("x:Q"),
+            **by_series(names),
+        )
     )

@@ -26,7 +26,7 @@ PAGE = Path(__file__).parent / "page"
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(PAGE),
         autoescape=True,
         undefined=StrictUndefined,
@@ -34,6 +34,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["json_data"] = json_data
+    return environment
 
 
 def _shown(value: Any) -> Any:

@@ -18,17 +18,20 @@ from typing import Any
 from dice_py.compute.gpu_monitor import GpuMonitor
 from dice_py.compute.stage_process import WarmPool, run_in_subprocess
 from dice_py.config.run import RunConfig
-from dice_py.errors import DiskFullError, UsageError
+from dice_py.errors import DamagedError, DiskFullError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.runs.progress import ProgressFile
 from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.runs.warnings import stage_warnings
-from dice_py.stages.job import Job, StageFile, StageResult
+from dice_py.stages.job import FAILURE, Job, StageFile, StageResult
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES, ROUND_ZERO_STAGES, stage_of
 from dice_py.storage.digests import file_state, stored_digest
 from dice_py.storage.files import Manifest, is_disk_full
 from dice_py.storage.integrity import MODEL_STAMP, set_aside
 from dice_py.storage.lock import exclusive_lock, is_locked
+
+_ENDING = (DamagedError, DiskFullError, InterruptedRunError)
+"""Errors that end a stage which may fail, too: they are not of its work, and the next stage would meet them."""
 
 
 class Run:
@@ -141,10 +144,13 @@ class Run:
         self.report("stage", stage=name, status="running")
         try:
             result = self._work(job, self.folder / name, is_last, following)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError, DiskFullError):  # the stage's own error is the one to report
                 self.report_gpus(name)
-            raise
+            if not stage.may_fail or not isinstance(error, Exception) or isinstance(error, _ENDING):
+                raise
+            # Without files it is not complete, so that a resume does it again.
+            result = StageResult([], {FAILURE: f"{type(error).__name__}: {error}"[:2000]})
         self.report_gpus(name)
         seconds = time.time() - started
         files_named = [

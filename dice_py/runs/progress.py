@@ -49,6 +49,7 @@ class Pace:
     def __init__(self) -> None:
         self._stage = ""
         self._first: int | None = None  # count of the stage's first event
+        self._last = 0  # count of its last one
         self._began = 0.0
 
     def begin(self) -> None:
@@ -59,8 +60,10 @@ class Pace:
         """The progress after an event of these fields."""
         now = time.monotonic()
         name = stage if step is None else f"{stage} ({step})"
-        if name != self._stage or self._first is None:
+        # A count that falls is of another pass over rows of the same kind: an evaluation samples two models.
+        if name != self._stage or self._first is None or done < self._last:
             self._stage, self._first, self._began = name, done, now
+        self._last = done
         # Shards that a resume kept count as done from the start, but not in the rate.
         speed = (done - self._first) / (now - self._began) if now > self._began else 0.0
         return Progress(name, done, total, unit, speed)

@@ -18,6 +18,7 @@ from dice_py.scoring.shards import PreviousModel
 from dice_py.stages.benchmark import BenchmarkJob, benchmark_metrics
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
+from dice_py.stages.inspect import InspectJob
 from dice_py.stages.job import StageFile, StageResult
 from dice_py.stages.mine import MineJob
 from dice_py.stages.replay import ReplayJob
@@ -48,7 +49,7 @@ def run_round_zero(run: Run, inputs: Inputs) -> Path:
         out=base / "replay",
         seed=seed_for(config.seed, 0, "replay"),
     )
-    training_set, training_set_key = run.run_stage(0, replay_job).files[0]
+    training_set, training_set_key = run.run_stage(0, replay_job, following="train").files[0]
     train_job = TrainJob(
         config=_told_by_trl(config.round0.training(config.train)),
         models=config.model,
@@ -85,7 +86,7 @@ def previous_model(config: RunConfig, policy: Path, reference: Path) -> Previous
 def run_round(
     run: Run, inputs: Inputs, number: int, policy: Path, reference: Path, previous: PreviousModel | None = None
 ) -> Path:
-    """Generate, score, mine, replay, train: the new policy's folder."""
+    """Generate, score, mine, replay, inspect, train: the new policy's folder."""
     config, base = run.config, run.round_folder(number)
     prompts, prompts_key = round_prompts(run, inputs, number, base / "generate")
     run.list_files(prompts)
@@ -121,6 +122,8 @@ def run_round(
     replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)
     replayed = run.run_stage(number, replay_job)
     training_set, training_set_key = replayed.files[0]
+    inspect_job = _inspect_job(run, number, pool, mine_job, mined.files[0], replayed.files[0], policy, reference)
+    run.run_stage(number, inspect_job)
     train_job = TrainJob(
         config=_told_by_trl(config.train),
         models=config.model,
@@ -213,6 +216,34 @@ def _replay_job(
         round_number=number,
         shared_logps=config.train.ld_alpha is not None,
         **_reference_of_loss(config, inputs, reference),
+    )
+
+
+def _inspect_job(
+    run: Run,
+    number: int,
+    pool: Candidates,
+    mine: MineJob,
+    mined: StageFile,
+    training_set: StageFile,
+    policy: Path,
+    reference: Path,
+) -> InspectJob:
+    config = run.config
+    return InspectJob(
+        config=config.report,
+        score_config=config.score,
+        models=config.model,
+        policy=policy,
+        reference=reference,
+        beta=config.beta,
+        mine=mine,
+        mined=mined,
+        training_set=training_set,
+        prompts=pool.prompts,
+        out=run.round_folder(number) / "inspect",
+        seed=seed_for(config.seed, number, "inspect"),
+        round_number=number,
     )
 
 

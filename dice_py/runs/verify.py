@@ -28,13 +28,14 @@ _SEALED = {
     "checked.json",
     "gate.json",
     "mining.json",
+    "distributions.json",
     "metrics.json",
     "choice.json",
     "step0.json",
     "rendered-at.json",
 }
 _TABLES = re.compile(
-    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|values|pair-logps-.+"
+    r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|pairs|values|pair-logps-.+"
     r"|(generations|scores|ref-logps|previous-logps)"
     r"-\d+|round-\d+)\.parquet"
 )

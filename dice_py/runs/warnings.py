@@ -8,6 +8,7 @@ A measure is a number of a stage, and its limit is the setting of the same name 
     no_pair_share       mine       prompts that gave no pair, before thresholds of the margin / all prompts
     length_correlation  mine       |correlation of score and length| of the usable responses, after debiasing
     replay_shortfall    replay     replay pairs that could not be had / replay pairs that were requested
+    credit_difference   inspect    largest |reward by token, summed − stored reward| / the rewards' standard deviation
     chosen_logps_fall   train      fall of the chosen responses' log-probability / its size at the start
 
 The reward is β·(log π − log π_ref), the difference of two sums that are rounded. Its uncertainty is the larger of two
@@ -15,7 +16,7 @@ values: the mean difference between two ways of computing the policy's sum, whic
 and β·u·√(mean(log π² + log π_ref²)), what the relative error u (unit roundoff of the dtype that the models compute in)
 makes of two sums of this size.
 
-What a judge or the user's benchmark failed at is warned of without a limit.
+What a judge, the user's benchmark or the stage inspect failed at is warned of without a limit.
 
 All come from the counts of a stage but two, which are read from its shards: the sums' size, and duplicates (one shard
 at a time).
@@ -71,7 +72,12 @@ def stage_warnings(stage: str, job: Any, result: StageResult, limits: WarningsCo
 
 
 def _failures(stage: str, result: StageResult) -> Iterator[StageWarning]:
-    """What an evaluation could not do: the round has no such metrics, and a resume tries again."""
+    """What an evaluation or an inspection could not do: the round lacks it, and a resume tries again."""
+    if stage == "inspect":
+        for name, lacks in (("failure", "no pairs to read"), ("credit_failure", "no credit by token")):
+            if why := result.counts.get(name):
+                text = f"the round has {lacks}: {why}. The run goes on, and dice resume tries again"
+                yield StageWarning(f"inspect_{name}", 1.0, 0.0, text)
     if stage == "evaluate":
         for judge, why in (result.counts.get("judge_failures") or {}).items():
             text = f"the judge {judge} failed, so the round lacks its win rates: {why}. dice resume asks it again"
@@ -235,6 +241,20 @@ def _of_replay(job: Any, result: StageResult, limits: WarningsConfig) -> Iterato
         )
 
 
+def _of_inspect(job: Any, result: StageResult, limits: WarningsConfig) -> Iterator[_Measure]:
+    del job, limits
+    difference, spread = result.counts.get("largest_difference"), result.counts.get("reward_std")
+    if difference is not None and spread:
+        yield _Measure(
+            "credit_difference",
+            difference / spread,
+            f"the rewards by token of a pair differ by up to {difference:.3g} from the rewards that it was mined by, "
+            f"whose standard deviation is {spread:.3g}: the same models were run in other batches, or the policy's "
+            "log-probabilities are those of the sampling engine. Set model.dtype=float32, or "
+            "score.policy_logps=recompute",
+        )
+
+
 def _of_train(job: Any, result: StageResult, limits: WarningsConfig) -> Iterator[_Measure]:
     del job, limits
     logps, change = result.counts.get("final_chosen_logps"), result.counts.get("final_chosen_change")
@@ -260,6 +280,7 @@ _MEASURES: dict[str, Callable[[Any, Any, WarningsConfig], Iterator[_Measure]]] =
     "score": _of_score,
     "mine": _of_mine,
     "replay": _of_replay,
+    "inspect": _of_inspect,
     "train": _of_train,
 }
 """By stage, its measures with their names and sentences."""

@@ -1,4 +1,4 @@
-"""Summed log-probabilities of one batch of tokens: the packed forward and the padded one.
+"""Log-probabilities of one batch of tokens, summed or by token: the packed forward and the padded one.
 
 Neither chooses its batch nor handles a lack of memory; scoring/scorer.py does both.
 """
@@ -21,6 +21,11 @@ def packed_sums(head: LogitHead, batch: Batch) -> list[float]:
     return _response_sums(packed_logps(head, batch), batch.layout.responses[:, 1])
 
 
+def packed_token_logps(head: LogitHead, batch: Batch) -> list[np.ndarray]:
+    """log π(y_t | x, y_<t) in nats, (tokens,) float32 for each response in the order of `batch.rows`."""
+    return _by_response(packed_logps(head, batch), batch.layout.responses[:, 1])
+
+
 def packed_logps(head: LogitHead, batch: Batch) -> torch.Tensor:
     """(response tokens,) float32 in nats, of all responses in the order of `batch.rows`, by one packed forward."""
     device = head.model.device
@@ -39,6 +44,14 @@ def padded_sums(
     """Σ_t log π(y_t | x, y_<t) in nats for each of `rows`, by one forward of sequences padded on the right."""
     logps = padded_logps(head, rows, prompts, responses)
     return _response_sums(logps, np.array([len(responses[row]) for row in rows]))
+
+
+def padded_token_logps(
+    head: LogitHead, rows: list[int], prompts: Sequence[Tokens], responses: Sequence[Tokens]
+) -> list[np.ndarray]:
+    """log π(y_t | x, y_<t) in nats, (tokens,) float32 for each of `rows`."""
+    logps = padded_logps(head, rows, prompts, responses)
+    return _by_response(logps, np.array([len(responses[row]) for row in rows]))
 
 
 def padded_logps(
@@ -69,3 +82,9 @@ def _response_sums(logps: torch.Tensor, lengths: np.ndarray) -> list[float]:
     at_ends = running[torch.from_numpy(lengths.cumsum() - 1)].numpy()
     sums: list[float] = np.diff(at_ends, prepend=0.0).tolist()
     return sums
+
+
+def _by_response(logps: torch.Tensor, lengths: np.ndarray) -> list[np.ndarray]:
+    """Consecutive runs of `lengths` log-probabilities, which share their memory."""
+    values: np.ndarray = logps.cpu().numpy()
+    return np.split(values, lengths.cumsum()[:-1])

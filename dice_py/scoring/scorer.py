@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -34,9 +34,14 @@ from dice_py.scoring.token_budget import TokenBudget
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Value = TypeVar("Value")
+"""What a forward gives for each response: its sum, or its tokens' log-probabilities."""
+PackedForward = Callable[[LogitHead, Batch], list[Value]]
+PaddedForward = Callable[[LogitHead, list[int], Sequence[Tokens], Sequence[Tokens]], list[Value]]
+
 
 class Scorer:
-    """Sums of log-probabilities under one model. The caller loads and releases the model.
+    """Log-probabilities under one model, summed or by token. The caller loads and releases the model.
 
     Args:
         model: a causal language model in evaluation mode, on its device.
@@ -76,6 +81,32 @@ class Scorer:
             DataError: a prompt or response is empty or too long for the model's positions, a token lies outside the
                 model's vocabulary, or the model transforms its logits in an unsupported way.
         """
+        return self._scored(prompts, responses, on_batch, forwards.packed_sums, forwards.padded_sums)
+
+    def token_logps(
+        self,
+        prompts: Sequence[Tokens],
+        responses: Sequence[Tokens],
+        on_batch: Callable[[int], None] = lambda _: None,
+    ) -> list[np.ndarray]:
+        """log π(y_t | x, y_<t) in nats of each token of each response: the addends of `sums`, by the same forwards.
+
+        Args, Raises: as `sums`.
+
+        Returns:
+            (tokens,) float32 for each response, in the given order.
+        """
+        return self._scored(prompts, responses, on_batch, forwards.packed_token_logps, forwards.padded_token_logps)
+
+    def _scored(
+        self,
+        prompts: Sequence[Tokens],
+        responses: Sequence[Tokens],
+        on_batch: Callable[[int], None],
+        packed: PackedForward[Value],
+        padded: PaddedForward[Value],
+    ) -> list[Value]:
+        """What the forwards give for each response, in the given order."""
         if not responses:
             return []
         prompts, responses = ([np.asarray(part, dtype=np.int64) for part in parts] for parts in (prompts, responses))
@@ -86,18 +117,20 @@ class Scorer:
             if self.packs and (reason := self.trial.failure(prompts, responses)):
                 self.packs = False
                 self.report("note", text=f"{reason}: scored in padded rows, each with its own prompt (slower)")
-            batches = self._packed_batches if self.packs else self._padded_batches
-            sums = [0.0] * len(responses)
+            if self.packs:
+                batches = self._packed_batches(prompts, responses, packed)
+            else:
+                batches = self._padded_batches(prompts, responses, padded)
+            found: dict[int, Value] = {}
             started = time.perf_counter()
-            for rows, totals in batches(prompts, responses):
-                for row, total in zip(rows, totals, strict=True):
-                    sums[row] = total
+            for rows, values in batches:
+                found.update(zip(rows, values, strict=True))
                 now = time.perf_counter()
                 self.work.seconds += now - started
                 self.work.sequences += len(rows)
                 started = now
                 on_batch(len(rows))
-        return sums
+        return [found[row] for row in range(len(responses))]
 
     def _check_tokens(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> None:
         lengths = (len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
@@ -121,25 +154,25 @@ class Scorer:
                 )
 
     def _packed_batches(
-        self, prompts: Sequence[Tokens], responses: Sequence[Tokens]
-    ) -> Iterator[tuple[list[int], list[float]]]:
+        self, prompts: Sequence[Tokens], responses: Sequence[Tokens], forward: PackedForward[Value]
+    ) -> Iterator[tuple[list[int], list[Value]]]:
         packer = Packer(prompts, responses)
         while packer:
             batch = packer.next_batch(self.budget.tokens)
-            sums = self._run_or_halve(
-                lambda batch=batch: forwards.packed_sums(self.head, batch),  # type: ignore[misc]
+            values = self._run_or_halve(
+                lambda batch=batch: forward(self.head, batch),  # type: ignore[misc]
                 tokens=len(batch.tokens),
                 sequences=len(batch.rows),
             )
-            if sums is None:
+            if values is None:
                 packer.put_back(batch)
                 continue
             self._count(batch, padding=0)
-            yield batch.rows, sums
+            yield batch.rows, values
 
     def _padded_batches(
-        self, prompts: Sequence[Tokens], responses: Sequence[Tokens]
-    ) -> Iterator[tuple[list[int], list[float]]]:
+        self, prompts: Sequence[Tokens], responses: Sequence[Tokens], forward: PaddedForward[Value]
+    ) -> Iterator[tuple[list[int], list[Value]]]:
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         remaining = list(range(len(lengths)))
         while remaining:
@@ -147,33 +180,33 @@ class Scorer:
             first = next(batches_by_budget([lengths[row] for row in remaining], self.budget.tokens))
             rows = [remaining[at] for at in first]
             size = len(rows) * lengths[rows[0]]
-            sums = self._run_or_halve(
-                lambda rows=rows: forwards.padded_sums(self.head, rows, prompts, responses),  # type: ignore[misc]
+            values = self._run_or_halve(
+                lambda rows=rows: forward(self.head, rows, prompts, responses),  # type: ignore[misc]
                 tokens=size,
                 sequences=len(rows),
             )
-            if sums is None:
+            if values is None:
                 continue
             batch = Batch([Group(prompts[row], [row]) for row in rows], responses)
             self._count(batch, padding=size - sum(lengths[row] for row in rows))
             scored = set(rows)
             remaining = [row for row in remaining if row not in scored]
-            yield rows, sums
+            yield rows, values
 
-    def _run_or_halve(self, forward: Callable[[], list[float]], *, tokens: int, sequences: int) -> list[float] | None:
+    def _run_or_halve(self, forward: Callable[[], list[Value]], *, tokens: int, sequences: int) -> list[Value] | None:
         """Runs `forward` and updates the budget; None when it ran out of memory and the budget was halved.
 
         A batch of one sequence, or of few tokens, cannot be made smaller: its error is raised.
         """
         self.budget.start()
         try:
-            sums = forward()
+            values = forward()
         except Exception as error:
             if not is_out_of_memory(error) or sequences == 1 or tokens <= self.budget.minimum:
                 raise
         else:
             self.budget.record_success(tokens)
-            return sums
+            return values
         # Outside the handler, whose traceback holds the tensors of the failed forward.
         self.budget.halve(tokens)
         return None

@@ -22,6 +22,9 @@ from dice_py.training.checkpoints import is_trained
 StageFile = tuple[Path, str]
 """A file, or a model folder, that a stage has written, and its key."""
 
+FAILURE = "failure"
+"""The count that says why a stage has no result, where a run goes on without it."""
+
 
 @dataclass(frozen=True)
 class StageResult:

@@ -71,7 +71,7 @@ class MineJob(Job):
         del report
         check_intact([*self.generations, *self.scores])
         options = self.config.options(self.seed)
-        mined = mine_pairs(self._frame(options), options)
+        mined = mine_pairs(self.frame(options), options)
         if mined.pairs.is_empty():
             raise DataError(explain_no_pairs(mined.summary()))
         config = self.config
@@ -90,8 +90,11 @@ class MineJob(Job):
         file = write_parquet(self.out / "mined.parquet", mined.pairs, key=key, schema=schema, meta=meta)
         return StageResult([(file, key), (summary, key)], counts)
 
-    def _frame(self, options: MiningOptions) -> pl.DataFrame:
-        """The columns that the options name, of generations and scores side by side."""
+    def frame(self, options: MiningOptions) -> pl.DataFrame:
+        """The columns that the options name, of generations and scores side by side: what is mined.
+
+        Its row numbers are those of the pairs.
+        """
         wanted = [pl.col("prompt_id", options.length_column, "finish_reason")]
         if options.duplicate_column is not None:
             # As 64-bit hashes, which is all that the miner compares: token ids are the bulk of a shard.

@@ -11,6 +11,8 @@ from dice_py.stages.convert import ConvertJob
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.extrapolate import ExtrapolateJob
 from dice_py.stages.generate import GenerateJob
+from dice_py.stages.inspect import InspectJob
+from dice_py.stages.inspect_file import InspectFileJob
 from dice_py.stages.job import Job
 from dice_py.stages.judge import JudgeJob
 from dice_py.stages.mine import MineJob
@@ -33,6 +35,8 @@ class Stage:
     """End of the error sentence when memory runs out. Empty: the stage runs in the process of the run."""
     following: str | None
     """The stage whose process is started while this one works; None: no process is started."""
+    may_fail: bool = False
+    """Whether a run goes on when the stage fails: no other stage reads what it makes."""
 
     @property
     def has_process(self) -> bool:
@@ -57,7 +61,15 @@ _TABLE = (
     Stage("score", ScoreJob, ("dice_py.stages.score", "dice_py.scoring.scorer"), "lower score.token_budget", "replay"),
     Stage("mine", MineJob, (), "", None),
     Stage(
-        "replay", ReplayJob, ("dice_py.stages.replay", "dice_py.scoring.scorer"), "lower score.token_budget", "train"
+        "replay", ReplayJob, ("dice_py.stages.replay", "dice_py.scoring.scorer"), "lower score.token_budget", "inspect"
+    ),
+    Stage(
+        "inspect",
+        InspectJob,
+        ("dice_py.stages.inspect", "dice_py.scoring.scorer"),
+        "lower score.token_budget, or set report.token_credit=false",
+        "train",
+        may_fail=True,
     ),
     Stage(
         "train",
@@ -78,10 +90,11 @@ _TABLE = (
     Stage("evaluate", EvaluateJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "generate"),
     Stage("benchmark", BenchmarkJob, (), "", None),
     Stage("audit", AuditJob, (), "lower score.token_budget", None),
+    Stage("inspect file", InspectFileJob, (), "lower score.token_budget, or give fewer --pairs", None),
 )
 REGISTRY = {stage.name: stage for stage in _TABLE}
 
-ROUND_STAGES = ("generate", "score", "mine", "replay", "train", "evaluate")
+ROUND_STAGES = ("generate", "score", "mine", "replay", "inspect", "train", "evaluate")
 """The stages of a round, in order of work.
 
 Where a run extrapolates, "extrapolate" comes before "evaluate"; with evaluate.command, "benchmark" comes last.

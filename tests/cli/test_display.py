@@ -79,6 +79,16 @@ def test_the_rate_leaves_out_what_was_kept(clock: list[float], capsys: pytest.Ca
     assert capsys.readouterr().err == "  score: 920/1,000 sequences, 1.0/s, 1 min 20 s left\n"
 
 
+def test_a_count_that_falls_is_of_another_pass(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Display() as show:
+        for done in (1, 1600, 400, 500):  # the second model of an evaluation begins again
+            clock[0] += 20.0
+            show("progress", stage="generate", done=done, total=1600, unit="responses")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "  generate: 500/1,600 responses, 5.0/s, 3 min 40 s left"
+    assert "-" not in "".join(lines)
+
+
 def test_bars_on_a_terminal(
     clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,8 +81,8 @@ def test_what_a_user_sees(dice, faked) -> None:
     assert lines[1].split("|")[-7:] == ["time", "start-up", "GPU h", "tokens", "disk", "peak memory", "counts"]
     assert lines[2].split("|")[:4] == ["round-01/generate", "2.6 s", "1.0 s", "0"]
     assert lines[2].endswith("shards 2, prompts 4, responses 8")
-    assert lines[8].startswith("all|1 min 16 s|")
-    assert lines[9:] == [
+    assert lines[9].startswith("all|1 min 16 s|")
+    assert lines[10:] == [
         "costs: kept from a calibration, of this model shape in float32 on a CPU, engine transformers; "
         "responses of 5 tokens on average; pairs are an estimate",
         "no GPU is used: 0.25 core hours",

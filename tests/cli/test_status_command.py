@@ -35,20 +35,20 @@ def test_status_of_a_run(dice) -> None:
     code, out, err = dice("status", folder)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0] == "runs/first: stopped, 1 of 6 stages"
+    assert lines[0] == "runs/first: stopped, 1 of 7 stages"
     assert lines[1].split() == ["stage", "status", "time", "counts"]
     # A row is one line, however long.
     told = "responses 4,800, response tokens 31,234, cut off 3, engine transformers"
     assert re.fullmatch(rf"round-01/generate +done +1 min 23 s +{told}", lines[2])
     assert re.fullmatch(r"round-01/score +stopped +–", lines[3])
     assert [line.split()[:3] for line in lines[4:]] == [
-        [f"round-01/{stage}", "to", "do"] for stage in ("mine", "replay", "train", "evaluate")
+        [f"round-01/{stage}", "to", "do"] for stage in ("mine", "replay", "inspect", "train", "evaluate")
     ]
     code, out, err = dice("status", folder, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert (found["state"], found["done"], found["stages"]) == ("stopped", 1, 6)
-    assert [entry["status"] for entry in found["entries"]] == ["done", "stopped"] + ["to do"] * 4
+    assert (found["state"], found["done"], found["stages"]) == ("stopped", 1, 7)
+    assert [entry["status"] for entry in found["entries"]] == ["done", "stopped"] + ["to do"] * 5
     assert found["entries"][0]["counts"]["responses"] == 4800
     assert contents(folder) == before
 
@@ -70,7 +70,7 @@ def test_status_of_all_runs(dice) -> None:
     (broken / "manifest.json").write_text("{")
     code, out, _ = dice("status")
     assert code == 0
-    assert out.splitlines() == ["runs/first  stopped  1/6 stages", "runs/second  unreadable  0/0 stages"]
+    assert out.splitlines() == ["runs/first  stopped  1/7 stages", "runs/second  unreadable  0/0 stages"]
     assert [run["state"] for run in json.loads(dice("status", "--json")[1])] == ["stopped", "unreadable"]
 
 

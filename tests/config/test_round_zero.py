@@ -19,7 +19,7 @@ def test_an_sft_model_and_pairs_are_enough() -> None:
     assert config.beta == 0.1  # not the world's
     assert config.data.prompts is None  # the pairs' prompts
     assert stage_names(config)[:3] == ["round-00/replay", "round-00/train", "round-01/generate"]
-    assert len(stage_names(config)) == 2 + 2 * 6
+    assert len(stage_names(config)) == 2 + 2 * 7
 
 
 def test_a_run_without_an_sft_model_has_no_round_zero() -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 from places import ROOT
+from tiny_models import make_llama
 
 from dice_py.config.loading import known_keys
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import ScoreConfig
+from dice_py.stages.score import ScoreJob
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -19,6 +24,16 @@ PAGES = {
 }
 GUIDES = "\n".join(text for page, text in PAGES.items() if page != "CHANGELOG.md")  # which names what was, too
 LINKS = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text)]
+
+BLOCKS = {page: [block.split("```")[0] for block in text.split("```python\n")[1:]] for page, text in PAGES.items()}
+"""The Python of each page."""
+
+
+def test_the_python_of_every_page_is_run_here() -> None:
+    assert {page: len(blocks) for page, blocks in BLOCKS.items() if blocks} == {
+        "docs/mining.md": 1,
+        "docs/scoring.md": 2,
+    }
 
 
 @pytest.fixture
@@ -54,10 +69,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_from_a_scan_to_a_training_set(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = [block.split("```")[0] for text in PAGES.values() for block in text.split("```python\n")[1:]]
-    assert len(blocks) == 1  # the one in docs/mining.md; a further one needs a test of its own
-    assert sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 13
-    exec(compile(blocks[0], "docs/mining.md", "exec"), {})
+    (block,) = BLOCKS["docs/mining.md"]
+    assert sum(bool(line.strip()) for line in block.splitlines()) <= 13
+    exec(compile(block, "docs/mining.md", "exec"), {})
     assert "duplicate" in capsys.readouterr().out
     made = pl.read_parquet(files / "training_set.parquet")
     assert made.columns == ["prompt", "chosen", "rejected"]
@@ -69,6 +83,34 @@ def test_from_a_scan_to_a_training_set(files: Path, capsys: pytest.CaptureFixtur
     assert not set(mined["prompt"]) & set(replayed["prompt"])
     own = pl.col("chosen").str.split(" ").list.get(1)
     assert mined.select((pl.format("question {}", own) == pl.col("prompt")).all()).item()
+
+
+def test_responses_from_elsewhere_are_scored_and_mined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("my-dpo-model", 1), ("my-sft-model", 2)):
+        make_llama(tmp_path / "my-org" / name, seed=seed)
+    to_ids, to_pairs = BLOCKS["docs/scoring.md"]
+    exec(compile(to_ids, "docs/scoring.md", "exec"), {})
+    responses = pl.read_parquet("responses.parquet")
+    many = pl.concat([responses.with_columns(prompt_id=pl.lit(prompt), response_tokens=pl.lit(length))
+                      for prompt in range(3) for length in (4, 9)])  # fmt: skip
+    Path("gen").mkdir()
+    many.with_columns(pl.col("token_ids").list.head(pl.col("response_tokens"))).write_parquet(
+        "gen/generations-0.parquet"
+    )
+    ScoreJob(
+        config=ScoreConfig(),
+        models=ModelConfig(device="cpu"),
+        policy=Path("my-org/my-dpo-model"),
+        reference=Path("my-org/my-sft-model"),
+        generations=[Path("gen/generations-0.parquet")],
+        generation_keys=["key"],
+        out=Path("scores"),
+        beta=0.1,
+    ).run()
+    made: dict[str, Any] = {}
+    exec(compile(to_pairs, "docs/scoring.md", "exec"), made)
+    assert made["mined"].pairs.height == 3
 
 
 def test_config_reference_is_up_to_date() -> None:
@@ -101,6 +143,27 @@ def test_figures_have_the_table_of_the_bench() -> None:
 @pytest.mark.parametrize(("page", "link"), [pair for pair in LINKS if "://" not in pair[1]])
 def test_links_lead_to_files(page: str, link: str) -> None:
     assert (ROOT / page).parent.joinpath(link).exists()
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts and MkDocs make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+ANCHORS = [(page, *link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", text)]
+
+
+@pytest.mark.parametrize(("page", "link", "anchor"), [found for found in ANCHORS if "://" not in found[1]])
+def test_links_lead_to_headings(page: str, link: str, anchor: str) -> None:
+    assert anchor in anchors((ROOT / page).parent / link if link else ROOT / page)
+
+
+def test_the_site_has_every_page() -> None:
+    site = (ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r": ([\w-]+\.md)$", site, re.MULTILINE))
+    assert {Path(page).name for page in PAGES if page.startswith("docs/")} <= listed
 
 
 def test_options_in_the_pages_are_keys_of_the_config() -> None:

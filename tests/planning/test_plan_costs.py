@@ -20,9 +20,9 @@ def test_estimates_by_hand() -> None:
     config, run_data = small()
     found = estimated(config, run_data)
     assert list(found) == [
-        f"round-01/{stage}" for stage in ("generate", "score", "mine", "replay", "train", "evaluate")
+        f"round-01/{stage}" for stage in ("generate", "score", "mine", "replay", "inspect", "train", "evaluate")
     ]
-    generate, score, mine, replay, train, evaluate = found.values()
+    generate, score, mine, replay, inspect, train, evaluate = found.values()
     # Tokenizer 0.2, 4 prompts; 0.5 once; 5 steps, 40 tokens, 8 responses; a load.
     assert generate["work_seconds"] == pytest.approx(0.2 + 0.04 + 0.5 + 0.5 + 0.4 + 0.008)
     assert (generate["startup_seconds"], generate["tokens"], generate["disk_bytes"]) == (1.0, 80, 80)
@@ -36,6 +36,10 @@ def test_estimates_by_hand() -> None:
     assert replay["tokens"] == 120
     assert replay["work_seconds"] == pytest.approx(0.2 + 0.25 + 0.04 + 0.12)
     assert replay["disk_bytes"] == 8 * 20
+    # Six minings of 8 responses; all 8 pairs of 30 tokens under both models, with 2 candidates of 10 bytes each.
+    assert (inspect["pairs"], inspect["tokens"], inspect["startup_seconds"]) == (8, 2 * 240, 2.0)
+    assert inspect["work_seconds"] == pytest.approx(6 * 0.008 + 0.2 + 0.25 + 0.48)
+    assert inspect["disk_bytes"] == 2**15 + 8 * 2 * 10 + 16 * 240
     # 8 pairs of 30 tokens are checked, then 2 steps of 4 pairs with an update, a checkpoint each.
     assert (train["steps"], train["checkpoints"], train["tokens"]) == (2, 2, 240)
     assert train["work_seconds"] == pytest.approx(2.0 + 0.24 + 2 * (0.36 + 0.14) + 2 * 0.25)
@@ -46,6 +50,15 @@ def test_estimates_by_hand() -> None:
     assert evaluate["startup_seconds"] == 2 * 1.0 + 1.0 + 2 * 1.0
     draws = 2 * (0.2 + 0.02 + 0.5 + 0.1 + 0.002)
     assert evaluate["work_seconds"] == pytest.approx(0.5 + draws + 12 * 0.1 + 0.03 + 0.2 + 0.06 + 0.25 + 0.54)
+
+
+def test_without_credit_no_model_is_run_to_inspect() -> None:
+    config, run_data = small("report.token_credit=false", "report.pairs=3")
+    inspect = estimated(config, run_data)["round-01/inspect"]
+    assert (inspect["pairs"], inspect["tokens"], inspect["startup_seconds"]) == (3, 0, 0.0)
+    assert inspect["disk_bytes"] == 2**15 + 3 * 2 * 10
+    config, _ = small("report.pairs=0")
+    assert estimated(config, run_data)["round-01/inspect"]["disk_bytes"] == 2**15
 
 
 def test_an_extrapolation_evaluates_each_candidate() -> None:

@@ -170,16 +170,17 @@ def test_the_key_of_costs(remembering: dict[str, Any], monkeypatch: pytest.Monke
     assert len(keys | {costs_key(config, policy, "transformers")}) == 6
 
 
-TOOK = {"generate": 4.0, "score": 3.0, "mine": 0.5, "replay": 2.0, "train": 6.0, "evaluate": 5.0}
+TOOK = {"generate": 4.0, "score": 3.0, "mine": 0.5, "replay": 2.0, "inspect": 2.0, "train": 6.0, "evaluate": 5.0}
 PARTS = {
     # spawn, import, load, work
     "generate": (0.0, 2.0, 0.5, 1.5),
     "score": (1.0, 0.0, 1.0, 1.0),
     "replay": (0.5, 0.0, 0.5, 1.0),
+    "inspect": (0.0, 0.0, 1.0, 1.0),
     "train": (2.0, 0.0, 0.5, 3.5),
     "evaluate": (0.0, 0.0, 1.0, 4.0),
 }
-"""Replay's process is started with score, and training's with replay."""
+"""Replay's process is started with score, and training's with inspect, which does not wait for its own."""
 
 
 def made_run(folder: Path, remembering: dict[str, Any], **changes: Any) -> Path:
@@ -212,7 +213,8 @@ def made_run(folder: Path, remembering: dict[str, Any], **changes: Any) -> Path:
     }
     now, events = 100.0, [{"time": 100.0, "event": "started"}]
     files = {"generate": "generations-00000.parquet", "score": "scores-00000.parquet", "mine": "mined.parquet",
-             "replay": "training_set.parquet", "train": "model", "evaluate": "metrics.json"}  # fmt: skip
+             "replay": "training_set.parquet", "inspect": "distributions.json", "train": "model",
+             "evaluate": "metrics.json"}  # fmt: skip
     for stage, seconds in TOOK.items():
         name = f"round-01/{stage}"
         file = [{"file": f"round-01/{stage}/{files[stage]}", "key": "k"}]
@@ -242,7 +244,7 @@ def test_a_run_leaves_its_costs(remembering: dict[str, Any], tmp_path: Path) -> 
     costs = recall_costs(costs_key(config, policy, "transformers"))
     assert costs is not None
     assert costs.source == "run"
-    # Score's process was ready 5 s after generate began, replay's 4 s after score, training's 4 s after replay.
+    # Score's process was ready 5 s after generate began, replay's 4 s after score, training's 4 s after inspect.
     # Generate's own had 2 s of import; evaluation did not wait: no more than training took, and than the others do.
     start = {"generate": 2.0, "score": 4.0 + 1.0, "replay": 3.0 + 0.5 + 0.5, "train": 2.0 + 2.0}
     assert {name: costs.startup[name] for name in start} == pytest.approx(start)

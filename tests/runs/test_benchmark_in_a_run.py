@@ -11,6 +11,7 @@ import pytest
 from damage import notes
 from faked_stages import faked_stages
 from own_run import Events
+from report_page import Page, text
 
 from dice_py.config.loading import resolve
 from dice_py.config.rounds import RoundsConfig
@@ -64,11 +65,14 @@ def test_its_numbers_choose_the_round(config: RunConfig, bench: Path, tmp_path: 
     assert finished["round"] == "round-02"
     assert any("the best by command.score (0.75); round-03 has 0.25" in note for note in notes(events))
     status = run_status(folder)
-    assert [entry["stage"] for entry in status["entries"]][6] == "round-01/benchmark"
+    assert [entry["stage"] for entry in status["entries"]][7] == "round-01/benchmark"
     assert status["state"] == "finished"
-    page = (folder / "report.html").read_text()
-    assert "<th>command.score</th><td>0.5</td><td>0.75</td><td>0.25</td>" in page
-    assert "round-02: command.score 0.75" in page
+    page = Page(folder / "report.html")
+    assert page.table("on held-out prompts and pairs")["command.score"] == ["0.5", "0.75", "0.25"]
+    assert page.plots()["command.score"] == (
+        "command.score by round, with 95 % intervals. 0.5 after round 1, 0.25 after round 3."
+    )
+    assert "round-02: command.score 0.75" in map(text, page.all("p"))
     # From another folder, nothing is made again: the program's folder is the run's.
     events = Events()
     loop.resume(folder, events)

@@ -13,6 +13,7 @@ import pytest
 from damage import notes
 from faked_stages import faked_stages
 from own_run import Events
+from report_page import Page
 
 from dice_py.config.rounds import RoundsConfig
 from dice_py.config.run import RunConfig
@@ -96,7 +97,7 @@ def test_a_round_that_is_worse_ends_the_run(
     (finished,) = of(events, "finished")
     assert (finished["policy"], finished["round"]) == (str(folder / kept / "train/model"), kept)
     status = run_status(folder)
-    assert (status["state"], status["stages"], status["ended_after"]) == ("finished", 12, 2)
+    assert (status["state"], status["stages"], status["ended_after"]) == ("finished", 14, 2)
     assert status["policy"] == finished["policy"]
     page = (folder / "report.html").read_text()
     assert f"new policy: {kept}/train/model" in page
@@ -124,7 +125,7 @@ def test_a_round_that_is_worse_ends_the_run(
     # Equal rounds: the earlier one is the best.
     now = {"last": "round-03", "best": "round-01"}[keep]
     assert f"new policy: {folder / now / 'train/model'}\n" in out
-    assert run_status(folder)["stages"] == 18
+    assert run_status(folder)["stages"] == 21
     assert list_runs(tmp_path)[0]["state"] == "finished"
 
 
@@ -135,14 +136,14 @@ def test_rounds_that_were_made_before_the_run_ends_earlier_are_not_shown(
     folder = tmp_path / "run"
     rounds, _ = run(with_rounds(config, count=3), folder)
     assert len(rounds) == 3
-    assert "<h2>round-03</h2>" in (folder / "report.html").read_text()
+    assert (2, "Mining, round-03") in Page(folder / "report.html").headings()
     # Rounds are compared from now on, for which the stored evaluations are enough.
     events = Events()
     metrics = loop.resume(folder, events, assignments=["rounds.stop_when=worse"], after_round=write_report)
     assert list(metrics) == ["round-01", "round-02"]
     assert {status for _, status in events.stages()} == {"kept"}
     page = (folder / "report.html").read_text()
-    assert "<h2>round-02</h2>" in page
+    assert (2, "Mining, round-02") in Page(folder / "report.html").headings()
     assert "round-03" not in page
     assert run_status(folder)["policy"] == str(folder / "round-02/train/model")
 

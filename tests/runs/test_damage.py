@@ -40,6 +40,8 @@ ONCE = {
     "round-01/mine/mined.parquet": ["mine"],
     "round-01/mine/mining.json": ["mine"],
     "round-01/replay/training_set.parquet": ["replay"],
+    "round-01/inspect/pairs.parquet": ["inspect"],
+    "round-01/inspect/distributions.json": ["inspect"],
     "round-01/train/model/model.safetensors": ["train"],
     "round-01/evaluate/metrics.json": ["evaluate"],
     "round-01/evaluate/samples/generations-00000.parquet": ["evaluate"],
@@ -93,7 +95,7 @@ def test_samples_that_come_out_otherwise_are_scored_again(copy: Path, monkeypatc
     kept = (copy / "round-01/score/scores-00000.parquet").stat().st_mtime_ns
     monkeypatch.setattr(shard, "seed_for", lambda *parts: seed_for("another", *parts))
     events = resume(copy)
-    assert made_again(events)[:5] == ["generate", "score", "mine", "replay", "train"]
+    assert made_again(events)[:6] == ["generate", "score", "mine", "replay", "inspect", "train"]
     why = "round-01/score is made again (the first stage that is), because of: generations"
     assert why in notes(events)
     assert (copy / "round-01/score/scores-00000.parquet").stat().st_mtime_ns == kept

@@ -28,7 +28,7 @@ from dice_py.storage.files import read_json, read_sealed
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline_stages")]
 
 ALPHAS = [2.0, 4.0]
-STAGES = ["generate", "score", "mine", "replay", "train", "extrapolate", "evaluate"]
+STAGES = ["generate", "score", "mine", "replay", "inspect", "train", "extrapolate", "evaluate"]
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,18 @@ def test_what_the_stages_made_fits_together(complete_run: Path) -> None:
     assert abs(counts["step0_loss"] - math.log(2)) < 1e-3
 
 
+def test_the_pairs_to_read(complete_run: Path) -> None:
+    training, pairs = frames(complete_run, "replay/training_set.parquet"), frames(complete_run, "inspect/pairs.parquet")
+    counts = read_json(complete_run / "manifest.json")["stages"]["round-01/inspect"]["counts"]
+    assert (counts["pairs"], pairs.height) == (training.height, training.height)  # fewer than report.pairs
+    assert counts.keys() == {"pairs", "sources", "tokens", "largest_difference", "reward_std"}
+    assert counts["largest_difference"] < 1e-4 * counts["reward_std"]
+    of_mined = pairs.filter(pl.col("source") == "mined")
+    assert of_mined["candidates"].list.len().unique().to_list() == [SAMPLES]
+    distributions = read_json(complete_run / "round-01/inspect/distributions.json")
+    assert (distributions["rows"], sum(distributions["margins"]["counts"])) == ((PROMPTS - 2) * SAMPLES, of_mined.height)
+
+
 def test_the_metrics_of_a_round(complete_run: Path) -> None:
     metrics = read_json(complete_run / "round-01/evaluate/metrics.json")
     assert {
@@ -130,7 +142,7 @@ def test_held_out_rows_are_not_trained_on(complete_run: Path) -> None:
 
 def test_status_of_a_finished_run(complete_run: Path) -> None:
     found = run_status(complete_run)
-    assert (found["state"], found["done"], found["stages"]) == ("finished", 6, 6)
+    assert (found["state"], found["done"], found["stages"]) == ("finished", 7, 7)
     assert [(entry["stage"], entry["status"]) for entry in found["entries"]] == [(n, "done") for n in STAGE_NAMES]
     assert found["entries"][0]["counts"]["responses"] == (PROMPTS - 2) * SAMPLES
 
@@ -248,7 +260,7 @@ def test_a_run_that_was_killed_in_every_stage_ends_as_an_unkilled_one(complete_r
         assert session_ends(process.pid)
         at = ROUND_STAGES.index(stage)
         statuses = [entry["status"] for entry in run_status(folder)["entries"]]
-        assert statuses == ["done"] * at + ["stopped"] + ["to do"] * (5 - at)
+        assert statuses == ["done"] * at + ["stopped"] + ["to do"] * (len(ROUND_STAGES) - 1 - at)
         left = sorted((folder / "round-01").glob(name))
         assert left
         if event == "shard":
@@ -258,8 +270,8 @@ def test_a_run_that_was_killed_in_every_stage_ends_as_an_unkilled_one(complete_r
 
     events = Events()
     loop.resume(folder, events)
-    redone = [(name, status) for name in STAGE_NAMES[4:] for status in ("running", "done")]
-    assert events.stages() == [*KEPT[:4], *redone]
+    redone = [(name, status) for name in STAGE_NAMES[5:] for status in ("running", "done")]
+    assert events.stages() == [*KEPT[:5], *redone]
     notes = [fields["text"] for event, fields in events.events if event == "note"]
     assert any(note.startswith("training resumes from checkpoint-") for note in notes)
     # A shard that was whole when the kill came is never written again.

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 from faked_stages import CUT_OFF, faked_stages, no_evaluation
 from own_run import SAMPLES, Events
+from report_page import Page
 
 from dice_py.compute import stage_process
 from dice_py.config.rounds import WarningsConfig
@@ -218,24 +219,24 @@ def test_a_run_warns_once_and_its_report_lists_it(
     share = len(CUT_OFF) / (3 * SAMPLES)
     assert (first["round"], first["stage"], first["value"], first["limit"]) == (1, "generate", share, 0.1)
 
-    def listed() -> int:
-        return (folder / "report.html").read_text().count("<li>")
+    def listed() -> list[str]:
+        return Page(folder / "report.html").items("warned")
 
-    assert listed() == 2
-    assert "<li>generate: 2 of 12 responses (17%) were cut off" in (folder / "report.html").read_text()
+    assert [item.partition(": ")[0] for item in listed()] == ["round-01, generate", "round-01, mine"]
+    assert listed()[0].startswith("round-01, generate: 2 of 12 responses (17%) were cut off")
     # A resume says it again, once, and the report has it once.
     events = Events()
     loop.resume(folder, events, after_round=write_report)
     assert of_run(events) == expected
     assert {status for _, status in events.stages()} == {"kept"}
-    assert listed() == 2
+    assert len(listed()) == 2
     # Limits change no key. The report follows them.
     code, out, err = dice("resume", folder, "--json", "--set", "warnings.cut_off_share=none")
     assert code == 0, err
     assert json.loads(out)["metrics"] == {"round-01": {}}
     assert sum(line.startswith("  warning: with debias linear, score and length") for line in err.splitlines()) == 1
     assert " made again" not in err
-    assert listed() == 1
+    assert len(listed()) == 1
     assert Manifest(folder / "manifest.json").data["stages"]["round-01/generate"]["warnings"] == []
 
 

@@ -13,6 +13,7 @@ from own_run import SAMPLES
 from dice_py.runs.folder import Run
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
+from dice_py.stages.inspect import InspectJob
 from dice_py.stages.job import Job, StageResult
 from dice_py.stages.preflight import PreflightJob
 from dice_py.stages.replay import ReplayJob
@@ -65,6 +66,10 @@ def faked_stages(
             file = job.out / "training_set.parquet"
             write_parquet(file, pl.DataFrame({"none": [0]}), key=job.key())
             return StageResult([(file, job.key())], {})
+        if isinstance(job, InspectJob):
+            write_sealed(job.distributions_file, {}, job.key())
+            write_parquet(job.pairs_file, pl.DataFrame({"none": [0]}), key=job.key())
+            return StageResult([(file, job.key()) for file in (job.distributions_file, job.pairs_file)], {})
         if isinstance(job, TrainJob):
             given.append(("train", job.policy))
             write_stamp(job.target, {"key": job.key(), "counts": {}})

@@ -34,14 +34,19 @@ def shared(longest: int = 40) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @torch.no_grad()
-def plain(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
-    """Sums of log-probabilities in nats; the forward in the model's type, the log-softmax in float32."""
-    sums = []
+def plain_tokens(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> list[torch.Tensor]:
+    """Log-probabilities in nats by token; the forward in the model's type, the log-softmax in float32."""
+    found = []
     for prompt, response in zip(prompts, responses, strict=True):
         logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0].float()
         logps = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
-        sums.append(logps.gather(1, torch.tensor(response)[:, None]).double().sum().item())
-    return sums
+        found.append(logps.gather(1, torch.tensor(response)[:, None])[:, 0])
+    return found
+
+
+def plain(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
+    """Sums of log-probabilities in nats."""
+    return [logps.double().sum().item() for logps in plain_tokens(model, prompts, responses)]
 
 
 def max_abs_diff(left: list[float], right: list[float]) -> float:
