@@ -23,6 +23,7 @@ from dice_py.runs.progress import PROGRESS_FILE, Pace, Progress, ProgressFile, r
 from dice_py.runs.status import run_status
 from dice_py.runs.verify import verify_run
 from dice_py.stages.job import Job, StageResult
+from dice_py.stages.registry import ROUND_STAGES
 from dice_py.stages.train import TrainJob
 from dice_py.training.log import TrainingLog
 
@@ -88,7 +89,7 @@ def test_the_view_fits_80_columns_and_shows_stages_rate_curves_and_warnings(
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 24
     text = "\n".join(lines)
-    assert "running, 4 of" in lines[0]
+    assert f"running, {ROUND_STAGES.index('train')} of {len(ROUND_STAGES)} stages" in lines[0]
     assert re_line(lines, "round-01/mine").split()[1] == "done"
     assert re_line(lines, "round-01/train").split()[1] == "running"
     assert re_line(lines, "round-01/evaluate").split()[1:3] == ["to", "do"]
@@ -237,5 +238,10 @@ def test_steps_of_a_stage_have_a_pace_each(monkeypatch: pytest.MonkeyPatch) -> N
     now[0] = 2.0
     assert pace_text(pace("mine", 50, 100, step="scan")) == "50/100 rows, 25.0/s, 2.0 s left"
     assert pace("mine", 10, 100, step="pairs") == Progress("mine (pairs)", 10, 100, "rows", 0.0)
+    now[0] = 4.0
+    pace("mine", 30, 100, step="pairs")
+    assert pace("mine", 5, 40, step="pairs").per_second == 0.0  # from the start again, and not backwards
+    now[0] = 5.0
+    assert pace("mine", 9, 40, step="pairs").per_second == 4.0
     pace.begin()
     assert pace("mine", 60, 100, step="pairs").per_second == 0.0

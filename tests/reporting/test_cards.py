@@ -16,6 +16,7 @@ from faked_stages import faked_stages
 from hostile_texts import HOSTILE, obeyed
 from huggingface_hub import DatasetCard, ModelCard
 from own_run import Events, own_config
+from places import ROOT
 from tiny_models import make_llama
 from tiny_sets import scored_pairs
 
@@ -261,19 +262,6 @@ def test_a_datasets_card_names_its_file_columns_and_sources(carded: Carded) -> N
 
 
 @pytest.mark.slow
-def test_the_model_loads_with_plain_transformers(carded: Carded) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(carded.model)
-    tokenizer = AutoTokenizer.from_pretrained(carded.model)
-    messages = said("user", "hello")
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert made.shape[1] > inputs["input_ids"].shape[1]
-    assert isinstance(tokenizer.decode(made[0]), str)
-
-
-@pytest.mark.slow
 def test_the_training_set_loads_with_plain_datasets(carded: Carded, tmp_path: Path) -> None:
     from datasets import load_dataset
 
@@ -287,23 +275,36 @@ def test_the_training_set_loads_with_plain_datasets(carded: Carded, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_trls_own_trainer_takes_the_messages(carded: Carded, tmp_path: Path) -> None:
-    """As the card says it: the columns of messages. The loss begins at ln 2, since the reference is the policy."""
-    from datasets import load_dataset
-    from trl import DPOConfig, DPOTrainer
-
-    folder = shutil.copytree(carded.pairs, tmp_path / "replay")
-    pairs = load_dataset(str(folder), split="train", cache_dir=str(tmp_path))
-    settings: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
-    arguments = DPOConfig(
-        output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", logging_steps=1, **settings
+def test_the_python_of_the_page_runs(carded: Carded, tmp_path: Path) -> None:
+    """Model, tokenizer and pairs load, and TRL's own trainer trains, from ln 2 on, since the start is the reference."""
+    page = (ROOT / "docs" / "cards.md").read_text(encoding="utf-8")
+    load, train = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    folder = tmp_path / "round-02"  # a plain name: datasets takes the run's for a pattern
+    shutil.copytree(carded.model, folder / "train" / "model")
+    shutil.copytree(carded.pairs, folder / "replay")
+    load = load.replace('"RUN/', f'"{tmp_path}/').replace(
+        'split="train"', f'split="train", cache_dir="{tmp_path}/cache"'
     )
-    columns = pairs.select_columns(["prompt", "chosen", "rejected"])
-    trainer = DPOTrainer(model=str(carded.model), args=arguments, train_dataset=columns)
-    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert any(not torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
+    names: dict[str, Any] = {}
+    exec(compile(load, "docs/cards.md", "exec"), names)
+    messages = said("user", "hello")
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    inputs = names["tokenizer"].apply_chat_template(messages, **options)
+    made = names["model"].generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert made.shape[1] > inputs["input_ids"].shape[1]
+    assert names["pairs"].num_rows == PAIRS
+
+    model, out = f'"{folder}/train/model"', f'output_dir="{tmp_path}/out", use_cpu=True, bf16=False, report_to="none"'
+    short = (
+        f"{out}, max_steps=1, logging_steps=1, per_device_train_batch_size=2, save_strategy='no', learning_rate=1e-3"
+    )
+    train = train.replace('"MODEL"', model).replace('output_dir="out"', short)
+    train = train.replace("DPOTrainer(model", "trainer = DPOTrainer(model").replace(".train()", "; trainer.train()")
+    exec(compile(train, "docs/cards.md", "exec"), names)
+    trained = names["trainer"]
+    assert trained.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    start = names["model"].state_dict()
+    assert any(not torch.equal(start[name], value) for name, value in trained.model.state_dict().items())
 
 
 def sampled_by_vllm(folder: Path, report: Any) -> list[int]:
