@@ -113,7 +113,10 @@ def test_the_pairs_to_read(complete_run: Path) -> None:
     of_mined = pairs.filter(pl.col("source") == "mined")
     assert of_mined["candidates"].list.len().unique().to_list() == [SAMPLES]
     distributions = read_json(complete_run / "round-01/inspect/distributions.json")
-    assert (distributions["rows"], sum(distributions["margins"]["counts"])) == ((PROMPTS - 2) * SAMPLES, of_mined.height)
+    assert (distributions["rows"], sum(distributions["margins"]["counts"])) == (
+        (PROMPTS - 2) * SAMPLES,
+        of_mined.height,
+    )
 
 
 def test_the_metrics_of_a_round(complete_run: Path) -> None:
