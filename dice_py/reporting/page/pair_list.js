@@ -175,7 +175,6 @@ class PairList {
 
   show(pairs, selected) {
     this.pairs = pairs;
-    this.rows.style.height = `${pairs.length * this.rowHeight}px`; // so that all places can be scrolled to
     this.first = -1;
     this.select(selected);
   }
@@ -194,8 +193,15 @@ class PairList {
     return this.height || ROW_HEIGHT;
   }
 
-  scrollTo(place) {
+  /** Gives the list the height of all of its rows, so that each place can be scrolled to; returns that of one. */
+  stretch() {
     const height = this.rowHeight;
+    this.rows.style.height = `${this.pairs.length * height}px`;
+    return height;
+  }
+
+  scrollTo(place) {
+    const height = this.stretch();
     const top = place * height;
     const view = this.box.clientHeight;
     if (top < this.box.scrollTop) this.box.scrollTop = top;
@@ -204,12 +210,11 @@ class PairList {
 
   /** Makes the rows that are in view, and some around them. */
   draw(again = false) {
-    const height = this.rowHeight;
+    const height = this.stretch();
     const first = Math.max(0, Math.floor(this.box.scrollTop / height) - ROWS_AROUND);
     if (first === this.first && !again) return;
     this.first = first;
     const last = Math.min(this.pairs.length, first + Math.ceil(this.box.clientHeight / height) + 2 * ROWS_AROUND + 1);
-    this.rows.style.height = `${this.pairs.length * height}px`;
     this.rows.style.paddingTop = `${first * height}px`;
     this.rows.replaceChildren(...this.pairs.slice(first, last).map((pair, i) => this.row(pair, first + i)));
     this.mark(this.pairs.indexOf(this.selected));
