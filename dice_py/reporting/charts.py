@@ -143,10 +143,11 @@ def level(chart: Chart, value: float, **mark: Any) -> Chart:
 
 
 def steps(edges: Sequence[float], counts: Sequence[float]) -> list[Row]:
-    """The outline of a histogram as rows of `x` and `y`, for a line of the interpolation "step-after"."""
+    """The outline of a histogram as rows of `x`, `y` and `place`, for a line of the interpolation "step-after"."""
     if not counts:
         return []
-    return [*({"x": x, "y": y} for x, y in zip(edges, counts, strict=False)), {"x": edges[-1], "y": 0}]
+    corners = [(edges[0], 0), *zip(edges, counts, strict=False), (edges[-1], 0)]
+    return [{"x": x, "y": y, "place": place} for place, (x, y) in enumerate(corners)]
 
 
 def thinned(rows: Sequence[Row], most: int) -> list[Row]:
@@ -158,7 +159,7 @@ def thinned(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def step_lines(names: Sequence[str], x_title: str, y_title: str, most: float | None = None) -> Chart:
-    """Outlines of histograms: rows of `x`, `y`, `series`.
+    """Outlines of histograms: rows of `steps`, each with its `series`.
 
     Args:
         most: where the axis of y ends, so that pictures beside each other have one scale.
@@ -172,7 +173,7 @@ def step_lines(names: Sequence[str], x_title: str, y_title: str, most: float | N
         .encode(
             x=alt.X(**number_axis("x", x_title)),
             y=alt.Y(**number_axis("y", y_title, zero=True, whole=True, **y)),
-            order=alt.Order("x:Q"),
+            order=alt.Order("place:Q"),
             **by_series(names),
         )
     )

@@ -105,6 +105,11 @@ class Run:
             self._monitor = None  # reported once
             self.report("gpu", stage=stage, gpus=[], text=problem)
 
+    def is_recorded(self, number: int, job: Job) -> bool:
+        """Whether the manifest has the result of a job under its key. The files are not looked at."""
+        entry = self.manifest.stage(f"{round_name(number)}/{stage_of(job).name}")
+        return entry is not None and entry.get("key") == job.key() and _is_done(entry)
+
     def run_stage(self, number: int, job: Job, *, is_last: bool = False, following: str | None = None) -> StageResult:
         """The result of a job in round `number`: the manifest's if its key and files still hold, else made now.
 

@@ -18,6 +18,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
 from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
-from dice_py.errors import DamagedError, DataError, InterruptedRunError, UsageError
+from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.runs.best import Outcome
@@ -49,7 +50,8 @@ from dice_py.storage.files import make_folder, remove_temporaries
 from dice_py.storage.keys import versions
 
 AfterRound = Callable[[Path], object]
-"""Called with the run folder after each round, to write a report, say."""
+"""Called with the run folder after each round, to write a report, say, and before a round trains: its pairs can be read
+by then, and hours of training may lie ahead."""
 
 
 def run(
@@ -194,7 +196,8 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     for number in range(1, config.rounds.count + 1):
         run.report_gpus(None)
         run.report("round", number=number, rounds=config.rounds.count)
-        next_policy = run_round(run, inputs, number, policy, reference, previous)
+        show = partial(_show, run, after_round)
+        next_policy = run_round(run, inputs, number, policy, reference, previous, before_training=show)
         previous = previous_model(config, policy, reference)
         next_reference = policy if config.reward_reference == "previous" else inputs.reference
         trained = evaluation_of(run, inputs, number, next_policy, next_reference, policy)
@@ -203,8 +206,7 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
         metrics[round_name(number)] = evaluated | chosen.metrics
         policy, reference = chosen.policy, next_reference
         ends = outcome.add(number, policy, metrics[round_name(number)])
-        if after_round is not None:
-            after_round(run.folder)
+        show()
         run.report_gpus(None)
         write_profile(run.folder)
         _remember(run)
@@ -213,6 +215,19 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     run.report("finished", **outcome.finish(), report=str(run.folder / "report.html"))
     write_profile(run.folder)  # the end of the last round is known now
     return metrics
+
+
+def _show(run: Run, after_round: AfterRound | None) -> None:
+    """Calls `after_round`, whose own failure is a note: a run of hours does not end because of a page."""
+    if after_round is None:
+        return
+    try:
+        after_round(run.folder)
+    except DiceError:  # a full disk, or a folder that may not be written: the next stage would meet it, too
+        raise
+    except Exception as error:
+        text = f"warning: the report is not written: {type(error).__name__}: {error}"[:2000]
+        run.report("note", text=f"{text}. What the run makes is whole; to try again: dice report {run.folder}")
 
 
 def _remember(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,20 @@ def previous_model(config: RunConfig, policy: Path, reference: Path) -> Previous
 
 
 def run_round(
-    run: Run, inputs: Inputs, number: int, policy: Path, reference: Path, previous: PreviousModel | None = None
+    run: Run,
+    inputs: Inputs,
+    number: int,
+    policy: Path,
+    reference: Path,
+    previous: PreviousModel | None = None,
+    *,
+    before_training: Callable[[], object] = lambda: None,
 ) -> Path:
-    """Generate, score, mine, replay, inspect, train: the new policy's folder."""
+    """Generate, score, mine, replay, inspect, train: the new policy's folder.
+
+    Args:
+        before_training: is called when a training is about to begin.
+    """
     config, base = run.config, run.round_folder(number)
     prompts, prompts_key = round_prompts(run, inputs, number, base / "generate")
     run.list_files(prompts)
@@ -135,6 +147,8 @@ def run_round(
         seed=seed_for(config.seed, number, "train"),
         devices=config.devices,
     )
+    if not run.is_recorded(number, train_job):
+        before_training()
     run.run_stage(number, train_job)
     return train_job.target
 

@@ -129,9 +129,10 @@ def test_the_training(page: Page) -> None:
     row = page.table("last values of the trainer's log")["round 1"]
     assert row[:2] == ["80", f"{last['loss']:.4g}"]
     plots = page.plots()
-    assert plots["Loss"] == "Loss by round. mine, round 1: 0.7 to 0.63; mine, round 2: 0.7 to 0.63."
-    assert plots["Log-probability of chosen and rejected"].startswith(
-        "Log-probability of chosen and rejected by round. chosen, round 1: -30 to -37; rejected, round 1: -40 to -54"
+    assert plots["Loss"] == "Loss by rounds trained. mine, round 1: 0.7 to 0.63; mine, round 2: 0.7 to 0.63."
+    assert (
+        "by rounds trained. chosen, round 1: -30 to -37; rejected, round 1: -40 to -54"
+        in plots["Log-probability of chosen and rejected"]
     )
     assert {"Reward margin", "Gradient norm", "Accuracy: pairs whose chosen has the higher reward"} <= plots.keys()
 
@@ -280,7 +281,7 @@ def test_runs_side_by_side(compared: Page) -> None:
 def test_hostile_names_of_runs_are_shown_in_plots(run: Path, tmp_path: Path) -> None:
     """All of them in one page, as names of runs whose plots have legends."""
     folders = []
-    for number, name in enumerate(("html", "textarea", "escape", "bidirectional", "surrogate", "template")):
+    for number, name in enumerate(("html", "textarea", "escape", "surrogate")):
         folder = tmp_path / str(number) / in_a_path(HOSTILE[name])
         shutil.copytree(run, folder)
         folders.append(folder)

@@ -126,7 +126,7 @@ def _gap_curves(mined: list[tuple[str, StoredRound]]) -> list[Figure]:
         # A few distant break points would flatten the curve near the α in use.
         limit = max(min(points[-1][0], 4 * alpha) if alpha else points[-1][0], 1e-12)
         points = [point for point in points if point[0] <= limit]
-        rows += _curve_rows(label, points, limit)
+        rows += curve_rows(label, points, limit)
         is_sampled |= not all(exact for _, _, exact in points)
         text = f"{label}: from {number(points[0][1])} at α = 0 to {number(points[-1][1])} at {number(limit)}"
         reached = [gap for a, gap, _ in points if alpha is not None and a <= alpha]
@@ -150,18 +150,22 @@ def _gap_curves(mined: list[tuple[str, StoredRound]]) -> list[Figure]:
     return [Figure("Length gap of the best and the worst response, |best| − |worst|, against α", chart, note, table)]
 
 
-def _curve_rows(label: str, points: list[tuple[float, float, bool]], limit: float) -> list[Row]:
-    """Consecutive steps of one kind are one line, up to where the next kind begins."""
+def curve_rows(label: str, points: list[tuple[float, float, bool]], limit: float) -> list[Row]:
+    """The lines of a curve of steps: consecutive steps of one kind are one line, up to where the next kind begins.
+
+    Args:
+        points: α at which a step begins, its gap, and whether that is of all prompts.
+        limit: α at which the last step ends.
+    """
     rows: list[Row] = []
     segment = 0
     for place, (alpha, gap, exact) in enumerate(points):
         if place and points[place - 1][2] != exact:
-            # The line before ends where this one begins.
             rows.append({**rows[-1], "x": alpha, "y": gap})
             segment += 1
-        row = {"kind": "line", "series": label, "segment": f"{label} {segment}", "sampled": not exact}
-        rows.append({**row, "x": alpha, "y": gap})
-    return [*rows, {**rows[-1], "x": limit}]
+        line = {"kind": "line", "series": label, "segment": f"{label} {segment}", "sampled": not exact}
+        rows.append({**line, "x": alpha, "y": gap})
+    return [{**row, "place": place} for place, row in enumerate([*rows, {**rows[-1], "x": limit}])]
 
 
 def _curve_chart(names: list[str]) -> charts.Chart:
@@ -179,7 +183,7 @@ def _curve_chart(names: list[str]) -> charts.Chart:
     return alt.layer(
         of("band").mark_rect(opacity=0.25).encode(x=x, x2="x2:Q", **color),
         charts.level(alt.Chart(charts.data()), 0),
-        line.encode(x=x, y=y, detail="segment:N", order=alt.Order("x:Q"), strokeOpacity=opacity, **color),
+        line.encode(x=x, y=y, detail="segment:N", order=alt.Order("place:Q"), strokeOpacity=opacity, **color),
         of("dot").mark_point(size=80, filled=True).encode(x=x, y=y, **color),
     )
 
@@ -259,7 +263,7 @@ def _reward_length(found: dict[str, Any], unit: str, of: str, coarse: bool) -> F
     )
     slope = found["slope"]
     told = f"{found['usable']:,} usable responses; least squares: {number(slope)} reward per unit of length"
-    note = f"Darker: more responses, on a log scale up to {most:,}. {told}; {plane['outside']:,} lie outside of it."
+    note = f"Stronger color: more responses, on a log scale up to {most:,}. {told}; {plane['outside']:,} lie outside."
     note += " Bins are twice as wide as the finest, for the size of the page." if coarse else ""
     drawn = charts.svg(picture, rows, f"Reward against length{of}: a histogram in two dimensions. {told}.")
     return Figure(f"Reward against length{of}", drawn, note, _mean_rewards(plane))

@@ -20,6 +20,8 @@ _PLOTS = (
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
 )
+_FROM_ZERO = ("grad_norm", "learning_rate")
+"""Metrics whose axis begins at zero."""
 _MOST_POINTS = 1000
 """Points of a plot; of longer logs every k-th entry is drawn."""
 
@@ -38,7 +40,7 @@ def training(runs: list[StoredRun], *, draws: bool) -> dict[str, Any]:
             label = title if len(group) == len(metrics) else f"{title}: {group[0].rpartition('/')[2]}"
             figures += _figure(label, group, logs, is_one_round)
     most = _most(len(logs))
-    notes = [] if is_one_round else ["Rounds stand one after another, each from its first to its last step."]
+    notes = [] if is_one_round else ["Rounds stand one after another, each with its own line; 1 is the end of round 1."]
     every = max(-(-len(log) // most) for _, _, log in logs)
     if every > 1:
         notes.append(f"Of long logs every k-th entry is drawn (k up to {every}), and the last.")
@@ -64,15 +66,18 @@ def _figure(
             names[series] = None
             last = max(entry["step"] for entry in log) or 1
             for entry in charts.thinned(entries, _most(len(logs) * len(metrics))):
-                x = entry["step"] if is_one_round else round_number + entry["step"] / last
+                x = entry["step"] if is_one_round else round_number - 1 + entry["step"] / last
                 line = f"{run} {metric} {round_number}"
                 rows.append({"x": x, "y": entry[metric], "series": series, "line": line, "alone": len(entries) == 1})
             first, end = number(entries[0][metric]), number(entries[-1][metric])
             told.append(f"{series}, round {round_number}: {first} to {end}")
     if not rows:
         return []
-    axis = "step" if is_one_round else "round"
-    picture = charts.svg(_line_chart(list(names), axis), rows, f"{title} by {axis}. {'; '.join(_few(told))}.")
+    axis = "step" if is_one_round else "rounds trained"
+    from_zero = metrics[0] in _FROM_ZERO
+    picture = charts.svg(
+        _line_chart(list(names), axis, from_zero), rows, f"{title} by {axis}. {'; '.join(_few(told))}."
+    )
     return [Figure(title, picture)]
 
 
@@ -84,10 +89,10 @@ def _few(told: list[str]) -> Iterator[str]:
         yield from (*told[:2], f"{len(told) - 4} more lines", *told[-2:])
 
 
-def _line_chart(names: list[str], x_title: str) -> charts.Chart:
+def _line_chart(names: list[str], x_title: str, from_zero: bool) -> charts.Chart:
     import altair as alt
 
-    x, y = alt.X(**charts.number_axis("x", x_title)), alt.Y(**charts.number_axis("y", ""))
+    x, y = alt.X(**charts.number_axis("x", x_title)), alt.Y(**charts.number_axis("y", "", zero=from_zero))
     styles = charts.by_series(names)
     base = alt.Chart(charts.data())
     line = base.mark_line().encode(x=x, y=y, detail="line:N", order=alt.Order("x:Q"), **styles)
