@@ -21,13 +21,6 @@ OpenPage = Callable[..., "Page"]
 NARROW = {"width": 400, "height": 800}
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("page") / "plain.html"
-    facts = [("file", "pairs.jsonl"), ("policy", "models/" + "long-name-" * 20)]
-    return write_inspect_page(plain_pairs(24), out, title="Pairs of pairs.jsonl", facts=facts)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view_of_the_pair_browser(plain: Path, open_page: OpenPage, scheme: str) -> None:
     page = open_page(plain, color_scheme=scheme)
