@@ -17,7 +17,7 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test test-fast test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
 	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real bench-winrate \
-	bench-audit gpu-kit lock clean
+	bench-audit bench-report gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -132,6 +132,9 @@ bench-plan: setup ## the plan of the embedded default against a run of it (minut
 
 bench-winrate: setup ## win rates against AlpacaEval's own figures (BENCH_ARGS="--data FILE --official FILE"; minutes)
 	$(BIN)/python benches/winrate.py $(BENCH_ARGS)
+
+bench-report: setup ## keys of the pair browser on a page of 2,000 pairs, in Chromium (a minute)
+	$(BIN)/python benches/report_keys.py $(BENCH_ARGS)
 
 gpu-kit: setup ## .gpukit/kit.tar.xz: what a GPU machine without network needs for benches/gpu/check.py
 	benches/gpu/build_kit.sh .gpukit $(GPU_KIT_WORLD)

@@ -135,7 +135,7 @@ def fair_limit(costs: Iterable[int], room: float) -> float:
 def cut_text(text: str, limit: float) -> Text:
     """The text if its JSON takes at most `limit` bytes, else [its longest part that was tried and fits, characters]."""
     cost = _cost(text)
-    if cost <= limit:
+    if cost <= limit or not text:
         return text
     kept = text
     while kept and cost > limit:

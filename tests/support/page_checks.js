@@ -4,7 +4,8 @@
   const all = (selector) => Array.from(document.querySelectorAll(selector)).filter(shown);
   const tell = (node) => {
     const name = node.nodeName.toLowerCase();
-    return name + (node.id ? "#" + node.id : "") + (node.className && !node.id ? "." + String(node.className) : "");
+    const kind = node.getAttribute("class");
+    return name + (node.id ? "#" + node.id : kind ? "." + kind : "");
   };
   const texts = (ids) => ids.split(/\s+/).map((id) => document.getElementById(id)?.textContent ?? "").join(" ").trim();
   const nameOf = (node) =>
@@ -35,7 +36,7 @@
   const controls = "button, a[href], input, select, textarea, summary, [role=listbox], [role=option], [role=group], [role=region], section[aria-labelledby], form[role], dialog[open]";
   none(all(controls).filter((node) => !nameOf(node)), "has no name");
   none(all("svg").filter((node) => node.getAttribute("aria-hidden") !== "true"
-    && !(node.getAttribute("role") === "img" && nameOf(node)) && !node.closest("[role=img]")), "has no name");
+    && !(node.getAttribute("role") === "img" && nameOf(node)) && !node.parentElement.closest("[role=img]")), "has no name");
   none(all("img").filter((node) => !node.hasAttribute("alt")), "has no alt");
   none(all("th").filter((node) => !node.hasAttribute("scope") && node.textContent.trim()), "has no scope");
   none(all("table").filter((node) => !node.caption && !node.closest("[aria-labelledby], [aria-label]")), "has no caption");

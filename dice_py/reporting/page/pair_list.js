@@ -2,6 +2,8 @@
 // Which pairs are listed, in which order, and the list itself, of which only the part that is in view has elements.
 
 const ROWS_AROUND = 10;
+/** Pixels of a row before one is there to be measured. */
+const ROW_HEIGHT = 51;
 const NOTHING = "";
 
 const gap = (one, other) => (typeof one === "number" && typeof other === "number" ? one - other : null);
@@ -158,6 +160,11 @@ class PairList {
     this.pairs = [];
     this.selected = null;
     this.first = -1;
+    this.height = 0;
+    window.addEventListener("resize", () => {
+      this.height = 0; // a zoom may round it in another way
+      this.draw(true);
+    });
     byId("index-columns").textContent = `margin, length gap in ${this.unit === "tokens" ? "tokens" : "characters"}`;
     this.box.addEventListener("scroll", () => this.draw(), { passive: true });
     this.box.addEventListener("click", (event) => {
@@ -168,6 +175,7 @@ class PairList {
 
   show(pairs, selected) {
     this.pairs = pairs;
+    this.first = -1;
     this.select(selected);
   }
 
@@ -175,17 +183,25 @@ class PairList {
     this.selected = pair;
     const place = this.pairs.indexOf(pair);
     if (place >= 0) this.scrollTo(place);
-    this.draw(true);
+    this.draw();
+    this.mark(place);
   }
 
+  /** Pixels, which may be no whole number. It is measured once: each time would cost a layout of the page. */
   get rowHeight() {
-    return this.rows.firstElementChild?.getBoundingClientRect().height || 56;
+    this.height ||= this.rows.firstElementChild?.getBoundingClientRect().height ?? 0;
+    return this.height || ROW_HEIGHT;
+  }
+
+  /** Gives the list the height of all of its rows, so that each place can be scrolled to; returns that of one. */
+  stretch() {
+    const height = this.rowHeight;
+    this.rows.style.height = `${this.pairs.length * height}px`;
+    return height;
   }
 
   scrollTo(place) {
-    const height = this.rowHeight;
-    // Otherwise the place could not be scrolled to: the rows of an earlier, shorter list may still be there.
-    this.rows.style.height = `${this.pairs.length * height}px`;
+    const height = this.stretch();
     const top = place * height;
     const view = this.box.clientHeight;
     if (top < this.box.scrollTop) this.box.scrollTop = top;
@@ -194,21 +210,25 @@ class PairList {
 
   /** Makes the rows that are in view, and some around them. */
   draw(again = false) {
-    const height = this.rowHeight;
+    const height = this.stretch();
     const first = Math.max(0, Math.floor(this.box.scrollTop / height) - ROWS_AROUND);
     if (first === this.first && !again) return;
     this.first = first;
     const last = Math.min(this.pairs.length, first + Math.ceil(this.box.clientHeight / height) + 2 * ROWS_AROUND + 1);
-    this.rows.style.height = `${this.pairs.length * height}px`;
     this.rows.style.paddingTop = `${first * height}px`;
     this.rows.replaceChildren(...this.pairs.slice(first, last).map((pair, i) => this.row(pair, first + i)));
-    const place = this.pairs.indexOf(this.selected);
-    if (place >= first && place < last) this.box.setAttribute("aria-activedescendant", `pair-row-${place}`);
+    this.mark(this.pairs.indexOf(this.selected));
+  }
+
+  mark(place) {
+    this.rows.querySelector("[aria-selected=true]")?.setAttribute("aria-selected", "false");
+    const row = byId(`pair-row-${place}`);
+    row?.setAttribute("aria-selected", "true");
+    if (row) this.box.setAttribute("aria-activedescendant", row.id);
     else this.box.removeAttribute("aria-activedescendant");
   }
 
   row(pair, place) {
-    const chosen = pair === this.selected;
     const made = element("div", { className: "row", id: `pair-row-${place}`, role: "option" },
       element("span", { className: "name" }, visible(pair.key)),
       element("span", { className: "flag" }, this.flags.has(pair) ? "⚑" : ""),
@@ -216,7 +236,7 @@ class PairList {
       element("span", { className: "line", dir: "auto" }, oneLine(lastTurn(pair), 90)),
       element("span", { className: "number" }, signed(lengthGap(pair, this.unit))));
     made.dataset.place = String(place);
-    made.setAttribute("aria-selected", String(chosen));
+    made.setAttribute("aria-selected", "false");
     made.setAttribute("aria-setsize", String(this.pairs.length));
     made.setAttribute("aria-posinset", String(place + 1));
     return made;

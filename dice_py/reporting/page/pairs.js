@@ -99,12 +99,13 @@ class Browser {
 
   select(pair, addressed = true) {
     if (!pair) return;
-    if (pair !== this.current) {
-      this.current = pair;
+    const other = pair !== this.current;
+    this.current = pair;
+    this.list.select(pair); // first: it asks for places, which costs a layout once the pair's elements are new
+    if (other) {
       this.view.show(pair);
       byId("pair-link").href = addressOf(pair);
     }
-    this.list.select(pair);
     this.showPlace();
     if (addressed) this.address();
   }

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from inspected_pairs import plain_pairs
 from page_checks import Watch
+
+from dice_py.reporting.inspect_page import write_inspect_page
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -57,3 +60,11 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
     for context in contexts:
         context.close()
     assert [problem for watch in watches for problem in watch.problems()] == []
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of 24 ordinary pairs."""
+    facts = [("file", "pairs.jsonl"), ("policy", "models/" + "long-name-" * 20), ("β", "0.1")]
+    out = tmp_path_factory.mktemp("page") / "plain.html"
+    return write_inspect_page(plain_pairs(24), out, title="Pairs of pairs.jsonl", facts=facts)

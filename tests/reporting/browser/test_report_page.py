@@ -18,6 +18,8 @@ from dice_py.storage.parquet import write_parquet
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+pytestmark = pytest.mark.browser
+
 OpenPage = Callable[..., "Page"]
 
 
