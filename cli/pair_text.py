@@ -18,22 +18,26 @@ _INDENT = 4
 
 def print_pair(row: dict[str, Any]) -> None:
     """Prints a row of INSPECTED_PAIRS (storage/schemas.py) to stdout, and an empty line."""
-    head = [row["source"], f"margin {number(row['margin'])}", row["labels"]]
+    margin = None if row["margin"] is None else f"margin {number(row['margin'])}"
+    head = [row["source"], margin, row["labels"]]
     _print(f"{row['pair_id']}: {', '.join(part for part in head if part)}", 0)
     for turn in row["prompt"]:
         _print(f"{turn['role']}:", 2)
         _print(_cut(turn["content"]), _INDENT)
     for side in ("chosen", "rejected"):
-        facts = [
-            f"reward {number(row[f'{side}_reward'])}",
-            f"ranked by {number(row[f'{side}_penalized_reward'])}",
-            f"{number(row[f'{side}_tokens'])} tokens",
-            row[f"{side}_finish_reason"],
-        ]
-        _print(f"{side} ({', '.join(part for part in facts if part and not part.endswith('–'))}):", 2)
+        _print(f"{side}{_facts(row, side)}:", 2)
         for turn in row[side]:
             _print(_cut(turn["content"]), _INDENT)
     say()
+
+
+def _facts(row: dict[str, Any], side: str) -> str:
+    """What is known of a response, in brackets."""
+    words = {"reward": "reward {}", "penalized_reward": "ranked by {}", "tokens": "{} tokens"}
+    known = {name: row[f"{side}_{name}"] for name in (*words, "finish_reason")}
+    facts = [words[name].format(number(known[name])) for name in words if known[name] is not None]
+    facts += [known["finish_reason"]] if known["finish_reason"] else []
+    return f" ({', '.join(facts)})" if facts else ""
 
 
 def _cut(text: str) -> str:

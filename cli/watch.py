@@ -55,11 +55,11 @@ def watch_run(folder: Path) -> None:
 def _on_terminal(watch: Watch, out: Any) -> None:
     sparks = _SPARKS if out.encoding.lower().startswith("utf") else _PLAIN_SPARKS
     live = watch.look()
-    with LiveDisplay(_view(live, sparks), console=out, auto_refresh=False, vertical_overflow="crop") as display:
+    with LiveDisplay(view(live, sparks), console=out, auto_refresh=False, vertical_overflow="crop") as display:
         while live.status["state"] == "running":
             time.sleep(EVERY)
             live = watch.look()
-            display.update(_view(live, sparks), refresh=True)
+            display.update(view(live, sparks), refresh=True)
     for line in _ending(live):
         say(line)
 
@@ -67,7 +67,8 @@ def _on_terminal(watch: Watch, out: Any) -> None:
 # --- the view -----------------------------------------------------------------------------------------------------
 
 
-def _view(live: Live, sparks: str) -> Group:
+def view(live: Live, sparks: str = _SPARKS) -> Group:
+    """What a terminal shows of a run at a moment: at most 80 columns, with the numbers and texts of its files."""
     status = live.status
     parts: list[Any] = [
         _line(f"{status['run']}: {status['state']}, {status['done']} of {status['stages']} stages"),

@@ -146,6 +146,7 @@ class Estimator:
             work=self.machine.mine_seconds * counts.pool_responses,
             disk=_PAIR_BYTES * counts.mined + _MINING_JSON,
             memory=self.machine.base_memory + 64 * counts.pool_responses,
+            has_process=False,
             counts={"responses": counts.pool_responses, "pairs": counts.mined},
         )
 
@@ -180,7 +181,8 @@ class Estimator:
         pairs = min(config.report.pairs, counts.pairs)
         disk = _DISTRIBUTIONS_JSON + pairs * config.generate.samples * self.costs.generate.bytes_per_response
         if not (pairs and config.report.token_credit):
-            return Estimate(work=work, disk=disk, memory=self.machine.base_memory, counts={"pairs": pairs})
+            memory = self.machine.base_memory
+            return Estimate(work=work, disk=disk, memory=memory, has_process=False, counts={"pairs": pairs})
         tokens = counts.pair_tokens * pairs
         formula = score_memory([self.policy, self.reference], config, self.machine.dtype, self.machine.cuda)
         return Estimate(
@@ -347,8 +349,8 @@ class Estimator:
         tasks = [] if check is None else [Task(0.0, check, prepares=True)]
         for name, stage in stages.items():
             kind = name.rpartition("/")[2]
-            prepares = kind != "mine" and name != f"round-{len(rounds):02d}/evaluate"
-            startup = None if kind == "mine" else self.costs.startup[_SAME_IMPORTS.get(kind, kind)]
+            prepares = stage.has_process and name != f"round-{len(rounds):02d}/evaluate"
+            startup = self.costs.startup[_SAME_IMPORTS.get(kind, kind)] if stage.has_process else None
             tasks.append(Task(startup, stage.work + stage.load, prepares))
         alone = self.costs.source == "calibration" and not self.machine.cuda
         times = timeline(tasks, shared_speed(self.machine.cores) if alone else 1.0)

@@ -26,6 +26,8 @@ class Estimate:
     """Bytes that it can do with; None: its peak."""
     remedy: Callable[[int], str] | None = None
     """What to set if fewer bytes than these are free; None: the stage's remedy (stages/registry.py)."""
+    has_process: bool = True
+    """Whether it has a process of its own, which is started ahead."""
     devices: int = 0
     """GPUs in use."""
     counts: dict[str, Any] = field(default_factory=dict)

@@ -198,7 +198,7 @@ class Run:
         self.report("note", text=f"{name} is made again{first}, because of: {why or 'the way its key is made'}")
 
     def _work(self, job: Job, folder: Path, is_last: bool, following: str | None) -> StageResult:
-        if not stage_of(job).has_process:
+        if not (stage_of(job).has_process and job.needs_process):
             return job.run(self.report)
         return self.spawn(job, folder, is_last=is_last, following=following)
 

@@ -132,25 +132,30 @@ def run_round(
     )
     mined = run.run_stage(number, mine_job)
     replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)
-    replayed = run.run_stage(number, replay_job)
-    training_set, training_set_key = replayed.files[0]
+    following = "inspect" if config.report.pairs and config.report.token_credit else "train"
+    replayed = run.run_stage(number, replay_job, following=following)
     inspect_job = _inspect_job(run, number, pool, mine_job, mined.files[0], replayed.files[0], policy, reference)
     run.run_stage(number, inspect_job)
-    train_job = TrainJob(
-        config=_told_by_trl(config.train),
-        models=config.model,
-        policy=policy,
-        training_set=training_set,
-        training_set_key=training_set_key,
-        out=base / "train",
-        beta=config.beta,
-        seed=seed_for(config.seed, number, "train"),
-        devices=config.devices,
-    )
+    train_job = _train_job(run, number, policy, replayed.files[0])
     if not run.is_recorded(number, train_job):
         before_training()
     run.run_stage(number, train_job)
     return train_job.target
+
+
+def _train_job(run: Run, number: int, policy: Path, training_set: StageFile) -> TrainJob:
+    config = run.config
+    return TrainJob(
+        config=_told_by_trl(config.train),
+        models=config.model,
+        policy=policy,
+        training_set=training_set[0],
+        training_set_key=training_set[1],
+        out=run.round_folder(number) / "train",
+        beta=config.beta,
+        seed=seed_for(config.seed, number, "train"),
+        devices=config.devices,
+    )
 
 
 def _shards(result: StageResult) -> list[StageFile]:

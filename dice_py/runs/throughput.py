@@ -159,6 +159,11 @@ class _StageRun:
         self.events: list[Event] = []
 
     @property
+    def had_process(self) -> bool:
+        """False where this process did the work: nothing of it needed a model."""
+        return any(event["event"] == "process" for event in self.events)
+
+    @property
     def seconds(self) -> dict[str, float]:
         """`spawn`, `import`, `load`, `work` and `total` of its one process."""
         processes = [event["seconds"] for event in self.events if event["event"] == "process"]
@@ -371,7 +376,11 @@ def _startup(rounds: _Rounds) -> dict[str, float] | None:
     A process is started together with the stage before its own. Where no stage waited for it, that stage's length is
     an upper bound. None where no stage waited for any process.
     """
-    in_order = [(stage, stages[stage]) for stages in rounds.values() for stage in _WITH_PROCESS]
+    in_order = [
+        (stage, stages[stage]) for stages in rounds.values() for stage in _WITH_PROCESS if stages[stage].had_process
+    ]
+    if not in_order:
+        return None
     waited: dict[str, list[float]] = {}
     bounds: dict[str, float] = {}
     first = in_order[0][1].seconds

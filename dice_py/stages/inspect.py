@@ -75,6 +75,11 @@ class InspectJob(Job):
     round_number: int
 
     @property
+    def needs_process(self) -> bool:
+        """Only credits need models."""
+        return bool(self.config.pairs and self.config.token_credit)
+
+    @property
     def distributions_file(self) -> Path:
         """What mining did to lengths and margins, as JSON."""
         return self.out / "distributions.json"

@@ -60,6 +60,11 @@ class Job(ABC):
             DamagedError: an artifact that it reads is not as it was written.
         """
 
+    @property
+    def needs_process(self) -> bool:
+        """Whether the work is for a process of its own, where its stage has one: it holds a model."""
+        return True
+
     def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
         """Those files and model folders of an earlier run of this job that are missing or not as they were written.
 

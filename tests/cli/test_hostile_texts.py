@@ -98,6 +98,8 @@ def test_plain_text_stays_as_it_is() -> None:
         ("status", "{}"),
         ("status", "{}", "--verify"),
         ("status", "{}", "--profile"),
+        ("samples", "{}", "--source", "{}"),
+        ("inspect", "{}", "--policy", "./{}", "--reference", "./{}", "-o", "{}.html"),
         ("generate", "--policy", "./{}", "--prompts", "{}", "-o", "out"),
         ("score", "{}", "--policy", "./{}", "--reference", "./{}", "-o", "out"),
         ("replay", "--policy", "./{}", "--replay", "{}", "-o", "out"),

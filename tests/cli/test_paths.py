@@ -32,6 +32,7 @@ INPUTS = {
     "run's pairs": ("run", *MODELS, "--prompts", "p.jsonl", "--replay", "{}", "--run-dir", "out"),
     "plan": ("plan", *MODELS, "--prompts", "{}", "--set", "replay.gamma=0"),
     "mine": ("mine", "{}", "-o", "pairs.parquet"),
+    "inspect": ("inspect", "{}", "-o", "page.html"),
 }  # fmt: skip
 """Commands; {} is the file in question."""
 

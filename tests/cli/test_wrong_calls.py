@@ -50,6 +50,8 @@ def test_a_wrong_config_starts_nothing(refused, arguments: tuple[str, ...], said
         ("train", "--policy", "p", "--training-set", "x.parquet", "-o", "out"),
         ("evaluate", "--policy", "p", "--start", "p", "--reference", "p", "--prompts", "x.jsonl", "-o", "out"),
         ("mine", "x.parquet", "-o", "out"),
+        ("inspect", "x.jsonl"),
+        ("samples", "runs/x"),
         ("run",),
         ("plan",),
     ],

@@ -226,7 +226,7 @@ def made_run(folder: Path, remembering: dict[str, Any], **changes: Any) -> Path:
         if stage == "score":
             shard = {"file": "f", "sequences": 2 * count, "tokens": 20 * count, "seconds": 0.3}
             events.append({"time": now, "event": "throughput", "stage": stage, **shard})
-        if stage in PARTS:
+        if stage in PARTS and stage not in changes.get("inline", ()):
             parts = dict(zip(("spawn", "import", "load", "work"), PARTS[stage], strict=True))
             work = f"dice_py.{stage}:{stage}"
             events.append({"time": now + seconds, "event": "process", "work": work, "seconds": parts})
@@ -263,6 +263,14 @@ def test_a_run_leaves_its_costs(remembering: dict[str, Any], tmp_path: Path) -> 
     # The next plan measures nothing.
     planned = plan(config, tmp_path / "next")
     assert [planned["calibration"]["of"], remembering["calls"]] == ["run", [("probe", "nothing")]]
+
+
+def test_a_stage_without_a_process_is_no_stage_that_one_waits_for(remembering: dict[str, Any], tmp_path: Path) -> None:
+    """As the stage inspect is with report.token_credit=false: training's process is started with replay."""
+    assert remember_run(made_run(tmp_path / "run", remembering, inline=("inspect",))) is True
+    costs = recall_costs(costs_key(remembering["config"], remembering["inputs"].policy, "transformers"))
+    assert costs is not None
+    assert costs.startup["train"] == pytest.approx(2.0 + 2.0 + 2.0)
 
 
 def test_a_step_has_no_more_pairs_than_the_training_set(remembering: dict[str, Any], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from dice_py.reporting.tracking.session import Tracked
 from dice_py.runs import loop
 from dice_py.runs.folder import Run
 from dice_py.stages.evaluate import EvaluateJob
+from dice_py.stages.inspect import InspectJob
 from dice_py.stages.job import Job, StageResult
 from dice_py.stages.train import TrainJob
 from dice_py.storage.files import write_sealed
@@ -80,6 +81,10 @@ class Tried:
         spawn = Run.spawn
 
         def spawn_and_log(run: Run, job: Job, folder: Path, **options: Any) -> StageResult:
+            if isinstance(job, InspectJob):
+                result = spawn(run, job, folder, **options)
+                write_parquet(job.pairs_file, inspected(list(TEXTS)), key=job.key())
+                return StageResult(result.files, {"pairs": 5})
             if not isinstance(job, TrainJob):
                 return spawn(run, job, folder, **options)
             assert job.config.report_to == []
@@ -89,9 +94,6 @@ class Tried:
                 log.add({"loss": job.config.learning_rate, "rewards/margins": float(step), "epoch": 1.0, "step": step})
                 if self.stops_in is not None and job.out.parent.name == f"round-{self.stops_in:02d}" and step == 2:
                     raise KeyboardInterrupt
-            # As the stage that keeps pairs to look at reports it.
-            write_parquet(run.folder / "round-01/inspect/pairs.parquet", inspected(list(TEXTS)), key="inspected")
-            run.report("stage", stage="round-01/inspect", status="done", seconds=0.5, counts={"pairs": 5})
             result = spawn(run, job, folder, **options)
             return StageResult(result.files, {"steps": STEPS, "saved_dtype": "float32"})
 
@@ -187,7 +189,8 @@ def test_trackio_has_the_same_in_one_run(tried: Tried) -> None:
         (STEPS, 0.25),
         (2 * STEPS, 0.25),
     ]
-    (table,) = [log["samples"]["_value"] for log in logs if "samples" in log]
+    assert [log["step"] for log in logs if "samples" in log] == [0, STEPS]
+    table = next(log["samples"]["_value"] for log in logs if "samples" in log)
     assert [row["pair"] for row in table] == [f"r01-mined-{number}" for number in range(len(TEXTS))]
     assert not obeyed(json.dumps(table, ensure_ascii=False))
     assert "<script>" not in json.dumps(table)

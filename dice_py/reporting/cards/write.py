@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
+import pyarrow.parquet as pq
 
 from dice_py.events import Report
 from dice_py.reporting.cards import facts
@@ -19,6 +19,7 @@ from dice_py.reporting.cards.facts import RunFacts, safe
 from dice_py.runs.stored_config import stored_config
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, write_sealed_text
+from dice_py.storage.parquet import read_parquet
 
 CARD = "README.md"
 
@@ -30,6 +31,7 @@ _OURS = (
     "`dice` wrote this file, and writes it anew when what it says changes. Edit it, and it is yours: it stays as it is."
 )
 _METHODS = {"dpo": "DPO (Direct Preference Optimization)"}
+_LABEL = "a label of mining; null for replayed pairs"
 _WHAT = {
     "prompt": "the messages that were asked",
     "chosen": "the response that is preferred, as messages",
@@ -122,8 +124,8 @@ def dataset_card(run: RunFacts, name: str, folder: Path) -> str:
     from huggingface_hub import DatasetCard, DatasetCardData
 
     file = folder / "training_set.parquet"
-    schema = pl.read_parquet_schema(file)
-    sources = pl.scan_parquet(file).group_by("source").len().sort("source").collect()
+    schema = pq.read_schema(file.absolute())
+    sources = read_parquet(file, ["source"]).group_by("source").len().sort("source")
     (made,) = run.stage(name, "replay")["files"]
     data = DatasetCardData(
         task_categories=["text-generation"],
@@ -139,12 +141,7 @@ def dataset_card(run: RunFacts, name: str, folder: Path) -> str:
         model=f"{name}/train/model",
         pairs=facts.pairs_text(run, name),
         columns=[
-            {
-                "name": column,
-                "type": str(dtype),
-                "what": _WHAT.get(column, "a label of mining; null for replayed pairs"),
-            }
-            for column, dtype in schema.items()
+            {"name": column.name, "type": str(column.type), "what": _WHAT.get(column.name, _LABEL)} for column in schema
         ],
         sources=[{"name": safe(source), "pairs": f"{count:,}"} for source, count in sources.iter_rows()],
         digest=safe(made.get("digest")),

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from polars.exceptions import PolarsError
 
+from dice_py.errors import DataError
 from dice_py.reporting.foreign_text import markdown_text, visible
 from dice_py.runs.event_log import Event, EventTail
 from dice_py.storage.files import Manifest
+from dice_py.storage.parquet import read_parquet
 from dice_py.storage.schemas import INSPECTED_PAIRS
 from dice_py.training.log import read_training_log
 
@@ -157,19 +158,16 @@ def _is_number(value: Any) -> bool:
 def sample_table(file: Path) -> list[Row]:
     """A handful of a round's inspected pairs, over all of the file, with texts cut; none without the file."""
     try:
-        frame = pl.read_parquet(file, columns=INSPECTED_PAIRS.names()[:14])
-    except (OSError, PolarsError):
+        frame = read_parquet(file, INSPECTED_PAIRS.names()[:14])
+    except (OSError, DataError, PolarsError):
         return []
     every = max(1, frame.height // _SAMPLE_PAIRS)
     rows = []
     for pair in frame.gather_every(every).head(_SAMPLE_PAIRS).iter_rows(named=True):
-        texts = {name: markdown_text(_text_of(pair[name]), _SAMPLE_TEXT) for name in ("prompt", "chosen", "rejected")}
+        texts = {"pair": pair["pair_id"] or "", "source": pair["source"] or ""}
+        texts |= {name: _text_of(pair[name]) for name in ("prompt", "chosen", "rejected")}
         rewards = {name: pair[name] for name in ("chosen_reward", "rejected_reward") if _is_number(pair[name])}
-        named = {
-            "pair": markdown_text(pair["pair_id"] or "", _SAMPLE_TEXT),
-            "source": markdown_text(pair["source"] or "", _SAMPLE_TEXT),
-        }
-        rows.append({**named, **texts, **rewards})
+        rows.append({name: markdown_text(text, _SAMPLE_TEXT) for name, text in texts.items()} | rewards)
     return rows
 
 

@@ -41,6 +41,7 @@ class Tracked:
         self._report = report
         self._begun = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._listener: threading.Thread | None = None
         self._problems: deque[str] = deque()
         self._set: list[str] = []
 
@@ -92,7 +93,8 @@ class Tracked:
                 env=tracker_environment(self._folder),
                 start_new_session=True,  # Ctrl-C stops the run, whose last records are still to be told
             )
-        threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
+        self._listener.start()
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -119,6 +121,8 @@ class Tracked:
                 self._process.kill()
                 self._process.wait()
                 self._problems.append(f"train.report_to: the trackers took over {_PATIENCE:.0f} s, and were stopped")
+        if self._listener is not None:
+            self._listener.join(_PATIENCE)
         self._pass_problems()
 
 
