@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.options import DEFAULT_RUNS, Json
-from cli.output import print_json
+from cli.output import pages, print_json
 from cli.terminal import say
 
 
@@ -29,13 +29,12 @@ def demo(
     from dice_py.demo.model import demo_model
     from dice_py.demo.run import demo_config
     from dice_py.demo.summary import result_lines, summary
-    from dice_py.reporting.html import write_report
     from dice_py.runs.loop import run
 
     config = demo_config(model or str(demo_model()))
     with Display() as display:
         display.line(f"run folder: {run_dir}")
-        run(config, run_dir, display, after_round=write_report)
+        run(config, run_dir, display, after_round=pages(display))
     results = summary(run_dir)
     if as_json:
         print_json(results)

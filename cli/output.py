@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,21 @@ if TYPE_CHECKING:
     from dice_py.config.rounds import WarningsConfig
     from dice_py.config.run import RunConfig
     from dice_py.config.shared import ModelConfig
+    from dice_py.events import Report
     from dice_py.runs.warnings import StageWarning
     from dice_py.stages.job import Job, StageResult
+
+
+def pages(report: Report) -> Callable[[Path], None]:
+    """What a run writes for people to read: its report, and the cards of what its rounds have made."""
+    from dice_py.reporting.cards.write import write_cards
+    from dice_py.reporting.html import write_report
+
+    def write(folder: Path) -> None:
+        write_report(folder)
+        write_cards(folder, report)
+
+    return write
 
 
 def print_json(value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +24,10 @@ from cli.options import (
     Sft,
     run_config,
 )
-from cli.output import print_json
+from cli.output import pages, print_json
 from cli.plan import show_plan
 from cli.terminal import say
 from dice_py.errors import DataError, UsageError
-from dice_py.events import Report
 
 
 def run(
@@ -65,7 +63,7 @@ def run(
     folder = run_dir or new_run_folder(DEFAULT_RUNS)
     with Display() as display, Tracked(folder, display) as report:
         display.line(f"run folder: {folder}")
-        metrics = run_rounds(resolved, folder, report, after_round=_pages(display), force=force)
+        metrics = run_rounds(resolved, folder, report, after_round=pages(display), force=force)
     _finish(folder, metrics, as_json)
 
 
@@ -87,20 +85,8 @@ def resume(
     from dice_py.runs.loop import resume as resume_rounds
 
     with Display() as display, Tracked(folder, display) as report:
-        metrics = resume_rounds(folder, report, assignments=assign or [], after_round=_pages(display), force=force)
+        metrics = resume_rounds(folder, report, assignments=assign or [], after_round=pages(display), force=force)
     _finish(folder, metrics, as_json)
-
-
-def _pages(report: Report) -> Callable[[Path], None]:
-    """What is written after each round, for people to read."""
-    from dice_py.reporting.cards.write import write_cards
-    from dice_py.reporting.html import write_report
-
-    def write(folder: Path) -> None:
-        write_report(folder)
-        write_cards(folder, report)
-
-    return write
 
 
 def _finish(folder: Path, metrics: dict[str, Any], as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,17 @@ def test_without_an_address_space_the_page_has_its_tables(copy: Path, monkeypatc
     assert page.plots() == {}
     (said,) = page.items("missing")
     assert said.startswith("plots are left out: drawing them reserves 128 GiB")
+    assert "on held-out prompts and pairs" in page.captions()
+
+
+def test_without_the_libraries_of_plots_the_page_has_its_tables(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("altair", "vl_convert"):
+        monkeypatch.setitem(sys.modules, name, None)  # the import fails
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    page = Page(write_report(copy))
+    assert page.plots() == {}
+    (said,) = page.items("missing")
+    assert said.startswith("plots are left out, since altair and vl_convert cannot be imported")
     assert "on held-out prompts and pairs" in page.captions()
 
 

@@ -17,6 +17,7 @@ from dice_py.config.run import RunConfig
 from dice_py.config.training import LoraConfig
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.models.identity import model_identity
+from dice_py.reporting.cards.write import write_cards
 from dice_py.reporting.html import write_report
 from dice_py.runs.loop import resume, run
 from dice_py.runs.status import kept_policy, run_status
@@ -130,6 +131,21 @@ def test_it_is_whole_and_a_resume_keeps_it(
     for path in copy.rglob("*.damaged*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert_same_results(copy, folder)
+
+
+def test_the_card_of_the_model_that_was_evaluated_has_the_metrics(
+    complete: tuple[Path, Events, dict[str, Any]], tmp_path: Path
+) -> None:
+    copy, events = copy_of(complete[0], tmp_path), Events()
+    write_cards(copy, events)
+    assert events.events == []
+    for number in (1, 2):
+        trained, policy = copy / f"round-{number:02d}" / "train" / "model", policy_of(copy, number)
+        assert "| mean response chars | " in (policy / "README.md").read_text(encoding="utf-8")
+        if policy != trained:
+            assert "was not evaluated" in (trained / "README.md").read_text(encoding="utf-8")
+            assert "(ExPO, α = " in (policy / "README.md").read_text(encoding="utf-8")
+    assert verify_run(copy)["damaged"] == []
 
 
 def test_adapters_are_verified_and_may_be_deleted(

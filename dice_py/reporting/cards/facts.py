@@ -67,7 +67,8 @@ def rounds_of(run: RunFacts) -> list[str]:
 
 def models_of(run: RunFacts, name: str) -> list[Path]:
     """The model folders that a round has made: the trained one, and one that was extrapolated from it."""
-    folders = [run.folder / name / stage / "model" for stage in ("train", "extrapolate")]
+    made = [run.folder / file["file"] for file in run.stage(name, "extrapolate").get("files", [])]
+    folders = [run.folder / name / "train" / "model", *(path for path in made if path.suffix != ".json")]
     return [folder for folder in folders if read_stamp(folder) is not None]
 
 

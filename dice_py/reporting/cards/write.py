@@ -93,13 +93,15 @@ def model_card(run: RunFacts, name: str, model: Path) -> str:
         **further,
     )
     rows, notes = facts.metrics_of(run, name) if _is_kept(run, name, model) else ([], [])
-    method = run.config.train.method
+    method = _METHODS.get(run.config.train.method, f"the method {run.config.train.method}")
+    if model != run.folder / name / "train" / "model":
+        method += f", and by carrying its change on (ExPO, α = {run.counts(name, 'extrapolate').get('alpha')})"
     return _rendered(
         ModelCard,
         data,
         "model_card.md.j2",
         title=safe(f"{run.folder.resolve().name}, {name}"),
-        method=safe(_METHODS.get(method, f"the method {method}")),
+        method=safe(method),
         round=int(name.removeprefix("round-")),
         parents=facts.parents(run, name, model),
         identity=facts.identity_of(model),

@@ -124,7 +124,7 @@ class Follower:
         ]
 
     def _step_before(self, round_name: str) -> int:
-        return sum(steps for name, steps in self._steps.items() if name < round_name)
+        return sum(steps for name, steps in self._steps.items() if (len(name), name) < (len(round_name), round_name))
 
     def _key(self, name: str) -> str:
         return str((Manifest(self._folder / "manifest.json").stage(name) or {}).get("key"))
