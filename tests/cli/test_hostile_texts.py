@@ -98,6 +98,7 @@ def test_plain_text_stays_as_it_is() -> None:
         ("status", "{}"),
         ("status", "{}", "--verify"),
         ("status", "{}", "--profile"),
+        ("report", "{}", "-o", "{}"),
         ("samples", "{}", "--source", "{}"),
         ("inspect", "{}", "--policy", "./{}", "--reference", "./{}", "-o", "{}.html"),
         ("generate", "--policy", "./{}", "--prompts", "{}", "-o", "out"),

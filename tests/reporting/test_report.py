@@ -23,6 +23,7 @@ from dice_py.reporting.sections import mining
 from dice_py.reporting.stored_run import read_run
 from dice_py.runs.stored_config import stored_config
 from dice_py.storage.files import Manifest, read_json
+from dice_py.storage.lock import exclusive_lock
 
 ROUNDS = ("round-01", "round-02")
 GAP = "Length gap of the best and the worst response, |best| − |worst|, against α"
@@ -245,6 +246,18 @@ def test_a_stopped_run(copy: Path) -> None:
     steps = [text(item) for item in page.all("ol", "stages")[1].iter("li")]
     assert [step for step in steps if "1 min 30 s" not in step] == ["train stopped", "evaluate to do"]
     assert page.items("missing") == []
+
+
+def test_a_run_in_progress(copy: Path) -> None:
+    without_stage(copy, "round-02/evaluate")
+    with exclusive_lock(copy / ".lock", wait=False):
+        page = Page(write_report(copy))
+    assert facts_of(page)["state"] == "in progress when this page was written"
+    # The run writes the page after its last stage, too, while it holds the lock.
+    shutil.rmtree(copy)
+    reported_run(copy, 1)
+    with exclusive_lock(copy / ".lock", wait=False):
+        assert facts_of(Page(write_report(copy)))["state"] == "finished"
 
 
 def test_warnings_stand_on_top(copy: Path) -> None:
