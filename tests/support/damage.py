@@ -12,8 +12,8 @@ from own_run import Events
 
 LOGS = (".jsonl", ".log")
 TIMED = (
-    *("manifest.json", "profile.json", "report.html", "train_log.json", "dice.json", "accelerate.yaml", ".lock"),
-    "adapter_config.json",
+    *("manifest.json", "profile.json", "progress.json", "report.html", "train_log.json", "dice.json"),
+    *("accelerate.yaml", ".lock", "adapter_config.json"),
 )
 """Files that hold seconds, a path of the run's folder, or the digest of one that does."""
 
