@@ -229,13 +229,14 @@ class PairList {
   }
 
   row(pair, place) {
-    const made = element("div", { className: "row", id: `pair-row-${place}`, role: "option" },
+    const made = element("div", { className: "row", id: `pair-row-${place}` },
       element("span", { className: "name" }, visible(pair.key)),
       element("span", { className: "flag" }, this.flags.has(pair) ? "⚑" : ""),
       element("span", { className: "number" }, figure(pair.margin)),
       element("span", { className: "line", dir: "auto" }, oneLine(lastTurn(pair), 90)),
       element("span", { className: "number" }, signed(lengthGap(pair, this.unit))));
     made.dataset.place = String(place);
+    made.setAttribute("role", "option");
     made.setAttribute("aria-selected", "false");
     made.setAttribute("aria-setsize", String(this.pairs.length));
     made.setAttribute("aria-posinset", String(place + 1));
