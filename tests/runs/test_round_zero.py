@@ -115,7 +115,7 @@ def test_the_rounds_go_on_from_its_policy(config: RunConfig, complete_run: Path)
 
 def test_what_shows_a_run_shows_round_zero(complete_run: Path) -> None:
     status = run_status(complete_run)
-    assert (status["state"], status["done"], status["stages"]) == ("finished", 8, 8)
+    assert (status["state"], status["done"], status["stages"]) == ("finished", 9, 9)
     assert [entry["stage"] for entry in status["entries"]] == ALL
     profiled = read_json(complete_run / "profile.json")["rounds"]
     assert [entry["round"] for entry in profiled] == ["round-00", "round-01"]
