@@ -2,7 +2,8 @@
 
 Makes the pairs of random words, with K candidates and credit of each token, writes their page, and opens it in
 Chromium. Each key is pressed many times. Measured are the milliseconds until the page has handled it, and until the
-next frame is drawn, which waits up to 17 ms for the screen. Prints a table and writes results/report_keys.json.
+next frame is drawn, which waits up to 17 ms for the screen; and those of the processor, which other work on the machine
+changes less. Prints a table and writes results/report_keys.json.
 """
 
 from __future__ import annotations
@@ -133,7 +134,19 @@ def measured(page: Path, executable: str) -> dict[str, Any]:
         window.goto(page.as_uri())
         window.locator("#pair-name").wait_for()
         opened = time.perf_counter() - began
-        ways = {name: window.evaluate(MEASURE, way) for name, way in WAYS.items()}
+        devtools = window.context.new_cdp_session(window)
+        devtools.send("Performance.enable")
+
+        def processor() -> float:
+            """Seconds of the processor that the page's process has used."""
+            metrics = devtools.send("Performance.getMetrics")["metrics"]
+            return float(next(each["value"] for each in metrics if each["name"] == "ProcessTime"))
+
+        ways, processors = {}, {}
+        for name, way in WAYS.items():
+            began = processor()
+            ways[name] = window.evaluate(MEASURE, way)
+            processors[name] = 1000 * (processor() - began) / len(ways[name])
         version = browser.version
         browser.close()
     rows = {
@@ -143,6 +156,7 @@ def measured(page: Path, executable: str) -> dict[str, Any]:
             "handled_worst_ms": max(handled for handled, _ in found),
             "drawn_median_ms": statistics.median(drawn for _, drawn in found),
             "drawn_worst_ms": max(drawn for _, drawn in found),
+            "processor_mean_ms": processors[name],
         }
         for name, found in ways.items()
     }
@@ -152,9 +166,11 @@ def measured(page: Path, executable: str) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Prints the table."""
     console = Console()
-    table = Table("key", "handled, median", "worst", "drawn, median", "worst", title="milliseconds", box=None)
+    heads = ("key", "handled, median", "worst", "drawn, median", "worst", "processor, mean")
+    table = Table(*heads, title="milliseconds", box=None)
     for name, row in result["keys"].items():
-        figures = ("handled_median_ms", "handled_worst_ms", "drawn_median_ms", "drawn_worst_ms")
+        names = ("handled_median", "handled_worst", "drawn_median", "drawn_worst", "processor_mean")
+        figures = [f"{name}_ms" for name in names]
         table.add_row(name, *(f"{row[figure]:.0f}" for figure in figures))
     console.print(table)
     console.print(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import html
+import importlib.util
 import itertools
 import json
 import resource
@@ -25,6 +26,8 @@ SERIES = tuple(f"var(--series-{number})" for number in range(1, 9))
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 _FONT = "system-ui, sans-serif"
 _DATA = "rows"
+_LIBRARIES = ("altair", "vl_convert")
+"""That an installation by hand may lack."""
 _ADDRESS_SPACE = 128 * 2**30
 """Bytes that the JavaScript engine of vl-convert reserves, and more: with less it ends the process."""
 
@@ -35,6 +38,12 @@ Chart: TypeAlias = Any
 
 def cannot_draw() -> str | None:
     """Why this process cannot draw plots; None if it can."""
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        return (
+            f"plots are left out, since {' and '.join(missing)} cannot be imported: `pip install altair "
+            "vl-convert-python`, and `dice report` draws them. The tables have their numbers"
+        )
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY or limit >= _ADDRESS_SPACE:
         return None

@@ -20,6 +20,7 @@ from dice_py.reporting.sections.mining import mined_rounds, mining_round
 from dice_py.reporting.sections.overview import overview
 from dice_py.reporting.sections.training import training
 from dice_py.reporting.stored_run import StoredRun, read_run
+from dice_py.reporting.views import NOT_OURS
 from dice_py.storage.digests import DIGEST_NAME
 from dice_py.storage.files import write_sealed_text
 
@@ -75,7 +76,7 @@ def report_page(runs: list[StoredRun], *, with_pairs: bool) -> str:
     def made(what: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
             return make(*arguments, **options)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        except NOT_OURS:
             problems.append(f"{what} cannot be shown, since a file of it is not as dice writes it")
             return None
 

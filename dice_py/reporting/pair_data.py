@@ -44,6 +44,7 @@ class _Room:
         self.limit = fair_limit(costs, room)
         self.left = room - sum(min(cost, self.limit) for cost in costs)
         self.count = 0
+        self.total = len(costs)
 
     def cut(self, text: str) -> Text:
         """The text, or a part of it."""
@@ -332,12 +333,12 @@ def _cut_to_size(pairs: list[dict[str, Any]], notes: list[str]) -> None:
     for each in others:
         each["text"] = candidates.cut(each["text"])
     for room, what in (
-        (answers, "texts of prompts, answers and labels are cut"),
-        (tokens, "answers have token credit for their first tokens only"),
-        (candidates, "texts of candidates are cut"),
+        (answers, "texts of prompts, answers and labels"),
+        (tokens, "answers' token credits"),
+        (candidates, "texts of candidates"),
     ):
         if room.count:
-            notes.append(f"{room.count:,} {what}, so that the page stays small.")
+            notes.append(f"Cut so that the page stays small: {room.count:,} of {room.total:,} {what}.")
 
 
 def _all_turns(pair: dict[str, Any]) -> list[list[Any]]:

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
+NOT_OURS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""Errors of reading an artifact that is whole, but whose content dice did not write."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table; the first cell of each row is its heading."""

@@ -59,7 +59,8 @@ def draw_round(
         .select("source", *(pl.col(f"{side}_ids").list.len().alias(f"{side}_tokens") for side in SIDES))
         .with_row_index(_ROW)
         .filter(pl.col("source") != "mined")
-        .collect()
+        .collect(engine="streaming")  # the token ids of all pairs are never in memory
+        .sort(_ROW)
     )
     pairs = pl.concat([of_mined, replayed.drop(_ROW)], how="vertical_relaxed")
     drawn = draw_pairs(pairs, count, seed)

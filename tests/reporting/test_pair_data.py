@@ -126,16 +126,16 @@ def test_the_page_is_bounded_and_says_what_is_cut(room: int, monkeypatch: pytest
     notes = " ".join(data["notes"])
     assert notes.endswith("The complete texts are in pairs.parquet.")
     cut = [each for pair in data["pairs"] for each in pair["candidates"] if isinstance(each["text"], list)]
-    assert f"{len(cut)} texts of candidates are cut" in notes
+    assert f"{len(cut)} of 36 texts of candidates." in notes
     answers = [turn for pair in data["pairs"] for turn in pair["chosen"]["turns"] + pair["rejected"]["turns"]]
     cut_answers = [turn for turn in answers if isinstance(turn[1], list)]
     # Candidates are cut first, then credit, and prompts and answers last.
-    assert bool(cut_answers) == ("prompts, answers and labels are cut" in notes) == (room <= 20_000)
+    assert bool(cut_answers) == ("texts of prompts, answers and labels" in notes) == (room <= 20_000)
     shortened = [
         pair[side]["credit"] for pair in data["pairs"] for side in ("chosen", "rejected")
         if len(pair[side]["credit"]["texts"]) < pair[side]["credit"]["count"]
     ]  # fmt: skip
-    assert (f"{len(shortened)} answers have token credit for their first tokens only" in notes) == bool(shortened)
+    assert (f"{len(shortened)} of 48 answers' token credits" in notes) == bool(shortened)
     assert bool(shortened) == (room <= 60_000)
     for credit in shortened:
         assert len(credit["texts"]) == len(credit["credits"]) == len(credit["logps"]) == len(credit["ref_logps"])
@@ -153,7 +153,7 @@ def test_one_long_answer_does_not_cut_the_others(monkeypatch: pytest.MonkeyPatch
     texts = {pair["key"]: pair["chosen"]["turns"][0][1] for pair in data["pairs"]}
     cut = {key: text[1] for key, text in texts.items() if not isinstance(text, str)}
     assert cut == {rows[0]["pair_id"]: 5 * 200_000}
-    assert data["notes"][0] == "1 texts of prompts, answers and labels are cut, so that the page stays small."
+    assert data["notes"][0] == "Cut so that the page stays small: 1 of 66 texts of prompts, answers and labels."
 
 
 def test_many_candidates_and_turns_are_bounded() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ from dice_py.config.loading import resolve
 from dice_py.reporting.foreign_text import visible
 from dice_py.reporting.formatting import evaluation_rows, mining_rows
 from dice_py.reporting.html import is_report, write_comparison, write_report
+from dice_py.reporting.sections import mining
+from dice_py.reporting.stored_run import read_run
 from dice_py.runs.stored_config import stored_config
 from dice_py.storage.files import Manifest, read_json
+
+ROUNDS = ("round-01", "round-02")
+GAP = "Length gap of the best and the worst response, |best| − |worst|, against α"
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +113,15 @@ def test_the_evaluation(page: Page) -> None:
 
 
 def test_the_mining_of_a_round(run: Path, page: Page) -> None:
-    mining = read_json(run / "round-01/mine/mining.json")
+    stored = read_json(run / "round-01/mine/mining.json")
     shown = [table for table in page.all("table") if text(table.find("caption")) == "mine (lengths in tokens)"]
     assert len(shown) == 2
     rows = [[text(cell) for cell in row] for row in shown[0].iter("tr")]
-    assert rows == mining_rows(mining)
+    assert rows == mining_rows(stored)
     found = read_json(run / "round-01/inspect/distributions.json")
     plots = page.plots("mining-round-01")
-    gap = plots["Length gap of the best and the worst response, |best| − |worst|, against α"]
-    assert gap.startswith(f"Mean length gap against α. mine: from {mining['curve']['mean_length_gap'][0]:.4g} at α = 0")
+    gap = plots[GAP]
+    assert gap.startswith(f"Mean length gap against α. mine: from {stored['curve']['mean_length_gap'][0]:.4g} at α = 0")
     assert "usable responses; least squares" in plots["Reward against length"]
     chosen, rejected = (found["lengths"][f"{side}_after"]["mean"] for side in ("chosen", "rejected"))
     assert f"Means: chosen {chosen:.4g}, rejected {rejected:.4g}." in plots["Lengths of the mined pairs"]
@@ -216,6 +222,16 @@ def test_a_page_says_what_is_missing(copy: Path, what: str) -> None:
     assert page.captions()
 
 
+def test_other_distributions_do_not_hide_the_mining(copy: Path) -> None:
+    for content in ({}, {"margins": 1}, {"reward_length": {"counts": [[1, 2, 3]]}, "variants": []}):
+        (copy / "round-01/inspect/distributions.json").write_text(json.dumps(content))
+        page = Page(write_report(copy))
+        said = "mine: round-01/inspect/distributions.json cannot be shown: it is not as dice writes it."
+        assert said in map(text, page.all("p", "note"))
+        assert list(page.plots("mining-round-01")) == [GAP]
+        assert "Reward against length" in page.plots("mining-round-02")
+
+
 def test_a_stopped_run(copy: Path) -> None:
     manifest = Manifest(copy / "manifest.json")
     manifest.data["stages"]["round-02/train"] |= {"status": "running", "seconds": None}
@@ -250,6 +266,17 @@ def test_without_an_address_space_the_page_has_its_tables(copy: Path, monkeypatc
     assert "on held-out prompts and pairs" in page.captions()
 
 
+def test_without_the_libraries_of_plots_the_page_has_its_tables(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("altair", "vl_convert"):
+        monkeypatch.setitem(sys.modules, name, None)  # the import fails
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    page = Page(write_report(copy))
+    assert page.plots() == {}
+    (said,) = page.items("missing")
+    assert said.startswith("plots are left out, since altair and vl_convert cannot be imported")
+    assert "on held-out prompts and pairs" in page.captions()
+
+
 # --- several runs -----------------------------------------------------------------------------------------------
 
 
@@ -267,12 +294,25 @@ def test_runs_side_by_side(compared: Page) -> None:
     assert heads == ["mine, round-01", "mine, round-02", "other, round-01"]
     plots = compared.plots() | compared.plots("mining-round-01")
     assert "mine: 0.52 after round 1, 0.54 after round 2; other: 0.52 after round 1" in plots["oracle win rate"]
-    assert "mine: from" in plots["Length gap of the best and the worst response, |best| − |worst|, against α"]
+    assert "mine: from" in plots[GAP]
     assert "Reward against length, mine" in plots
     assert "Reward against length, other" in plots
     assert "other, round 1: 0.7 to 0.63" in plots["Loss"]
     legends = [text(label) for svg in compared.all("svg") for label in svg.iter("text")]
     assert {"mine", "other"} <= set(legends)
+
+
+def test_histograms_are_drawn_of_as_many_rounds_as_a_page_holds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mining.charts, "svg", lambda *_: "")
+    one = read_run(run, "one")
+    titles = [[figure.title for figure in mining.mining_round([one], name, draws=True)["figures"]] for name in ROUNDS]
+    assert titles[0] == titles[1]
+    assert "Reward against length" in titles[0]
+    first, last = (mining.mining_round([one] * 15, name, draws=True) for name in ROUNDS)
+    assert [figure.title for figure in first["figures"] if figure.title.startswith("Reward")] == []
+    assert first["notes"] == ["Histograms are drawn of the last rounds only, so that the page stays small."]
+    assert len([figure for figure in last["figures"] if figure.title.startswith("Reward")]) == 15
+    assert last["notes"] == []
 
 
 # --- hostile texts ----------------------------------------------------------------------------------------------

@@ -85,8 +85,10 @@ def _models(run: StoredRun) -> Table:
 
 
 def _data(run: StoredRun) -> Table:
+    # Of rounds that are not shown, other settings have left their prompts.
+    shown = ("inputs", "buffer", *(each.name for each in run.rounds))
     others = run.data.get("others", {})
-    rows = [[str(name), str(digest or "–")] for name, digest in others.items()]
+    rows = [[name, str(digest or "–")] for name, digest in others.items() if name.partition("/")[0] in shown]
     return Table("data, with digests (xxh3-128)", ["file of the run", "digest"], rows or [["not known", ""]])
 
 

@@ -10,10 +10,11 @@ from dice_py.reporting import charts
 from dice_py.reporting.charts import Row
 from dice_py.reporting.formatting import mining_rows, number, share
 from dice_py.reporting.stored_run import StoredRound, StoredRun
-from dice_py.reporting.views import Figure, Table
+from dice_py.reporting.views import NOT_OURS, Figure, Table
 
-_FINE_ROUNDS = 6
-"""Up to this many rounds on a page, histograms in two dimensions have their finest bins."""
+_FINE_ROUNDS, _MOST_ROUNDS = 6, 20
+"""Rounds, of all runs together, up to which histograms in two dimensions have their finest bins; and up to which
+histograms are drawn of all rounds. Of more they are drawn of the last ones: the page stays small."""
 _REASONS = {
     "null": "no reward or no length",
     "not_finite": "the reward is not finite",
@@ -36,33 +37,42 @@ def mined_rounds(runs: list[StoredRun]) -> list[str]:
 
 
 def mining_round(runs: list[StoredRun], name: str, *, draws: bool) -> dict[str, Any]:
-    """`figures` and `tables` of one round.
+    """`figures` and `tables` of one round, and `notes` on what is not drawn.
 
     Args:
         runs: those that are compared; each that has the round is a series.
         draws: whether plots are drawn.
 
     Raises:
-        LookupError, TypeError, ValueError, AttributeError: an artifact is not as dice writes it.
+        LookupError, TypeError, ValueError, AttributeError, ArithmeticError: a mining.json is not as dice writes it.
     """
-    of_round = [(run.name, each) for run in runs for each in run.rounds if each.name == name]
-    mined = [(label, each) for label, each in of_round if each.mining is not None]
-    tables = [_summary(mined)]
-    figures = _gap_curves(mined) if draws else []
+    mined = [(run.name, each) for run in runs for each in run.rounds if each.name == name and each.mining is not None]
+    names = mined_rounds(runs)
+    is_drawn = name in names[-max(1, _MOST_ROUNDS // len(runs)) :]
+    tables, figures, notes = [_summary(mined)], _gap_curves(mined) if draws else [], []
+    if not is_drawn:
+        notes.append("Histograms are drawn of the last rounds only, so that the page stays small.")
+    whole = []
     for label, each in mined:
         of = f", {label}" if len(runs) > 1 else ""
-        assert each.mining is not None
-        tables.append(_dropped(each.mining, of))
-        if each.distributions is not None:
-            coarse = len(runs) * len(mined_rounds(runs)) > _FINE_ROUNDS
-            figures += _distributions(each, of, coarse) if draws else []
+        tables.append(_dropped(each.mining or {}, of))
+        if each.distributions is None:
+            continue
+        try:
+            coarse = len(runs) * len(names) > _FINE_ROUNDS
+            drawn = _distributions(each, of, coarse) if draws and is_drawn else []
             tables.append(_variants(each.distributions, of))
-    with_margins = [(label, each) for label, each in mined if each.distributions is not None]
-    return {"name": name, "figures": figures + (_margins(with_margins) if draws else []), "tables": tables}
+            _margins([(label, each)], draws=False)  # fails now, alone, and not later with those of all runs
+        except NOT_OURS:
+            notes.append(f"{label}: {name}/inspect/distributions.json cannot be shown: it is not as dice writes it.")
+            continue
+        figures += drawn
+        whole.append((label, each))
+    return {"name": name, "figures": figures + _margins(whole, draws=draws), "tables": tables, "notes": notes}
 
 
 def _summary(mined: list[tuple[str, StoredRound]]) -> Table:
-    """Today's rows of mining, a column for each run."""
+    """The rows of mining, a column for each run."""
     columns = [dict(mining_rows(each.mining or {})) for _, each in mined]
     names = list(dict.fromkeys(name for column in columns for name in column))
     lengths = " or ".join(dict.fromkeys(str((each.mining or {})["length"]) for _, each in mined))
@@ -319,7 +329,7 @@ def _mean_rewards(plane: dict[str, Any]) -> Table:
     return Table("numbers, in wider bins", ["length from … to below", "responses", "mean reward (of bins)"], rows)
 
 
-def _margins(mined: list[tuple[str, StoredRound]]) -> list[Figure]:
+def _margins(mined: list[tuple[str, StoredRound]], *, draws: bool) -> list[Figure]:
     rows: list[Row] = []
     names, told, tables = [], [], []
     for label, each in mined:
@@ -330,7 +340,7 @@ def _margins(mined: list[tuple[str, StoredRound]]) -> list[Figure]:
         names.append(label)
         told.append(f"{label}: mean {number(margins['mean'])}")
         tables.append(_histogram_table(margins["edges"], {label: margins["counts"]}))
-    if not rows:
+    if not rows or not draws:
         return []
     chart = charts.step_lines(names, "margin (score of chosen − score of rejected)", "pairs")
     picture = charts.svg(chart, rows, f"Margins of the mined pairs: outlines of histograms. {'; '.join(told)}.")

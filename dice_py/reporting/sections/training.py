@@ -22,6 +22,8 @@ _PLOTS = (
 )
 _FROM_ZERO = ("grad_norm", "learning_rate")
 """Metrics whose axis begins at zero."""
+_FEW = 12
+"""Entries of a log up to which each is a dot on its line."""
 _MOST_POINTS = 1000
 """Points of a plot; of longer logs every k-th entry is drawn."""
 
@@ -68,7 +70,7 @@ def _figure(
             for entry in charts.thinned(entries, _most(len(logs) * len(metrics))):
                 x = entry["step"] if is_one_round else round_number - 1 + entry["step"] / last
                 line = f"{run} {metric} {round_number}"
-                rows.append({"x": x, "y": entry[metric], "series": series, "line": line, "alone": len(entries) == 1})
+                rows.append({"x": x, "y": entry[metric], "series": series, "line": line, "few": len(entries) <= _FEW})
             first, end = number(entries[0][metric]), number(entries[-1][metric])
             told.append(f"{series}, round {round_number}: {first} to {end}")
     if not rows:
@@ -92,11 +94,11 @@ def _few(told: list[str]) -> Iterator[str]:
 def _line_chart(names: list[str], x_title: str, from_zero: bool) -> charts.Chart:
     import altair as alt
 
-    x, y = alt.X(**charts.number_axis("x", x_title)), alt.Y(**charts.number_axis("y", "", zero=from_zero))
+    x, y = alt.X(**charts.number_axis("x", x_title, zero=True)), alt.Y(**charts.number_axis("y", "", zero=from_zero))
     styles = charts.by_series(names)
     base = alt.Chart(charts.data())
     line = base.mark_line().encode(x=x, y=y, detail="line:N", order=alt.Order("x:Q"), **styles)
-    dots = base.transform_filter("datum.alone").mark_point().encode(x=x, y=y, color=styles["color"])
+    dots = base.transform_filter("datum.few").mark_point().encode(x=x, y=y, color=styles["color"])
     return alt.layer(line, dots)
 
 

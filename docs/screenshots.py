@@ -1,0 +1,46 @@
+"""Takes the pictures of the README from the report of a run, in Chromium.
+
+    dice run --rounds 2 --run-dir runs/first
+    python docs/screenshots.py runs/first
+
+Writes docs/pictures/report.png and docs/pictures/pairs.png.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+PICTURES = Path(__file__).parent / "pictures"
+WIDTH, HEIGHT = 1200, 820
+
+
+def main(run: Path) -> None:
+    """Takes both pictures."""
+    PICTURES.mkdir(exist_ok=True)
+    address = (run / "report.html").absolute().as_uri()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
+        page.goto(address)
+        page.screenshot(path=PICTURES / "report.png")
+        page.goto(f"{address}#pairs")
+        _show_a_pair(page)
+        page.screenshot(path=PICTURES / "pairs.png")
+        browser.close()
+
+
+def _show_a_pair(page: Page) -> None:
+    """The mined pair of the greatest margin, with the credit of its tokens."""
+    page.select_option("#find-source", label="mined")
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    page.keyboard.press("c")
+    page.locator("#pairs").evaluate("element => element.scrollIntoView()")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
