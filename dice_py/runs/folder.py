@@ -67,8 +67,9 @@ class Run:
             )
 
     def close(self) -> None:
-        """Ends the process that was started ahead, if one is left."""
+        """Ends the process that was started ahead, if one is left. No stage runs any more."""
         self._warm.close()
+        self._progress.close()
 
     def round_folder(self, number: int) -> Path:
         """The folder of round `number`, from 1."""

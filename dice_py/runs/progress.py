@@ -83,6 +83,11 @@ class ProgressFile:
         self._of = stage
         self._pace.begin()
 
+    def close(self) -> None:
+        """Removes the file."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
     def update(self, **fields: Any) -> None:
         """Takes the fields of a `progress` event. The file is written about once a second."""
         progress = self._pace(**fields)

@@ -119,6 +119,7 @@ def test_status_tells_how_far_the_running_stage_is(seen: Seen) -> None:
         **{"stage": "train", "done": 3, "total": 12, "unit": "steps", "per_second": 0.0, "seconds_left": None}
     }
     assert run_status(seen.run)["progress"] is None  # it is finished
+    assert not (seen.run / PROGRESS_FILE).exists()
     found = verify_run(seen.run)
     assert (found["damaged"], found["missing"]) == ([], [])
 

@@ -70,9 +70,7 @@ class Tried:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run = folder / "a run"
-        self.config = own_config(
-            folder, make_llama, "rounds=2", "train.report_to=[tensorboard,trackio]", "report.pairs=0"
-        )
+        self.config = own_config(folder, make_llama, "rounds=2", "train.report_to=[tensorboard,trackio]")
         self.events = Events()
         self.stops_in: int | None = None
 
