@@ -8,6 +8,7 @@ Writes docs/pictures/report.png and docs/pictures/pairs.png.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def main(run: Path) -> None:
     PICTURES.mkdir(exist_ok=True)
     address = (run / "report.html").absolute().as_uri()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        alone = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses its sandbox to root
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=alone)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(address)
         page.screenshot(path=PICTURES / "report.png")
