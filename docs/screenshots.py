@@ -28,19 +28,20 @@ def main(run: Path) -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=alone)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(address)
+        page.locator("[id^=mining-]").first.evaluate("element => element.scrollIntoView()")
         page.screenshot(path=PICTURES / "report.png")
-        page.goto(f"{address}#pairs")
         _show_a_pair(page)
         page.screenshot(path=PICTURES / "pairs.png")
         browser.close()
 
 
 def _show_a_pair(page: Page) -> None:
-    """The mined pair of the greatest margin, with the credit of its tokens."""
-    page.select_option("#find-source", label="mined")
-    page.keyboard.press("Escape")
-    page.keyboard.press("j")
-    page.keyboard.press("c")
+    """The mined pair of the second greatest margin, with the credit of its tokens."""
+    page.select_option("#find-source", "mined")
+    page.select_option("#sort-by", "margin")
+    page.focus("#pair-list")
+    for key in ("Home", "j", "c"):
+        page.keyboard.press(key)
     page.locator("#pairs").evaluate("element => element.scrollIntoView()")
 
 
