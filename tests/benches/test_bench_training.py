@@ -29,6 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_losses_are_the_same(results: dict[str, Any]) -> None:
     parity = results["parity"]
@@ -37,6 +38,7 @@ def test_losses_are_the_same(results: dict[str, Any]) -> None:
     assert parity["losses"][0] == pytest.approx(0.6931, abs=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_fields(results: dict[str, Any]) -> None:
     assert list(results["ways"]) == ["stock", "ours", "ours_checkpoint", "score"]

@@ -213,6 +213,7 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 # --- from the command line, training included ------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benches/gpu/check.py"), "--cpu", "--only", "lora,gpu_tests,draw"]

@@ -181,7 +181,7 @@ def test_a_real_calibration_is_kept_and_leaves_nothing_else(tmp_path: Path, monk
     assert any("calibrating: training" in note for note in notes)
     assert found["calibration"]["source"] == "measured"
     assert found["first_failure"] is None
-    assert [found["rounds"], len(found["stages"]), found["fits"]] == [2, 12, True]
+    assert [found["rounds"], len(found["stages"]), found["fits"]] == [2, 14, True]
     generate = found["stages"]["round-02/generate"]
     assert (generate["prompts"], generate["responses"], generate["shards"]) == (10, 40, 1)
     for stage in found["stages"].values():

@@ -132,6 +132,7 @@ def test_the_lines_of_a_pair() -> None:
     assert pair_lines(pair) == ["prompt: Why?", "chosen: Because. / 1. a", "rejected: prompt: no"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_short_run(tmp_path: Path) -> None:
     # Its tokens are bytes, so that prompts are long and answers short; what it says means nothing.

@@ -74,6 +74,7 @@ def test_mixing_replay(tmp_path: Path, gamma: str, replayed: int) -> None:
     assert training_set["prompt"].n_unique() == 600 + replayed
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_rounds(tmp_path: Path) -> None:
     options = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]

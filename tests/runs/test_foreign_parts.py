@@ -186,7 +186,7 @@ def test_a_report_of_a_manifest_without_models(copy: Path) -> None:
 def test_a_mining_file_of_other_types_is_named_in_the_report(copy: Path) -> None:
     file = copy / "round-01/mine/mining.json"
     write_sealed(file, {**read_json(file), "curve": None, "margin_quantiles": "x"}, "another")
-    assert "mining.json cannot be shown" in write_report(copy).read_text()
+    assert "the mining of round-01 (mining.json, distributions.json) cannot be shown" in write_report(copy).read_text()
 
 
 def test_events_with_other_fields_are_left_out(copy: Path) -> None:

@@ -22,10 +22,11 @@ from places import child_environment
 from processes import left_in_session, wait_for
 from tiny_models import make_mistral
 
+from cli.output import pages
 from dice_py.compute.stage_process import WarmPool
 from dice_py.config.loading import dump
 from dice_py.config.run import RunConfig
-from dice_py.reporting.html import write_report
+from dice_py.events import no_report
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
 from dice_py.runs.event_log import read_events
@@ -86,7 +87,7 @@ def undisturbed(own: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder, "run_in_subprocess", run_inline)
         patch.setattr(WarmPool, "prepare", prepare_nothing)
-        loop.run(own, folder, after_round=write_report)
+        loop.run(own, folder, after_round=pages(no_report))
     return folder
 
 

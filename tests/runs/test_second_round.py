@@ -91,6 +91,7 @@ def test_a_second_round_replays_what_the_first_mined(tmp_path: Path, monkeypatch
 # Candidates of several rounds
 
 
+@pytest.mark.long
 def test_a_second_round_mines_the_candidates_of_both(tmp_path: Path) -> None:
     # Of 22 prompts each round takes 14, so that some are asked in both.
     config = own_config(

@@ -112,7 +112,7 @@ def test_every_file_of_a_model_counts(run: Stage, undisturbed: dict[str, torch.T
     assert run.steps() == [1, 2, 3, 4, 5, 6]
     assert any("cannot be used: config.json is damaged" in note and "model.damaged" in note for note in notes(run))
     assert_undisturbed(run, undisturbed)
-    assert sorted(path.name for path in run.out.iterdir()) == ["model", "model.damaged"]
+    assert sorted(path.name for path in run.out.iterdir()) == ["log.jsonl", "model", "model.damaged"]
 
 
 def test_a_damaged_training_set_is_not_trained_on(run: Stage) -> None:

@@ -82,7 +82,7 @@ def test_two_processes_train_the_same_model(run: Stage, alone: Stage) -> None:
     assert sorted(file.name for file in run.model.iterdir()) == sorted(file.name for file in alone.model.iterdir())
     losses = [[entry["loss"] for entry in read_json(stage.model / "train_log.json")[:6]] for stage in (run, alone)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert sorted(file.name for file in run.out.iterdir()) == ["accelerate.yaml", "model"]
+    assert sorted(file.name for file in run.out.iterdir()) == ["accelerate.yaml", "log.jsonl", "model"]
     assert run(processes=2) == counts  # The model is complete, so no process starts.
     assert run.events == []
 
