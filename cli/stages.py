@@ -5,7 +5,6 @@ Each reads the user's files, builds the stage's job, and prints its result.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,9 +144,8 @@ def train(
         seed=seed,
         devices=resolved.devices,
     )
-    for name, value in places_alone(out).items():
-        os.environ.setdefault(name, value)
-    result = run_job(job, out, resolved.warnings)
+    with places_alone(out):
+        result = run_job(job, out, resolved.warnings)
     made = {"model": str(job.target)}
     if resolved.train.lora is not None and job.adapter.is_dir():
         made["adapter"] = str(job.adapter)

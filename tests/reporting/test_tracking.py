@@ -26,7 +26,7 @@ from dice_py.errors import InterruptedRunError
 from dice_py.events import no_report
 from dice_py.reporting.tracking import process, session
 from dice_py.reporting.tracking.records import Follower, Record, flat_numbers, markdown_table, sample_table
-from dice_py.reporting.tracking.session import Tracked
+from dice_py.reporting.tracking.session import Tracked, places_alone
 from dice_py.runs import loop
 from dice_py.runs.folder import Run
 from dice_py.stages.evaluate import EvaluateJob
@@ -311,3 +311,15 @@ def test_events_of_other_processes_are_not_of_the_session(tmp_path: Path) -> Non
     (record,) = follower.poll()
     assert record.metrics == {"mine/pairs": 4.0, "mine/seconds": 1.0}
     assert follower.poll() == []
+
+
+def test_a_training_alone_has_its_trackers_beside_it_and_leaves_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "of the user")
+    before = dict(os.environ)
+    with places_alone(tmp_path / "out"):
+        inside = dict(os.environ)
+    assert inside == {**before, "TRACKIO_DIR": str(tmp_path.resolve() / "out" / "tracking" / "trackio")}
+    assert dict(os.environ) == before

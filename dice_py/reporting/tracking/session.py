@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,21 @@ class Tracked:
         self._pass_problems()
 
 
-def places_alone(out: Path) -> dict[str, str]:
-    """Where a training that is no run's has its trackers' files: variables of the environment, for TRL's own."""
+@contextlib.contextmanager
+def places_alone(out: Path) -> Iterator[None]:
+    """Inside, the trackers of a training that is no run's, which TRL tells, have their files in `OUT/tracking`.
+
+    Variables of the environment say so, those apart that the user has set.
+    """
     place = (out / PLACE).resolve()
-    return {"TENSORBOARD_LOGGING_DIR": str(place / "tensorboard"), "TRACKIO_DIR": str(place / "trackio")}
+    values = {"TENSORBOARD_LOGGING_DIR": str(place / "tensorboard"), "TRACKIO_DIR": str(place / "trackio")}
+    ours = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def tracker_environment(folder: Path) -> dict[str, str]:
