@@ -15,7 +15,7 @@ the rest. Groups of devices send more events (compute/dispatch.py).
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class WarmPool:
 
     def __init__(self) -> None:
         self._workers: dict[tuple[str, ...], Worker] = {}
+        self._stayed: dict[tuple[str, ...], Worker] = {}
         # multiprocessing waits for its children at the end of a program, and a warm worker would wait for its work.
         atexit.register(self.close)
 
@@ -55,15 +56,26 @@ class WarmPool:
 
     def take(self, modules: Sequence[str]) -> Worker | None:
         """The process that was prepared with `modules`, which may still be importing; None if none is alive."""
-        worker = self._workers.pop(tuple(modules), None)
+        worker = self._stayed.pop(tuple(modules), None) or self._workers.pop(tuple(modules), None)
         if worker is not None and not worker.is_alive():
             worker.stop()
             return None
         return worker
 
+    def keep(self, modules: Sequence[str], worker: Worker) -> None:
+        """Takes in a process that has stayed after its work, for the next stage, which needs `modules`."""
+        self._stayed[tuple(modules)] = worker
+
+    def end_stayed(self) -> None:
+        """Ends the processes that have stayed and were not taken: they hold models."""
+        stayed, self._stayed = self._stayed, {}
+        for worker in stayed.values():
+            worker.stop()
+
     def close(self) -> None:
         """Ends the processes that nobody took."""
         atexit.unregister(self.close)
+        self.end_stayed()
         workers, self._workers = self._workers, {}
         for worker in workers.values():
             worker.terminate()
@@ -85,7 +97,14 @@ def _forward_events(worker: Worker, report: Report) -> tuple[str, dict[str, Any]
 
 
 def run_in_subprocess(
-    work: Work, *, log: Path, remedy: str, report: Report, warm: Worker | None = None, name: str | None = None
+    work: Work,
+    *,
+    log: Path,
+    remedy: str,
+    report: Report,
+    warm: Worker | None = None,
+    name: str | None = None,
+    keep: Callable[[Worker], None] | None = None,
 ) -> Any:
     """Calls `work(report=…)` in a spawned process and returns its value.
 
@@ -97,24 +116,30 @@ def run_in_subprocess(
         warm: the process to run it in (`WarmPool.take`). If that process ended before it started the work, another
             one is started.
         name: of the work, in the event `process`.
+        keep: gets the process after a result, with all that it holds, instead of its end.
 
     Raises:
         DiceError: as raised by `work`; OutOfMemoryError (4) when torch or the kernel reports it.
         RuntimeError: a bug, with the traceback of the worker.
     """
-    worker = warm or Worker()
+    worker, kept = warm or Worker(), False
     try:
-        worker.submit(work, log=log, name=name)
+        worker.submit(work, log=log, name=name, stays=keep is not None)
         outcome = _forward_events(worker, report)
         if outcome is None and worker is warm and not worker.started:
             worker.stop()
             worker = Worker()
-            worker.submit(work, log=log, name=name)
+            worker.submit(work, log=log, name=name, stays=keep is not None)
             outcome = _forward_events(worker, report)
+        if keep is not None and outcome is not None and outcome[0] == "result":
+            keep(worker)
+            kept = True
+            return outcome[1]["value"]
         failure = worker.failure() if outcome is None else None
         worker.join(None if failure is None else 0)
     finally:
-        worker.stop()
+        if not kept:
+            worker.stop()
     if failure is None:
         assert outcome is not None
         event, fields = outcome

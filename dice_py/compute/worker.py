@@ -71,6 +71,7 @@ class Task:
     log: str
     environment: dict[str, str | None]  # None: to be removed
     since: float  # time.monotonic() of the parent; all processes of a machine share this clock
+    stays: bool  # the process waits for another task after this one, if it has a result
 
 
 _from_parent: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the task, then replies
@@ -112,8 +113,9 @@ def _print_to(log: Path) -> None:
     faulthandler.enable()
 
 
-def _seconds(since: float, started: float) -> dict[str, float]:
-    known = timed_seconds()
+def _seconds(since: float, started: float, before: Mapping[str, float]) -> dict[str, float]:
+    """Where the time of a task went. `before`: `timed_seconds` of the tasks before it."""
+    known = {name: value - before.get(name, 0.0) for name, value in timed_seconds().items()}
     parts = {
         "spawn": started - since,
         "import": known.get("import", 0.0),
@@ -141,6 +143,28 @@ def _await_task(modules: Sequence[str], warm_log: str) -> Task:
         os._exit(1)
 
 
+def _work_on(task: Task, report: Report) -> tuple[bytes | memoryview, bool]:
+    """Does a task; returns its last event, pickled, and whether it is a result."""
+    started, before = time.monotonic(), dict(timed_seconds())
+    try:
+        _apply(task.environment)
+        _print_to(Path(task.log))
+        with timed("import"):
+            work: Work = pickle.loads(task.payload)
+        last_event, succeeded = ForkingPickler.dumps(("result", {"value": work(report=report)})), True
+    except BaseException as error:
+        if not isinstance(error, DiceError | KeyboardInterrupt):
+            with contextlib.suppress(OSError):  # the disk that holds the log may be full
+                traceback.print_exc()
+        last_event, succeeded = ForkingPickler.dumps(("failed", failure_fields(error))), False
+    # The parent may read the log as soon as it has received the last event.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    report("process", work=task.name, seconds=_seconds(task.since, started, before))
+    return last_event, succeeded
+
+
 def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_log: str) -> None:
     ignore_interrupts()
     threading.Thread(target=_read_parent, args=(parent,), daemon=True).start()
@@ -149,7 +173,6 @@ def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_l
     if allocator_note is not None:
         _reported.add(allocator_note)  # The parent reports it; this process's own workers need not.
     task = _await_task(modules, warm_log)
-    started = time.monotonic()
     lock = threading.Lock()
 
     def report(event: str, **fields: Any) -> None:
@@ -157,24 +180,13 @@ def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_l
             events.send((event, fields))
 
     report("started", note=allocator_note)
-    try:
-        _apply(task.environment)
-        _print_to(Path(task.log))
-        with timed("import"):
-            work: Work = pickle.loads(task.payload)
-        last_event = ForkingPickler.dumps(("result", {"value": work(report=report)}))
-    except BaseException as error:
-        if not isinstance(error, DiceError | KeyboardInterrupt):
-            with contextlib.suppress(OSError):  # the disk that holds the log may be full
-                traceback.print_exc()
-        last_event = ForkingPickler.dumps(("failed", failure_fields(error)))
-    # The parent may read the log as soon as it has received the last event.
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    report("process", work=task.name, seconds=_seconds(task.since, started))
-    with lock:
-        events.send_bytes(last_event)
+    while True:
+        last_event, succeeded = _work_on(task, report)
+        with lock:
+            events.send_bytes(last_event)
+        if not (task.stays and succeeded):
+            break
+        task = _from_parent.get()
     events.close()
     # Libraries leave threads and, with vLLM, child processes behind; nothing of the result depends on them.
     # Their finalizers still run: a semaphore left to the resource tracker (tqdm's lock) makes it warn the user.
@@ -187,7 +199,7 @@ def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_l
 
 
 class Worker:
-    """The handle to a spawned process that does one piece of work.
+    """The handle to a spawned process that does one piece of work, or several in turn if it stays.
 
     Args:
         modules: imported while it waits for its work, without touching a GPU.
@@ -232,9 +244,15 @@ class Worker:
         return self._process.is_alive()
 
     def submit(
-        self, work: Work, *, log: Path, name: str | None = None, environment: Mapping[str, str | None] | None = None
+        self,
+        work: Work,
+        *,
+        log: Path,
+        name: str | None = None,
+        environment: Mapping[str, str | None] | None = None,
+        stays: bool = False,
     ) -> None:
-        """Makes it call `work(report=…)`; once in its life.
+        """Makes it call `work(report=…)`: once in its life, or again after a result if it stays.
 
         Args:
             work: pickled here.
@@ -242,6 +260,7 @@ class Worker:
             name: of the work, in the event `process`; None: `work_name(work)`.
             environment: set (None: removed) before anything of the work is imported, on top of this process's own
                 environment as it is now.
+            stays: it waits for another `submit` if this work has a result, with all that it has imported.
 
         Raises:
             UsageError: the log cannot be there.
@@ -259,7 +278,8 @@ class Worker:
         changed |= {key: value for key, value in os.environ.items() if before.get(key) != value}
         payload = bytes(ForkingPickler.dumps(work))
         environment = {**changed, **(environment or {})}
-        self._send(Task(payload, name or work_name(work), str(log), environment, self._since))
+        self._send(Task(payload, name or work_name(work), str(log), environment, self._since, stays))
+        self._is_warm, self._environment = True, dict(os.environ)
 
     def reply(self, value: Any) -> None:
         """Replies to what it requested (`request`)."""

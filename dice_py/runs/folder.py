@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,15 @@ class Run:
         entry = self.manifest.stage(f"{round_name(number)}/{stage_of(job).name}")
         return entry is not None and entry.get("key") == job.key() and _is_done(entry)
 
-    def run_stage(self, number: int, job: Job, *, is_last: bool = False, following: str | None = None) -> StageResult:
+    def run_stage(
+        self, number: int, job: Job, *, is_last: bool = False, following: str | None = None, continued: bool = False
+    ) -> StageResult:
         """The result of a job in round `number`: the manifest's if its key and files still hold, else made now.
 
         Args:
             is_last: no stage follows, whose process could be started meanwhile.
             following: the stage that follows, if it is not the one that the table of stages names.
+            continued: the stage that takes over this one's process (`Stage.continues`) comes next.
         """
         stage = stage_of(job)
         fields = job.key_fields()
@@ -127,6 +131,7 @@ class Run:
             incomplete = job.incomplete(files)
             if not incomplete:
                 self.report("stage", stage=name, status="kept", seconds=entry["seconds"], counts=entry["counts"])
+                self._warm.end_stayed()
                 kept = StageResult(files, entry["counts"])
                 self._warn(number, stage.name, job, kept)
                 return kept
@@ -149,7 +154,7 @@ class Run:
         )
         self.report("stage", stage=name, status="running")
         try:
-            result = self._work(job, self.folder / name, is_last, following)
+            result = self._work(job, self.folder / name, is_last, following, continued)
         except BaseException as error:
             with contextlib.suppress(OSError, DiskFullError):  # the stage's own error is the one to report
                 self.report_gpus(name)
@@ -198,24 +203,36 @@ class Run:
         self.remade.append(name)
         self.report("note", text=f"{name} is made again{first}, because of: {why or 'the way its key is made'}")
 
-    def _work(self, job: Job, folder: Path, is_last: bool, following: str | None) -> StageResult:
+    def _work(self, job: Job, folder: Path, is_last: bool, following: str | None, continued: bool) -> StageResult:
         if not (stage_of(job).has_process and job.needs_process):
             return job.run(self.report)
-        return self.spawn(job, folder, is_last=is_last, following=following)
+        return self.spawn(job, folder, is_last=is_last, following=following, continued=continued)
 
-    def spawn(self, job: Job, folder: Path, *, is_last: bool = False, following: str | None = None) -> StageResult:
+    def spawn(
+        self,
+        job: Job,
+        folder: Path,
+        *,
+        is_last: bool = False,
+        following: str | None = None,
+        continued: bool = False,
+    ) -> StageResult:
         """Runs a job in a process of its own, whose output is `folder/worker.log`.
 
-        Meanwhile the process of the next stage is started, and imports what that stage needs. `is_last` and `following`
-        as in `run_stage`.
+        Meanwhile the process of the next stage is started, and imports what that stage needs. `is_last`, `following`
+        and `continued` as in `run_stage`.
         """
         stage = stage_of(job)
         warm = self._warm.take(stage.imports) if stage.imports else None
+        self._warm.end_stayed()
         following = following or stage.following
         if following is not None and not is_last:
             self._warm.prepare(REGISTRY[following].imports)
+        keep = None
+        if continued and stage.continues is not None:
+            keep = partial(self._warm.keep, REGISTRY[stage.continues].imports)
         result: StageResult = run_in_subprocess(
-            job.run, log=folder / "worker.log", remedy=stage.remedy, report=self.report, warm=warm
+            job.run, log=folder / "worker.log", remedy=stage.remedy, report=self.report, warm=warm, keep=keep
         )
         return result
 

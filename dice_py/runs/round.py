@@ -132,8 +132,8 @@ def run_round(
     )
     mined = run.run_stage(number, mine_job)
     replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)
-    following = "inspect" if config.report.pairs and config.report.token_credit else "train"
-    replayed = run.run_stage(number, replay_job, following=following)
+    has_credit = bool(config.report.pairs) and config.report.token_credit
+    replayed = run.run_stage(number, replay_job, continued=has_credit)
     inspect_job = _inspect_job(run, number, pool, mine_job, mined.files[0], replayed.files[0], policy, reference)
     run.run_stage(number, inspect_job)
     train_job = _train_job(run, number, policy, replayed.files[0])

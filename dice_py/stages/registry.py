@@ -35,6 +35,8 @@ class Stage:
     """End of the error sentence when memory runs out. Empty: the stage runs in the process of the run."""
     following: str | None
     """The stage whose process is started while this one works; None: no process is started."""
+    continues: str | None = None
+    """The stage after it that takes over its process, where it follows, with the models and modules that it holds."""
     may_fail: bool = False
     """Whether a run goes on when the stage fails: no other stage reads what it makes."""
 
@@ -61,7 +63,12 @@ _TABLE = (
     Stage("score", ScoreJob, ("dice_py.stages.score", "dice_py.scoring.scorer"), "lower score.token_budget", "replay"),
     Stage("mine", MineJob, (), "", None),
     Stage(
-        "replay", ReplayJob, ("dice_py.stages.replay", "dice_py.scoring.scorer"), "lower score.token_budget", "inspect"
+        "replay",
+        ReplayJob,
+        ("dice_py.stages.replay", "dice_py.scoring.scorer"),
+        "lower score.token_budget",
+        "train",
+        continues="inspect",
     ),
     Stage(
         "inspect",

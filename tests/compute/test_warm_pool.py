@@ -178,3 +178,46 @@ def test_a_forgotten_spare_ends_with_the_program(tmp_path: Path, how: str) -> No
     finally:
         parent.kill()
         parent.wait()
+
+
+def test_a_process_that_stays_does_the_next_work_with_what_it_holds(pool: WarmPool, tmp_path: Path) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+
+    def report(event: str, **fields: Any) -> None:
+        events.append((event, fields))
+
+    keep = functools.partial(pool.keep, MODULES)
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    before = run_in_subprocess(group_work.whoami, log=first, remedy=REMEDY, report=report, keep=keep)
+    warm = pool.take(MODULES)
+    assert warm is not None
+    assert warm.is_alive()
+    after = run_in_subprocess(group_work.whoami, log=second, remedy=REMEDY, report=report, warm=warm)
+    assert after["pid"] == before["pid"]
+    assert [event for event, _ in events].count("process") == 2
+    assert first.exists()
+    assert second.exists()
+    assert children() == set()
+
+
+def test_a_process_that_failed_does_not_stay(pool: WarmPool, tmp_path: Path) -> None:
+    keep = functools.partial(pool.keep, MODULES)
+    with pytest.raises(RuntimeError):
+        run_in_subprocess(
+            functools.partial(works.fail, ValueError("a bug")),
+            log=tmp_path / "log",
+            remedy=REMEDY,
+            report=no_report,
+            keep=keep,
+        )
+    assert pool.take(MODULES) is None
+    assert children() == set()
+
+
+def test_a_process_that_stays_ends_where_nobody_takes_it(pool: WarmPool, tmp_path: Path) -> None:
+    for end in (pool.end_stayed, pool.close):
+        keep = functools.partial(pool.keep, MODULES)
+        run_in_subprocess(group_work.whoami, log=tmp_path / "log", remedy=REMEDY, report=no_report, keep=keep)
+        assert len(children()) == 1
+        end()
+        assert children() == set()
