@@ -20,7 +20,6 @@ from dice_py.reporting.foreign_text import markdown_text, visible
 from dice_py.runs.event_log import Event, EventTail
 from dice_py.storage.files import Manifest
 from dice_py.storage.parquet import read_parquet
-from dice_py.storage.schemas import INSPECTED_PAIRS
 from dice_py.training.log import read_training_log
 
 AFTER_TRAINING = ("extrapolate", "evaluate", "benchmark")
@@ -29,6 +28,7 @@ AFTER_TRAINING = ("extrapolate", "evaluate", "benchmark")
 SAMPLES = "samples"
 """Name of the table of sample pairs."""
 
+_SAMPLE_COLUMNS = ["pair_id", "source", "prompt", "chosen", "rejected", "chosen_reward", "rejected_reward"]
 _SAMPLE_PAIRS = 5
 _SAMPLE_TEXT = 100
 """Characters of a prompt or response in the table."""
@@ -158,7 +158,7 @@ def _is_number(value: Any) -> bool:
 def sample_table(file: Path) -> list[Row]:
     """A handful of a round's inspected pairs, over all of the file, with texts cut; none without the file."""
     try:
-        frame = read_parquet(file, INSPECTED_PAIRS.names()[:14])
+        frame = read_parquet(file, _SAMPLE_COLUMNS)
     except (OSError, DataError, PolarsError):
         return []
     every = max(1, frame.height // _SAMPLE_PAIRS)
