@@ -6,6 +6,7 @@ No test reaches the network or the user's cache. Tiny models are made once in a 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -47,6 +48,14 @@ def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
         patch.delattr(sys.modules["__main__"], "__file__", raising=False)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    """What a file leaves running would take memory and processor time from all files after it."""
+    before = set(multiprocessing.active_children())
+    yield
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.fixture

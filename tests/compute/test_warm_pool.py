@@ -26,9 +26,16 @@ from dice_py.events import Report, no_report
 REMEDY = "lower some.budget"
 
 
-def children() -> set[int]:
+def workers() -> set[int]:
     """The ids of this process's workers."""
     return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
+
+
+@pytest.fixture
+def children() -> Callable[[], set[int]]:
+    """The ids of the workers that the test has started and that are alive."""
+    before = workers()
+    return lambda: workers() - before
 
 
 @pytest.fixture
@@ -142,10 +149,9 @@ def test_work_that_kills_the_spare_is_not_done_again(pool: WarmPool, tmp_path: P
     assert (tmp_path / "worker.log").read_text().count("the last words") == 1
 
 
-def test_spares_that_nobody_takes_are_ended(pool: WarmPool) -> None:
-    before = children()
+def test_spares_that_nobody_takes_are_ended(pool: WarmPool, children: Callable[[], set[int]]) -> None:
     pool.prepare(MODULES)
-    (waiting,) = children() - before
+    (waiting,) = children()
     pool.close()
     assert gone(waiting)
     assert pool.take(MODULES) is None
@@ -180,7 +186,9 @@ def test_a_forgotten_spare_ends_with_the_program(tmp_path: Path, how: str) -> No
         parent.wait()
 
 
-def test_a_process_that_stays_does_the_next_work_with_what_it_holds(pool: WarmPool, tmp_path: Path) -> None:
+def test_a_process_that_stays_does_the_next_work_with_what_it_holds(
+    pool: WarmPool, children: Callable[[], set[int]], tmp_path: Path
+) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
 
     def report(event: str, **fields: Any) -> None:
@@ -200,7 +208,7 @@ def test_a_process_that_stays_does_the_next_work_with_what_it_holds(pool: WarmPo
     assert children() == set()
 
 
-def test_a_process_that_failed_does_not_stay(pool: WarmPool, tmp_path: Path) -> None:
+def test_a_process_that_failed_does_not_stay(pool: WarmPool, children: Callable[[], set[int]], tmp_path: Path) -> None:
     keep = functools.partial(pool.keep, MODULES)
     with pytest.raises(RuntimeError):
         run_in_subprocess(
@@ -214,7 +222,9 @@ def test_a_process_that_failed_does_not_stay(pool: WarmPool, tmp_path: Path) -> 
     assert children() == set()
 
 
-def test_a_process_that_stays_ends_where_nobody_takes_it(pool: WarmPool, tmp_path: Path) -> None:
+def test_a_process_that_stays_ends_where_nobody_takes_it(
+    pool: WarmPool, children: Callable[[], set[int]], tmp_path: Path
+) -> None:
     for end in (pool.end_stayed, pool.close):
         keep = functools.partial(pool.keep, MODULES)
         run_in_subprocess(group_work.whoami, log=tmp_path / "log", remedy=REMEDY, report=no_report, keep=keep)

@@ -10,18 +10,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
 import torch
-from own_run import KEPT, PROMPTS, SAMPLES, STAGE_NAMES, STEPS, Events, frames, no_worker
+from own_run import KEPT, PROMPTS, SAMPLES, STAGE_NAMES, STEPS, Events, frames, no_worker, only_preflight
 from places import child_environment
 from polars.testing import assert_frame_equal
 from processes import PATIENCE, left_in_session, wait_for
 from safetensors.torch import load_file
 
-from dice_py.compute.worker import work_name
 from dice_py.config.loading import dump, load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.errors import UsageError
@@ -29,7 +27,6 @@ from dice_py.reporting.html import write_report
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
 from dice_py.runs.status import run_status
-from dice_py.stages.job import StageResult
 from dice_py.stages.registry import ROUND_STAGES
 from dice_py.storage.files import read_json
 from dice_py.storage.parquet import parquet_key
@@ -183,9 +180,6 @@ def test_a_lost_shard_is_made_again_alone(copy: Path, complete_run: Path) -> Non
 
 
 def test_what_depends_on_a_changed_key_is_made_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def only_preflight(work: Any, **_: Any) -> Any:
-        return StageResult([], {}) if "preflight" in work_name(work) else no_worker(work)
-
     monkeypatch.setattr(run_folder, "run_in_subprocess", only_preflight)
     events = Events()
     with pytest.raises(AssertionError, match="replay:ReplayJob"):

@@ -10,12 +10,11 @@ from typing import Any
 
 import polars as pl
 import pytest
-from own_run import PAIRS, SAMPLES, SMALL, STAGE_NAMES, Events, frames, no_worker
+from own_run import PAIRS, SAMPLES, SMALL, STAGE_NAMES, Events, frames, only_preflight
 from plan_data import COSTS
 from report_page import Page, text
 from tiny_gguf import make_gguf, make_llama_for_gguf
 
-from dice_py.compute.worker import work_name
 from dice_py.config.loading import resolve
 from dice_py.config.run import RunConfig
 from dice_py.config.shared import ModelConfig
@@ -30,7 +29,6 @@ from dice_py.runs.measured_costs import ResponseLengths, remember_costs, remembe
 from dice_py.runs.status import run_status
 from dice_py.runs.throughput import costs_key, lengths_key
 from dice_py.scoring.pairs import score_pairs
-from dice_py.stages.job import StageResult
 from dice_py.storage.files import read_json
 
 pytestmark = pytest.mark.slow
@@ -126,9 +124,6 @@ def test_what_shows_a_run_shows_round_zero(complete_run: Path) -> None:
 
 def test_a_resume_keeps_round_zero(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Another share of replayed pairs in the rounds changes nothing of it.
-    def only_preflight(work: Any, **_: Any) -> Any:
-        return StageResult([], {}) if "preflight" in work_name(work) else no_worker(work)
-
     monkeypatch.setattr(run_folder, "run_in_subprocess", only_preflight)
     events = Events()
     with pytest.raises(AssertionError, match="replay:ReplayJob"):

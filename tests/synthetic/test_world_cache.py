@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from own_run import Events
 from dice_py.config.loading import resolve
 from dice_py.config.stages import WorldConfig
 from dice_py.runs.folder import Run
-from dice_py.runs.inputs import prepare
+from dice_py.runs.inputs import Inputs, prepare
 from dice_py.stages.world import WorldJob
 from dice_py.synthetic.world import find_world, world_key
 
@@ -68,27 +69,30 @@ def test_a_damaged_world_is_none(cache: Path, name: str) -> None:
     assert find_world(CONFIG) is None
 
 
-def run_of(folder: Path, report: Events) -> Run:
+def prepared(folder: Path, report: Events) -> Inputs:
+    """The inputs of a run in `folder`."""
     folder.mkdir(exist_ok=True)
-    return Run(folder, resolve([], [f"world.{name}={value}" for name, value in SIZES.items()]), report)
+    run = Run(folder, resolve([], [f"world.{name}={value}" for name, value in SIZES.items()]), report)
+    with contextlib.closing(run):
+        return prepare(run)
 
 
 def test_a_run_does_not_depend_on_the_cache(cache: Path, tmp_path: Path) -> None:
-    inputs = prepare(run_of(tmp_path / "run", Events()))
+    inputs = prepared(tmp_path / "run", Events())
     own = tmp_path / "run/inputs/world"
     assert inputs.policy == own / "policy/model"
     shutil.rmtree(cache)
     events = Events()
-    assert prepare(run_of(tmp_path / "run", events)) == inputs
+    assert prepared(tmp_path / "run", events) == inputs
     assert notes(events) == []
 
 
 def test_a_damaged_copy_is_made_again_from_the_cache(cache: Path, tmp_path: Path) -> None:
-    inputs = prepare(run_of(tmp_path / "run", Events()))
+    inputs = prepared(tmp_path / "run", Events())
     before = inputs.prompts.read_bytes()
     empty(inputs.prompts)
     events = Events()
-    assert prepare(run_of(tmp_path / "run", events)) == inputs
+    assert prepared(tmp_path / "run", events) == inputs
     assert inputs.prompts.read_bytes() == before
     (note,) = notes(events)
     assert "prompts.parquet is damaged" in note
