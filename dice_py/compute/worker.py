@@ -35,6 +35,7 @@ from dice_py.compute.allocator import check_allocator, worker_environment
 from dice_py.compute.devices import cuda_unstarted
 from dice_py.compute.failures import Failure, failure_fields
 from dice_py.compute.interrupts import children_ignore_interrupts, ignore_interrupts
+from dice_py.compute.startup import importing, leave_out_foreign
 from dice_py.errors import DiceError, UsageError
 from dice_py.storage.files import make_folder
 from dice_py.timing import timed, timed_seconds
@@ -131,7 +132,7 @@ def _await_task(modules: Sequence[str], warm_log: str) -> Task:
     try:
         if modules:
             _print_to(Path(warm_log))
-            with cuda_unstarted():  # a library may ask for GPUs as it is imported
+            with cuda_unstarted(), importing():  # a library may ask for GPUs as it is imported
                 for module in modules:
                     importlib.import_module(module)
         task: Task = _from_parent.get()
@@ -149,7 +150,7 @@ def _work_on(task: Task, report: Report) -> tuple[bytes | memoryview, bool]:
     try:
         _apply(task.environment)
         _print_to(Path(task.log))
-        with timed("import"):
+        with timed("import"), importing():
             work: Work = pickle.loads(task.payload)
         last_event, succeeded = ForkingPickler.dumps(("result", {"value": work(report=report)})), True
     except BaseException as error:
@@ -167,6 +168,7 @@ def _work_on(task: Task, report: Report) -> tuple[bytes | memoryview, bool]:
 
 def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_log: str) -> None:
     ignore_interrupts()
+    leave_out_foreign()
     threading.Thread(target=_read_parent, args=(parent,), daemon=True).start()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     allocator_note = check_allocator()

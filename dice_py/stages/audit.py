@@ -78,7 +78,7 @@ class AuditJob(Job):
             "alpha": self.alpha,
             "form": self.form,
             "seed": self.seed,
-            "versions": versions("torch", "transformers", "scikit-learn", "scipy", "numpy"),
+            "versions": versions("torch", "transformers", "scipy", "numpy"),
         }
 
     @property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -101,3 +103,15 @@ def in_its_own_worker(log: str, *, report: Report) -> dict[str, Any]:
     report("note", text="of the outer worker")
     value: dict[str, Any] = run_in_subprocess(memory_settings, log=Path(log), remedy="", report=report)
     return value
+
+
+def import_models(others: list[str], **_: Any) -> dict[str, bool]:
+    """Imports the classes of a model: whether each of `others` came with them. All can be imported afterwards."""
+    import transformers
+
+    assert transformers.AutoModelForCausalLM.__name__ == "AutoModelForCausalLM"
+    assert transformers.LlamaForCausalLM.__name__ == "LlamaForCausalLM"
+    there = {name: name in sys.modules for name in others}
+    for name in others:
+        importlib.import_module(name)
+    return there

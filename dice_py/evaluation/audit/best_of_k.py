@@ -104,12 +104,11 @@ def roc_auc(data: AuditData, rewards: np.ndarray, resamples: Resamples) -> Figur
         data: of right (1) and wrong (0) responses; both occur.
         rewards: (responses,).
     """
-    from sklearn.metrics import roc_auc_score
-
     assert data.score is not None
     right = data.score == 1.0
     scaled = scaled_within_prompts(data.prompt, rewards)
-    return Figure(float(roc_auc_score(right, scaled)), interval(_weighted_auc(data.prompt, right, scaled, resamples)))
+    areas = _weighted_auc(data.prompt, right, scaled, np.vstack([np.ones(data.prompts), resamples.weights]))
+    return Figure(float(areas[0]), interval(areas[1:]))
 
 
 def scaled_within_prompts(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -122,18 +121,18 @@ def scaled_within_prompts(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def _weighted_auc(prompt: np.ndarray, right: np.ndarray, scaled: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """(resamples,) the area in each resample: sklearn's, with sample weights, for all of them in one pass."""
+def _weighted_auc(prompt: np.ndarray, right: np.ndarray, scaled: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(draws,) the area in each draw, by `weights`, (draws, prompts): ties of right and wrong count half."""
     _, place = np.unique(scaled, return_inverse=True)
     levels = int(place.max()) + 1
-    drawn = np.empty(len(resamples.weights))
-    for number, weights in enumerate(resamples.weights):
-        weight = weights[prompt]
+    areas = np.empty(len(weights))
+    for number, of_prompts in enumerate(weights):
+        weight = of_prompts[prompt]
         positive, negative = (by_group(place, weight * side, levels) for side in (right, ~right))
         below = np.cumsum(negative) - negative / 2
         total = positive.sum() * negative.sum()
-        drawn[number] = positive @ below / total if total else np.nan
-    return drawn
+        areas[number] = positive @ below / total if total else np.nan
+    return areas
 
 
 def prompt_pearson(data: AuditData, rewards: np.ndarray, resamples: Resamples) -> Figure:
