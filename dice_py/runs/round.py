@@ -120,7 +120,8 @@ def run_round(
     )
     # In a pool of rounds, those of the earlier ones too: their responses are scored again.
     pool = candidates(run.folder, run.manifest, number, config.mine.pool_rounds, run.report)
-    scored = _shards(run.run_stage(number, _score_job(run, pool, number, policy, reference, previous)))
+    score_job = _score_job(run, pool, number, policy, reference, previous)
+    scored = _shards(run.run_stage(number, score_job, continued=True))
     mine_job = MineJob(
         config=config.mine.in_round(number),
         generations=pool.generations,

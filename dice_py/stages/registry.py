@@ -46,6 +46,8 @@ class Stage:
         return bool(self.remedy)
 
 
+# One process scores, and then takes in what replay and inspect score: it holds both models.
+_SCORING = ("dice_py.stages.score", "dice_py.stages.replay", "dice_py.stages.inspect", "dice_py.scoring.scorer")
 _EVALUATION = ("dice_py.stages.evaluate", "dice_py.generation.engines.transformers", "dice_py.scoring.scorer")
 
 _TABLE = (
@@ -60,12 +62,12 @@ _TABLE = (
         "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
         "score",
     ),
-    Stage("score", ScoreJob, ("dice_py.stages.score", "dice_py.scoring.scorer"), "lower score.token_budget", "replay"),
+    Stage("score", ScoreJob, _SCORING, "lower score.token_budget", None, continues="replay"),
     Stage("mine", MineJob, (), "", None),
     Stage(
         "replay",
         ReplayJob,
-        ("dice_py.stages.replay", "dice_py.scoring.scorer"),
+        _SCORING,
         "lower score.token_budget",
         "train",
         continues="inspect",
@@ -73,7 +75,7 @@ _TABLE = (
     Stage(
         "inspect",
         InspectJob,
-        ("dice_py.stages.inspect", "dice_py.scoring.scorer"),
+        _SCORING,
         "lower score.token_budget, or set report.token_credit=false",
         "train",
         may_fail=True,
