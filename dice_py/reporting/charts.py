@@ -13,6 +13,7 @@ import itertools
 import json
 import resource
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dice_py.reporting.foreign_text import visible
@@ -53,6 +54,13 @@ def cannot_draw() -> str | None:
     )
 
 
+def unchecked() -> AbstractContextManager[None]:
+    """Altair compares no chart with Vega-Lite's schema meanwhile, which takes longer than drawing it: the tests do."""
+    from altair.utils import schemapi
+
+    return schemapi.debug_mode(False)
+
+
 def svg(chart: Chart, rows: Sequence[Row], description: str) -> Markup:
     """Draws a chart of `data()`.
 
@@ -60,9 +68,13 @@ def svg(chart: Chart, rows: Sequence[Row], description: str) -> Markup:
         rows: its data; texts in it are shown as `visible` does.
         description: the text alternative: what is shown, and what to see in it.
     """
+    from altair.utils import schemapi
     from markupsafe import Markup
 
-    spec = chart.to_dict() | {"datasets": {_DATA: [_shown(row) for row in rows]}, "config": _config()}
+    spec = chart.to_dict(validate=schemapi.DEBUG_MODE) | {
+        "datasets": {_DATA: [_shown(row) for row in rows]},
+        "config": _config(),
+    }
     drawn = _drawn(json.dumps(spec, allow_nan=False))
     label = html.escape(visible(description))
     return Markup(drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from dice_py.errors import UsageError
-from dice_py.reporting.charts import SERIES, cannot_draw
+from dice_py.reporting.charts import SERIES, cannot_draw, unchecked
 from dice_py.reporting.pair_data import SCRIPTS, STYLES, pair_data
 from dice_py.reporting.render import render_page
 from dice_py.reporting.sections.configuration import configuration, settings_that_differ
@@ -81,12 +82,13 @@ def report_page(runs: list[StoredRun], *, with_pairs: bool) -> str:
             return None
 
     nothing: dict[str, Any] = {"figures": [], "tables": [], "notes": [], "note": ""}
-    evaluated = made("the evaluation", evaluation, runs, draws=draws) or nothing
-    trained = made("the training", training, runs, draws=draws) or nothing
-    mined = [
-        made(f"the mining of {name} (mining.json, distributions.json)", mining_round, runs, name, draws=draws)
-        for name in mined_rounds(runs)
-    ]
+    with unchecked() if draws else nullcontext():
+        evaluated = made("the evaluation", evaluation, runs, draws=draws) or nothing
+        trained = made("the training", training, runs, draws=draws) or nothing
+        mined = [
+            made(f"the mining of {name} (mining.json, distributions.json)", mining_round, runs, name, draws=draws)
+            for name in mined_rounds(runs)
+        ]
     configured = [made(f"the configuration of {run.name}", configuration, run) for run in runs]
     differing = settings_that_differ(runs) if len(runs) > 1 else None
     pairs = made("the pairs to read", _pairs, runs) if with_pairs else None

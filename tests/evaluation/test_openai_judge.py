@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import socket
 import sqlite3
 import threading
 import time
@@ -232,9 +233,10 @@ def test_another_port_and_another_kind_of_server(server: JudgeServer) -> None:
     wrong = judge_of(server, base_url=server.base_url.removesuffix("/v1"))
     with pytest.raises(UsageError, match=r"mostly ends in /v1"):
         wrong.verdicts(*pairs(3))
-    slow = judge_of(server, timeout=0.001)
-    with pytest.raises(JudgeError, match="timed out"):
-        slow.verdicts(*pairs(3, "of a slow server"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = judge_of(server, base_url=f"http://127.0.0.1:{silent.getsockname()[1]}/v1", timeout=0.2)
+        with pytest.raises(JudgeError, match="timed out"):
+            slow.verdicts(*pairs(3, "of a server that does not answer"))
 
 
 def _files(folder: Path, count: int) -> tuple[Path, Path]:

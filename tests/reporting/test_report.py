@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from report_page import Page, text
 from reported_runs import log_of, metrics_of, reported_run, write_log
 
 from dice_py.config.loading import resolve
+from dice_py.reporting import html
 from dice_py.reporting.foreign_text import visible
 from dice_py.reporting.formatting import evaluation_rows, mining_rows
-from dice_py.reporting.html import is_report, write_comparison, write_report
+from dice_py.reporting.html import is_report, report_page, write_comparison, write_report
 from dice_py.reporting.sections import mining
 from dice_py.reporting.stored_run import read_run
 from dice_py.runs.stored_config import stored_config
@@ -329,6 +331,12 @@ def test_histograms_are_drawn_of_as_many_rounds_as_a_page_holds(run: Path, monke
 
 
 # --- hostile texts ----------------------------------------------------------------------------------------------
+
+
+def test_charts_are_as_vega_lites_schema_asks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = report_page([read_run(run, "run")], with_pairs=False)
+    monkeypatch.setattr(html, "unchecked", nullcontext)
+    assert report_page([read_run(run, "run")], with_pairs=False) == page
 
 
 def test_hostile_names_of_runs_are_shown_in_plots(run: Path, tmp_path: Path) -> None:
