@@ -113,14 +113,15 @@ class Run:
         return entry is not None and entry.get("key") == job.key() and _is_done(entry)
 
     def run_stage(
-        self, number: int, job: Job, *, is_last: bool = False, following: str | None = None, continued: bool = False
+        self, number: int, job: Job, *, is_last: bool = False, following: str | None = None, stays: bool = False
     ) -> StageResult:
         """The result of a job in round `number`: the manifest's if its key and files still hold, else made now.
 
         Args:
             is_last: no stage follows, whose process could be started meanwhile.
             following: the stage that follows, if it is not the one that the table of stages names.
-            continued: the stage that takes over this one's process (`Stage.continues`) comes next.
+            stays: its process is left for the next stage that needs the same modules, with the model that it holds. It
+                ends when another stage begins that has a process, or when a stage is kept.
         """
         stage = stage_of(job)
         fields = job.key_fields()
@@ -154,7 +155,7 @@ class Run:
         )
         self.report("stage", stage=name, status="running")
         try:
-            result = self._work(job, self.folder / name, is_last, following, continued)
+            result = self._work(job, self.folder / name, is_last, following, stays)
         except BaseException as error:
             with contextlib.suppress(OSError, DiskFullError):  # the stage's own error is the one to report
                 self.report_gpus(name)
@@ -203,10 +204,10 @@ class Run:
         self.remade.append(name)
         self.report("note", text=f"{name} is made again{first}, because of: {why or 'the way its key is made'}")
 
-    def _work(self, job: Job, folder: Path, is_last: bool, following: str | None, continued: bool) -> StageResult:
+    def _work(self, job: Job, folder: Path, is_last: bool, following: str | None, stays: bool) -> StageResult:
         if not (stage_of(job).has_process and job.needs_process):
             return job.run(self.report)
-        return self.spawn(job, folder, is_last=is_last, following=following, continued=continued)
+        return self.spawn(job, folder, is_last=is_last, following=following, stays=stays)
 
     def spawn(
         self,
@@ -215,12 +216,12 @@ class Run:
         *,
         is_last: bool = False,
         following: str | None = None,
-        continued: bool = False,
+        stays: bool = False,
     ) -> StageResult:
         """Runs a job in a process of its own, whose output is `folder/worker.log`.
 
         Meanwhile the process of the next stage is started, and imports what that stage needs. `is_last`, `following`
-        and `continued` as in `run_stage`.
+        and `stays` as in `run_stage`.
         """
         stage = stage_of(job)
         warm = self._warm.take(stage.imports) if stage.imports else None
@@ -228,9 +229,7 @@ class Run:
         following = following or stage.following
         if following is not None and not is_last:
             self._warm.prepare(REGISTRY[following].imports)
-        keep = None
-        if continued and stage.continues is not None:
-            keep = partial(self._warm.keep, REGISTRY[stage.continues].imports)
+        keep = partial(self._warm.keep, stage.imports) if stays else None
         result: StageResult = run_in_subprocess(
             job.run, log=folder / "worker.log", remedy=stage.remedy, report=self.report, warm=warm, keep=keep
         )

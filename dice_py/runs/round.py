@@ -121,7 +121,7 @@ def run_round(
     # In a pool of rounds, those of the earlier ones too: their responses are scored again.
     pool = candidates(run.folder, run.manifest, number, config.mine.pool_rounds, run.report)
     score_job = _score_job(run, pool, number, policy, reference, previous)
-    scored = _shards(run.run_stage(number, score_job, continued=True))
+    scored = _shards(run.run_stage(number, score_job, stays=True))
     mine_job = MineJob(
         config=config.mine.in_round(number),
         generations=pool.generations,
@@ -134,7 +134,7 @@ def run_round(
     mined = run.run_stage(number, mine_job)
     replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)
     has_credit = bool(config.report.pairs) and config.report.token_credit
-    replayed = run.run_stage(number, replay_job, continued=has_credit)
+    replayed = run.run_stage(number, replay_job, stays=has_credit)
     inspect_job = _inspect_job(run, number, pool, mine_job, mined.files[0], replayed.files[0], policy, reference)
     run.run_stage(number, inspect_job)
     train_job = _train_job(run, number, policy, replayed.files[0])

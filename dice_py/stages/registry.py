@@ -35,8 +35,6 @@ class Stage:
     """End of the error sentence when memory runs out. Empty: the stage runs in the process of the run."""
     following: str | None
     """The stage whose process is started while this one works; None: no process is started."""
-    continues: str | None = None
-    """The stage after it that takes over its process, where it follows, with the models and modules that it holds."""
     may_fail: bool = False
     """Whether a run goes on when the stage fails: no other stage reads what it makes."""
 
@@ -46,7 +44,7 @@ class Stage:
         return bool(self.remedy)
 
 
-# One process scores, and then takes in what replay and inspect score: it holds both models.
+# The same for the three, which one process does in turn: it has the libraries, and often the model that comes next.
 _SCORING = ("dice_py.stages.score", "dice_py.stages.replay", "dice_py.stages.inspect", "dice_py.scoring.scorer")
 _EVALUATION = ("dice_py.stages.evaluate", "dice_py.generation.engines.transformers", "dice_py.scoring.scorer")
 
@@ -62,16 +60,9 @@ _TABLE = (
         "lower generate.token_budget or generate.vllm.gpu_memory_utilization",
         "score",
     ),
-    Stage("score", ScoreJob, _SCORING, "lower score.token_budget", None, continues="replay"),
+    Stage("score", ScoreJob, _SCORING, "lower score.token_budget", None),
     Stage("mine", MineJob, (), "", None),
-    Stage(
-        "replay",
-        ReplayJob,
-        _SCORING,
-        "lower score.token_budget",
-        "train",
-        continues="inspect",
-    ),
+    Stage("replay", ReplayJob, _SCORING, "lower score.token_budget", "train"),
     Stage(
         "inspect",
         InspectJob,

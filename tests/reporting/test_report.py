@@ -330,13 +330,13 @@ def test_histograms_are_drawn_of_as_many_rounds_as_a_page_holds(run: Path, monke
     assert last["notes"] == []
 
 
-# --- hostile texts ----------------------------------------------------------------------------------------------
-
-
 def test_charts_are_as_vega_lites_schema_asks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = report_page([read_run(run, "run")], with_pairs=False)
     monkeypatch.setattr(html, "unchecked", nullcontext)
     assert report_page([read_run(run, "run")], with_pairs=False) == page
+
+
+# --- hostile texts ----------------------------------------------------------------------------------------------
 
 
 def test_hostile_names_of_runs_are_shown_in_plots(run: Path, tmp_path: Path) -> None:
