@@ -17,6 +17,7 @@ import typer
 from typer import Abort
 from typer.core import TyperGroup
 
+from cli.ablate import ablate
 from cli.audit import audit
 from cli.demo import demo
 from cli.extrapolate import extrapolate
@@ -94,7 +95,7 @@ app = typer.Typer(
 for command in (run, resume, status):
     app.command()(command)
 app.command(cls=ReportCommand)(report)
-for shown in (samples, plan, demo):
+for shown in (samples, plan, demo, ablate):
     app.command()(shown)
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)

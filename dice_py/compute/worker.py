@@ -188,7 +188,10 @@ def _main(events: Connection, parent: Connection, modules: Sequence[str], warm_l
             events.send_bytes(last_event)
         if not (task.stays and succeeded):
             break
-        task = _from_parent.get()
+        following = _from_parent.get()
+        if following is None:  # `Worker.finish`
+            break
+        task = following
     events.close()
     # Libraries leave threads and, with vLLM, child processes behind; nothing of the result depends on them.
     # Their finalizers still run: a semaphore left to the resource tracker (tqdm's lock) makes it warn the user.
@@ -344,6 +347,11 @@ class Worker:
     def join(self, timeout: float | None = None) -> None:
         """Waits until the process has ended, at most `timeout` seconds."""
         self._process.join(timeout)
+
+    def finish(self) -> None:
+        """Lets a process that has stayed after its work end in its own way, and waits for it."""
+        self._send(None)
+        self.join(_GRACE)
 
     def terminate(self) -> None:
         """Asks the process to end, without waiting for it."""

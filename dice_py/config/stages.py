@@ -271,3 +271,12 @@ class WorldConfig(Section):
     round_prompts: Positive = Field(default=4000, description="prompts for the rounds")
     eval_prompts: Positive = Field(default=400, description="held-out prompts")
     eval_pairs: Positive = Field(default=600, description="held-out pairs, labeled by the oracle")
+    width: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
+        default=128, description="hidden size of the models", json_schema_extra=ADDED
+    )
+    dpo_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
+        default=3e-4, description="peak learning rate of the policy's DPO training", json_schema_extra=ADDED
+    )
+    dpo_epochs: Annotated[float, Field(gt=0.0)] = Field(
+        default=2.0, description="passes of the policy's DPO training over the offline pairs", json_schema_extra=ADDED
+    )

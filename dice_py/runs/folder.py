@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from dice_py.compute.stage_process import WarmPool, run_in_subprocess
 from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DiskFullError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.runs.adoption import adopted_stage, is_done
 from dice_py.runs.progress import ProgressFile
 from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.runs.warnings import stage_warnings
@@ -46,11 +47,17 @@ class Run:
         monitor: GpuMonitor | None = None,
         *,
         force: bool = False,
+        siblings: Sequence[Path] = (),
+        in_process: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
         self.force = force
         """Whether what does not fit into memory is tried all the same."""
+        self.siblings = siblings
+        """Folders of other runs, whose stages are taken over where the key is the same."""
+        self.in_process = in_process
+        """Whether stages run in this process, which then imports torch once: for models of a few MB."""
         self.manifest = Manifest(folder / "manifest.json")
         self.remade: list[str] = []
         """The stages that are made again because their key differs from the manifest's, in order."""
@@ -110,7 +117,7 @@ class Run:
     def is_recorded(self, number: int, job: Job) -> bool:
         """Whether the manifest has the result of a job under its key. The files are not looked at."""
         entry = self.manifest.stage(f"{round_name(number)}/{stage_of(job).name}")
-        return entry is not None and entry.get("key") == job.key() and _is_done(entry)
+        return entry is not None and entry.get("key") == job.key() and is_done(entry)
 
     def run_stage(
         self, number: int, job: Job, *, is_last: bool = False, following: str | None = None, stays: bool = False
@@ -127,7 +134,7 @@ class Run:
         fields = job.key_fields()
         name, key = f"{round_name(number)}/{stage.name}", job.key()
         entry = self.manifest.stage(name)
-        if entry is not None and entry.get("key") == key and _is_done(entry):
+        if entry is not None and entry.get("key") == key and is_done(entry):
             files = self._files(entry)
             incomplete = job.incomplete(files)
             if not incomplete:
@@ -139,6 +146,9 @@ class Run:
             self._report_incomplete(name, incomplete)
         elif entry is not None and entry.get("key") != key:
             self._report_changed(name, entry, field_values(fields))
+        adopted = adopted_stage(self.siblings, self.folder, name, job)
+        if adopted is not None:
+            return self._take_over(number, job, name, field_values(fields), adopted)
         self.report_gpus(None)
         started = time.time()
         values = field_values(fields)
@@ -165,14 +175,36 @@ class Run:
             result = StageResult([], {FAILURE: f"{type(error).__name__}: {error}"[:2000]})
         self.report_gpus(name)
         seconds = time.time() - started
-        files_named = [
-            {"file": self._relative(file), "key": file_key, "digest": _digest_of(file)}
-            for file, file_key in result.files
-        ]
-        self.manifest.record(name, status="done", seconds=seconds, files=files_named, counts=result.counts)
+        named = self._named(result.files)
+        self.manifest.record(name, status="done", seconds=seconds, files=named, counts=result.counts)
         self.report("stage", stage=name, status="done", seconds=seconds, counts=result.counts)
         self._warn(number, stage.name, job, result)
         return result
+
+    def _take_over(
+        self, number: int, job: Job, name: str, values: dict[str, Any], entry: dict[str, Any]
+    ) -> StageResult:
+        """Records a stage whose files came from another run, with the seconds that it took there."""
+        result = StageResult(self._files(entry), entry["counts"])
+        self.manifest.record(
+            name,
+            key=job.key(),
+            inputs=values,
+            status="done",
+            started=time.time(),
+            seconds=entry["seconds"],
+            counts=result.counts,
+            files=self._named(result.files),
+            warnings=[],
+        )
+        self.report("stage", stage=name, status="kept", seconds=entry["seconds"], counts=result.counts)
+        self._warm.end_stayed()
+        self._warn(number, stage_of(job).name, job, result)
+        return result
+
+    def _named(self, files: list[StageFile]) -> list[dict[str, Any]]:
+        """How the manifest names files, with their digests."""
+        return [{"file": self._relative(file), "key": key, "digest": _digest_of(file)} for file, key in files]
 
     def _warn(self, number: int, stage: str, job: Job, result: StageResult) -> None:
         """Reports the warnings about a stage, each once, and keeps them in the manifest, for the report."""
@@ -224,6 +256,8 @@ class Run:
         and `stays` as in `run_stage`.
         """
         stage = stage_of(job)
+        if self.in_process:
+            return job.run(self.report)
         warm = self._warm.take(stage.imports) if stage.imports else None
         self._warm.end_stayed()
         following = following or stage.following
@@ -248,11 +282,6 @@ class Run:
     def _relative(self, path: Path) -> str:
         """How the manifest names a path."""
         return str(path.relative_to(self.folder))
-
-
-def _is_done(entry: dict[str, Any]) -> bool:
-    """Whether a stage is done; one whose entry lacks a field is made again."""
-    return entry.get("status") == "done" and {"seconds", "counts", "files"} <= entry.keys()
 
 
 def _digest_of(path: Path) -> str | None:

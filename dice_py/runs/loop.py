@@ -29,6 +29,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
+from dice_py.runs.adoption import adopt_evaluated
 from dice_py.runs.best import Outcome
 from dice_py.runs.extrapolation import check_held_out, choose_policy
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
@@ -61,12 +62,18 @@ def run(
     *,
     after_round: AfterRound | None = None,
     force: bool = False,
+    siblings: Sequence[Path] = (),
+    in_process: bool = False,
+    may_differ: bool = False,
 ) -> dict[str, Any]:
     """Runs `config` in `folder`, keeping completed work; returns the metrics of each round.
 
     Args:
         after_round: the command line passes `dice_py.reporting.html.write_report`.
         force: training that does not fit into memory is warned of, and tried all the same.
+        siblings: folders of other runs, from which stages with the same key are taken over.
+        in_process: stages run in this process, and not in one of their own each.
+        may_differ: a run of another config in `folder` goes on with this one, as `resume` does with changed settings.
 
     Raises:
         UsageError: the folder holds a run of another config, or another process works in it.
@@ -74,18 +81,26 @@ def run(
         DiceError: raised by a stage.
     """
     config = with_absolute_paths(config)
-    check_folder(config, folder)
+    if not (may_differ and has_config(folder)):
+        check_folder(config, folder)
     make_folder(folder)
-    return _run(config, folder, report, after_round, force)
+    return _run(config, folder, report, after_round, force, siblings=siblings, in_process=in_process)
 
 
 def _run(
-    config: RunConfig, folder: Path, report: Report, after_round: AfterRound | None, force: bool
+    config: RunConfig,
+    folder: Path,
+    report: Report,
+    after_round: AfterRound | None,
+    force: bool,
+    *,
+    siblings: Sequence[Path] = (),
+    in_process: bool = False,
 ) -> dict[str, Any]:
     with locked(folder), stopped_by_signals(), GpuMonitor(usable_gpus(config.devices, config.model)) as monitor:
         remove_temporaries(folder)
         end_torn_line(folder / "events.jsonl")
-        run = Run(folder, config, report, monitor, force=force)
+        run = Run(folder, config, report, monitor, force=force, siblings=siblings, in_process=in_process)
         try:
             run.report("started", pid=os.getpid())
             changed = store_config(run.folder, run.config, run.manifest, run.report)
@@ -180,6 +195,7 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     inputs = prepare(run)
     check_judges(run)
     check_held_out(run, inputs)
+    adopt_evaluated(run.siblings, run.folder)
     outcome = Outcome(run, inputs)
     files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs, *inputs.buffers.values()]
     run.list_files(*files)

@@ -30,7 +30,7 @@ from dice_py.storage.schemas import PROMPTS, TRAINING_SET
 from dice_py.synthetic.pairs import draw_prompts, offline_pairs, oracle_pairs
 from dice_py.synthetic.task import oracle, parse_prompt, sft_response
 from dice_py.synthetic.tokenizer import EOS, make_tokenizer
-from dice_py.synthetic.world import BETA, DPO, LLAMA, SFT, WORLD_STAMP, World, find_world, world_key
+from dice_py.synthetic.world import BETA, SFT, WORLD_STAMP, World, dpo, find_world, llama, world_key
 
 
 def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, report: Report) -> None:
@@ -58,7 +58,7 @@ def _train_sft(config: WorldConfig, prompts: list[list[Message]], folder: Path, 
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **LLAMA,
+            **llama(config),
         )
     )
 
@@ -128,11 +128,11 @@ class WorldJob(Job):
         key = self.key()
         final = cache_folder() / "world" / key
         make_folder(final.parent)
-        with exclusive_lock(final.parent / ".lock"):
+        with exclusive_lock(final.parent / f".{key}.lock"):
             world = find_world(self.config)  # another process may have made it meanwhile
             if world is not None:
                 return world
-            remove_temporaries(final.parent)
+            remove_temporaries(final.parent, key)
             if final.exists():
                 set_aside(final, report)
             with atomic(final) as folder:
@@ -184,7 +184,7 @@ class WorldJob(Job):
         training_set = world.folder / "dpo_training_set.parquet"
         write_parquet(training_set, training.with_columns(source=pl.lit("offline")), key=key, schema=TRAINING_SET)
         job = TrainJob(
-            config=DPO,
+            config=dpo(self.config),
             models=models,
             policy=world.reference,
             training_set=training_set,

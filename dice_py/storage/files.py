@@ -140,9 +140,13 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes the temporary files that a killed process left under `folder`. The caller must hold its lock."""
-    for temporary in sorted(folder.rglob(f".*{TEMPORARY}"), reverse=True):
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Removes the temporary files that a killed process left under `folder`. The caller must hold its lock.
+
+    Args:
+        name: begins the names of the files or folders that they were to become; those of others are left.
+    """
+    for temporary in sorted(folder.rglob(f".{name}*{TEMPORARY}"), reverse=True):
         _remove(temporary)
 
 

@@ -23,19 +23,16 @@ from dice_py.synthetic.tokenizer import TEMPLATE
 RECIPE = 2  # to be increased when a change of code makes another world from the same config
 
 LLAMA: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 352,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
+"""Its width, and with it that of its feed-forward layers, is the config's."""
 SFT: dict[str, Any] = {"batch": 128, "learning_rate": 2e-3, "adam_beta2": 0.98}
 DPO = TrainConfig(
-    learning_rate=3e-4,
     lr_scheduler_type="cosine",
-    num_train_epochs=2.0,
     warmup_steps=0,
     batch_size=32,
     per_device_train_batch_size=32,
@@ -110,6 +107,17 @@ def world_key(config: WorldConfig) -> str:
         "with digests",
     ]
     return digest("world", config.model_dump(), recipe, versions("torch", "transformers", "trl"))
+
+
+def llama(config: WorldConfig) -> dict[str, Any]:
+    """The settings of transformers' LlamaConfig that are not the tokenizer's."""
+    return LLAMA | {"hidden_size": config.width, "intermediate_size": config.width * 11 // 4}
+
+
+def dpo(config: WorldConfig) -> TrainConfig:
+    """The settings of the policy's DPO training."""
+    update = {"learning_rate": config.dpo_learning_rate, "num_train_epochs": config.dpo_epochs}
+    return DPO.model_copy(update=update)
 
 
 def find_world(config: WorldConfig) -> World | None:

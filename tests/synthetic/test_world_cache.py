@@ -50,7 +50,9 @@ def cache(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_two_makers_make_one_world(made: Path) -> None:
-    assert sorted(path.name for path in (made / "world").iterdir()) == sorted([".lock", world_key(CONFIG)])
+    assert sorted(path.name for path in (made / "world").iterdir()) == sorted(
+        [f".{world_key(CONFIG)}.lock", world_key(CONFIG)]
+    )
 
 
 def test_a_complete_world_is_never_replaced(cache: Path) -> None:

@@ -1,0 +1,140 @@
+"""Runs of an ablation side by side, each lane a process that does one run after the other.
+
+A lane imports torch once, and the stages of its runs work in it: what suits models of a few MB, such as those of the
+synthetic world. A run on a model of the user's own has a process for each stage, as `dice run` does, and needs no lane.
+
+Of one seed only one run works at a time, so that the next one finds its stages to take over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from dice_py.compute.failures import Failure
+from dice_py.compute.worker import Worker
+from dice_py.config.run import RunConfig
+from dice_py.events import Report, no_report
+from dice_py.runs.loop import run
+
+_REPORTED = ("stage", "note", "warning")
+_TIMEOUT = 1.0  # seconds between two looks at whether a lane has ended
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of an ablation."""
+
+    name: str
+    """ "both/seed-3"."""
+    seed: int
+    folder: Path
+    config: RunConfig
+
+
+def run_in_lane(config: RunConfig, folder: Path, siblings: Sequence[Path], report: Report = no_report) -> None:
+    """Runs a config in this process, with all of its stages. Only events of `_REPORTED` are reported."""
+
+    def some(event: str, **fields: Any) -> None:
+        if event in _REPORTED:  # others have names that a worker uses itself
+            report(event, **fields)
+
+    run(config, folder, some, siblings=siblings, in_process=True, may_differ=True)
+
+
+class _Lane:
+    def __init__(self, log: Path, threads: int) -> None:
+        self._log = log
+        self._environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        self.worker = Worker()
+        self.planned: PlannedRun | None = None
+
+    def submit(self, planned: PlannedRun, siblings: Sequence[Path]) -> None:
+        """Starts a run in it."""
+        self.planned = planned
+        work = partial(run_in_lane, planned.config, planned.folder, siblings)
+        self.worker.submit(work, log=self._log, name=planned.name, environment=self._environment, stays=True)
+
+    def outcome(self, on_event: Callable[..., None]) -> tuple[str, dict[str, Any]] | None:
+        """Passes on what it has sent; returns the last event of its run, None while it works."""
+        while True:
+            received = self.worker.receive(0)
+            if received is None:
+                break
+            event, fields = received
+            if event in ("result", "failed"):
+                return event, fields
+            on_event(event, **fields)
+        if self.worker.ended:
+            return "failed", vars(self.worker.failure())
+        return None
+
+
+def run_in_lanes(
+    planned: Iterable[PlannedRun],
+    siblings: Callable[[PlannedRun], Sequence[Path]],
+    *,
+    jobs: int,
+    logs: Path,
+    on_event: Callable[..., None],
+    on_done: Callable[[PlannedRun], None],
+) -> None:
+    """Does all runs, `jobs` at a time.
+
+    Args:
+        siblings: the folders from which a run may take stages over, asked when it begins.
+        logs: the folder of the lanes' output.
+        on_event: is called as `on_event(planned, event, **fields)`.
+        on_done: is called when a run is complete.
+
+    Raises:
+        DiceError: as a run raised it, with its name. The others are stopped; what is complete is kept.
+    """
+    waiting = list(planned)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    lanes = [_Lane(logs / f"lane-{number + 1}.log", threads) for number in range(min(jobs, len(waiting)))]
+    try:
+        while True:
+            for lane in lanes:
+                busy = [other.planned.seed for other in lanes if other.planned is not None]
+                following = _next(waiting, busy)
+                if lane.planned is None and following is not None:
+                    waiting.remove(following)
+                    lane.submit(following, siblings(following))
+            working = [lane for lane in lanes if lane.planned is not None]
+            if not working:
+                for lane in lanes:
+                    lane.worker.finish()
+                return
+            wait([handle for lane in working for handle in lane.worker.waitables], _TIMEOUT)
+            for lane in working:
+                assert lane.planned is not None
+                outcome = lane.outcome(partial(on_event, lane.planned))
+                if outcome is None:
+                    continue
+                event, fields = outcome
+                if event == "failed":
+                    raise _error(lane.planned, Failure(**fields))
+                on_done(lane.planned)
+                lane.planned = None
+    finally:
+        for lane in lanes:
+            lane.worker.terminate()
+        for lane in lanes:
+            lane.worker.stop()
+
+
+def _next(waiting: Sequence[PlannedRun], busy: Sequence[int]) -> PlannedRun | None:
+    """The next run of the seed that has most of them left, of the seeds that no lane works on."""
+    left = [planned.seed for planned in waiting]
+    free = [planned for planned in waiting if planned.seed not in busy]
+    return max(free, key=lambda planned: left.count(planned.seed), default=None)
+
+
+def _error(planned: PlannedRun, failure: Failure) -> Exception:
+    return failure.error(f"{planned.name}: {failure.text}. Its folder is {planned.folder}")
