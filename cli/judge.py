@@ -172,6 +172,27 @@ def openai(
     _run(_judge(resolved, "openai"), matched, names, out, seed, as_json)
 
 
+@judge_app.command(cls=JudgeCommand)
+def function(
+    ours: Ours,
+    theirs: Theirs,
+    out: Annotations = None,
+    call: Annotated[str | None, typer.Option(help="The function, as package.module:name.")] = None,
+    ours_name: OursName = None,
+    theirs_name: TheirsName = None,
+    prompt_column: PromptColumn = "prompt",
+    response_column: ResponseColumn = "response",
+    seed: StageSeed = 0,
+    config: Config = None,
+    assign: Set = None,
+    as_json: Json = False,
+) -> None:
+    """A function of yours, (prompt, response) -> number: the response with the higher number wins."""
+    resolved = _config(config, assign, "function", {"call": call}, "--call")
+    matched, names = _matched(resolved, ours, theirs, (ours_name, theirs_name), prompt_column, response_column, out)
+    _run(_judge(resolved, "function"), matched, names, out, seed, as_json)
+
+
 def _config(
     config: list[Path] | None, assign: list[str] | None, name: str, given: dict[str, Any], options: str
 ) -> RunConfig:

@@ -135,6 +135,22 @@ class OpenAIConfig(Section):
         return self
 
 
+class FunctionConfig(Section):
+    """A function of your own: from the texts of a prompt and a response to a number, of which more is better."""
+
+    call: str = Field(
+        description="its name, as package.module:name; Python must find the module (PYTHONPATH). Its code is run"
+    )
+
+    @field_validator("call")
+    @classmethod
+    def _check_call(cls, value: str) -> str:
+        module, colon, name = value.partition(":")
+        if not colon or not all(part.isidentifier() for text in (module, name) for part in text.split(".")):
+            raise ValueError(f"{value!r:.80} names no function; write it as package.module:name")
+        return value
+
+
 class JudgesConfig(Section):
     """Judges that compare the new policy with the start and with the policy of the round before."""
 
@@ -146,4 +162,7 @@ class JudgesConfig(Section):
     )
     openai: OpenAIConfig | None = Field(
         default=None, description="a model behind a server with OpenAI's interface; none: off", json_schema_extra=ADDED
+    )
+    function: FunctionConfig | None = Field(
+        default=None, description="a function of your own; none: off", json_schema_extra=ADDED
     )

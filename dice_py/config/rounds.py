@@ -20,6 +20,8 @@ ROUND_METRICS = (
     "reward_model_win_rate",
     "implicit_win_rate",
     "openai_win_rate",
+    "function_win_rate",
+    "function_score",
     "implicit_reward_accuracy",
     "implicit_reward_accuracy_initial_reference",
 )
@@ -42,8 +44,8 @@ class RoundsConfig(Section):
     )
     metric: str | None = Field(
         default=None,
-        description="metric of keep and stop_when: the win rate of a judge (oracle, reward_model, implicit, openai: as "
-        "in openai_win_rate), oracle_accuracy, oracle_score, implicit_reward_accuracy, "
+        description="metric of keep and stop_when: the win rate of a judge (oracle, reward_model, implicit, openai, "
+        "function: as in openai_win_rate), oracle_accuracy, oracle_score, function_score, implicit_reward_accuracy, "
         "implicit_reward_accuracy_initial_reference, or command.NAME, a number of evaluate.command of which more is "
         "better (for keep alone: it has no interval). none: oracle_win_rate on the synthetic world, else "
         "implicit_reward_accuracy_initial_reference",

@@ -253,7 +253,7 @@ def _lacking(config: RunConfig, metric: str) -> list[str]:
         lacking = [] if has_pairs else ["no offline pairs are given: name data.eval_pairs"]
         return lacking if evaluate.pairs else [*lacking, "evaluate.pairs is 0"]
     lacking = []
-    judge = metric.removesuffix("_win_rate")
+    judge = metric.removesuffix("_win_rate").removesuffix("_score")
     if metric.startswith("oracle"):
         lacking += [] if config.is_world else ["only the synthetic world has an oracle"]
     elif getattr(evaluate.judges, judge, None) is None:

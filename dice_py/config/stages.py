@@ -222,6 +222,12 @@ class EvaluateConfig(Section):
         "the samples, from round 2 on",
         json_schema_extra=ADDED,
     )
+    kl_to_reference: bool = Field(
+        default=False,
+        description="measure the KL divergence from the first reference too, which is the SFT model of a run with "
+        "model.sft: one pass of that model over the samples, where no other metric needs it",
+        json_schema_extra=ADDED,
+    )
     judges: JudgesConfig = Field(default_factory=JudgesConfig, json_schema_extra=ADDED)
     command: list[str] | None = Field(
         default=None,

@@ -11,6 +11,7 @@ from dice_py.evaluation.comparison import scores_of_each, win_rates, win_rates_o
 from dice_py.evaluation.judges.base import Judge, ScoringJudge
 from dice_py.evaluation.judges.oracle import OracleJudge, oracle_metrics
 from dice_py.evaluation.metrics import bootstrap_ci95
+from dice_py.evaluation.reward_order import on_policy_accuracy
 from dice_py.evaluation.values import ItemValues
 from dice_py.events import Report, no_report
 
@@ -45,13 +46,14 @@ def judge_metrics(
     Args:
         rewards: the implicit reward of each of our samples.
         seed: of the bootstrap.
-        values: receives the win rate of each prompt.
+        values: receives the win rate of each prompt, and its mean score.
 
     Returns:
         "NAME_win_rate": mean over prompts of the win rate over the start's samples, 0 to 1, and
         "NAME_win_rate_previous", over those of the policy of the round before. A judge that scores responses adds
-        "NAME_score" and "start_NAME_score", means over samples; the oracle what `oracle_metrics` lists. Each with its
-        95 % interval over prompts, "…_ci95", but for the start's score.
+        "NAME_score" and "start_NAME_score", means over samples, and "NAME_on_policy_reward_accuracy"
+        (`on_policy_accuracy`); the oracle what `oracle_metrics` lists. Each with its 95 % interval over prompts,
+        "…_ci95", but for the start's score.
 
     Raises:
         DataError, JudgeError: as of the judge.
@@ -73,7 +75,9 @@ def judge_metrics(
         metrics |= _rates(f"{name}_win_rate", rates, seed)
         values.add(f"{name}_win_rate", rates["prompt_id"], rates["win_rate"], 0.5)
         if scores:
-            metrics |= _scores(name, samples, scores, seed)
+            metrics |= _scores(name, samples, scores, seed, values)
+            accuracy = f"{name}_on_policy_reward_accuracy"
+            metrics |= on_policy_accuracy(accuracy, samples.ours["prompt_id"], scores["ours"], rewards, seed)
     if samples.previous is not samples.start:
         if isinstance(judge, ScoringJudge):
             rates = win_rates_of_scores(samples.ours, scores["ours"], samples.previous, scores["previous"])
@@ -87,11 +91,21 @@ def _rates(name: str, rates: pl.DataFrame, seed: int) -> dict[str, Any]:
     return {name: sum(values) / len(values), f"{name}_ci95": bootstrap_ci95(values, seed)}
 
 
-def _scores(name: str, samples: PolicySamples, scores: dict[str, pl.Series], seed: int) -> dict[str, Any]:
-    rows = pl.DataFrame({"prompt_id": samples.ours["prompt_id"], "score": scores["ours"]})
-    means = rows.group_by("prompt_id", maintain_order=True).agg(pl.col("score").mean())["score"].to_list()
+def _scores(
+    name: str, samples: PolicySamples, scores: dict[str, pl.Series], seed: int, values: ItemValues
+) -> dict[str, Any]:
+    ours, start = (_by_prompt(getattr(samples, side), scores[side]) for side in ("ours", "start"))
+    # A prompt that only one side has samples of cannot be compared.
+    both = ours.join(start, on="prompt_id", suffix="_start", maintain_order="left")
+    values.add(f"{name}_score", both["prompt_id"], both["score"], both["score_start"])
     return {
         f"{name}_score": scores["ours"].mean(),
-        f"{name}_score_ci95": bootstrap_ci95(means, seed),
+        f"{name}_score_ci95": bootstrap_ci95(ours["score"].to_list(), seed),
         f"start_{name}_score": scores["start"].mean(),
     }
+
+
+def _by_prompt(samples: pl.DataFrame, scores: pl.Series) -> pl.DataFrame:
+    """`prompt_id` and the mean `score` of its samples."""
+    rows = pl.DataFrame({"prompt_id": samples["prompt_id"], "score": scores})
+    return rows.group_by("prompt_id", maintain_order=True).agg(pl.col("score").mean())

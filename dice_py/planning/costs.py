@@ -314,6 +314,7 @@ class Estimator:
         stage.tokens += draws * (sum(prompts) + sum(lengths))
         models = {self._reward_reference(number), f"policy {number - 1}"}
         models |= {"policy 0"} if config.evaluate.kl_to_start else set()
+        models |= {"reference"} if config.evaluate.kl_to_reference else set()
         models |= {f"policy {number}"} if config.score.policy_logps == "recompute" else set()
         stage.load += len(models) * self.costs.score.load
         return len(models) * (sum(prompts) + sum(lengths)) * self.costs.score.token_ratio

@@ -37,8 +37,8 @@ def seconds(value: float | None) -> str:
 _INTERVAL = "_ci95"
 _GROUPS = (
     r".*win_rate",
-    r"(start_)?oracle_",
-    r"(start_)?implicit_reward|length_only|worst_slice|on_policy_reward|reward_length",
+    r"(start_)?(oracle_|\w+_score)",
+    r"(start_)?implicit_reward|length_only|worst_slice|(\w+_)?on_policy_reward|reward_length",
     r"kl_",
     r"entropy|distinct|duplicate|cut_off",
     r"(start_)?mean_response",

@@ -116,7 +116,7 @@ def check_judges(run: Run) -> None:
 
     Raises:
         DataError: a judge's model or template is not there.
-        UsageError: a package that a judge needs is not installed.
+        UsageError: a package that a judge needs is not installed, or a function cannot be imported.
     """
     judges = run.config.evaluate.judges
     if judges.implicit is not None:

@@ -308,8 +308,14 @@ def evaluation_of(run: Run, inputs: Inputs, number: int, policy: Path, reference
         judges=build_judges(config.evaluate.judges, config.model, config.is_world),
         devices=config.devices,
         bad_rows=config.data.bad_rows,
-        needed_judge=metric.removesuffix("_win_rate") if metric and metric.endswith("_win_rate") else None,
+        needed_judge=_needed_judge(metric),
     )
+
+
+def _needed_judge(metric: str | None) -> str | None:
+    """The judge that the metric of the rounds is of; None where it is no judge's."""
+    suffix = next((end for end in ("_win_rate", "_score") if metric and metric.endswith(end)), None)
+    return None if metric is None or suffix is None else metric.removesuffix(suffix)
 
 
 def evaluate_round(

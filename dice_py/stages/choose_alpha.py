@@ -147,7 +147,7 @@ class ChooseAlphaJob(Job):
         evaluation = self.evaluation
         return replace(
             evaluation,
-            config=evaluation.config.model_copy(update={"kl_to_start": False}),
+            config=evaluation.config.model_copy(update={"kl_to_start": False, "kl_to_reference": False}),
             policy=policy,
             out=self._folder(alpha),
             judges=tuple(judge for judge in evaluation.judges if isinstance(judge, OracleJudge)),

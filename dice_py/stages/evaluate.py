@@ -98,7 +98,7 @@ class EvaluateJob(Job):
     bad_rows: BadRowRule = field(default_factory=BadRowRule)
     """What happens to a prompt or a pair that the chat template refuses."""
     needed_judge: str | None = None
-    """The judge by whose win rate rounds are compared. If it fails, the stage does; others are only warned of."""
+    """The judge by whose metric rounds are compared. If it fails, the stage does; others are only warned of."""
 
     @property
     def values_file(self) -> Path:
@@ -149,6 +149,7 @@ class EvaluateJob(Job):
             policies = self._policy_samples(read_parquet(self.prompts).head(self.config.prompts), made, report)
             found, rewards = self._sample_metrics(policies, key, made, report)
             metrics |= found
+            _add_lengths(policies, values)
         if self.pairs is not None and self.config.pairs:
             metrics |= self._pair_metrics(read_parquet(self.pairs).head(self.config.pairs), made, values, report)
         if policies is not None:
@@ -197,6 +198,9 @@ class EvaluateJob(Job):
         metrics |= kl_metrics("kl_to_previous", logps["sampled_logp"], logps["previous_logp"], samples, self.seed)
         if self.config.kl_to_start:
             metrics |= kl_metrics("kl_to_start", logps["sampled_logp"], logps["start_logp"], samples, self.seed)
+        if self.config.kl_to_reference:
+            initial = logps["initial_ref_logp"]
+            metrics |= kl_metrics("kl_to_initial_reference", logps["sampled_logp"], initial, samples, self.seed)
         sampling = self.generate_config
         note = sampling_note(sampling.temperature, sampling.top_p, sampling.top_k, sampling.sampling_params)
         if note is not None:
@@ -218,6 +222,8 @@ class EvaluateJob(Job):
         folders = {"ref_logp": self.reference, "previous_logp": self.previous}
         if self.config.kl_to_start:
             folders["start_logp"] = self.start
+        if self.config.kl_to_reference:
+            folders["initial_ref_logp"] = self.initial_reference
         if self.score_config.policy_logps == "recompute":
             folders["sampled_logp"] = self.policy  # the last one: it is held, and used again for the pairs
         by_model: dict[str, pl.Series] = {}
@@ -333,3 +339,13 @@ class EvaluateJob(Job):
             write_parquet(file, scored, key=key, schema=_PAIR_LOGPS)
         made.append((file, key))
         return read_parquet(file)
+
+
+def _add_lengths(policies: PolicySamples, values: ItemValues) -> None:
+    """The mean length of each prompt's samples in tokens, of the new policy and of the start."""
+    ours, start = (
+        samples.group_by("prompt_id", maintain_order=True).agg(pl.col("response_tokens").mean())
+        for samples in (policies.ours, policies.start)
+    )
+    both = ours.join(start, on="prompt_id", suffix="_start", maintain_order="left")
+    values.add("mean_response_tokens", both["prompt_id"], both["response_tokens"], both["response_tokens_start"])

@@ -26,7 +26,7 @@ COMMANDS = (
     "run", "resume", "status", "report", "samples", "plan", "demo", "generate", "score", "mine", "replay", "train",
     "evaluate", "extrapolate", "audit", "inspect", "winrate", "world", "doctor", "judge",
 )  # fmt: skip
-GROUPS = {"judge": ("oracle", "reward-model", "implicit", "openai")}
+GROUPS = {"judge": ("oracle", "reward-model", "implicit", "openai", "function")}
 """Commands that only have further commands."""
 HEAVY = ("torch", "transformers", "vllm", "trl", "polars", "pyarrow", "rich")
 

@@ -116,9 +116,14 @@ def test_both_win_rates_with_intervals() -> None:
         "length_score": 2.0,
         "length_score_ci95": bootstrap_ci95([3.0, 1.5], 0),
         "start_length_score": 2.0,
+        "length_on_policy_reward_accuracy": 0.5,  # all rewards are equal
+        "length_on_policy_reward_accuracy_ci95": [0.5, 0.5],
     }
     assert list(map(len, judge.asked)) == [9]  # each set of samples once
-    assert values.frame().rows() == [("length_win_rate", 0, 0.375, 0.5), ("length_win_rate", 1, 1.0, 0.5)]
+    assert values.frame().sort("metric", "item").rows() == [
+        ("length_score", 0, 1.5, 2.5), ("length_score", 1, 3.0, 1.0),
+        ("length_win_rate", 0, 0.375, 0.5), ("length_win_rate", 1, 1.0, 0.5),
+    ]  # fmt: skip
 
 
 def test_in_the_first_round_the_previous_policy_is_the_start() -> None:
@@ -126,6 +131,17 @@ def test_in_the_first_round_the_previous_policy_is_the_start() -> None:
     found = metrics_of(judge, START, ItemValues())
     assert found["length_win_rate_previous"] == found["length_win_rate"]
     assert list(map(len, judge.asked)) == [6]
+
+
+def test_how_often_the_reward_orders_samples_as_the_judge_does() -> None:
+    ours = responses((0, "a"), (1, "aaa"), (0, "aa"), (1, "aaa"), (0, "aaa"), (1, "a"))
+    rewards = pl.Series([1.0, 5.0, 3.0, 4.0, 2.0, 5.0])
+    # Of prompt 0: a < aa and a < aaa rightly, aa > aaa wrongly. Of prompt 1: equal scores, a tie of rewards, one wrong.
+    samples = PolicySamples(PROMPTS, ours, START, START)
+    found = judge_metrics(ByLength(), samples, rewards, 0, ItemValues())
+    assert found["length_on_policy_reward_accuracy"] == (1 + 1 + 0 + 0.5 + 0) / 5
+    low, high = found["length_on_policy_reward_accuracy_ci95"]
+    assert (low, high) == (0.25, pytest.approx(2 / 3))
 
 
 def test_a_pairwise_judge_has_no_scores() -> None:

@@ -127,6 +127,29 @@ def test_each_model_passes_over_the_samples_once(
     assert written(without)["start_logp"].null_count() == 15
 
 
+def test_the_kl_from_the_first_reference(job: EvaluateJob, llama: Path, other: Path) -> None:
+    # The start is the policy itself, so that the pass over the first reference is needed by no other metric.
+    own = replace(job, start=llama, previous=llama, reference=llama, score_config=ScoreConfig(allow_same_model=True))
+    asked = replace(own, config=EvaluateConfig(samples=3, kl_to_reference=True))
+    found = asked.run().counts
+    raw = pl.read_parquet(job.out / "samples" / "*.parquet")
+    expected = (raw["sampled_logp"] - sample_logps(other, CPU, ScoreConfig(), raw)).mean()
+    assert found["kl_to_initial_reference"] == pytest.approx(expected, abs=1e-3)
+    assert found["kl_to_initial_reference"] > 0.1 > found["kl_to_start"]
+    low, high = found["kl_to_initial_reference_ci95"]
+    assert low < found["kl_to_initial_reference"] < high
+    assert asked.key() != own.key()
+    assert "kl_to_initial_reference" not in own.run().counts
+
+
+def test_lengths_are_kept_by_prompt(job: EvaluateJob) -> None:
+    metrics = job.run().counts
+    lengths = pl.read_parquet(job.values_file).filter(pl.col("metric") == "mean_response_tokens")
+    assert sorted(lengths["item"]) == list(range(5))
+    assert lengths["value"].mean() == pytest.approx(metrics["mean_response_tokens"])
+    assert lengths["start"].mean() == pytest.approx(metrics["start_mean_response_tokens"])
+
+
 def test_samples_of_the_round_before_are_taken_from_its_folder(job: EvaluateJob, llama: Path) -> None:
     before = replace(job, policy=llama, out=job.out.parent / "first")
     before.run()

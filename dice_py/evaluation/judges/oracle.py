@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, ClassVar
 
 import polars as pl
 
 from dice_py.evaluation.judges.base import ScoringJudge
 from dice_py.evaluation.metrics import bootstrap_ci95, win_rate
+from dice_py.evaluation.reward_order import on_policy_accuracy
 from dice_py.evaluation.values import ItemValues
 from dice_py.events import Report, no_report
 from dice_py.synthetic.task import oracle
@@ -90,39 +90,11 @@ def oracle_metrics(
         "start_oracle_score": sum(s for p in their_scores for s, _ in their_scores[p]) / theirs.height,
     }
     if rewards is not None:
-        by_prompt = {p: [score for score, _ in judged] for p, judged in our_scores.items()}
-        metrics |= _reward_accuracy(ours["prompt_id"], by_prompt, rewards, seed)
+        in_order = {p: iter(judged) for p, judged in our_scores.items()}
+        row_scores = [next(in_order[p])[0] for p in ours["prompt_id"]]
+        metrics |= on_policy_accuracy("on_policy_reward_accuracy", ours["prompt_id"], row_scores, rewards, seed)
     return metrics
 
 
 def _mean_score(judged: list[tuple[float, bool]]) -> float:
     return sum(score for score, _ in judged) / len(judged)
-
-
-def _reward_accuracy(
-    prompt_ids: pl.Series, scores: dict[int, list[float]], rewards: pl.Series, seed: int
-) -> dict[str, Any]:
-    """The share of sample pairs with different scores that `rewards` orders alike; `scores` are by prompt, in order."""
-    import numpy as np
-
-    from dice_py.evaluation.resampling import column_ratio, statistic_ci95
-
-    by_prompt: dict[int, list[float]] = {}
-    for prompt_id, reward in zip(prompt_ids, rewards, strict=True):
-        by_prompt.setdefault(prompt_id, []).append(reward)
-    sums: list[tuple[float, float]] = []
-    for prompt_id, prompt_scores in scores.items():
-        samples = zip(prompt_scores, by_prompt[prompt_id], strict=True)
-        agrees = []
-        for (score, reward), (other_score, other_reward) in combinations(samples, 2):
-            if score != other_score:
-                agreement = (reward - other_reward) * (score - other_score)
-                agrees.append(1.0 if agreement > 0 else 0.5 if agreement == 0 else 0.0)
-        if agrees:
-            sums.append((sum(agrees), float(len(agrees))))
-    name = "on_policy_reward_accuracy"
-    if not sums:
-        return {name: None, f"{name}_ci95": None}
-    table = np.array(sums)
-    agreed, pairs = table.sum(axis=0)
-    return {name: float(agreed / pairs), f"{name}_ci95": statistic_ci95(table, column_ratio, seed)}

@@ -8,6 +8,7 @@ from typing import Any
 from dice_py.config.judges import JudgesConfig
 from dice_py.config.shared import ModelConfig
 from dice_py.evaluation.judges.base import Judge
+from dice_py.evaluation.judges.function import FunctionJudge
 from dice_py.evaluation.judges.implicit import ImplicitJudge
 from dice_py.evaluation.judges.openai_server import OpenAIJudge
 from dice_py.evaluation.judges.oracle import OracleJudge
@@ -17,6 +18,7 @@ JUDGES: dict[str, Callable[[Any, ModelConfig], Judge]] = {
     "reward_model": RewardModelJudge.of,
     "implicit": ImplicitJudge.of,
     "openai": OpenAIJudge.of,
+    "function": FunctionJudge.of,
 }
 """By the name of the section in config `evaluate.judges`; each makes the judge of its section and of `model`."""
 
@@ -30,7 +32,7 @@ def build_judges(config: JudgesConfig, models: ModelConfig, is_world: bool) -> t
 
     Raises:
         DataError: a judge's model is not there, or its template cannot be read.
-        UsageError: a package that a judge needs is not installed.
+        UsageError: a package that a judge needs is not installed, or a function cannot be imported.
     """
     asked = [(name, getattr(config, name)) for name in JudgesConfig.model_fields]
     judges = [JUDGES[name](section, models) for name, section in asked if section is not None]
