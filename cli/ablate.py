@@ -60,9 +60,11 @@ def ablate(
     Lists are separated by commas. Arms of one seed share what is the same in them: models, samples, scores. The same
     command continues what was stopped.
     """
+    from cli.ablation_tables import print_ablation
     from cli.progress import Display
     from dice_py.ablation.arms import make_arms
-    from dice_py.ablation.run import Ablation, run_ablation
+    from dice_py.ablation.run import RESULTS, Ablation, run_ablation
+    from dice_py.reporting.ablation_page import write_ablation_page
 
     base = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, None, None)
     made = make_arms(base, _names(arms), _names(debias), _names(methods), _names(losses))
@@ -70,10 +72,12 @@ def ablate(
     with Display() as display:
         display.line(f"ablation: {out}")
         results = run_ablation(ablation, out, display, after_round=pages(display), force=force)
+    page = write_ablation_page(results, out / "ablation.html")
     if as_json:
         print_json(results)
         return
-    say(f"results: {out / 'ablation.json'}")
+    print_ablation(results)
+    say(f"results: {out / RESULTS}\npage:    {page}")
 
 
 def _names(text: str | None) -> list[str]:

@@ -43,7 +43,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def ablation() -> Ablation:
-    base = resolve(assignments=[*SETTINGS, "rounds.count=2"])
+    base = resolve(assignments=[*SETTINGS, "rounds.count=1"])
     return Ablation(base, make_arms(base, ["length", "both"]), (0, 1), jobs=2)
 
 
@@ -90,24 +90,22 @@ def test_runs_of_one_seed_share_what_has_the_same_key(made: Path) -> None:
 
 def test_the_results_are_those_of_the_runs(made: Path) -> None:
     results = _results(made)
-    assert (results["rounds"], results["seeds"], results["interval"]) == (2, [0, 1], "seeds")
+    assert (results["rounds"], results["seeds"], results["interval"]) == (1, [0, 1], "seeds")
     assert results["unfinished"] == []
     for arm in results["arms"]:
-        for number in (1, 2):
-            for name in ("oracle_win_rate", "mean_response_tokens", "kl_to_start"):
-                values = [
-                    _stages(made / "runs" / arm["arm"] / f"seed-{seed}")[f"round-0{number}/evaluate"]["counts"][name]
-                    for seed in (0, 1)
-                ]
-                found = arm["rounds"][number - 1]["metrics"][name]
-                assert found["by_seed"] == values
-                assert found["mean"] == pytest.approx(sum(values) / 2)
+        folders = [made / "runs" / arm["arm"] / f"seed-{seed}" for seed in (0, 1)]
+        for name in ("oracle_win_rate", "mean_response_tokens", "kl_to_start"):
+            values = [_stages(folder)["round-01/evaluate"]["counts"][name] for folder in folders]
+            found = arm["rounds"][0]["metrics"][name]
+            assert found["by_seed"] == values
+            assert found["mean"] == pytest.approx(sum(values) / 2)
         assert arm["start"]["oracle_win_rate"]["by_seed"] == [0.5, 0.5]
-    replay = next(one for one in results["contrasts"] if one["claim"] == "replay" and one["round"] == 2)
-    ends = {arm["arm"]: arm["rounds"][1]["metrics"][replay["metric"]]["by_seed"] for arm in results["arms"]}
+    replay = next(one for one in results["contrasts"] if one["claim"] == "replay")
+    ends = {arm["arm"]: arm["rounds"][0]["metrics"][replay["metric"]]["by_seed"] for arm in results["arms"]}
     assert replay["difference"]["by_seed"] == [b - a for a, b in zip(ends["length"], ends["both"], strict=True)]
 
 
+@pytest.mark.long
 def test_a_run_of_an_ablation_is_the_run_of_its_config(
     ablation: Ablation, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,9 +122,13 @@ def test_a_run_of_an_ablation_is_the_run_of_its_config(
     for name, entry in alone.items():
         assert entry["key"] == shared[name]["key"], name
         assert entry["counts"].keys() == shared[name]["counts"].keys()
-    file = "round-02/generate/generations-00000.parquet"
+    file = "round-01/generate/generations-00000.parquet"
     tokens = [pl.read_parquet(folder / file)["token_ids"].to_list() for folder in (tmp_path / "run", one.folder)]
     assert tokens[0] == tokens[1]
+    models = [
+        (folder / "round-01/train/model/model.safetensors").read_bytes() for folder in (tmp_path / "run", one.folder)
+    ]
+    assert models[0] == models[1]
 
 
 def test_a_second_call_makes_nothing_again(ablation: Ablation, made: Path, tmp_path: Path) -> None:
