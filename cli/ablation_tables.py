@@ -12,6 +12,8 @@ from cli.terminal import say
 from dice_py.reporting.ablation_results import (
     START,
     checked,
+    claims_by_metric,
+    column_texts,
     intervals_text,
     measured,
     score,
@@ -38,8 +40,9 @@ def print_ablation(results: Mapping[str, Any]) -> None:
     checked(results)
     print_table(_arms(results))
     say()
-    if results["contrasts"]:
-        print_table(_claims(results))
+    first, _ = claims_by_metric(results)
+    for metric, contrasts in first.items():
+        print_table(_claims(metric, contrasts))
         say()
     for line in _lines(results):
         say(line)
@@ -67,22 +70,12 @@ def _head(metric: str) -> str:
     return next((head for end, head in _HEADS.items() if metric.endswith(end)), metric.replace("_", " "))
 
 
-def _claims(results: Mapping[str, Any]) -> Table:
-    """A row for each contrast."""
-    metrics = list(dict.fromkeys(each["metric"] for each in results["contrasts"]))
-    title = f"claims, as differences of {' and '.join(map(_head, metrics))}"
-    several = ["metric"] if len(metrics) > 1 else []
-    table = _table(title, ["claim", "", *several], ["round", "difference"], ["verdict"])
-    for each in results["contrasts"]:
-        difference = measured(each["difference"])
-        table.add_row(
-            each["claim"],
-            each["text"],
-            *([_head(each["metric"])] if several else []),
-            str(each["round"]),
-            "–" if difference is None else difference.text(signs=True),
-            each["verdict"],
-        )
+def _claims(metric: str, contrasts: list[Any]) -> Table:
+    """A row for each contrast by a metric."""
+    table = _table(f"differences of {_head(metric)}", ["claim", "", "arm"], ["round", "difference"], ["verdict"])
+    texts = column_texts([measured(each["difference"]) for each in contrasts], signs=True)
+    for each, text in zip(contrasts, texts, strict=True):
+        table.add_row(each["claim"], each["text"], each["arm"], str(each["round"]), text, each["verdict"] or "–")
     return table
 
 
@@ -90,7 +83,9 @@ def _lines(results: Mapping[str, Any]) -> list[str]:
     lines = [f"in brackets: {intervals_text(results)}"]
     if results["contrasts"]:
         within = "within each seed; " if len(results["seeds"]) > 1 else ""
-        lines.append(f"claims: {within}shown: the complete interval lies above 0; refuted: below 0; open: neither")
+        lines.append(
+            f"claims: {within}shown: the complete interval lies on the claim's side of 0; refuted: on the other"
+        )
     _, absent = shown_metrics(results)
     lines += [f"not measured: {words}" for words in absent]
     if results["unfinished"]:

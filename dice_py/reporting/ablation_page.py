@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dice_py.errors import DataError
-from dice_py.reporting.ablation_results import checked, command, intervals_text, shown_metrics
+from dice_py.reporting.ablation_results import checked, command, intervals_text, run_folder, shown_metrics
 from dice_py.reporting.charts import cannot_draw, unchecked
 from dice_py.reporting.html import REPORT
 from dice_py.reporting.render import render_page
@@ -25,7 +25,6 @@ from dice_py.storage.files import write_sealed_text
 
 _SEAL = "<!-- dice ablate, {} -->"
 _SEALED = re.compile(rf"<!-- dice ablate, {re.escape(DIGEST_NAME)}: [0-9a-f]{{32}} -->\n\Z".encode())
-_RUNS = "runs"
 
 
 def write_ablation_page(results: Mapping[str, Any], out: Path) -> Path:
@@ -68,6 +67,7 @@ def _page(results: Mapping[str, Any], out: Path) -> str:
         frontier = ablation_plots.frontier(results) if draws else []
     if draws and not frontier:
         problems.append("the frontier: it needs the KL to the start (evaluate.kl_to_start) and a judge")
+    claims, others = ablation_tables.claims_tables(results)
     return render_page(
         "ablation.html.j2",
         title=f"DICE ablation {out.absolute().parent.name}",
@@ -81,8 +81,8 @@ def _page(results: Mapping[str, Any], out: Path) -> str:
         command=command(results, out.parent),
         intervals=intervals_text(results),
         differences=ablation_tables.differences_text(results),
-        claims=ablation_tables.claims_table(results),
-        by_seed=ablation_tables.claims_by_seed(results),
+        claims=claims,
+        other_claims=others,
         figures=figures,
         frontier=frontier,
         numbers=ablation_tables.numbers_table(results),
@@ -95,16 +95,17 @@ def _reports(results: Mapping[str, Any], folder: Path) -> list[tuple[str, list[t
     """Of each arm the links to the reports of its runs, as (words, address)."""
     found = []
     for arm in results["arms"]:
-        links = []
-        for seed in results["seeds"]:
-            parts = (_RUNS, arm["arm"], f"seed-{seed}", REPORT)
-            # A name that is no name of a folder could lead elsewhere.
-            is_name = arm["arm"] not in (".", "..") and not set("/\0") & set(arm["arm"])
-            if is_name and _is_file(folder.joinpath(*parts)):
-                links.append((f"seed {seed}", "/".join(quote(os.fsencode(part), safe="") for part in parts)))
+        # A name that is no name of a folder could lead elsewhere.
+        is_name = arm["arm"] not in (".", "..") and not set("/\0") & set(arm["arm"])
+        files = [(f"seed {seed}", run_folder(folder, arm["arm"], seed) / REPORT) for seed in results["seeds"]]
+        links = [(words, _address(file, folder)) for words, file in files if is_name and _is_file(file)]
         if links:
             found.append((arm["arm"], links))
     return found
+
+
+def _address(file: Path, folder: Path) -> str:
+    return "/".join(quote(os.fsencode(part), safe="") for part in file.relative_to(folder).parts)
 
 
 def _is_file(path: Path) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from dice_py.config.loading import resolve
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError
+from dice_py.runs.stored_config import CONFIG_FILE
 
 VERSION = 1
 """Of ablation.json, as it is read here."""
@@ -25,11 +26,6 @@ _RATE = "_win_rate"
 _KL = "kl_to_start"
 _LENGTH = "mean_response_tokens"
 _OWN_SAMPLES = "on_policy_reward_accuracy"
-_VERDICTS = {
-    "shown": "shown: the interval lies above 0",
-    "refuted": "refuted: the interval lies below 0",
-    "open": "open: the interval has 0 in it",
-}
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,9 @@ class Measured:
 
     @property
     def ends(self) -> list[float]:
-        """The mean, and the ends of the interval where there is one."""
-        return [end for end in (self.mean, self.low, self.high) if end is not None]
+        """The mean, and the ends of the interval where there is one that is no point."""
+        ends = [end for end in (self.mean, self.low, self.high) if end is not None]
+        return ends if self.low != self.high else ends[:1]
 
     def text(self, places: int | None = None, *, signs: bool = False) -> str:
         """As a person reads it: 0.543 (0.512 to 0.574), or of a difference +0.021 (-0.004 to +0.046).
@@ -53,7 +50,7 @@ class Measured:
             places: decimals; None: three significant digits.
             signs: whether the value is a difference.
         """
-        places = _places(self.ends) if places is None else places
+        places = _places([self]) if places is None else places
         mean, *interval = ((signed if signs else fixed)(end, places) for end in self.ends)
         return f"{mean} ({interval[0]} to {interval[1]})" if interval else mean
 
@@ -83,19 +80,10 @@ def measured(value: Any) -> Measured | None:
 
 
 def history(arm: Mapping[str, Any], metric: str) -> dict[int, Measured]:
-    """A metric of an arm by round; `START` is the start, where it was measured or is known.
-
-    A policy is as good as itself, so a win rate over the start is 0.5 there, and the KL to it is 0.
-    """
-    start = measured(arm.get("start", {}).get(metric))
-    found = {} if start is None else {START: start}
-    for each in arm["rounds"]:
-        if (value := measured(each["metrics"].get(metric))) is not None:
-            found[each["round"]] = value
-    by_definition = 0.5 if metric.endswith(_RATE) else 0.0 if metric == _KL else None
-    if found and START not in found and by_definition is not None:
-        found = {START: Measured(by_definition, None, None, ())} | found
-    return found
+    """A metric of an arm by round; `START` is the start, where it was measured."""
+    found = {START: measured(arm["start"].get(metric))}
+    found |= {each["round"]: measured(each["metrics"].get(metric)) for each in arm["rounds"]}
+    return {number: value for number, value in found.items() if value is not None}
 
 
 def shown_metrics(results: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -104,12 +92,11 @@ def shown_metrics(results: Mapping[str, Any]) -> tuple[dict[str, str], list[str]
     First that by which claims are judged, then the judge's other metrics, mean length, KL to the start, and the
     accuracy of the reward on the policy's own samples.
     """
-    quality = results["quality"]
-    judge = quality.removesuffix(_RATE) if quality.endswith(_RATE) else "oracle"
+    quality, judge = results["quality"], _judge(results)
     own = "accuracy of the reward on own samples"
     groups: list[tuple[str, dict[str, str]]] = [
         (quality, {quality: f"{_words(quality)}{' over the start' if quality.endswith(_RATE) else ''}"}),
-        (f"{_words(judge)} accuracy and score", {name: _words(name) for name in (f"{judge}_accuracy", score(results))}),
+        ("a judge's accuracy and score", {name: _words(name) for name in (f"{judge}_accuracy", score(results))}),
         ("mean length", {_LENGTH: "mean response length (tokens)"}),
         ("KL to the start", {_KL: "KL to the start (nats a response)"}),
         (own, dict.fromkeys((_OWN_SAMPLES, f"{judge}_{_OWN_SAMPLES}"), own)),
@@ -127,8 +114,12 @@ def shown_metrics(results: Mapping[str, Any]) -> tuple[dict[str, str], list[str]
 
 def score(results: Mapping[str, Any]) -> str:
     """The metric of the judge that gives one response a score."""
+    return f"{_judge(results)}_score"
+
+
+def _judge(results: Mapping[str, Any]) -> str:
     quality: str = results["quality"]
-    return f"{quality.removesuffix(_RATE) if quality.endswith(_RATE) else 'oracle'}_score"
+    return quality.removesuffix(_RATE) if quality.endswith(_RATE) else "oracle"
 
 
 def frontier_metrics(results: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -139,12 +130,28 @@ def frontier_metrics(results: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def verdict_text(contrast: Mapping[str, Any]) -> str:
-    """The verdict on a claim in words."""
-    verdict = str(contrast["verdict"])
-    difference = measured(contrast["difference"])
-    if verdict == "open" and (difference is None or difference.low is None):
-        return "open: there is no interval"
-    return _VERDICTS.get(verdict, verdict)
+    """The verdict on a claim, and where the interval lies; – where nothing is claimed."""
+    verdict, difference = contrast["verdict"], measured(contrast["difference"])
+    if verdict is None:
+        return "–"
+    if difference is None or difference.low is None or difference.high is None:
+        return f"{verdict}: no interval"
+    where = "above 0" if difference.low > 0 else "below 0" if difference.high < 0 else "both sides of 0"
+    return f"{verdict}: {where}"
+
+
+def claims_by_metric(results: Mapping[str, Any]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """(the contrasts that are shown first, all others), by metric.
+
+    First those of the metric by which claims are judged, and those in which the mean length is claimed to differ.
+    """
+    first: dict[str, list[Any]] = {}
+    others: dict[str, list[Any]] = {}
+    for contrast in results["contrasts"]:
+        metric = contrast["metric"]
+        is_first = metric == results["quality"] or (metric == _LENGTH and contrast["verdict"] is not None)
+        (first if is_first else others).setdefault(metric, []).append(contrast)
+    return first, others
 
 
 def place_text(number: int) -> str:
@@ -175,36 +182,62 @@ def command(results: Mapping[str, Any], out: Path) -> str:
     """The command that makes the ablation again, in a folder of its own.
 
     Args:
-        out: the ablation's folder.
+        out: the ablation's folder. Of a model of the user's own, models and data are named by the config of one of its
+            runs.
     """
-    arms = [arm["settings"] for arm in results["arms"]]
-    penalties = _unique(each["mine.debias"] for each in arms if _has_penalty(each))
-    gammas = _unique(each["replay.gamma"] for each in arms if each.get("replay.gamma"))
-    methods = _unique(each["train.method"] for each in arms if "train.method" in each)
-    losses = _unique(_loss_text(each["train.loss"]) for each in arms if each.get("train.loss"))
-    usual = (resolve() if results["is_world"] else RunConfig.model_construct()).replay.gamma
-    settings = {name: setting_text(value) for name, value in results["settings"].items()}
-    if len(gammas) == 1 and gammas[0] != usual:
-        settings["replay.gamma"] = setting_text(gammas[0])
+    settings = [arm["settings"] for arm in results["arms"]]
+    debiases = _unique(each["mine.debias"] for each in settings if each.get("mine.debias", "none") != "none")
     options = {
-        "--arms": _unique(_base_arm(each) for each in arms),
-        "--debias": penalties,
-        "--methods": methods,
-        "--losses": losses,
+        "--arms": _unique(arm["arm"].partition("-")[0] for arm in results["arms"]),
+        "--debias": debiases,
+        "--methods": _unique(each["train.method"] for each in settings if "train.method" in each),
+        "--losses": _unique(each["train.loss"][0]["type"] for each in settings if "train.loss" in each),
         "--rounds": [results["rounds"]],
         "--seeds": results["seeds"],
     }
     words = [f"{name} {shlex.quote(','.join(map(str, values)))}" for name, values in options.items() if values]
-    words += [f"--set {shlex.quote(f'{name}={value}')}" for name, value in settings.items()]
+    if results["is_world"]:
+        shared = {name: setting_text(value) for name, value in results["settings"].items()}
+        words += [f"--set {shlex.quote(f'{name}={value}')}" for name, value in shared.items()]
+    else:
+        words.insert(0, f"-c {shlex.quote(str(_config_of_a_run(results, out.absolute())))}")
     folder = out.absolute()
     return " ".join(["dice ablate", *words, "--out", shlex.quote(str(folder.with_name(folder.name + "-again")))])
 
 
-def column_texts(values: Sequence[Measured | None]) -> list[str]:
-    """The texts of a column of a table, with as many decimals each; – where something was not measured."""
-    ends = [end for value in values if value is not None for end in value.ends]
-    places = _places(ends) if ends else 0
-    return ["–" if value is None else value.text(places) for value in values]
+def _config_of_a_run(results: Mapping[str, Any], out: Path) -> Path:
+    """The config of a run in which `replay.gamma` is that of all arms that replay."""
+    arms = results["arms"]
+    arm = next((each for each in arms if "replay.gamma" not in each["settings"]), arms[0])
+    return run_folder(out, arm["arm"], results["seeds"][0]) / CONFIG_FILE
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    """Where the run of an arm with a seed is."""
+    return out / "runs" / arm / f"seed-{seed}"
+
+
+def base_setting(results: Mapping[str, Any], name: str) -> str:
+    """A setting that an arm leaves as all arms share it; – where it is not known."""
+    shared = results["settings"]
+    if name in shared:
+        return setting_text(shared[name])
+    value: Any = (resolve() if results["is_world"] else RunConfig.model_construct()).model_dump(mode="json")
+    for key in name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return "–"
+        value = value[key]
+    return setting_text(value)
+
+
+def column_texts(values: Sequence[Measured | None], *, signs: bool = False) -> list[str]:
+    """The texts of a column of a table, with as many decimals each; – where something was not measured.
+
+    Args:
+        signs: whether the values are differences.
+    """
+    places = _places([value for value in values if value is not None])
+    return ["–" if value is None else value.text(places, signs=signs) for value in values]
 
 
 def seed_texts(
@@ -216,40 +249,23 @@ def seed_texts(
         seeds: those that the value's numbers are of, in their order.
         signs: whether the values are differences.
     """
-    known = {}
-    if value is not None and len(value.by_seed) == len(seeds):
-        known = dict(zip(seeds, value.by_seed, strict=True))
+    if value is None or len(value.by_seed) != len(seeds):
+        return ["–" for _ in all_seeds]
+    known = dict(zip(seeds, value.by_seed, strict=True))
     numbers = [known.get(seed) for seed in all_seeds]
-    form = signed if signs else fixed
-    return ["–" if number is None else form(number) for number in numbers]
+    form, places = signed if signs else fixed, _places([value])
+    return ["–" if number is None else form(number, places) for number in numbers]
 
 
-def fixed(value: float, places: int | None = None) -> str:
-    """A number with so many decimals; with three significant digits by default."""
-    places = _places([value]) if places is None else places
+def fixed(value: float, places: int) -> str:
+    """A number with so many decimals."""
     return f"{round(value, places) + 0.0:,.{places}f}"
 
 
-def signed(value: float, places: int | None = None) -> str:
+def signed(value: float, places: int) -> str:
     """A difference with its sign; zero has none."""
     text = fixed(value, places)
     return f"+{text}" if float(text.replace(",", "")) > 0 else text
-
-
-def _base_arm(settings: Mapping[str, Any]) -> str:
-    replays = bool(settings.get("replay.gamma"))
-    if _has_penalty(settings):
-        return "both" if replays else "length"
-    return "replay" if replays else "neither"
-
-
-def _has_penalty(settings: Mapping[str, Any]) -> bool:
-    return bool(settings.get("mine.debias", "none") != "none")
-
-
-def _loss_text(loss: Any) -> str:
-    """A loss as --losses takes it: the names of its types."""
-    return loss if isinstance(loss, str) else "+".join(str(term["type"]) for term in loss)
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
@@ -265,9 +281,10 @@ def _finite(value: Any) -> float | None:
     return float(value) if is_number and math.isfinite(value) else None
 
 
-def _places(values: Sequence[float]) -> int:
-    """Decimals that give the largest of the values three significant digits; three of them from 0.01 on."""
-    largest = max(map(abs, values))
-    if not largest:
+def _places(values: Sequence[Measured]) -> int:
+    """Decimals that give the largest mean three significant digits; three at most where an interval is beyond 0.01."""
+    means = max((abs(value.mean) for value in values), default=0.0)
+    ends = max((abs(end) for value in values for end in value.ends), default=0.0)
+    if not ends:
         return 3
-    return min(max(2 - math.floor(math.log10(largest)), 0), 3 if largest >= 0.01 else 6)
+    return min(max(2 - math.floor(math.log10(means or ends)), 0), 3 if ends >= 0.01 else 6)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hostile_texts import HOSTILE, obeyed
-from made_ablations import contrast, made_arm, made_results, many_arms, value
+from made_ablations import arms_called, made_results, many_arms
 
 from cli.ablation_tables import print_ablation
 from dice_py.errors import DataError
@@ -37,50 +37,51 @@ def test_four_arms_and_two_rounds(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_claims(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(made_results(), capsys)
-    at = lines.index("claims, as differences of oracle win rate")
-    assert lines[at + 1 :] == [
-        "claim|round|difference|verdict",
-        "rounds|round 2 − round 1 (both)|2|+0.040 (+0.020 to +0.060)|shown",
-        "length|with the length penalty − without it (replay in both)|2|-0.040 (-0.060 to -0.020)|refuted",
-        "replay|with replay − without it (the length penalty in both)|2|+0.008 (-0.050 to +0.066)|open",
+    at = lines.index("differences of oracle win rate")
+    assert lines[at + 1] == "claim|arm|round|difference|verdict"
+    assert [line.split("|")[0] for line in lines[at + 2 : at + 18]] == ["rounds"] * 8 + ["length"] * 4 + ["replay"] * 4
+    interval = r"\+0\.\d{3} \(\+0\.\d{3} to \+0\.\d{3}\)"
+    text = re.escape("with the length penalty − without it (replay in both)")
+    assert re.fullmatch(rf"length\|{text}\|both\|2\|{interval}\|shown", lines[at + 13])
+    assert lines[at + 14].endswith("|open")
+    at = lines.index("differences of tokens")
+    assert [line.split("|")[0] for line in lines[at + 2 : at + 6]] == ["length"] * 4
+    assert lines[at + 6 :] == [
         "",
         "in brackets: 95 % intervals over seeds (Student's t)",
-        "claims: within each seed; shown: the complete interval lies above 0; refuted: below 0; open: neither",
-        "8 min 32 s on 2 cores, a processor",
+        "claims: within each seed; shown: the complete interval lies on the claim's side of 0; refuted: on the other",
+        "8 min 32 s on 2 processor cores, made up",
     ]
 
 
-def test_claims_of_several_metrics_name_them(capsys: pytest.CaptureFixture[str]) -> None:
-    more = contrast("length", "longer", "both", "replay", value([1.0, 1.5]), metric="mean_response_tokens")
-    lines = printed(made_results(contrasts=[*made_results()["contrasts"][:1], more]), capsys)
-    assert "claims, as differences of oracle win rate and tokens" in lines
-    assert "length|longer|tokens|2|+1.25 (-1.93 to +4.43)|open" in lines
-
-
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    results = made_results((3,), contrasts=[], unfinished=["both/seed-4", "both/seed-5"])
+    results = made_results((3,), contrasts=[], unfinished=[("both", 3)])
     for arm in results["arms"]:
         for each in arm["rounds"]:
             del each["metrics"]["oracle_accuracy"], each["metrics"]["kl_to_start"]
     lines = printed(results, capsys)
     assert lines[0] == "4 arms, 1 seed"
     assert lines[1] == "arm|round|oracle win rate|oracle score|tokens|reward on own samples"
+    assert "both" not in {line.split("|")[0] for line in lines[:12]}
     assert lines[-4:-1] == [
         "in brackets: 95 % intervals over the prompts of one seed: they do not tell what another seed would give",
         "not measured: KL to the start",
-        "not complete, and counted nowhere: both/seed-4, both/seed-5; repeat the command to go on",
+        "not complete, and counted nowhere: both/seed-3; repeat the command to go on",
     ]
 
 
 def test_many_arms(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = printed(many_arms(12), capsys)
-    assert [line.split("|")[0] for line in lines[2:50]] == [f"arm-{n}" for n in range(12) for _ in range(4)]
+    results = many_arms()
+    lines = printed(results, capsys)
+    assert [line.split("|")[0] for line in lines[2:50]] == [arm["arm"] for arm in results["arms"] for _ in range(4)]
 
 
 def test_hostile_names(capsys: pytest.CaptureFixture[str]) -> None:
-    arms = [made_arm(name, name, {}, (3, 4), 1) for name in HOSTILE.values()]
-    texts = [contrast(name, name, name, name, value([0.1, 0.2])) for name in HOSTILE.values()]
-    print_ablation(made_results((3, 4), 1, arms=arms, contrasts=texts, unfinished=list(HOSTILE.values())))
+    results = made_results((3, 4), 1, arms=arms_called(list(HOSTILE.values())))
+    for each, text in zip(results["contrasts"], HOSTILE.values(), strict=False):
+        each |= {"claim": text, "text": text, "verdict": text}
+    results |= {"unfinished": list(HOSTILE.values()), "machine": HOSTILE["escape"]}
+    print_ablation(results)
     assert obeyed(capsys.readouterr().out) == []
 
 

@@ -12,13 +12,16 @@ from urllib.parse import unquote
 
 import pytest
 from hostile_texts import HOSTILE, in_a_path, obeyed
-from made_ablations import contrast, made_arm, made_results, many_arms, value
+from made_ablations import NAMES, SEEDS, arms_called, made_results, many_arms
 from report_page import Page, text
 
+from dice_py.ablation.arms import make_arms
+from dice_py.ablation.statistics import over_seeds
+from dice_py.config.loading import resolve
 from dice_py.errors import DataError
 from dice_py.reporting import ablation_page
 from dice_py.reporting.ablation_page import is_ablation_page, write_ablation_page
-from dice_py.reporting.ablation_results import history, measured, seed_texts, signed
+from dice_py.reporting.ablation_results import column_texts, measured, seed_texts, signed
 from dice_py.reporting.charts import SERIES
 from dice_py.reporting.foreign_text import visible
 from dice_py.reporting.html import is_report
@@ -81,9 +84,13 @@ def test_what_was_run(folder: Path, page: Page) -> None:
     told = dict(zip(map(text, facts.iter("dt")), map(text, facts.iter("dd")), strict=True))
     assert told["arms"] == "neither, length, replay, both"
     assert (told["rounds"], told["seeds"], told["time"]) == ("2", "3, 4, 5, 6, 7", "8 min 32 s")
-    assert told["versions"] == "dice 0.2.0, torch 2.13.0"
-    arms = page.table("arms, and the settings in which they differ")
-    assert arms["both"] == ["length penalty (linear) and replay", "linear", "0.3", "3, 4, 5, 6, 7"]
+    assert told["versions"] == "dice-align 0.2.0, torch 2.13.0"
+    assert page.table("arms, and the settings in which they differ") == {
+        "neither": ["neither", "none", "0.0", "3, 4, 5, 6, 7"],
+        "length": ["length penalty", "linear", "0.0", "3, 4, 5, 6, 7"],
+        "replay": ["replay", "none", "0.3", "3, 4, 5, 6, 7"],  # as the world has it
+        "both": ["length penalty and replay", "linear", "0.3", "3, 4, 5, 6, 7"],
+    }
     assert page.table("settings of all arms") == {"generate.samples": ["8"], "evaluate.prompts": ["200"]}
     (command,) = page.all("pre", "command")
     assert text(command) == (
@@ -93,24 +100,40 @@ def test_what_was_run(folder: Path, page: Page) -> None:
     assert page.items("warned") == page.items("missing") == []
 
 
+def rows_of(page: Page, caption: str) -> list[list[str]]:
+    """The rows of the one table with this caption; headings of rows may be equal."""
+    (table,) = [each for each in page.all("table") if text(each.find("caption")) == caption]
+    return [[text(cell) for cell in row] for body in table.iter("tbody") for row in body.iter("tr")]
+
+
 def test_the_claims(page: Page) -> None:
-    claims = page.table("claims")
-    assert claims["rounds"][1:] == [
-        "both, round 2 − both, round 1", "oracle win rate", "+0.040 (+0.020 to +0.060)",
-        "shown: the interval lies above 0",
+    rows = rows_of(page, "differences of oracle win rate")
+    assert [row[0] for row in rows] == ["rounds"] * 8 + ["length"] * 4 + ["replay"] * 4
+    contrasts = made_results()["contrasts"]
+    (one,) = [each for each in contrasts if each["claim"] == "length" and each["arm"] == "both" and each["round"] == 2
+              and each["metric"] == "oracle_win_rate"]  # fmt: skip
+    low, high = one["difference"]["ci95"]
+    assert rows[11] == [
+        "length", "with the length penalty − without it (replay in both)", "both − replay", "2",
+        f"+{one['difference']['mean']:.3f} (+{low:.3f} to +{high:.3f})", "shown: above 0",
+        *(f"+{number:.3f}" for number in one["difference"]["by_seed"]),
     ]  # fmt: skip
-    assert claims["length"][0] == "with the length penalty − without it (replay in both)"
-    assert claims["length"][3:] == ["-0.040 (-0.060 to -0.020)", "refuted: the interval lies below 0"]
-    assert claims["replay"][4] == "open: the interval has 0 in it"
-    by_seed = page.table("differences by seed")
-    assert by_seed["rounds: round 2 − round 1 (both)"] == ["+0.020", "+0.030", "+0.040", "+0.050", "+0.060"]
+    assert rows[0][1:4] == ["round 1 − π_1, where the run starts", "neither", "1"]
+    assert {row[5] for row in rows[12:]} == {"open: both sides of 0"}
+    # Of the length only what is claimed of it: that the penalty makes answers shorter.
+    tokens = rows_of(page, "differences of mean response tokens")
+    assert [row[0] for row in tokens] == ["length"] * 4
+    assert {row[5] for row in tokens} == {"shown: below 0"}
+    assert len(rows_of(page, "differences of oracle score")) == 16
+    rest = rows_of(page, "differences of mean response tokens, without a claim")
+    assert [row[0] for row in rest] == ["rounds"] * 8 + ["replay"] * 4
+    assert {row[5] for row in rest} == {"–"}
 
 
 def test_the_plots_tell_their_numbers(page: Page) -> None:
-    results = made_results()
     plots = page.plots("rounds")
     assert list(plots) == PLOTS
-    both = results["arms"][3]
+    both = made_results()["arms"][3]
     rates = [measured(each["metrics"]["oracle_win_rate"]) for each in both["rounds"]]
     texts = [rate.text() for rate in rates if rate is not None]
     told = f"both: 0.500 at start, {texts[0]} at round 1, {texts[1]} at round 2."
@@ -138,7 +161,7 @@ def test_bars_of_arms_stand_beside_one_another(page: Page) -> None:
 
 
 def test_the_numbers(page: Page) -> None:
-    (row,) = [made_results()["arms"][1]["rounds"][0]]
+    row = made_results()["arms"][1]["rounds"][0]
     numbers = page.table("arms by round")
     assert list(numbers)[:4] == ["neither, start", "neither, round 1", "neither, round 2", "length, start"]
     found = measured(row["metrics"]["oracle_win_rate"])
@@ -146,7 +169,7 @@ def test_the_numbers(page: Page) -> None:
     assert numbers["length, round 1"][0] == found.text()
     assert numbers["length, start"][-1] == "–"
     assert "distinct 2" in page.table("metrics of length")
-    assert list(page.table("mining of length")) == ["alpha", "mean length gap before", "mean length gap after", "pairs"]
+    assert list(page.table("mining of length")) == ["pairs", "alpha", "mean length gap before", "mean length gap after"]
 
 
 def test_reports_of_runs_are_linked_where_they_are(folder: Path, page: Page) -> None:
@@ -169,34 +192,33 @@ def test_a_single_seed_has_intervals_over_prompts(tmp_path: Path) -> None:
     assert "Differences are of one seed, with 95 % intervals over the prompts of one seed" in notes
     assert "with 95 % intervals over the prompts" in page.plots("rounds")[PLOTS[0]]
     assert [caption for caption in page.captions() if "by seed" in caption] == []
+    assert len(rows_of(page, "differences of oracle win rate")[0]) == 6
     assert list(page.plots("rounds")) == PLOTS
 
 
 def test_many_arms_are_in_several_plots_on_one_scale(tmp_path: Path) -> None:
-    page = page_of(many_arms(12), tmp_path)
-    plots = page.plots("rounds")
-    assert list(plots) == [f"{title} (arms {n})" for title in PLOTS for n in ("1 to 6 of 12", "7 to 12 of 12")]
-    assert list(page.plots("frontier")) == [f"{FRONTIER} (arms {n})" for n in ("1 to 6 of 12", "7 to 12 of 12")]
-    first, second = (each for each in page.all("figure") if text(each.find("figcaption")).startswith(PLOTS[0]))
-    named = [
-        [text(label) for label in figure.iter("text") if text(label).startswith("arm-")] for figure in (first, second)
-    ]
-    assert named == [[f"arm-{n}" for n in range(6)], [f"arm-{n}" for n in range(6, 12)]]
-    scales = [
-        [text(label) for label in figure.iter("text") if re.match(r"0\.\d", text(label))] for figure in (first, second)
-    ]
+    page = page_of(many_arms(), tmp_path)
+    parts = ("1 to 6 of 12", "7 to 12 of 12")
+    assert list(page.plots("rounds")) == [f"{title} (arms {part})" for title in PLOTS for part in parts]
+    assert list(page.plots("frontier")) == [f"{FRONTIER} (arms {part})" for part in parts]
+    figures = [each for each in page.all("figure") if text(each.find("figcaption")).startswith(PLOTS[0])]
+    labels = [[text(label) for label in figure.iter("text")] for figure in figures]
+    arms = [arm["arm"] for arm in many_arms()["arms"]]
+    assert [[label for label in of_plot if label in arms] for of_plot in labels] == [arms[:6], arms[6:]]
+    scales = [[label for label in of_plot if re.fullmatch(r"0\.\d+", label)] for of_plot in labels]
     assert scales[0] == scales[1] != []
     assert len(page.table("arms by round")) == 12 * 4
+    assert {"method", "debias"} <= {row[0] for row in rows_of(page, "differences of oracle win rate")}
     assert (tmp_path / "ablation.html").stat().st_size < 1_000_000
 
 
-@pytest.mark.parametrize(("arms", "plots"), [(1, [1]), (8, [8]), (9, [5, 4]), (13, [5, 5, 3])])
-def test_how_many_plots(monkeypatch: pytest.MonkeyPatch, arms: int, plots: list[int]) -> None:
+@pytest.mark.parametrize(("count", "plots"), [(1, [1]), (8, [8]), (9, [5, 4]), (13, [5, 5, 3])])
+def test_how_many_plots(monkeypatch: pytest.MonkeyPatch, count: int, plots: list[int]) -> None:
     drawn: list[int] = []
     monkeypatch.setattr(
         ablation_plots.charts, "svg", lambda _, rows, __: drawn.append(len({r["series"] for r in rows}))
     )
-    ablation_plots.by_round(many_arms(arms, (3, 4), 1))
+    ablation_plots.by_round(made_results((3, 4), 1, arms=arms_called([f"both-{n}" for n in range(count)])))
     assert drawn == plots * len(PLOTS)
     assert max(plots) <= len(SERIES)
 
@@ -243,41 +265,58 @@ def test_another_judge(tmp_path: Path) -> None:
                 new = name.replace("oracle_", "function_").replace("on_policy", "function_on_policy")
                 values[new] = values.pop(name)
     without(results, "function_accuracy")
-    page = page_of(results, tmp_path)
+    page = page_of(results, tmp_path / "own")
     assert list(page.plots("rounds")) == [PLOTS[0].replace("oracle", "function"), "function score", *PLOTS[3:]]
     assert list(page.plots("frontier")) == ["function score against KL to the start"]
     assert page.items("missing") == []
     (command,) = page.all("pre", "command")
-    assert "--set replay.gamma=0.3" in text(command)  # which is not the default of a user's run
-    notes = " ".join(map(text, page.all("p", "note")))
-    assert "There is nothing to compare" in notes
+    assert text(command) == (
+        f"dice ablate -c {tmp_path}/own/runs/replay/seed-3/config.yaml --arms neither,length,replay,both "
+        f"--debias linear --rounds 2 --seeds 3,4,5,6,7 --out {tmp_path}/own-again"
+    )
+    assert "There is nothing to compare yet." in map(text, page.all("p", "note"))
+
+
+def test_without_a_judge_it_is_the_reward_that_is_judged(tmp_path: Path) -> None:
+    results = made_results(is_world=False, quality="implicit_reward_accuracy_initial_reference", contrasts=[])
+    without(results, "oracle_win_rate", "oracle_accuracy", "oracle_score", "on_policy_reward_accuracy")
+    for arm in results["arms"]:
+        for each in arm["rounds"]:
+            each["metrics"][results["quality"]] = over_seeds([0.7] * 5)
+    page = page_of(results, tmp_path)
+    assert next(iter(page.plots("rounds"))) == "implicit reward accuracy initial reference"
+    assert page.items("missing") == [
+        "a judge's accuracy and score: no arm has it", "accuracy of the reward on own samples: no arm has it",
+    ]  # fmt: skip
+    assert list(page.plots("frontier")) == ["implicit reward accuracy initial reference against KL to the start"]
 
 
 def test_unfinished_runs_stand_on_top(tmp_path: Path) -> None:
-    results = made_results(unfinished=["both/seed-7", "both/seed-6"])
-    settings = {"mine.debias": "linear", "replay.gamma": 0.3}
-    results["arms"][3] = made_arm("both", "both of them", settings, (3, 4, 5), 2)
-    results["contrasts"] = [contrast("length", "x", "both", "replay", value([0.01, 0.02, 0.03]))]
-    page = page_of(results, tmp_path)
-    assert page.items("warned") == ["both/seed-7", "both/seed-6"]
-    assert page.table("arms, and the settings in which they differ")["both"][-1] == "3, 4, 5"
-    assert page.table("differences by seed")["length: x"] == ["+0.010", "+0.020", "+0.030", "–", "–"]
-    assert page.table("oracle accuracy, by seed")["both, start"][3:] == ["–", "–"]
+    page = page_of(made_results(unfinished=[("both", 4), ("both", 7)]), tmp_path)
+    assert page.items("warned") == ["both/seed-4", "both/seed-7"]
+    assert page.table("arms, and the settings in which they differ")["both"][-1] == "3, 5, 6"
+    rows = rows_of(page, "differences of oracle win rate")
+    of_both = [row[6:] for row in rows if row[2] in ("both", "both − replay", "both − length")]
+    assert len(of_both) == 6
+    assert {tuple(number == "–" for number in row) for row in of_both} == {(False, True, False, False, True)}
+    numbers = page.table("oracle accuracy, by seed")["both, start"]
+    assert [number == "–" for number in numbers] == [False, True, False, False, True]
 
 
 def test_an_ablation_of_which_no_run_is_complete(tmp_path: Path) -> None:
-    results = made_results(contrasts=[], unfinished=["length/seed-3"])
-    for arm in results["arms"]:
-        arm |= {"seeds": [], "start": {}, "rounds": []}
-    page = page_of(results, tmp_path)
+    every = [(arm, seed) for arm in NAMES for seed in SEEDS]
+    page = page_of(made_results(unfinished=every), tmp_path)
+    assert len(page.items("warned")) == 20
     assert "No run is complete yet." in map(text, page.all("p", "note"))
     assert page.plots() == {}
 
 
 def test_without_an_interval_a_claim_is_open(tmp_path: Path) -> None:
     results = made_results((3,))
-    results["contrasts"] = [contrast("length", "x", "both", "replay", value([0.2]), verdict="open")]
-    assert page_of(results, tmp_path).table("claims")["length"][3:] == ["+0.200", "open: there is no interval"]
+    for each in results["contrasts"]:
+        each |= {"difference": each["difference"] | {"ci95": None}, "verdict": "open"}
+    rows = rows_of(page_of(results, tmp_path), "differences of oracle win rate")
+    assert rows[9][4:] == [f"+{results['contrasts'][27]['difference']['mean']:.3f}", "open: no interval"]
 
 
 def test_without_an_address_space_the_page_has_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,20 +348,22 @@ def test_other_results_are_refused(
 # --- commands, numbers, schema, hostile texts ---------------------------------------------------------------------
 
 
-def test_the_command_has_methods_losses_and_what_a_shell_would_read(tmp_path: Path) -> None:
-    results = made_results(settings={"data.prompts": "my prompts; x.jsonl", "train.lora": None})
-    more = {"train.method": "sppo", "train.loss": [{"type": "ipo", "weight": 1.0}], "replay.gamma": 0.45}
-    results["arms"] = [arm | {"settings": arm["settings"] | more} for arm in results["arms"][2:]]
-    (command,) = page_of(results, tmp_path / "my folder").all("pre", "command")
+def test_the_command_makes_the_same_arms(tmp_path: Path) -> None:
+    config = resolve([], ["replay.gamma=0.45", "mine.debias=bucket"])
+    arms = make_arms(config, ("replay", "both"), ("linear", "matched"), ("dpo", "rdpo"), ("sigmoid", "ipo"))
+    settings = {"replay.gamma": 0.45, "data.prompts": "my prompts; x.jsonl", "train.lora": None}
+    page = page_of(made_results((3,), 1, arms=arms, settings=settings), tmp_path / "my folder")
+    (command,) = page.all("pre", "command")
     words = shlex.split(text(command))
-    assert words[:4] == ["dice", "ablate", "--arms", "replay,both"]
+    assert words[:2] == ["dice", "ablate"]
     options = list(zip(words[2::2], words[3::2], strict=True))
-    assert ("--methods", "sppo") in options
-    assert ("--losses", "ipo") in options
-    assert ("--set", "data.prompts=my prompts; x.jsonl") in options
-    assert ("--set", "train.lora=null") in options
-    assert ("--set", "replay.gamma=0.45") in options
-    assert words[-1] == f"{tmp_path / 'my folder'}-again"
+    assert [value for name, value in options if name == "--set"] == [
+        "replay.gamma=0.45", "data.prompts=my prompts; x.jsonl", "train.lora=null",
+    ]  # fmt: skip
+    given = dict(options)
+    lists = [given[name].split(",") for name in ("--arms", "--debias", "--methods", "--losses")]
+    assert make_arms(config, *lists) == arms
+    assert given["--out"] == f"{tmp_path / 'my folder'}-again"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +374,7 @@ def test_the_command_has_methods_losses_and_what_a_shell_would_read(tmp_path: Pa
         ({"mean": 41.52, "ci95": None}, "41.5", "+41.5"),
         ({"mean": 1234.5, "ci95": [1000, 2000]}, "1,234 (1,000 to 2,000)", "+1,234 (+1,000 to +2,000)"),
         ({"mean": 0.00123, "ci95": [None, 1]}, "0.00123", "+0.00123"),
-        ({"mean": 0, "ci95": [0, 0]}, "0.000 (0.000 to 0.000)", "0.000 (0.000 to 0.000)"),
+        ({"mean": 0, "ci95": [0, 0]}, "0.000", "0.000"),
     ],
 )
 def test_values_as_a_person_reads_them(entry: dict[str, Any], shown: str, difference: str) -> None:
@@ -351,16 +392,21 @@ def test_values_by_seed() -> None:
     found = measured({"mean": 0.5, "ci95": None, "by_seed": [0.4, None, 0.6]})
     assert seed_texts(found, [3, 5, 7], [3, 4, 5, 6, 7]) == ["0.400", "–", "–", "–", "0.600"]
     assert seed_texts(found, [3, 5], [3, 5]) == ["–", "–"]  # whose they are is not known
-    assert signed(-0.0) == "0.000"
+    assert seed_texts(None, [3, 5], [3]) == ["–"]
+    assert (signed(-0.0, 2), signed(-0.0001, 3), signed(0.0006, 3)) == ("0.00", "0.000", "+0.001")
 
 
-def test_a_start_that_is_known_by_definition() -> None:
-    arm = made_arm("both", "", {}, (3, 4), 1)
-    assert history(arm, "oracle_win_rate")[0].mean == 0.5
-    assert history(arm, "kl_to_start")[0].mean == 0
-    assert history(arm, "oracle_accuracy")[0].mean == arm["start"]["oracle_accuracy"]["mean"]
-    assert list(history(arm, "distinct_2")) == [1]
-    assert history(arm, "other_win_rate") == {}  # nothing is known of it: there is no start of it either
+def test_a_column_has_as_many_decimals_everywhere() -> None:
+    entries = (
+        {"mean": 0.0021, "ci95": [-1.2, 1.2]},
+        None,
+        {"mean": 0.5, "ci95": None},
+        {"mean": 0.3, "ci95": [0.3, 0.3]},
+    )
+    column = column_texts([measured(entry) for entry in entries], signs=True)
+    assert column == ["+0.002 (-1.200 to +1.200)", "–", "+0.500", "+0.300"]
+    assert column_texts([measured({"mean": 400.25}), measured({"mean": 3.5})]) == ["400", "4"]
+    assert column_texts([None]) == ["–"]
 
 
 def test_charts_are_as_vega_lites_schema_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,11 +416,11 @@ def test_charts_are_as_vega_lites_schema_asks(tmp_path: Path, monkeypatch: pytes
 
 
 def test_hostile_names_are_shown_and_never_obeyed(tmp_path: Path) -> None:
-    settings = {"mine.debias": "none", "replay.gamma": 0.3}
     names = [in_a_path(HOSTILE[name]) for name in ("html", "textarea", "escape", "surrogate", "bidirectional")]
-    arms = [made_arm(name, f"{name}, a label", settings, (3, 4), 1) for name in [*names, "x" * 300, "x" * 299 + "y"]]
-    texts = [contrast(text, text, names[0], names[1], value([0.1, 0.2])) for text in HOSTILE.values()]
-    results = made_results((3, 4), 1, arms=arms, contrasts=texts, unfinished=list(HOSTILE.values()))
+    results = made_results((3, 4), 1, arms=arms_called([*names, "x" * 300, "x" * 299 + "y"]))
+    texts = {"claim": HOSTILE["title"], "text": HOSTILE["textarea"], "verdict": HOSTILE["html"]}
+    results["contrasts"] = [each | texts for each in results["contrasts"]]
+    results["unfinished"] = list(HOSTILE.values())
     results |= {"machine": HOSTILE["template"], "versions": {HOSTILE["attribute"]: HOSTILE["html"]}}
     results["settings"] = {"x": HOSTILE["yaml"], "y": HOSTILE["html"]}
     for name in names:
@@ -399,5 +445,5 @@ def test_no_link_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     for place in (tmp_path / "runs" / "seed-3", tmp_path / "seed-3", tmp_path / "runs/a/b/seed-3"):
         place.mkdir(parents=True)
         (place / "report.html").touch()
-    page = page_of(made_results((3,), arms=[made_arm(name, "", {}, (3,), 1)], contrasts=[]), tmp_path)
+    page = page_of(made_results((3,), 1, arms=arms_called([name])), tmp_path)
     assert [link.get("href") for link in page.all("a") if not link.get("href", "").startswith("#")] == []

@@ -8,6 +8,8 @@ from typing import Any
 from dice_py.reporting.ablation_results import (
     START,
     Measured,
+    base_setting,
+    claims_by_metric,
     column_texts,
     history,
     intervals_text,
@@ -42,18 +44,21 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def arms_table(results: Mapping[str, Any]) -> Table:
-    """Each arm with what makes it one."""
-    names = list(dict.fromkeys(name for arm in results["arms"] for name in arm["settings"]))
-    rows = [
-        [
-            arm["arm"],
-            arm["label"],
-            *(setting_text(arm["settings"][name]) if name in arm["settings"] else _NOTHING for name in names),
-            ", ".join(map(str, arm["seeds"])) or "none yet",
+    """Each arm with the settings that make it one."""
+    names = dict.fromkeys(name for arm in results["arms"] for name in arm["settings"])
+    columns = {
+        name: [
+            setting_text(arm["settings"][name]) if name in arm["settings"] else base_setting(results, name)
+            for arm in results["arms"]
         ]
-        for arm in results["arms"]
+        for name in names
+    }
+    shown = {name: column for name, column in columns.items() if len(set(column)) > 1}
+    rows = [
+        [arm["arm"], arm["label"], *cells, ", ".join(map(str, arm["seeds"])) or "none yet"]
+        for arm, *cells in zip(results["arms"], *shown.values(), strict=True)
     ]
-    return Table("arms, and the settings in which they differ", ["arm", "", *names, "seeds"], rows)
+    return Table("arms, and the settings in which they differ", ["arm", "", *shown, "seeds"], rows)
 
 
 def settings_table(results: Mapping[str, Any]) -> Table:
@@ -68,38 +73,30 @@ def differences_text(results: Mapping[str, Any]) -> str:
     return f"{within}, with {intervals_text(results)}."
 
 
-def claims_table(results: Mapping[str, Any]) -> Table:
-    """Each contrast with its difference and the verdict."""
-    rows = []
-    for each in results["contrasts"]:
-        difference = measured(each["difference"])
-        against = f"{each['against_arm']}, {place_text(each['against_round'])}"
-        rows.append(
-            [
-                each["claim"],
-                each["text"],
-                f"{each['arm']}, {place_text(each['round'])} − {against}",
-                each["metric"].replace("_", " "),
-                _NOTHING if difference is None else difference.text(signs=True),
-                verdict_text(each),
-            ]
-        )
-    return Table("claims", ["claim", "", "arms", "metric", "difference", "verdict"], rows)
-
-
-def claims_by_seed(results: Mapping[str, Any]) -> Table | None:
-    """The difference of each contrast, seed by seed; None where there is one seed only."""
-    seeds = results["seeds"]
-    if len(seeds) < 2 or not results["contrasts"]:
-        return None
-    rows = [
+def claims_tables(results: Mapping[str, Any]) -> tuple[list[Table], list[Table]]:
+    """(the tables that are shown first, all others): the differences by each metric, with those of each seed."""
+    first, others = claims_by_metric(results)
+    captions = {metric: f"differences of {metric.replace('_', ' ')}" for metric in (*first, *others)}
+    return (
+        [_claims_table(results, captions[metric], contrasts) for metric, contrasts in first.items()],
         [
-            f"{each['claim']}: {each['text']}",
-            *seed_texts(measured(each["difference"]), seeds_of_contrast(results, each), seeds, signs=True),
-        ]
-        for each in results["contrasts"]
-    ]
-    return Table("differences by seed", ["", *(f"seed {seed}" for seed in seeds)], rows)
+            _claims_table(results, captions[metric] + (", without a claim" if metric in first else ""), contrasts)
+            for metric, contrasts in others.items()
+        ],
+    )
+
+
+def _claims_table(results: Mapping[str, Any], caption: str, contrasts: list[Any]) -> Table:
+    seeds = results["seeds"] if len(results["seeds"]) > 1 else []
+    differences = [measured(each["difference"]) for each in contrasts]
+    texts = column_texts(differences, signs=True)
+    rows = []
+    for each, difference, text in zip(contrasts, differences, texts, strict=True):
+        arms = each["arm"] if each["arm"] == each["against_arm"] else f"{each['arm']} − {each['against_arm']}"
+        by_seed = seed_texts(difference, seeds_of_contrast(results, each), seeds, signs=True)
+        rows.append([each["claim"], each["text"], arms, str(each["round"]), text, verdict_text(each), *by_seed])
+    heads = ["claim", "", "arms", "round", "difference", "verdict", *(f"seed {seed}" for seed in seeds)]
+    return Table(caption, heads, rows)
 
 
 def numbers_table(results: Mapping[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hostile_texts import HOSTILE
-from made_ablations import contrast, made_arm, made_results, many_arms, value
+from made_ablations import arms_called, made_results, many_arms
 from page_checks import page_problems, tab_stops
 
 from dice_py.reporting.ablation_page import write_ablation_page
@@ -28,7 +28,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = folder / "runs/both/seed-3/report.html"
     report.parent.mkdir(parents=True)
     report.write_text("<!doctype html><html lang='en'><title>the report</title></html>")
-    return write_ablation_page(made_results(unfinished=["both/seed-7"]), folder / "ablation.html")
+    return write_ablation_page(made_results(unfinished=[("both", 7)]), folder / "ablation.html")
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1300), ("dark", 1300), ("light", 400)])
@@ -40,7 +40,7 @@ def test_it_is_for_all_who_read_it(four: Path, open_page: OpenPage, scheme: str,
 
 
 def test_many_arms(tmp_path: Path, open_page: OpenPage) -> None:
-    page = open_page(write_ablation_page(many_arms(12), tmp_path / "ablation.html"), color_scheme="dark")
+    page = open_page(write_ablation_page(many_arms(), tmp_path / "ablation.html"), color_scheme="dark")
     assert page_problems(page) == []
     strokes = page.evaluate("""() => Array.from(document.querySelectorAll("figure svg path[stroke^=var]"), (path) =>
         getComputedStyle(path).stroke)""")
@@ -57,10 +57,10 @@ def test_contents_and_reports(four: Path, open_page: OpenPage) -> None:
 
 
 def test_hostile_names(tmp_path: Path, open_page: OpenPage) -> None:
-    arms = [made_arm(name, name, {"mine.debias": name}, (3, 4), 1) for name in [*list(HOSTILE.values())[:7], "x" * 300]]
-    arms.append(made_arm("<script>window.harmed = true</script>", HOSTILE["attribute"], {}, (3, 4), 1))
-    texts = [contrast(name, name, arms[0]["arm"], name, value([0.1, 0.2])) for name in HOSTILE.values()]
-    results = made_results((3, 4), 1, arms=arms, contrasts=texts, unfinished=list(HOSTILE.values()))
+    names = [*list(HOSTILE.values())[:6], "x" * 300, "<script>window.harmed = true</script>"]
+    results = made_results((3, 4), 1, arms=arms_called(names), unfinished=[(HOSTILE["html"], 3)])
+    for each, text in zip(results["contrasts"], HOSTILE.values(), strict=False):
+        each |= {"claim": text, "text": text, "verdict": text}
     page = open_page(write_ablation_page(results, tmp_path / "ablation.html"), viewport={"width": 400, "height": 800})
     assert page_problems(page) == []
     assert page.evaluate("window.harmed") is None
