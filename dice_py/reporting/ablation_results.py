@@ -50,7 +50,7 @@ class Measured:
             places: decimals; None: three significant digits.
             signs: whether the value is a difference.
         """
-        places = _places([self]) if places is None else places
+        places = column_places([self]) if places is None else places
         mean, *interval = ((signed if signs else fixed)(end, places) for end in self.ends)
         return f"{mean} ({interval[0]} to {interval[1]})" if interval else mean
 
@@ -236,25 +236,36 @@ def column_texts(values: Sequence[Measured | None], *, signs: bool = False) -> l
     Args:
         signs: whether the values are differences.
     """
-    places = _places([value for value in values if value is not None])
+    places = column_places(values)
     return ["–" if value is None else value.text(places, signs=signs) for value in values]
 
 
 def seed_texts(
-    value: Measured | None, seeds: Sequence[int], all_seeds: Sequence[int], *, signs: bool = False
+    value: Measured | None, seeds: Sequence[int], all_seeds: Sequence[int], places: int, *, signs: bool = False
 ) -> list[str]:
     """The value of each of `all_seeds`; – where it is not known.
 
     Args:
         seeds: those that the value's numbers are of, in their order.
+        places: decimals.
         signs: whether the values are differences.
     """
     if value is None or len(value.by_seed) != len(seeds):
         return ["–" for _ in all_seeds]
     known = dict(zip(seeds, value.by_seed, strict=True))
     numbers = [known.get(seed) for seed in all_seeds]
-    form, places = signed if signs else fixed, _places([value])
+    form = signed if signs else fixed
     return ["–" if number is None else form(number, places) for number in numbers]
+
+
+def column_places(values: Sequence[Measured | None]) -> int:
+    """Decimals that give the largest mean three significant digits; three at most where an interval is beyond 0.01."""
+    known = [value for value in values if value is not None]
+    means = max((abs(value.mean) for value in known), default=0.0)
+    ends = max((abs(end) for value in known for end in value.ends), default=0.0)
+    if not ends:
+        return 3
+    return min(max(2 - math.floor(math.log10(means or ends)), 0), 3 if ends >= 0.01 else 6)
 
 
 def fixed(value: float, places: int) -> str:
@@ -279,12 +290,3 @@ def _words(name: str) -> str:
 def _finite(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
-
-
-def _places(values: Sequence[Measured]) -> int:
-    """Decimals that give the largest mean three significant digits; three at most where an interval is beyond 0.01."""
-    means = max((abs(value.mean) for value in values), default=0.0)
-    ends = max((abs(end) for value in values for end in value.ends), default=0.0)
-    if not ends:
-        return 3
-    return min(max(2 - math.floor(math.log10(means or ends)), 0), 3 if ends >= 0.01 else 6)

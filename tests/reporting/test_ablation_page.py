@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,13 +14,11 @@ from hostile_texts import HOSTILE, in_a_path, obeyed
 from made_ablations import NAMES, SEEDS, arms_called, made_results, many_arms
 from report_page import Page, text
 
-from dice_py.ablation.arms import make_arms
 from dice_py.ablation.statistics import over_seeds
-from dice_py.config.loading import resolve
 from dice_py.errors import DataError
 from dice_py.reporting import ablation_page
 from dice_py.reporting.ablation_page import is_ablation_page, write_ablation_page
-from dice_py.reporting.ablation_results import column_texts, measured, seed_texts, signed
+from dice_py.reporting.ablation_results import measured
 from dice_py.reporting.charts import SERIES
 from dice_py.reporting.foreign_text import visible
 from dice_py.reporting.html import is_report
@@ -345,68 +342,7 @@ def test_other_results_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- commands, numbers, schema, hostile texts ---------------------------------------------------------------------
-
-
-def test_the_command_makes_the_same_arms(tmp_path: Path) -> None:
-    config = resolve([], ["replay.gamma=0.45", "mine.debias=bucket"])
-    arms = make_arms(config, ("replay", "both"), ("linear", "matched"), ("dpo", "rdpo"), ("sigmoid", "ipo"))
-    settings = {"replay.gamma": 0.45, "data.prompts": "my prompts; x.jsonl", "train.lora": None}
-    page = page_of(made_results((3,), 1, arms=arms, settings=settings), tmp_path / "my folder")
-    (command,) = page.all("pre", "command")
-    words = shlex.split(text(command))
-    assert words[:2] == ["dice", "ablate"]
-    options = list(zip(words[2::2], words[3::2], strict=True))
-    assert [value for name, value in options if name == "--set"] == [
-        "replay.gamma=0.45", "data.prompts=my prompts; x.jsonl", "train.lora=null",
-    ]  # fmt: skip
-    given = dict(options)
-    lists = [given[name].split(",") for name in ("--arms", "--debias", "--methods", "--losses")]
-    assert make_arms(config, *lists) == arms
-    assert given["--out"] == f"{tmp_path / 'my folder'}-again"
-
-
-@pytest.mark.parametrize(
-    ("entry", "shown", "difference"),
-    [
-        ({"mean": 0.5432, "ci95": [0.512, 0.5755]}, "0.543 (0.512 to 0.576)", "+0.543 (+0.512 to +0.576)"),
-        ({"mean": -0.0001, "ci95": [-0.02, 0.0201]}, "0.000 (-0.020 to 0.020)", "0.000 (-0.020 to +0.020)"),
-        ({"mean": 41.52, "ci95": None}, "41.5", "+41.5"),
-        ({"mean": 1234.5, "ci95": [1000, 2000]}, "1,234 (1,000 to 2,000)", "+1,234 (+1,000 to +2,000)"),
-        ({"mean": 0.00123, "ci95": [None, 1]}, "0.00123", "+0.00123"),
-        ({"mean": 0, "ci95": [0, 0]}, "0.000", "0.000"),
-    ],
-)
-def test_values_as_a_person_reads_them(entry: dict[str, Any], shown: str, difference: str) -> None:
-    found = measured(entry)
-    assert found is not None
-    assert (found.text(), found.text(signs=True)) == (shown, difference)
-
-
-@pytest.mark.parametrize("entry", [None, 0.5, {}, {"mean": None}, {"mean": float("nan")}, {"mean": True}])
-def test_what_is_no_value(entry: Any) -> None:
-    assert measured(entry) is None
-
-
-def test_values_by_seed() -> None:
-    found = measured({"mean": 0.5, "ci95": None, "by_seed": [0.4, None, 0.6]})
-    assert seed_texts(found, [3, 5, 7], [3, 4, 5, 6, 7]) == ["0.400", "–", "–", "–", "0.600"]
-    assert seed_texts(found, [3, 5], [3, 5]) == ["–", "–"]  # whose they are is not known
-    assert seed_texts(None, [3, 5], [3]) == ["–"]
-    assert (signed(-0.0, 2), signed(-0.0001, 3), signed(0.0006, 3)) == ("0.00", "0.000", "+0.001")
-
-
-def test_a_column_has_as_many_decimals_everywhere() -> None:
-    entries = (
-        {"mean": 0.0021, "ci95": [-1.2, 1.2]},
-        None,
-        {"mean": 0.5, "ci95": None},
-        {"mean": 0.3, "ci95": [0.3, 0.3]},
-    )
-    column = column_texts([measured(entry) for entry in entries], signs=True)
-    assert column == ["+0.002 (-1.200 to +1.200)", "–", "+0.500", "+0.300"]
-    assert column_texts([measured({"mean": 400.25}), measured({"mean": 3.5})]) == ["400", "4"]
-    assert column_texts([None]) == ["–"]
+# --- schema, hostile texts -------------------------------------------------------------------------------------------
 
 
 def test_charts_are_as_vega_lites_schema_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

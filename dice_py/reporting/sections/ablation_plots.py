@@ -9,6 +9,7 @@ from dice_py.reporting import charts
 from dice_py.reporting.ablation_results import (
     START,
     Measured,
+    column_places,
     frontier_metrics,
     history,
     intervals_text,
@@ -176,8 +177,9 @@ def _by_seed(
     seeds = results["seeds"]
     if len(seeds) < 2:
         return None
+    places = column_places([value for of_arm in histories.values() for value in of_arm.values()])
     rows = [
-        [f"{arm['arm']}, {place_text(number)}", *seed_texts(value, arm["seeds"], seeds)]
+        [f"{arm['arm']}, {place_text(number)}", *seed_texts(value, arm["seeds"], seeds, places)]
         for arm in arms
         for number, value in histories[arm["arm"]].items()
         if value.by_seed

@@ -10,6 +10,7 @@ from dice_py.reporting.ablation_results import (
     Measured,
     base_setting,
     claims_by_metric,
+    column_places,
     column_texts,
     history,
     intervals_text,
@@ -89,11 +90,11 @@ def claims_tables(results: Mapping[str, Any]) -> tuple[list[Table], list[Table]]
 def _claims_table(results: Mapping[str, Any], caption: str, contrasts: list[Any]) -> Table:
     seeds = results["seeds"] if len(results["seeds"]) > 1 else []
     differences = [measured(each["difference"]) for each in contrasts]
-    texts = column_texts(differences, signs=True)
+    texts, places = column_texts(differences, signs=True), column_places(differences)
     rows = []
     for each, difference, text in zip(contrasts, differences, texts, strict=True):
         arms = each["arm"] if each["arm"] == each["against_arm"] else f"{each['arm']} − {each['against_arm']}"
-        by_seed = seed_texts(difference, seeds_of_contrast(results, each), seeds, signs=True)
+        by_seed = seed_texts(difference, seeds_of_contrast(results, each), seeds, places, signs=True)
         rows.append([each["claim"], each["text"], arms, str(each["round"]), text, verdict_text(each), *by_seed])
     heads = ["claim", "", "arms", "round", "difference", "verdict", *(f"seed {seed}" for seed in seeds)]
     return Table(caption, heads, rows)
