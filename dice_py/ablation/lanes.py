@@ -21,6 +21,8 @@ from dice_py.compute.worker import Worker
 from dice_py.config.run import RunConfig
 from dice_py.events import Report, no_report
 from dice_py.runs.loop import run
+from dice_py.stages.registry import REGISTRY
+from dice_py.storage.files import make_folder
 
 _REPORTED = ("stage", "note", "warning")
 _TIMEOUT = 1.0  # seconds between two looks at whether a lane has ended
@@ -37,8 +39,13 @@ class PlannedRun:
     config: RunConfig
 
 
-def run_in_lane(config: RunConfig, folder: Path, siblings: Sequence[Path], report: Report = no_report) -> None:
+def run_in_lane(
+    config: RunConfig, folder: Path, siblings: Sequence[Path], threads: int, report: Report = no_report
+) -> None:
     """Runs a config in this process, with all of its stages. Only events of `_REPORTED` are reported."""
+    import torch
+
+    torch.set_num_threads(threads)
 
     def some(event: str, **fields: Any) -> None:
         if event in _REPORTED:  # others have names that a worker uses itself
@@ -49,16 +56,17 @@ def run_in_lane(config: RunConfig, folder: Path, siblings: Sequence[Path], repor
 
 class _Lane:
     def __init__(self, log: Path, threads: int) -> None:
-        self._log = log
-        self._environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        self.worker = Worker()
+        self._log, self._threads = log, threads
+        # All that its stages import: what is there before the first run is never searched for garbage.
+        modules = dict.fromkeys(module for stage in REGISTRY.values() for module in stage.imports)
+        self.worker = Worker(tuple(modules), log)
         self.planned: PlannedRun | None = None
 
     def submit(self, planned: PlannedRun, siblings: Sequence[Path]) -> None:
         """Starts a run in it."""
         self.planned = planned
-        work = partial(run_in_lane, planned.config, planned.folder, siblings)
-        self.worker.submit(work, log=self._log, name=planned.name, environment=self._environment, stays=True)
+        work = partial(run_in_lane, planned.config, planned.folder, siblings, self._threads)
+        self.worker.submit(work, log=self._log, name=planned.name, stays=True)
 
     def outcome(self, on_event: Callable[..., None]) -> tuple[str, dict[str, Any]] | None:
         """Passes on what it has sent; returns the last event of its run, None while it works."""
@@ -96,6 +104,7 @@ def run_in_lanes(
         DiceError: as a run raised it, with its name. The others are stopped; what is complete is kept.
     """
     waiting = list(planned)
+    make_folder(logs)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     lanes = [_Lane(logs / f"lane-{number + 1}.log", threads) for number in range(min(jobs, len(waiting)))]
     try:

@@ -35,7 +35,7 @@ from dice_py.compute.allocator import check_allocator, worker_environment
 from dice_py.compute.devices import cuda_unstarted
 from dice_py.compute.failures import Failure, failure_fields
 from dice_py.compute.interrupts import children_ignore_interrupts, ignore_interrupts
-from dice_py.compute.startup import importing, leave_out_foreign
+from dice_py.compute.startup import importing, keep_imported, leave_out_foreign
 from dice_py.errors import DiceError, UsageError
 from dice_py.storage.files import make_folder
 from dice_py.timing import timed, timed_seconds
@@ -135,6 +135,7 @@ def _await_task(modules: Sequence[str], warm_log: str) -> Task:
             with cuda_unstarted(), importing():  # a library may ask for GPUs as it is imported
                 for module in modules:
                     importlib.import_module(module)
+            keep_imported()
         task: Task = _from_parent.get()
         return task
     except BaseException:
