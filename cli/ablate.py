@@ -55,9 +55,9 @@ def ablate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Run the loop with and without its parts, over seeds: on the synthetic world, or on your model.
+    """Run the loop with and without its parts, over seeds.
 
-    Lists are separated by commas. Arms of one seed share what is the same in them: models, samples, scores. The same
+    It runs on the synthetic world, or on your model. Lists are separated by commas. Arms of one seed share what is the same in them: models, samples, scores. The same
     command continues what was stopped.
     """
     from cli.ablation_tables import print_ablation
