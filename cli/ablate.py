@@ -57,8 +57,8 @@ def ablate(
 ) -> None:
     """Run the loop with and without its parts, over seeds.
 
-    It runs on the synthetic world, or on your model. Lists are separated by commas. Arms of one seed share what is the same in them: models, samples, scores. The same
-    command continues what was stopped.
+    It runs on the synthetic world, or on your model. Lists are separated by commas. Arms of one seed share what is the
+    same in them: models, samples, scores. The same command continues what was stopped.
     """
     from cli.ablation_tables import print_ablation
     from cli.progress import Display

@@ -265,10 +265,10 @@ def _lacking(config: RunConfig, metric: str) -> list[str]:
 # the user's own model never uses them.
 WORLD_DEFAULTS: dict[str, Any] = {
     "beta": 1.0,
-    "data": {"prompts_per_round": 600},
+    "data": {"prompts_per_round": 800},
     "generate": {
         "samples": 8,
-        "temperature": 0.7,
+        "temperature": 1.0,
         "top_p": 0.9,
         "max_new_tokens": 24,
         "shard_prompts": 200,

@@ -33,7 +33,8 @@ OPERATIONS: dict[str, tuple[int, ...]] = {
     "back": (0, 2, 1),
 }
 
-# The operations whose answers are the usual wrong ones: the first in 65 % of the cases, the second in the others.
+# The operations whose answers are the usual wrong ones. The other operations' answers occur too, more rarely: DPO on
+# offline pairs then has seen every wrong answer that a policy may drift to.
 CONFUSED: dict[str, tuple[str, str]] = {
     "copy": ("front", "back"),
     "reverse": ("left", "right"),
@@ -85,17 +86,24 @@ def oracle(messages: list[Message], response: str) -> tuple[float, bool]:
     return score - (0.0 if well_formed else 0.3), right
 
 
+RIGHT, RANDOM = 0.33, 0.02
+"""Shares of right and of random answers in the SFT data; the others are another operation's."""
+WRONG = (0.30, 0.25, 0.15, 0.15, 0.15)
+"""Shares of the other operations among those: the two of `CONFUSED`, then the three others, in order."""
+
+
 def sft_response(rng: random.Random, operation: str, letters: tuple[str, ...]) -> str:
-    """A response of the SFT data: the answer is right (40 %), another operation's (58 %) or random (2 %); then fillers.
+    """A response of the SFT data: the answer is right (33 %), another operation's (65 %) or random (2 %); then fillers.
 
     Each further filler has probability 0.4, up to all of `FILLERS`.
     """
     draw = rng.random()
-    if draw < 0.40:
+    if draw < RIGHT:
         words = answer(operation, letters)
-    elif draw < 0.98:
-        likely, other = CONFUSED[operation]
-        words = answer(likely if rng.random() < 0.65 else other, letters)
+    elif draw < 1.0 - RANDOM:
+        usual = CONFUSED[operation]
+        others = [name for name in OPERATIONS if name != operation and name not in usual]
+        words = answer(rng.choices([*usual, *others], WRONG)[0], letters)
     else:
         words = tuple(rng.choice(LETTERS) for _ in letters)
     fillers = 0

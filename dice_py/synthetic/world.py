@@ -17,10 +17,20 @@ from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import read_json
 from dice_py.storage.integrity import damaged_in, read_stamp
 from dice_py.storage.keys import digest, versions
-from dice_py.synthetic.task import CONFUSED, FILLERS, FREE_FILLERS, LETTERS, OPERATIONS, WORD_LENGTH
+from dice_py.synthetic.task import (
+    CONFUSED,
+    FILLERS,
+    FREE_FILLERS,
+    LETTERS,
+    OPERATIONS,
+    RANDOM,
+    RIGHT,
+    WORD_LENGTH,
+    WRONG,
+)
 from dice_py.synthetic.tokenizer import TEMPLATE
 
-RECIPE = 2  # to be increased when a change of code makes another world from the same config
+RECIPE = 3  # to be increased when a change of code makes another world from the same config
 
 LLAMA: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -99,6 +109,7 @@ def world_key(config: WorldConfig) -> str:
         FREE_FILLERS,
         OPERATIONS,
         CONFUSED,
+        [RIGHT, RANDOM, *WRONG],
         TEMPLATE,
         SFT,
         DPO.model_dump(),
