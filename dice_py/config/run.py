@@ -282,6 +282,6 @@ WORLD_DEFAULTS: dict[str, Any] = {
         "sft_weight": 0.2,
         "processes": 1,
     },
-    "evaluate": {"prompts": 400, "samples": 4, "pairs": 600},
+    "evaluate": {"prompts": 400, "samples": 4, "pairs": 600, "kl_to_reference": True},
     "warnings": {"duplicate_share": None},  # its right answers are few and short
 }

@@ -51,8 +51,8 @@ _ROW = "\0row"
 _PAIR_LOGPS = pl.Schema({"chosen_logp": pl.Float32, "rejected_logp": pl.Float32})
 FAILURES = "judge_failures"
 """The metric that names judges which could not be reached, with why."""
-_LOGPS = ("sampled_logp", "ref_logp", "previous_logp", "start_logp")
-_FORM = 2
+_LOGPS = ("sampled_logp", "ref_logp", "previous_logp", "start_logp", "initial_ref_logp")
+_FORM = 3
 """Of the metrics. Evaluations of earlier forms are made again."""
 
 

@@ -45,6 +45,7 @@ EVALUATED_SAMPLES = _schema(
     ref_logp=pl.Float64,
     previous_logp=pl.Float64,
     start_logp=pl.Float64,
+    initial_ref_logp=pl.Float64,
     log_ratio=pl.Float64,
 )
 

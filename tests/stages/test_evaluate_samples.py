@@ -138,6 +138,7 @@ def test_the_kl_from_the_first_reference(job: EvaluateJob, llama: Path, other: P
     assert found["kl_to_initial_reference"] > 0.1 > found["kl_to_start"]
     low, high = found["kl_to_initial_reference_ci95"]
     assert low < found["kl_to_initial_reference"] < high
+    assert written(asked)["initial_ref_logp"].null_count() == 0
     assert asked.key() != own.key()
     assert "kl_to_initial_reference" not in own.run().counts
 
