@@ -21,9 +21,10 @@ from typing import Any
 from dice_py.ablation.arms import Arm
 from dice_py.ablation.lanes import PlannedRun, run_in_lanes
 from dice_py.ablation.results import read_results
+from dice_py.compute.failures import Failure, failure_fields
 from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.run import RunConfig
-from dice_py.errors import InterruptedRunError, UsageError
+from dice_py.errors import DiceError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.runs.loop import AfterRound, run
 from dice_py.runs.reasons import field_values
@@ -33,6 +34,8 @@ from dice_py.storage.lock import exclusive_lock
 
 RESULTS = "ablation.json"
 _TIMES = "times.json"
+_LOCK = ".lock"
+_AGAIN = "interrupted; what is complete is kept. The same command continues"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Ablation:
         twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
         if twice:
             raise UsageError(f"seed {twice[0]} is given twice: every seed counts once in an interval")
+        if self.jobs is not None and not self.config.is_world:
+            raise UsageError("--jobs is for the synthetic world: runs on a model of your own stand one after another")
 
     def planned(self, out: Path) -> list[PlannedRun]:
         """All runs; of one seed in the order of the arms."""
@@ -88,9 +93,11 @@ def run_ablation(
         DiceError: of a run, whose name it begins with.
     """
     planned = ablation.planned(out)  # finds settings that do not go together before anything is made
+    if out.is_dir() and any(out.iterdir()) and not (out / _LOCK).exists():
+        raise UsageError(f"{out} is not empty and holds no ablation; give another --out")
     make_folder(out)
     try:
-        lock = exclusive_lock(out / ".lock", wait=False)
+        lock = exclusive_lock(out / _LOCK, wait=False)
         with lock, stopped_by_signals():
             times = _Times(out / _TIMES, planned)
             if ablation.config.is_world:
@@ -103,7 +110,7 @@ def run_ablation(
     except BlockingIOError:
         raise UsageError(f"{out} is in use by another `dice ablate`; wait for it, or give another --out") from None
     except KeyboardInterrupt:
-        raise InterruptedRunError("interrupted; what is complete is kept. The same command continues") from None
+        raise InterruptedRunError(_AGAIN) from None
 
 
 class _Times:
@@ -130,15 +137,16 @@ def _in_turn(
     """One run after the other, each with a process for each stage."""
     for number, one in enumerate(planned):
         report("note", text=f"run {number + 1} of {len(planned)}: {one.name}")
-        run(
-            one.config,
-            one.folder,
-            report,
-            after_round=after_round,
-            force=force,
-            siblings=_siblings(planned, one),
-            may_differ=True,
-        )
+        siblings = _siblings(planned, one)
+        try:
+            run(
+                one.config, one.folder, report, after_round=after_round, force=force, siblings=siblings, may_differ=True
+            )
+        except InterruptedRunError:
+            raise InterruptedRunError(_AGAIN) from None
+        except DiceError as error:
+            failure = Failure(**failure_fields(error))
+            raise failure.error(f"{one.name}: {error}. Its folder is {one.folder}") from error
         times.add()
 
 

@@ -149,6 +149,13 @@ def test_a_folder_in_use_is_refused(ablation: Ablation, tmp_path: Path) -> None:
         run_ablation(ablation, tmp_path)
 
 
+def test_a_folder_of_something_else_is_refused(ablation: Ablation, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty and holds no ablation; give another --out"):
+        run_ablation(ablation, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_an_error_names_the_run_and_what_is_complete_is_kept(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

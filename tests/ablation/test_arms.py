@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from own_config import OWN
 
 from dice_py.ablation.arms import ARMS, MATCHED_RATIO, make_arms
 from dice_py.ablation.run import Ablation, shared_settings
@@ -90,6 +91,12 @@ def test_seeds_count_once() -> None:
         Ablation(BASE, arms, (3, 4, 3))
     with pytest.raises(UsageError, match="no seed is given"):
         Ablation(BASE, arms, ())
+
+
+def test_runs_on_an_own_model_are_not_side_by_side() -> None:
+    own = resolve(overrides=OWN)
+    with pytest.raises(UsageError, match="--jobs is for the synthetic world"):
+        Ablation(own, make_arms(own, ["both"]), (0,), jobs=2)
 
 
 def test_the_shared_settings_are_those_that_were_set() -> None:
