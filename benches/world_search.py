@@ -44,6 +44,8 @@ VARIANTS: dict[str, list[str]] = {
     "width 64": ["world.width=64"],
     "width 192": ["world.width=192"],
     "π_1 of one epoch at 1e-4": ["world.dpo_learning_rate=1e-4", "world.dpo_epochs=1"],
+    "4,500 offline pairs": ["world.offline_pairs=4500"],
+    "4,500 offline pairs, π_1 of three epochs": ["world.offline_pairs=4500", "world.dpo_epochs=3"],
 }
 METRICS = (
     "oracle_accuracy",
