@@ -223,7 +223,7 @@ def test_every_key_is_in_the_dump() -> None:
     passed = [name.replace("*", "mine=1") for name in names if name.endswith(".*")]
     assert {"generate.sampling_params.mine=1", "generate.vllm.engine_args.mine=1"} <= set(passed)
     judges = ["reward_model={model: m}", "implicit={policy: p, reference: r}", "openai={base_url: http://h, model: m}"]
-    judges.append("function={call: \"m:f\"}")
+    judges.append('function={call: "m:f"}')
     given = [*(f"evaluate.judges.{judge}" for judge in judges), *passed]
     given += ["train.lora.r=4", "replay.buffer.capacity=9", "replay.buffers.mine.path=pairs.jsonl"]
     stored = resolve([], given, OWN).model_dump(mode="json")
