@@ -8,6 +8,7 @@ RUST := $(shell find rust benches -name '*.rs' -o -name Cargo.toml) Cargo.toml C
 RUN_ARGS ?= --rounds 2
 DEMO_ARGS ?=
 ABLATION_ARGS ?=
+EVIDENCE_ARGS ?=
 PYTEST_ARGS ?=
 TEST_JOBS ?= auto
 BENCH_ARGS ?=
@@ -16,9 +17,9 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo ablation test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest lint format docs bench \
-	bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real bench-winrate \
-	bench-audit bench-report bench-methods gpu-kit lock clean
+.PHONY: help setup run demo ablation evidence-real test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest \
+	lint format docs bench bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real \
+	bench-winrate bench-audit bench-report bench-methods gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -54,6 +55,9 @@ ablation: setup ## the loop with and without its parts, five seeds of the embedd
 
 bench-methods: setup ## every training method on the embedded world, five seeds (BENCH_ARGS adds options)
 	$(BIN)/dice ablate --arms both --methods dpo,rdpo,sppo,cream,spa,soft --out runs/methods $(BENCH_ARGS)
+
+evidence-real: setup $(VENV)/.demo ## the claims on SmolLM2 with an oracle: some two hours on two cores (EVIDENCE_ARGS="--small": minutes)
+	$(BIN)/dice evidence $(EVIDENCE_ARGS)
 
 test: lint test-rust test-python ## all checks and tests but the longest, which test-slow has (PYTEST_ARGS adds options of pytest)
 

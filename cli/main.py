@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from cli.ablate import ablate
 from cli.audit import audit
 from cli.demo import demo
+from cli.evidence import evidence
 from cli.extrapolate import extrapolate
 from cli.inspect import InspectCommand, inspect
 from cli.judge import judge_app
@@ -95,7 +96,7 @@ app = typer.Typer(
 for command in (run, resume, status):
     app.command()(command)
 app.command(cls=ReportCommand)(report)
-for shown in (samples, plan, demo, ablate):
+for shown in (samples, plan, demo, ablate, evidence):
     app.command()(shown)
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)

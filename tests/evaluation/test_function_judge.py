@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 from own_config import refused as config_refused
+from places import ROOT
 
 from dice_py.config.judges import FunctionConfig, JudgesConfig
 from dice_py.config.shared import ModelConfig
@@ -137,3 +138,10 @@ def test_the_registry_makes_it_from_its_section(written: Written) -> None:
     config: Any = JudgesConfig.model_validate({"function": {"call": judge.call}})
     assert build_judges(config, ModelConfig(), is_world=False) == (judge,)
     assert build_judges(JudgesConfig(), ModelConfig(), is_world=False) == ()
+
+
+def test_the_python_of_the_page_runs(written: Written) -> None:
+    page = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
+    (block,) = (part.split("```")[0] for part in page.split("```python\n")[1:])
+    samples = SAMPLES.with_columns(response=pl.Series(["It ends.", "", "It does not"]))
+    assert written(block).scores(PROMPTS, samples).to_list() == [1.0, 0.0, 0.0]
