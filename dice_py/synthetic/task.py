@@ -86,14 +86,14 @@ def oracle(messages: list[Message], response: str) -> tuple[float, bool]:
     return score - (0.0 if well_formed else 0.3), right
 
 
-RIGHT, RANDOM = 0.33, 0.02
+RIGHT, RANDOM = 0.38, 0.02
 """Shares of right and of random answers in the SFT data; the others are another operation's."""
 WRONG = (0.30, 0.25, 0.15, 0.15, 0.15)
 """Shares of the other operations among those: the two of `CONFUSED`, then the three others, in order."""
 
 
 def sft_response(rng: random.Random, operation: str, letters: tuple[str, ...]) -> str:
-    """A response of the SFT data: the answer is right (33 %), another operation's (65 %) or random (2 %); then fillers.
+    """A response of the SFT data: the answer is right (38 %), another operation's (60 %) or random (2 %); then fillers.
 
     Each further filler has probability 0.4, up to all of `FILLERS`.
     """
