@@ -48,7 +48,7 @@ VARIANTS: dict[str, list[str]] = {
     "4,500 offline pairs": ["world.offline_pairs=4500"],
     "4,500 offline pairs, π_1 of three epochs": ["world.offline_pairs=4500", "world.dpo_epochs=3"],
 }
-_BEGAN = ["replay.gamma=0.3"]
+BEGAN = ["replay.gamma=0.3"]
 METRICS = (
     "oracle_accuracy",
     "oracle_win_rate",
@@ -101,7 +101,7 @@ def main() -> None:
         if args.only not in name:
             continue
         print(f"{name}: {' '.join(settings) or 'nothing set'}", flush=True)
-        base = resolve(assignments=[*_BEGAN, *settings, "report.pairs=0"])
+        base = resolve(assignments=[*BEGAN, *settings, "report.pairs=0"])
         ablation = Ablation(base, make_arms(base, ARMS), SEEDS)
         results = run_ablation(ablation, args.out / f"variant-{number:02d}", report)
         rows.append(row(name, results))
