@@ -56,7 +56,7 @@ ablation: setup ## the loop with and without its parts, five seeds of the embedd
 bench-methods: setup ## every training method on the embedded world, five seeds (BENCH_ARGS adds options)
 	$(BIN)/dice ablate --arms both --methods dpo,rdpo,sppo,cream,spa,soft --out runs/methods $(BENCH_ARGS)
 
-evidence-real: setup $(VENV)/.demo ## the claims on SmolLM2 with an oracle: some two hours on two cores (EVIDENCE_ARGS="--small": minutes)
+evidence-real: setup $(VENV)/.demo ## the claims on SmolLM2 with an oracle: hours on two cores (EVIDENCE_ARGS="--small": minutes)
 	$(BIN)/dice evidence $(EVIDENCE_ARGS)
 
 test: lint test-rust test-python ## all checks and tests but the longest, which test-slow has (PYTEST_ARGS adds options of pytest)

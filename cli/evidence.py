@@ -1,4 +1,4 @@
-"""`dice evidence`: the paper's claims on a real model with an oracle, in some two hours on two cores."""
+"""`dice evidence`: the paper's claims on a real model with an oracle."""
 
 from __future__ import annotations
 

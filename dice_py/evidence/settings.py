@@ -41,17 +41,18 @@ class Sizes:
 
 
 FULL = Sizes()
-"""Some two hours on two cores."""
+"""Hours on two cores."""
 SMALL = Sizes(
     offline_prompts=20,
     offline_samples=2,
+    rounds=1,
     round_prompts=8,
     round_samples=3,
     evaluation_prompts=10,
     evaluation_samples=1,
     max_new_tokens=64,
 )
-"""Some minutes: whether everything works. Its figures mean nothing."""
+"""Minutes: whether everything works. Its figures mean nothing."""
 
 
 @dataclass(frozen=True)
