@@ -51,6 +51,7 @@ class _Member:
     alive: bool = True  # has a process, or may get one
     requested: bool = False  # this and the rest: since its process started
     waiting: bool = False
+    waits: bool = False  # for a shard, where there is none right now
     completed: int = 0
     held: list[int] = field(default_factory=list)
 
@@ -154,6 +155,7 @@ class Dispatcher:
         group = member.group
         if event == "receive":
             member.requested = member.waiting = True
+            member.waits = fields["wait"]
             self._assign()
             if member.waiting and not fields["wait"]:
                 self._reply(member, None)
@@ -178,7 +180,7 @@ class Dispatcher:
     def _assign(self) -> None:
         """Replies to the groups that wait, if there are shards for them, or will be no more."""
         for member in self._running():
-            if not member.waiting:
+            if not member.waiting or (not member.waits and self._has_share(member)):
                 continue
             for number in self.queue:
                 if member.group not in self.tried.get(number, []):
@@ -189,6 +191,13 @@ class Dispatcher:
             else:
                 if not self.open:
                     self._reply(member, None)
+
+    def _has_share(self, member: _Member) -> bool:
+        """Whether a group holds its part of the shards that are not complete, and leaves the others to other groups.
+
+        An engine with room for all shards would take all of them while another group still loads its model.
+        """
+        return len(member.held) * len(self._running()) >= len(self.open)
 
     def _reply(self, member: _Member, number: int | None) -> None:
         assert member.worker is not None

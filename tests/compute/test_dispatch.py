@@ -71,6 +71,12 @@ def test_more_is_taken_without_wait_while_there_is_more(tmp_path: Path) -> None:
     assert len(makers(tmp_path, [0, 1, 2, 3, 4])) == 5
 
 
+def test_a_group_with_room_for_all_leaves_others_their_share(tmp_path: Path) -> None:
+    deal(tmp_path, "greedy", items=list(range(10)), of=3)
+    assert sorted(group_work.lines(tmp_path / "taken")) == ["2", "4", "4"]
+    assert len(makers(tmp_path, list(range(10)))) == 10
+
+
 def test_no_more_processes_than_items(tmp_path: Path) -> None:
     heard = deal(tmp_path, "planned", items=[0, 1], plan={})
     assert statuses(heard) == [(1, "started"), (2, "started")]

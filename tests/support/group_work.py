@@ -99,6 +99,21 @@ def planned(items: ShardQueue, *, folder: Path, plan: dict[int, list[str]], hold
             report("shard_complete", number=number)
 
 
+def greedy(items: ShardQueue, *, folder: Path, of: int, report: Report) -> None:
+    """Takes all items that it gets without waiting, and makes them when all groups have taken theirs."""
+    number = items.receive(wait=True)
+    held = []
+    while number is not None:
+        held.append(number)
+        number = items.receive(wait=False)
+    append(folder / "taken", str(len(held)))
+    wait_until(folder / "taken", of)
+    for number in held:
+        make(folder, number)
+        report("shard_complete", number=number)
+    assert items.receive(wait=True) is None
+
+
 def together(items: ShardQueue, *, folder: Path, of: int, then: str, report: Report) -> None:
     """Each of the groups takes one item. When all have, and have asked for another, the one with item 0 goes last."""
     number = items.receive(wait=True)
