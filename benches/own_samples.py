@@ -11,7 +11,7 @@ the evaluation's samples, and three rewards of them:
 
 The accuracy is the share of pairs of one right and one wrong answer to a prompt in which the right one has the higher
 reward (ties count half). Before round 1 all three are the same, on the samples that round 1 mines. Intervals are over
-seeds (Student's t). It writes benches/results/own_samples.json and prints a table.
+seeds (Student's t). It writes benches/results/own_samples.json (--out) and prints a table.
 """
 
 from __future__ import annotations
@@ -99,10 +99,11 @@ def text(value: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ablation", type=Path, help="the folder of `dice ablate`")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the file of the results")
     args = parser.parse_args()
 
     rows = measured(args.ablation)
-    RESULTS.write_text(json.dumps({"rows": rows}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps({"rows": rows}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     columns = ("arm", "samples of", "against its predecessor", "against the SFT model", "round 1's reward")
     print(f"| {' | '.join(columns)} |\n|---|---|---|---|---|")
     for one in rows:

@@ -105,8 +105,9 @@ def run_in_lanes(
     """
     waiting = list(planned)
     make_folder(logs)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    lanes = [_Lane(logs / f"lane-{number + 1}.log", threads) for number in range(min(jobs, len(waiting)))]
+    count = min(jobs, len({one.seed for one in waiting}))  # of one seed only one run works at a time
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    lanes = [_Lane(logs / f"lane-{number + 1}.log", threads) for number in range(count)]
     try:
         while True:
             for lane in lanes:
@@ -146,4 +147,5 @@ def _next(waiting: Sequence[PlannedRun], busy: Sequence[int]) -> PlannedRun | No
 
 
 def _error(planned: PlannedRun, failure: Failure) -> Exception:
-    return failure.error(f"{planned.name}: {failure.text}. Its folder is {planned.folder}")
+    remedy = "; fewer runs at a time need less memory: --jobs 1" if failure.kind == "OutOfMemoryError" else ""
+    return failure.error(f"{planned.name}: {failure.text}{remedy}. Its folder is {planned.folder}")

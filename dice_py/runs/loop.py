@@ -225,7 +225,8 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
         show()
         run.report_gpus(None)
         write_profile(run.folder)
-        _remember(run)
+        if not run.in_process:  # beside other runs, on other threads than a run of its own has
+            _remember(run)
         if ends:
             break
     run.report("finished", **outcome.finish(), report=str(run.folder / "report.html"))

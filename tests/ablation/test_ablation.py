@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def made(ablation: Ablation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete ablation on small worlds. Read only."""
     out = tmp_path_factory.mktemp("ablation") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DICE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DICE_CACHE", str(out.parent / "cache"))
         run_ablation(ablation, out)
     return out
 
@@ -136,12 +137,20 @@ def test_a_second_call_makes_nothing_again(ablation: Ablation, made: Path, tmp_p
     stages = {one.name: _stages(copy / one.folder.relative_to(made)) for one in ablation.planned(made)}
     before = _results(copy)
     (copy / RESULTS).unlink()
-    after = run_ablation(ablation, copy)
+    shutil.rmtree(copy / "lanes")
+    after = run_ablation(replace(ablation, jobs=3), copy)
+    # Of one seed only one run works at a time: a third lane would have nothing to do.
+    assert sorted(path.name for path in (copy / "lanes").iterdir()) == ["lane-1.log", "lane-2.log"]
     assert {name: value for name, value in after.items() if name != "seconds"} == {
         name: value for name, value in before.items() if name != "seconds"
     }
     for one in ablation.planned(copy):
         assert _stages(one.folder) == stages[one.name]
+
+
+def test_lanes_leave_no_figures_for_a_plan(made: Path) -> None:
+    """They were measured beside other runs."""
+    assert not (made.parent / "cache" / "remembered.json").exists()
 
 
 def test_a_folder_in_use_is_refused(ablation: Ablation, tmp_path: Path) -> None:
