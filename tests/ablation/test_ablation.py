@@ -148,11 +148,6 @@ def test_a_second_call_makes_nothing_again(ablation: Ablation, made: Path, tmp_p
         assert _stages(one.folder) == stages[one.name]
 
 
-def test_lanes_leave_no_figures_for_a_plan(made: Path) -> None:
-    """They were measured beside other runs."""
-    assert not (made.parent / "cache" / "remembered.json").exists()
-
-
 def test_a_folder_in_use_is_refused(ablation: Ablation, tmp_path: Path) -> None:
     with exclusive_lock(tmp_path / ".lock"), pytest.raises(UsageError, match="is in use by another `dice ablate`"):
         run_ablation(ablation, tmp_path)

@@ -70,3 +70,16 @@ def test_a_stage_that_needs_no_process_is_passed_by(
     loop.run(without, tmp_path / "run")
     expected = [["PreflightJob"], ["GenerateJob"], ["ScoreJob", "ReplayJob"], ["TrainJob"], ["EvaluateJob"]]
     assert [process.stages for process in processes] == expected
+
+
+def test_a_run_in_this_process_starts_none_and_leaves_no_figures_for_a_plan(
+    config: RunConfig, processes: list[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works beside others, on other threads than a run of its own has."""
+    remembered: list[Path] = []
+    monkeypatch.setattr(loop, "remember_run", remembered.append)
+    loop.run(config, tmp_path / "here", in_process=True)
+    assert (processes, remembered) == ([], [])
+    loop.run(config, tmp_path / "run")
+    assert processes
+    assert remembered == [tmp_path / "run"]
