@@ -273,7 +273,6 @@ WORLD_DEFAULTS: dict[str, Any] = {
         "max_new_tokens": 24,
         "shard_prompts": 200,
     },
-    "replay": {"gamma": 0.5},
     "train": {
         "learning_rate": 1e-4,
         "lr_scheduler_type": "cosine",

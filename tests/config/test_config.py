@@ -155,7 +155,7 @@ def test_the_world_defaults_are_for_the_world_only() -> None:
     assert not own.is_world
     assert (world.generate.samples, own.generate.samples) == (8, plain.generate.samples)
     assert (world.train.learning_rate, own.train.learning_rate) == (1e-4, 5e-7)
-    assert (world.replay.gamma, own.replay.gamma) == (0.3, 0.5)
+    assert (world.beta, own.beta) == (1.0, plain.beta)
     # The user's values override them; a single stage does not use them.
     assert resolve([], ["generate.samples=3"]).generate.samples == 3
     assert resolve(one_stage=True) == plain

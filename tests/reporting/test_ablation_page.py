@@ -85,8 +85,8 @@ def test_what_was_run(folder: Path, page: Page) -> None:
     assert page.table("arms, and the settings in which they differ") == {
         "neither": ["neither", "none", "0.0", "3, 4, 5, 6, 7"],
         "length": ["length penalty", "linear", "0.0", "3, 4, 5, 6, 7"],
-        "replay": ["replay", "none", "0.3", "3, 4, 5, 6, 7"],  # as the world has it
-        "both": ["length penalty and replay", "linear", "0.3", "3, 4, 5, 6, 7"],
+        "replay": ["replay", "none", "0.5", "3, 4, 5, 6, 7"],
+        "both": ["length penalty and replay", "linear", "0.5", "3, 4, 5, 6, 7"],
     }
     assert page.table("settings of all arms") == {"generate.samples": ["8"], "evaluate.prompts": ["200"]}
     (command,) = page.all("pre", "command")

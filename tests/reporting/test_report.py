@@ -147,7 +147,7 @@ def test_the_training(page: Page) -> None:
 
 
 def test_the_configuration(run: Path, page: Page) -> None:
-    assert page.table("settings that are not the defaults of the synthetic world") == {"replay.gamma": ["0.4", "0.3"]}
+    assert page.table("settings that are not the defaults of the synthetic world") == {"replay.gamma": ["0.4", "0.5"]}
     models = page.table("models")
     assert models["reference of round 1"] == ["the sft", "7c1926893eb16351cbfe0acb"]
     assert models["new policy"] == ["round-02/train/model", "k"]
