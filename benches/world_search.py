@@ -28,7 +28,7 @@ VARIANTS: dict[str, list[str]] = {
     "LoRA of rank 8, learning rate 4e-4": ["train.lora.r=8", "train.learning_rate=4e-4"],
     "learning rate 5e-5": ["train.learning_rate=5e-5"],
     "learning rate 2e-4": ["train.learning_rate=2e-4"],
-    "2,000 prompts a round": ["data.prompts_per_round=2000"],
+    "an early stop, after 16 steps": ["train.max_steps=16"],
     "400 prompts a round": ["data.prompts_per_round=400"],
     "K = 4": ["generate.samples=4"],
     "K = 16": ["generate.samples=16"],
@@ -44,9 +44,6 @@ VARIANTS: dict[str, list[str]] = {
     "the larger half of the margins": ["mine.min_margin_quantile=0.5"],
     "width 64": ["world.width=64"],
     "width 192": ["world.width=192"],
-    "π_1 of one epoch at 1e-4": ["world.dpo_learning_rate=1e-4", "world.dpo_epochs=1"],
-    "4,500 offline pairs": ["world.offline_pairs=4500"],
-    "4,500 offline pairs, π_1 of three epochs": ["world.offline_pairs=4500", "world.dpo_epochs=3"],
 }
 BEGAN = ["replay.gamma=0.3"]
 METRICS = (

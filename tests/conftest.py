@@ -127,6 +127,19 @@ def dice(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages of runs and of single commands run in this process, which has torch already."""
+    from damage import prepare_nothing, run_inline
+
+    from dice_py.compute import stage_process
+    from dice_py.runs import folder
+
+    for module in (stage_process, folder):
+        monkeypatch.setattr(module, "run_in_subprocess", run_inline)
+    monkeypatch.setattr(stage_process.WarmPool, "prepare", prepare_nothing)
+
+
+@pytest.fixture
 def refused(dice: Dice) -> Callable[..., str]:
     """Calls `dice …`, expects an exit code and one sentence on stderr, and returns the sentence."""
 

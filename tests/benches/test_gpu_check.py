@@ -64,6 +64,8 @@ def dry_run(name: str, folder: Path) -> None:
     assert not check.shared_memory.exists()
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_dry_run_of_parity_with_rotary_frequencies_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,10 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 from command_line import contents, jsonl
-from damage import run_inline
 from hostile_texts import HOSTILE, obeyed
-
-from dice_py.compute import stage_process
 
 Dice = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
@@ -31,10 +28,10 @@ def rows(count: int = 30, **more: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def _in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job runs in this process, which has torch already, except in the test that is marked slow."""
+def _in_this_process(request: pytest.FixtureRequest) -> None:
+    """All jobs, except in the test that is marked slow."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(stage_process, "run_in_subprocess", run_inline)
+        request.getfixturevalue("in_this_process")
 
 
 @pytest.fixture

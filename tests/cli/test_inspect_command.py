@@ -11,23 +11,15 @@ from typing import Any
 import polars as pl
 import pytest
 from command_line import jsonl
-from damage import run_inline
 from hostile_texts import HOSTILE, obeyed
 
-from dice_py.compute import stage_process
 from dice_py.reporting import inspect_page
 from dice_py.stages.inspect_file import InspectFileJob
 
 Dice = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
 
-pytestmark = pytest.mark.usefixtures("empty_folder")
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job runs in this process, which has torch already."""
-    monkeypatch.setattr(stage_process, "run_in_subprocess", run_inline)
+pytestmark = pytest.mark.usefixtures("empty_folder", "in_this_process")
 
 
 @pytest.fixture

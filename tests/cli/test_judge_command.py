@@ -42,6 +42,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_a_reward_model(dice: Dice, tmp_path: Path) -> None:
     ours, theirs = files(tmp_path)
     model = make_classifier(tmp_path / "reward", "llama", seed=2)
@@ -90,6 +91,7 @@ def test_a_reward_model(dice: Dice, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_an_implicit_reward(dice: Dice, tmp_path: Path) -> None:
     ours, theirs = files(tmp_path)
     policy, reference = make_llama(tmp_path / "policy", 1), make_llama(tmp_path / "reference", 2)
@@ -187,6 +189,7 @@ def test_settings_of_a_config_file(dice: Dice, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_generations_of_two_folders(dice: Dice, tmp_path: Path) -> None:
     """What `dice generate` writes: folders of shards, with prompts.parquet beside them."""
     model = make_classifier(tmp_path / "reward", "qwen2")

@@ -24,6 +24,7 @@ def test_the_reference_of_the_loss_must_be_named(refused: Callable[..., str], ll
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_a_label_that_the_training_set_lacks(refused: Callable[..., str], llama: Path, tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "set.parquet", scored_pairs(llama, 4), key="key")
     err = refused(3, "train", "--policy", llama, "--training-set", file, "-o", tmp_path / "out", "--method", "sppo")
@@ -33,6 +34,7 @@ def test_a_label_that_the_training_set_lacks(refused: Callable[..., str], llama:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_the_reward_of_an_earlier_policy(dice: Any, llama: Path, other: Path, tmp_path: Path) -> None:
     shard = make_round(tmp_path)["generations"][0]
     code, _, err = dice(

@@ -232,6 +232,7 @@ def test_pairs_that_cannot_be_used(own) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("command", ["run", "generate"])
 def test_a_tokenizer_without_a_template(refused, command: str) -> None:
     from tiny_models import make_llama, make_tokenizer

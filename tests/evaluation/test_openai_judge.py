@@ -275,6 +275,7 @@ def _kept(cache: Path) -> int:
         return 0
 
 
+@pytest.mark.long
 def test_its_death_in_the_middle(server: JudgeServer, dice: Dice, tmp_path: Path, cache_folder: Path) -> None:
     """The last test of the file: it kills the server, and starts it again."""
     ours, theirs = _files(tmp_path, 101)

@@ -73,6 +73,7 @@ def differences(folders: dict[str, Path], report: Any) -> dict[str, float]:
     return largest
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from damage import run_inline
 from faked_stages import faked_stages
 
-from dice_py.compute import stage_process
 from dice_py.config.rounds import RoundsConfig
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, UsageError
@@ -70,13 +68,10 @@ def test_what_a_run_does_not_have(made: Callable[[str], Path], tmp_path: Path) -
         audited_round(folder, 0)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_start_of_a_run_on_tiny_models(
-    made: Callable[[str], Path],
-    dice: Callable[..., tuple[int, str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    made: Callable[[str], Path], dice: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stage_process, "run_in_subprocess", run_inline)
     folder = made("previous")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, text, err = dice("audit", "--run", folder, "--round", 0, "--json", "--out", tmp_path / "out")

@@ -19,6 +19,8 @@ Dice = Callable[..., tuple[int, str, str]]
 
 pytestmark = pytest.mark.slow
 
+LIGHT = ("--set", "report.token_credit=false")
+"""Without credits, whose passes would take a minute here."""
 KEYS = {
     "oracle_win_rate",
     "oracle_win_rate_ci95",
@@ -53,14 +55,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def penalized(base: Path) -> dict[str, Any]:
     """The metrics of both rounds with the length penalty."""
-    return _run(base / "cache", base / "linear")
+    return _run(base / "cache", base / "linear", *LIGHT)
 
 
 @pytest.fixture(scope="module")
 def unpenalized(base: Path) -> dict[str, Any]:
     """The metrics of both rounds without it, from the same start."""
-    # Without credits, whose processes would take a minute here.
-    return _run(base / "cache", base / "none", "--set", "mine.debias=none", "--set", "report.token_credit=false")
+    return _run(base / "cache", base / "none", "--set", "mine.debias=none", *LIGHT)
 
 
 def _growth(metrics: dict[str, Any]) -> float:

@@ -32,7 +32,7 @@ from dice_py.runs import loop
 from dice_py.runs.event_log import read_events
 from dice_py.runs.verify import verify_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 KILLS = int(os.environ.get("DICE_KILLS", "5"))
 SEED = int(os.environ.get("DICE_KILLS_SEED", "0"))

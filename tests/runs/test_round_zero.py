@@ -31,7 +31,7 @@ from dice_py.runs.throughput import costs_key, lengths_key
 from dice_py.scoring.pairs import score_pairs
 from dice_py.storage.files import read_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline_stages")]
 
 ZERO = ["round-00/replay", "round-00/train"]
 ALL = [*ZERO, *STAGE_NAMES]
@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def complete_run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete_run(config: RunConfig, inline_stages: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run. Read only."""
     folder = tmp_path_factory.mktemp("runs") / "complete"
     events = Events()

@@ -20,7 +20,7 @@ from dice_py.scoring.pairs import score_pairs
 from dice_py.storage.files import read_json
 from dice_py.storage.keys import seed_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline_stages")]
 
 
 def test_a_second_round_replays_what_the_first_mined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
