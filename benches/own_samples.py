@@ -5,13 +5,15 @@
 It reads the runs of an ablation (docs/ablation.md) and samples nothing. Of the policy that a round ends with it takes
 the evaluation's samples, and three rewards of them:
 
-    previous    log π_t − log π_{t−1}, with which the next round mines
+    previous    log π_t − log π_{t−1}, with which the next round mines by default
     initial     log π_t − log π_SFT, as reward_reference=initial has it
     frozen      log π_1 − log π_SFT, the reward of round 1, which no round changes
 
 The accuracy is the share of pairs of one right and one wrong answer to a prompt in which the right one has the higher
-reward (ties count half). Before round 1 all three are the same, on the samples that round 1 mines. Intervals are over
-seeds (Student's t). It writes benches/results/own_samples.json (--out) and prints a table.
+reward (ties count half). Before round 1 all three are the same, on the samples that round 1 mines. Two differences
+within a seed tell what is lost: `policy`, frozen − initial, by the policy that the reward is of; `reference`, initial −
+previous, by its reference. Intervals are over seeds (Student's t). It writes
+benches/results/own_samples.json (--out) and prints a table.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ REWARDS = {
     "initial": ("sampled_logp", "initial_ref_logp"),
     "frozen": ("start_logp", "initial_ref_logp"),
 }
+LOSSES = {"policy": ("frozen", "initial"), "reference": ("initial", "previous")}
 
 
 def accuracy(prompts: list[int], right: list[bool], rewards: list[float]) -> float:
@@ -44,6 +47,8 @@ def accuracy(prompts: list[int], right: list[bool], rewards: list[float]) -> flo
     agrees = [
         (good > bad) + 0.5 * (good == bad) for bads, goods in sides.values() for good, bad in product(goods, bads)
     ]
+    if not agrees:
+        raise ValueError("no prompt has both a right and a wrong answer, so no reward can be judged on them")
     return sum(agrees) / len(agrees)
 
 
@@ -82,11 +87,15 @@ def measured(folder: Path) -> list[dict[str, Any]]:
     for arm in ablation["arms"]:
         runs = [folder / "runs" / arm["arm"] / f"seed-{seed}" for seed in arm["seeds"]]
         start = over_seeds([first_round(run) for run in runs])
-        rows.append({"arm": arm["arm"], "policy": "π_1", **dict.fromkeys(REWARDS, start)})
+        rows.append({"arm": arm["arm"], "policy": "π_1", **dict.fromkeys(REWARDS, start), "losses": None})
         for number in range(1, ablation["rounds"] + 1):
             found = [later_round(run, number) for run in runs]
             values = {name: over_seeds([one[name] for one in found]) for name in REWARDS}
-            rows.append({"arm": arm["arm"], "policy": f"π_{number + 1}", **values})
+            losses = {
+                name: over_seeds([one[first] - one[second] for one in found])
+                for name, (first, second) in LOSSES.items()
+            }
+            rows.append({"arm": arm["arm"], "policy": f"π_{number + 1}", **values, "losses": losses})
     return rows
 
 
@@ -105,9 +114,10 @@ def main() -> None:
     rows = measured(args.ablation)
     args.out.write_text(json.dumps({"rows": rows}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     columns = ("arm", "samples of", "against its predecessor", "against the SFT model", "round 1's reward")
-    print(f"| {' | '.join(columns)} |\n|---|---|---|---|---|")
+    print(f"| {' | '.join((*columns, *(f'lost by the {name}' for name in LOSSES)))} |\n|{'---|' * 7}")
     for one in rows:
-        print(f"| `{one['arm']}` | {one['policy']} | {' | '.join(text(one[name]) for name in REWARDS)} |")
+        lost = [text(one["losses"][name]) if one["losses"] else "" for name in LOSSES]
+        print(f"| `{one['arm']}` | {one['policy']} | {' | '.join([*(text(one[name]) for name in REWARDS), *lost])} |")
 
 
 if __name__ == "__main__":

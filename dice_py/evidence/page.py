@@ -45,7 +45,7 @@ def evidence_page(results: Mapping[str, Any]) -> str:
         figures = [] if why_not else [_frontier(results), *(_by_round(results, metric) for metric in _BY_ROUND)]
     return render_page(
         "evidence.html.j2",
-        title="DICE evidence: short reviews by SmolLM2-135M-Instruct",
+        title=f"DICE evidence: short reviews by {results['model']}",
         styles=["style.css", "report.css", "evidence.css"],
         scripts=[],
         problems=[] if why_not is None else [why_not.replace("dice report", "dice evidence")],
@@ -85,7 +85,7 @@ def contrasts_table(results: Mapping[str, Any]) -> Table:
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     sizes = results["sizes"]
     return [
-        ("model", Path(results["model"]).name),
+        ("model", results["model"]),
         ("oracle", f"VADER's compound score, from −1 to 1 (vaderSentiment {results['oracle']})"),
         ("offline", f"{number(results['annotator']['measured']['pairs'])} pairs on {sizes['offline_prompts']} prompts"),
         ("rounds", f"{results['rounds']}, of {sizes['round_prompts']} prompts × {sizes['round_samples']} answers"),

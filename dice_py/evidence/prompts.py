@@ -2,7 +2,8 @@
 
 A prompt asks for two sentences, since a small model ends such an answer by itself. The things are neutral: their names
 say nothing good or bad (no word of them is in the oracle's lexicon), so that the model chooses the tone. Each thing is
-asked about once, and the sets for offline pairs, rounds and evaluation have no thing in common.
+asked about once, so the sets for offline pairs, rounds and evaluation have no prompt in common. Their nouns recur: a
+small kettle may be in one set, and a large kettle in another.
 """
 
 from __future__ import annotations

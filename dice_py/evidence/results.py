@@ -84,7 +84,7 @@ def evidence_results(
     return {
         "version": 1,
         "seed": seed,
-        "model": model,
+        "model": Path(model).name if Path(model).exists() else model,
         "oracle": versions("vaderSentiment").get("vaderSentiment"),
         "sizes": sizes.as_json(),
         "annotator": {"settings": annotator.as_json(), "measured": measured_bias(pairs, seed)},

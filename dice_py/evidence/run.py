@@ -13,12 +13,14 @@ A second call keeps what is complete.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dice_py.ablation.arms import make_arms
 from dice_py.ablation.run import Ablation, run_ablation
+from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.evidence.annotator import Annotator, measured_bias
 from dice_py.evidence.data import data_files, make_data
@@ -28,8 +30,10 @@ from dice_py.evidence.settings import ANNOTATOR, ARMS, FULL, SEED, Sizes, task_c
 from dice_py.evidence.start import evaluate_start
 from dice_py.runs.loop import AfterRound
 from dice_py.storage.files import make_folder, write_json
+from dice_py.storage.lock import exclusive_lock
 
 RESULTS = "evidence.json"
+_LOCK = ".lock"
 
 
 def run_evidence(
@@ -65,13 +69,28 @@ def run_evidence(
     folder = out / ABLATION
     planned = ablation.planned(folder)  # finds settings that do not go together before anything is made
     make_folder(out)
-    pairs = make_data(config, sizes, annotator, out, report)
-    report("note", text=_annotator_note(measured_bias(pairs, seed)))
-    found = run_ablation(ablation, folder, report, after_round=after_round)
-    start = evaluate_start(planned[0].config, planned[0].folder, out, report)
-    results = evidence_results(found, start, out, pairs=pairs, annotator=annotator, sizes=sizes, model=model, seed=seed)
-    write_json(out / RESULTS, results)
-    return results
+    with _alone(out):
+        pairs = make_data(config, sizes, annotator, out, report)
+        report("note", text=_annotator_note(measured_bias(pairs, seed)))
+        found = run_ablation(ablation, folder, report, after_round=after_round)
+        start = evaluate_start(planned[0].config, planned[0].folder, out, report)
+        made = {"pairs": pairs, "annotator": annotator, "sizes": sizes, "model": model, "seed": seed}
+        results = evidence_results(found, start, out, **made)
+        write_json(out / RESULTS, results)
+        return results
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Another process would replace the data under the runs of this one."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(exclusive_lock(out / _LOCK, wait=False))
+        except BlockingIOError:
+            raise UsageError(
+                f"{out} is in use by another `dice evidence`; wait for it, or give another --out"
+            ) from None
+        yield
 
 
 def _annotator_note(bias: dict[str, Any]) -> str:

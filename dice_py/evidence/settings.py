@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from dice_py.config.loading import resolve
 from dice_py.config.run import RunConfig
+from dice_py.errors import UsageError
 from dice_py.evidence.annotator import Annotator
 from dice_py.evidence.oracle import CALL
 
@@ -22,7 +24,7 @@ SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is sampled. Prompts of different uses have no thing in common."""
+    """How much is sampled."""
 
     offline_prompts: int = 200
     offline_samples: int = 4
@@ -55,6 +57,25 @@ SMALL = Sizes(
 """Minutes: whether everything works. Its figures mean nothing."""
 
 
+_FIXED = (
+    "seed",
+    "rounds.count",
+    "model.sft",
+    "model.policy",
+    "model.reference",
+    "data.prompts",
+    "data.replay",
+    "data.eval_prompts",
+    "data.prompts_per_round",
+    "generate.samples",
+    "generate.max_new_tokens",
+    "evaluate.prompts",
+    "evaluate.samples",
+    "evaluate.judges.function",
+)
+"""What the data is made for, and what the results call by its size."""
+
+
 @dataclass(frozen=True)
 class DataFiles:
     """The files of a task's prompts and pairs."""
@@ -75,7 +96,7 @@ def task_config(
         assignments: changed settings, "section.key=value".
 
     Raises:
-        UsageError: a setting is unknown, or out of its range.
+        UsageError: a setting is unknown, or out of its range, or a part of the task.
     """
     settings: dict[str, Any] = {
         "rounds": sizes.rounds,
@@ -114,4 +135,12 @@ def task_config(
         },
         "report": {"pairs": 20},  # to read; the credit of their tokens takes a pass of two models
     }
-    return resolve(assignments=assignments, overrides=settings)
+    config = resolve(assignments=assignments, overrides=settings)
+    task = resolve(overrides=settings)
+    for name in _FIXED:
+        if attrgetter(name)(config) != attrgetter(name)(task):
+            raise UsageError(
+                f"{name} is a part of the task, and its results name it: leave it out of --set; the model is --model, "
+                "and the seed --seed"
+            )
+    return config

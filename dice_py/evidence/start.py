@@ -19,11 +19,13 @@ from dice_py.events import Report
 from dice_py.evidence.data import model_folder, run_process, with_scores
 from dice_py.runs.folder import round_name
 from dice_py.stages.evaluate import EvaluateJob
-from dice_py.storage.files import make_folder, read_sealed
+from dice_py.storage.files import make_folder, read_sealed, write_sealed
 from dice_py.storage.keys import seed_for
 from dice_py.storage.parquet import parquet_key, read_parquet
 
 SHARDS = "generations-*.parquet"
+FILES = "files.json"
+"""The files of the evaluation, with their keys."""
 
 
 def evaluate_start(config: RunConfig, run: Path, out: Path, report: Report) -> dict[str, Any]:
@@ -60,12 +62,15 @@ def evaluate_start(config: RunConfig, run: Path, out: Path, report: Report) -> d
         devices=config.devices,
         needed_judge="function",
     )
-    kept = read_sealed(job.out / "metrics.json", job.key())
-    if kept is not None and folder_samples(job.shared / "start") is not None:
+    kept, made = read_sealed(job.out / "metrics.json", job.key()), read_sealed(job.shared / FILES, job.key())
+    if kept and made and not job.incomplete([(job.shared / file, key) for file, key in made["files"]]):
         return kept
     _copy_samples(run / "evaluate" / "start", job.out / "samples")
     report("stage", stage="evaluation of π_1", status="running")
-    return run_process(job, job.out / "worker.log", report).counts
+    result = run_process(job, job.out / "worker.log", report)
+    files = [[str(file.relative_to(job.shared)), key] for file, key in result.files]
+    write_sealed(job.shared / FILES, {"files": files}, job.key())
+    return result.counts
 
 
 def _copy_samples(source: Path, target: Path) -> None:

@@ -22,10 +22,17 @@ def test_the_accuracy_of_rewards_is_over_pairs_of_a_right_and_a_wrong_answer() -
 
 
 def test_the_three_rewards_are_the_same_where_policy_and_reference_are() -> None:
-    policies = {policy for policy, _ in own_samples.REWARDS.values()}
-    references = {reference for _, reference in own_samples.REWARDS.values()}
-    assert policies == {"sampled_logp", "start_logp"}
-    assert references == {"previous_logp", "initial_ref_logp"}
+    """`frozen` and `initial` have one reference, `initial` and `previous` one policy: what LOSSES compares."""
+    (policy, reference), losses = own_samples.REWARDS["initial"], own_samples.LOSSES
+    assert (policy, reference) == ("sampled_logp", "initial_ref_logp")
+    assert own_samples.REWARDS["previous"] == (policy, "previous_logp")
+    assert own_samples.REWARDS["frozen"] == ("start_logp", reference)
+    assert losses == {"policy": ("frozen", "initial"), "reference": ("initial", "previous")}
+
+
+def test_answers_that_are_all_right_judge_no_reward() -> None:
+    with pytest.raises(ValueError, match="no prompt has both"):
+        own_samples.accuracy([1, 1], [True, True], [0.1, 0.2])
 
 
 def test_values_are_written_with_their_interval() -> None:

@@ -82,6 +82,8 @@ def test_its_progress_is_reported(written: Written) -> None:
         ("return float('inf') if not response else 0", r"returns inf for response 1 \(prompt 0\)"),
         ("return 'good'", "returns 'good' for response 0.*no number"),
         ("return None", "returns None for response 0.*no number"),
+        ("return 10 ** 400", r"returns inf for response 0.*finite"),
+        ("raise SystemExit(0)", "fails on response 0.*SystemExit: 0; mend"),
     ],
 )
 def test_what_is_no_score(body: str, said: str, written: Written) -> None:
@@ -100,6 +102,7 @@ def test_the_place_in_the_users_file_is_in_the_error(written: Written) -> None:
     ("source", "name", "said"),
     [
         ("raise OSError('no lexicon')", "score", r"cannot be imported \(OSError: no lexicon\).*PYTHONPATH"),
+        ("raise SystemExit(0)", "score", r"cannot be imported \(SystemExit: 0\)"),
         ("score = 3", "score", "which is of type int"),
         ("def other(p, r): ...", "score", f"{MODULE} has no score"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from dice_py.evaluation.metrics import bootstrap_ci95
+from dice_py.evaluation.samples import mean_ci95
 from dice_py.evidence.annotator import Annotator, label_pairs, measured_bias
 
 SURE = Annotator(score_weight=1000.0, length_weight=0.0, flips=0.0)
@@ -36,7 +36,7 @@ def many(count: int) -> pl.DataFrame:
 def test_which_answers_make_pairs() -> None:
     frame = answers(
         *[(2, "bad", -0.5, 9, "stop"), (2, " good ", 0.5, 3, "stop"), (2, "alone", 0.0, 5, "stop")],
-        *[(0, "cut", 0.9, 96, "length"), (0, "a", 0.1, 4, "stop"), (0, "a", 0.1, 4, "stop"), (0, "b", 0.2, 8, "stop")],
+        *[(0, "cut", 0.9, 96, "length"), (0, "a", 0.1, 4, "stop"), (0, " a", 0.1, 4, "stop"), (0, "b", 0.2, 8, "stop")],
         *[(1, "\n", 0.0, 1, "stop"), (1, "only one", 0.3, 5, "stop")],
     )
     # Of prompt 0 neither what was cut off nor what was said twice; of prompt 1 nothing is left to compare with.
@@ -102,18 +102,23 @@ def test_its_probability_is_that_of_bradley_and_terry() -> None:
 
 
 def test_measures_by_hand() -> None:
-    def pair(scores: tuple[float, float], tokens: tuple[int, int]) -> Any:
+    def pair(prompt: str, scores: tuple[float, float], tokens: tuple[int, int]) -> Any:
         return {
+            "prompt": prompt,
             "chosen_score": scores[0], "rejected_score": scores[1],
             "chosen_tokens": tokens[0], "rejected_tokens": tokens[1],
         }  # fmt: skip
 
     # Right and longer; wrong and longer; a tie of scores, shorter; right, equally long.
-    pairs = [pair((1, 0), (9, 5)), pair((0, 1), (9, 5)), pair((0, 0), (5, 9)), pair((1, 0), (7, 7))]
+    pairs = [
+        *(pair("one", (1, 0), (9, 5)), pair("one", (0, 1), (9, 5))),
+        *(pair("two", (0, 0), (5, 9)), pair("three", (1, 0), (7, 7))),
+    ]
     found = measured_bias(pairs, 0)
     assert (found["pairs"], found["agreement"]) == (4, 2 / 3)
     assert (found["prefers_longer"], found["longer_is_better"]) == (2 / 3, 0.5)
     assert (found["length_gap"], found["score_gap"]) == (1.0, 0.25)
-    assert found["agreement_ci95"] == bootstrap_ci95([1.0, 0.0, 1.0], 0)
+    # Both pairs of a prompt are drawn together.
+    assert found["agreement_ci95"] == mean_ci95(pl.Series(["one", "one", "three"]), pl.Series([1.0, 0.0, 1.0]), 0)
     nothing = measured_bias([], 0)
     assert (nothing["pairs"], nothing["agreement"], nothing["length_gap"]) == (0, None, None)

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from own_run import Events
 from tiny_gguf import make_gguf, make_llama_for_gguf
+from tiny_models import make_llama
 
+from dice_py.errors import UsageError
 from dice_py.evidence.data import data_files
 from dice_py.evidence.page import write_evidence_page
 from dice_py.evidence.run import run_evidence
 from dice_py.evidence.settings import FULL, SMALL, Sizes, task_config
 from dice_py.storage.files import read_json
+from dice_py.storage.lock import exclusive_lock
 
 
 def test_the_config_is_of_a_run_from_an_sft_model(tmp_path: Path) -> None:
@@ -86,7 +89,43 @@ def test_a_short_run(tmp_path: Path) -> None:
         assert prompts
         assert not prompts & asked
     # A second call keeps all of it.
+    before = _written(out)
     second = Events()
     again = made(second)
     assert again["policies"] == results["policies"]
     assert {status for _, status in second.stages() if status != "running"} == {"kept"}
+    assert _written(out) == before
+    # What is lost of the evaluation of π_1 is made again.
+    lost = next((out / "start" / "start").glob("generations-*.parquet"))
+    lost.unlink()
+    assert made(Events())["policies"] == results["policies"]
+    assert lost.exists()
+
+
+def _written(out: Path) -> dict[Path, int]:
+    """The times at which shards, weights and metrics were written."""
+    files = [path for pattern in ("*.parquet", "*.safetensors", "metrics.json") for path in out.rglob(pattern)]
+    assert len(files) > 20
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["seed=9", "rounds=3", "data.replay=mine.jsonl", "model.sft=another", "evaluate.prompts=0",
+     "evaluate.judges.function=", "generate.samples=2"],
+)  # fmt: skip
+def test_what_the_task_sets_is_not_set_again(given: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a part of the task, and its results name it"):
+        task_config("smollm2.gguf", data_files(tmp_path), FULL, assignments=[given])
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("vaderSentiment", reason="the oracle's package is not installed")
+    model, out = make_llama(tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    with (
+        exclusive_lock(out / ".lock", wait=False),
+        pytest.raises(UsageError, match="in use by another `dice evidence`"),
+    ):
+        run_evidence(str(model), out, sizes=TINY)
+    assert not (out / "data").exists()

@@ -27,6 +27,8 @@ from dice_py.storage.keys import file_digest
 
 _SETTING = "evaluate.judges.function.call"
 _REPORTED = 256  # responses between two reports of progress
+_RAISED = (Exception, SystemExit)
+"""What code of the user's may raise. A script without a main guard calls sys.exit as it is imported."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,24 @@ class FunctionJudge(ScoringJudge):
 def _score(function: Callable[[str, str], Any], call: str, prompt: str, response: str, place: str) -> float:
     try:
         value = function(prompt, response)
-    except Exception as error:
+    except _RAISED as error:
         raise DataError(f"{call} fails on {place}: {type(error).__name__}: {error}; mend the function") from error
     if not isinstance(value, Real):
         raise DataError(f"{call} returns {value!r:.80} for {place}, which is no number; it must return a float")
-    if not math.isfinite(value):
-        raise DataError(f"{call} returns {float(value)} for {place}; a score must be a finite number")
-    return float(value)
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise DataError(f"{call} returns {score} for {place}; a score must be a finite number")
+    return score
 
 
 def _function(call: str) -> Callable[[str, str], Any]:
     module, _, name = call.partition(":")
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:  # a module may raise whatever it likes
+    except _RAISED as error:
         raise UsageError(
             f"{_SETTING} is {call}, but {module} cannot be imported ({type(error).__name__}: {error}); install it, or "
             "name its folder in PYTHONPATH"
