@@ -28,12 +28,17 @@ _ARMS = "neither,length,replay,both"
 _SEEDS = "3,4,5,6,7"
 
 Arms = Annotated[str, typer.Option(help="Arms: neither, length (penalty), replay, both.")]
-Debias = Annotated[str | None, typer.Option(help="Ways of taking the length out: linear, bucket, matched.")]
+Debias = Annotated[str | None, typer.Option(help="Ways of taking the length out: linear, per_token, bucket, matched.")]
 Methods = Annotated[str | None, typer.Option(help="Training methods to cross the arms with (train.method).")]
 Losses = Annotated[str | None, typer.Option(help="TRL's loss types to cross the arms with (train.loss).")]
 Seeds = Annotated[str, typer.Option(help="Seeds, of the run and of the synthetic world.")]
 AblationOut = Annotated[Path, typer.Option("--out", "-o", help="The folder of runs, results and page.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Runs of the world at a time; default: one per processor.")]
+Jobs = Annotated[
+    int | None, typer.Option(min=1, help="Runs of the world at a time; default: one per processor, one with GPUs.")
+]
+Change = Annotated[
+    bool, typer.Option("--change", help="Go on in runs of other settings; what depends on them is made again.")
+]
 
 
 def ablate(
@@ -41,7 +46,7 @@ def ablate(
     debias: Debias = None,
     methods: Methods = None,
     losses: Losses = None,
-    rounds: Rounds = 2,
+    rounds: Rounds = None,
     seeds: Seeds = _SEEDS,
     out: AblationOut = Path("runs/ablation"),
     jobs: Jobs = None,
@@ -52,6 +57,7 @@ def ablate(
     sft: Sft = None,
     prompts: Prompts = None,
     replay: Replay = None,
+    change: Change = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -69,10 +75,18 @@ def ablate(
     base = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, None, None)
     made = make_arms(base, _names(arms), _names(debias), _names(methods), _names(losses))
     ablation = Ablation(base, made, tuple(_seeds(seeds)), jobs)
+    page = out / "ablation.html"
     with Display() as display:
         display.line(f"ablation: {out}")
-        results = run_ablation(ablation, out, display, after_round=pages(display), force=force)
-    page = write_ablation_page(results, out / "ablation.html")
+        results = run_ablation(
+            ablation,
+            out,
+            display,
+            after_round=pages(display),
+            publish=lambda results: write_ablation_page(results, page),
+            force=force,
+            change=change,
+        )
     if as_json:
         print_json(results)
         return

@@ -14,10 +14,12 @@ from dice_py.reporting.ablation_results import (
     checked,
     claims_by_metric,
     column_texts,
+    gap_texts,
     intervals_text,
     measured,
     score,
     shown_metrics,
+    unfinished_runs,
 )
 from dice_py.reporting.formatting import seconds
 from dice_py.reporting.sections.ablation_tables import rows_by_round
@@ -88,10 +90,8 @@ def _lines(results: Mapping[str, Any]) -> list[str]:
         )
     _, absent = shown_metrics(results)
     lines += [f"not measured: {words}" for words in absent]
-    if results["unfinished"]:
-        lines.append(
-            f"not complete, and counted nowhere: {', '.join(results['unfinished'])}; repeat the command to go on"
-        )
+    lines += gap_texts(results)
+    lines += [f"not complete, and counted nowhere: {text}" for text in unfinished_runs(results)]
     return [*lines, f"{seconds(results['seconds'])} on {results['machine']}"]
 
 

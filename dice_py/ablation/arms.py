@@ -31,7 +31,7 @@ ARMS: dict[str, tuple[bool, bool]] = {
 }
 """By name: whether the arm takes the length out, and whether it replays offline pairs."""
 
-DEBIASES = ("linear", "bucket", "matched")
+DEBIASES = ("linear", "per_token", "bucket", "matched")
 MATCHED_RATIO = 0.1
 """mine.length_ratio of debias=matched, where the base config sets no tolerance."""
 
@@ -94,7 +94,7 @@ def make_arms(
         losses: TRL's loss types; none: those of `base`.
 
     Raises:
-        UsageError: a name is unknown, or is given twice.
+        UsageError: a name is unknown, or is given twice, or an arm would be a copy of another one.
     """
     for what, given, known in (
         ("arm", names, ARMS),
@@ -105,6 +105,12 @@ def make_arms(
         _check(what, given, tuple(known))
     if not names:
         raise UsageError(f"no arm is given; there are {', '.join(ARMS)}")
+    replaying = [name for name in names if ARMS[name][1]]
+    if replaying and base.replay.gamma == 0:
+        raise UsageError(
+            f"replay.gamma is 0, so the arm {replaying[0]} would replay nothing and be a copy of the one without: give "
+            "replay.gamma a share above 0, and offline pairs (--replay); or leave the arm out of --arms"
+        )
     own = base.mine.debias if base.mine.debias in DEBIASES else "linear"
     arms = []
     for kind in names:

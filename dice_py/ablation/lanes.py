@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -40,7 +40,7 @@ class PlannedRun:
 
 
 def run_in_lane(
-    config: RunConfig, folder: Path, siblings: Sequence[Path], threads: int, report: Report = no_report
+    config: RunConfig, folder: Path, siblings: Sequence[Path], threads: int, force: bool, report: Report = no_report
 ) -> None:
     """Runs a config in this process, with all of its stages. Only events of `_REPORTED` are reported."""
     import torch
@@ -51,21 +51,26 @@ def run_in_lane(
         if event in _REPORTED:  # others have names that a worker uses itself
             report(event, **fields)
 
-    run(config, folder, some, siblings=siblings, in_process=True, may_differ=True)
+    run(config, folder, some, force=force, siblings=siblings, in_process=True, may_differ=True)
 
 
 class _Lane:
-    def __init__(self, log: Path, threads: int) -> None:
-        self._log, self._threads = log, threads
+    def __init__(self, log: Path, threads: int, force: bool) -> None:
+        self._log, self._threads, self._force = log, threads, force
+        self.worker = self._start()
+        self.planned: PlannedRun | None = None
+
+    def _start(self) -> Worker:
         # All that its stages import: what is there before the first run is never searched for garbage.
         modules = dict.fromkeys(module for stage in REGISTRY.values() for module in stage.imports)
-        self.worker = Worker(tuple(modules), log)
-        self.planned: PlannedRun | None = None
+        return Worker(tuple(modules), self._log)
 
     def submit(self, planned: PlannedRun, siblings: Sequence[Path]) -> None:
         """Starts a run in it."""
+        if self.worker.ended:  # with a run that failed
+            self.worker = self._start()
         self.planned = planned
-        work = partial(run_in_lane, planned.config, planned.folder, siblings, self._threads)
+        work = partial(run_in_lane, planned.config, planned.folder, siblings, self._threads, self._force)
         self.worker.submit(work, log=self._log, name=planned.name, stays=True)
 
     def outcome(self, on_event: Callable[..., None]) -> tuple[str, dict[str, Any]] | None:
@@ -88,9 +93,10 @@ def run_in_lanes(
     siblings: Callable[[PlannedRun], Sequence[Path]],
     *,
     jobs: int,
+    force: bool,
     logs: Path,
     on_event: Callable[..., None],
-    on_done: Callable[[PlannedRun], None],
+    on_end: Callable[[PlannedRun, Failure | None], None],
 ) -> None:
     """Does all runs, `jobs` at a time.
 
@@ -98,16 +104,14 @@ def run_in_lanes(
         siblings: the folders from which a run may take stages over, asked when it begins.
         logs: the folder of the lanes' output.
         on_event: is called as `on_event(planned, event, **fields)`.
-        on_done: is called when a run is complete.
-
-    Raises:
-        DiceError: as a run raised it, with its name. The others are stopped; what is complete is kept.
+        force: as of `runs.loop.run`.
+        on_end: is called when a run is complete, or has failed. If it raises, the other runs are stopped.
     """
     waiting = list(planned)
     make_folder(logs)
     count = min(jobs, len({one.seed for one in waiting}))  # of one seed only one run works at a time
     threads = max(1, len(os.sched_getaffinity(0)) // count)
-    lanes = [_Lane(logs / f"lane-{number + 1}.log", threads) for number in range(count)]
+    lanes = [_Lane(logs / f"lane-{number + 1}.log", threads, force) for number in range(count)]
     try:
         while True:
             for lane in lanes:
@@ -119,7 +123,8 @@ def run_in_lanes(
             working = [lane for lane in lanes if lane.planned is not None]
             if not working:
                 for lane in lanes:
-                    lane.worker.finish()
+                    if not lane.worker.ended:
+                        lane.worker.finish()
                 return
             wait([handle for lane in working for handle in lane.worker.waitables], _TIMEOUT)
             for lane in working:
@@ -128,10 +133,11 @@ def run_in_lanes(
                 if outcome is None:
                     continue
                 event, fields = outcome
-                if event == "failed":
-                    raise _error(lane.planned, Failure(**fields))
-                on_done(lane.planned)
-                lane.planned = None
+                planned_run, lane.planned = lane.planned, None
+                failure = _failure(fields, count) if event == "failed" else None
+                on_end(planned_run, failure)
+                if failure is not None:
+                    lane.worker.stop()
     finally:
         for lane in lanes:
             lane.worker.terminate()
@@ -146,6 +152,8 @@ def _next(waiting: Sequence[PlannedRun], busy: Sequence[int]) -> PlannedRun | No
     return max(free, key=lambda planned: left.count(planned.seed), default=None)
 
 
-def _error(planned: PlannedRun, failure: Failure) -> Exception:
-    remedy = "; fewer runs at a time need less memory: --jobs 1" if failure.kind == "OutOfMemoryError" else ""
-    return failure.error(f"{planned.name}: {failure.text}{remedy}. Its folder is {planned.folder}")
+def _failure(fields: dict[str, Any], lanes: int) -> Failure:
+    failure = Failure(**fields)
+    if failure.kind == "OutOfMemoryError" and lanes > 1:
+        return replace(failure, text=f"{failure.text}; fewer runs at a time need less memory: --jobs 1")
+    return failure

@@ -5,10 +5,10 @@ All of it is read from the run folders, whose evaluations have the metrics and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import polars as pl
 
@@ -23,6 +23,9 @@ from dice_py.storage.files import Manifest
 from dice_py.storage.parquet import read_parquet
 
 _MINED = ("pairs", "alpha", "mean_length_gap_before", "mean_length_gap_after", "mean_margin")
+_START = "implicit_reward_accuracy"
+_INITIAL = f"{_START}_initial_reference"
+"""Of the start there is the first alone: its reward is against the first reference."""
 _NOT_METRICS = ("eval_prompts", "eval_samples", "eval_pairs")
 
 
@@ -42,7 +45,7 @@ def quality_metric(config: RunConfig) -> str:
     if config.is_world:
         return "oracle_win_rate"
     judges = [name for name in JudgesConfig.model_fields if getattr(config.evaluate.judges, name) is not None]
-    return f"{judges[0]}_win_rate" if judges else "implicit_reward_accuracy_initial_reference"
+    return f"{judges[0]}_win_rate" if judges else _INITIAL
 
 
 def compared_metrics(quality: str) -> list[str]:
@@ -89,7 +92,34 @@ def read_results(
         ],
         "contrasts": contrasts(arms, rounds, compared_metrics(quality), difference),
         "unfinished": [f"{arm}/seed-{seed}" for (arm, seed), run in runs.items() if run is None],
+        "gaps": _gaps(done),
+        "notes": list(dict.fromkeys(_notes(done.values()))),
     }
+
+
+def _notes(runs: Iterable[_Evaluated]) -> Iterator[str]:
+    """What the evaluations say of their figures."""
+    for run in runs:
+        for metrics in run.metrics:
+            if "kl_and_entropy" in metrics:
+                yield metrics["kl_and_entropy"]
+
+
+def _gaps(done: Mapping[tuple[str, int], _Evaluated]) -> list[str]:
+    """Metrics that some runs of an arm lack and others have: a value over seeds needs them in all seeds."""
+    gaps = []
+    for arm, seed in done:
+        for number, metrics in enumerate(done[arm, seed].metrics):
+            others = [run.metrics[number] for (name, _), run in done.items() if name == arm]
+            known = {name for other in others for name, value in other.items() if _is_number(value)}
+            lacking = sorted(name for name in known if not _is_number(metrics.get(name)))
+            if lacking:
+                gaps.append(f"{arm}/seed-{seed}, round {number + 1}: {', '.join(lacking)}")
+    return gaps
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _read(folder: Path, rounds: int) -> _Evaluated | None:
@@ -111,6 +141,8 @@ def _arm_values(runs: Sequence[_Evaluated], rounds: int, quality: str) -> dict[s
     start = {name.removeprefix("start_"): value for name, value in _values(first).items() if name.startswith("start_")}
     if quality.endswith("_win_rate"):
         start[quality] = over_seeds([0.5] * len(runs))  # of π_1 against itself
+    elif _START in start:
+        start[quality] = start[_START]  # of one policy the first reference is the only one
     if "kl_to_start" in first[0]:
         start["kl_to_start"] = over_seeds([0.0] * len(runs))
     by_round = []
@@ -127,7 +159,7 @@ def _values(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for name in metrics[0]:
         column = [of_seed.get(name) for of_seed in metrics]
-        numbers = [float(value) for value in column if isinstance(value, int | float) and not isinstance(value, bool)]
+        numbers = [float(value) for value in column if _is_number(value)]
         if len(numbers) == len(column) and name not in _NOT_METRICS:
             values[name] = over_seeds(numbers, metrics[0].get(f"{name}_ci95"))
     return values
@@ -149,7 +181,9 @@ def _difference(pairs: Sequence[tuple[_Evaluated, int, _Evaluated, int]], metric
 def _value(run: _Evaluated, number: int, metric: str) -> float | None:
     if number:
         return run.metrics[number - 1].get(metric)
-    return 0.5 if metric.endswith("_win_rate") else run.metrics[0].get(f"start_{metric}")
+    if metric.endswith("_win_rate"):
+        return 0.5
+    return run.metrics[0].get(f"start_{_START if metric == _INITIAL else metric}")
 
 
 def _over_prompts(pair: tuple[_Evaluated, int, _Evaluated, int], metric: str) -> list[float] | None:

@@ -74,8 +74,9 @@ def run_evidence(
         report("note", text=_annotator_note(measured_bias(pairs, seed)))
         found = run_ablation(ablation, folder, report, after_round=after_round)
         start = evaluate_start(planned[0].config, planned[0].folder, out, report)
-        made = {"pairs": pairs, "annotator": annotator, "sizes": sizes, "model": model, "seed": seed}
-        results = evidence_results(found, start, out, **made)
+        results = evidence_results(
+            found, start, out, pairs=pairs, annotator=annotator, sizes=sizes, model=model, seed=seed
+        )
         write_json(out / RESULTS, results)
         return results
 

@@ -14,7 +14,15 @@ from typing import Any
 from urllib.parse import quote
 
 from dice_py.errors import DataError
-from dice_py.reporting.ablation_results import checked, command, intervals_text, run_folder, shown_metrics
+from dice_py.reporting.ablation_results import (
+    checked,
+    command,
+    gap_texts,
+    intervals_text,
+    run_folder,
+    shown_metrics,
+    unfinished_runs,
+)
 from dice_py.reporting.charts import cannot_draw, unchecked
 from dice_py.reporting.html import REPORT
 from dice_py.reporting.render import render_page
@@ -62,6 +70,7 @@ def _page(results: Mapping[str, Any], out: Path) -> str:
     _, absent = shown_metrics(results)
     problems = [] if why_not is None else [why_not.replace("dice report", "dice ablate")]
     problems += [f"{words}: no arm has it" for words in absent]
+    problems += gap_texts(results)
     with unchecked() if draws else nullcontext():
         figures = ablation_plots.by_round(results) if draws else []
         frontier = ablation_plots.frontier(results) if draws else []
@@ -74,8 +83,9 @@ def _page(results: Mapping[str, Any], out: Path) -> str:
         styles=["style.css", "report.css", "ablation.css"],
         scripts=[],
         facts=ablation_tables.facts(results),
-        unfinished=results["unfinished"],
+        unfinished=unfinished_runs(results),
         problems=problems,
+        notes=results.get("notes", ()),
         arms=ablation_tables.arms_table(results),
         settings=ablation_tables.settings_table(results),
         command=command(results, out.parent),

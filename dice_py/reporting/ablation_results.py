@@ -69,6 +69,17 @@ def checked(results: Mapping[str, Any]) -> Mapping[str, Any]:
     return results
 
 
+def unfinished_runs(results: Mapping[str, Any]) -> list[str]:
+    """The runs that are not complete, with what they failed on, if they did."""
+    failures = results.get("failures", {})
+    return [f"{name}: {failures[name]}" if name in failures else name for name in results["unfinished"]]
+
+
+def gap_texts(results: Mapping[str, Any]) -> list[str]:
+    """What was not measured in single runs: their arms lack it."""
+    return [f"{gap}: not measured in this run, and so missing from its arm" for gap in results.get("gaps", ())]
+
+
 def measured(value: Any) -> Measured | None:
     """A value of ablation.json; None where it is absent or no number."""
     if not isinstance(value, Mapping) or (mean := _finite(value.get("mean"))) is None:
@@ -206,9 +217,15 @@ def command(results: Mapping[str, Any], out: Path) -> str:
 
 
 def _config_of_a_run(results: Mapping[str, Any], out: Path) -> Path:
-    """The config of a run in which `replay.gamma` is that of all arms that replay."""
+    """The config of a run in which `replay.gamma` is that of all arms that replay, and the tolerances of `matched`
+    that of all arms that have it, as far as there is one."""
     arms = results["arms"]
-    arm = next((each for each in arms if "replay.gamma" not in each["settings"]), arms[0])
+
+    def own(arm: Mapping[str, Any]) -> tuple[bool, bool]:
+        settings = arm["settings"]
+        return "replay.gamma" not in settings, "mine.length_tolerance" not in settings
+
+    arm = max(arms, key=own)
     return run_folder(out, arm["arm"], results["seeds"][0]) / CONFIG_FILE
 
 

@@ -18,8 +18,9 @@ from dice_py.stages.job import Job
 from dice_py.storage.files import Manifest, atomic, make_folder
 from dice_py.storage.integrity import MODEL_STAMP
 
-_APPENDED = {"worker.log"}
-"""Names of files that are appended to: a link would change the other run's."""
+_OF_ONE_RUN = {"worker.log"}
+_WRITTEN_IN_PLACE = (".jsonl", ".log")
+"""Suffixes of files that are appended to: a link would change the other run's."""
 
 
 def is_done(entry: dict[str, Any]) -> bool:
@@ -71,9 +72,9 @@ def adopt_evaluated(siblings: Sequence[Path], folder: Path) -> None:
 def _link_others(source: Path, target: Path) -> None:
     """What a stage has written beside its artifacts, such as the log of a training."""
     for file in sorted(source.iterdir()):
-        is_plain = file.is_file() and file.name not in _APPENDED and not file.name.startswith(".")
+        is_plain = file.is_file() and file.name not in _OF_ONE_RUN and not file.name.startswith(".")
         if is_plain and not (target / file.name).exists():
-            _link(file, target / file.name, copied=file.suffix == ".jsonl")
+            _link(file, target / file.name, copied=file.suffix in _WRITTEN_IN_PLACE)
 
 
 def _link(source: Path, target: Path, *, copied: bool = False) -> None:

@@ -32,15 +32,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
     """
     stored = folder / CONFIG_FILE
     if stored.exists() or has_config(folder):
-        # A run that failed before its first stage has nothing to lose: it may be started with another config.
-        begun = Manifest(folder / "manifest.json").data["stages"] or any(folder.glob("round-*"))
-        if not begun:
-            return
-        try:
-            before = with_absolute_paths(stored_config(folder)[0])
-        except DataError:
-            return  # It is damaged and has no copy, so the keys of the artifacts decide what is kept.
-        changed = changes(settings(before), settings(config))
+        changed = changed_settings(config, folder)
         if changed:
             raise UsageError(
                 f"{folder} holds a run of another config (see {stored}): {listed(changed)}. Give another --run-dir, "
@@ -49,6 +41,21 @@ def check_folder(config: RunConfig, folder: Path) -> None:
             )
     elif folder.exists() and any(not path.name.startswith(".") and path.name != LOG for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no run; give another --run-dir")
+
+
+def changed_settings(config: RunConfig, folder: Path) -> list[str]:
+    """What a config changes in the run that has begun in a folder (`reasons.changes`).
+
+    Nothing where no stage has begun: such a run has nothing to lose, and may be started with another config. Nothing
+    either where the stored config is damaged and has no copy: the keys of the artifacts decide what is kept.
+    """
+    if not (Manifest(folder / "manifest.json").data["stages"] or any(folder.glob("round-*"))):
+        return []
+    try:
+        before = with_absolute_paths(stored_config(folder)[0])
+    except DataError:
+        return []
+    return changes(settings(before), settings(with_absolute_paths(config)))
 
 
 def store_config(folder: Path, config: RunConfig, manifest: Manifest, report: Report) -> list[str]:

@@ -19,7 +19,7 @@ from dice_py.ablation.arms import make_arms
 from dice_py.ablation.run import RESULTS, Ablation, run_ablation
 from dice_py.compute.stage_process import WarmPool
 from dice_py.config.loading import resolve
-from dice_py.errors import DataError, UsageError
+from dice_py.errors import UsageError
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
 from dice_py.storage.files import Manifest
@@ -86,7 +86,8 @@ def test_runs_of_one_seed_share_what_has_the_same_key(made: Path) -> None:
                 assert (length / file["file"]).samefile(both / file["file"])
         start = "evaluate/start/generations-00000.parquet"
         assert (length / start).samefile(both / start)
-        assert not (length / "round-01/evaluate/samples").samefile(both / "round-01/evaluate/samples")
+        own = "round-01/evaluate/samples/generations-00000.parquet"
+        assert not (length / own).samefile(both / own)
 
 
 def test_the_results_are_those_of_the_runs(made: Path) -> None:
@@ -160,20 +161,50 @@ def test_a_folder_of_something_else_is_refused(ablation: Ablation, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_an_error_names_the_run_and_what_is_complete_is_kept(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_fails_does_not_end_the_others(ablation: Ablation, made: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(made, tmp_path / "out")
+    broken = out / "runs/length/seed-1"
+    shutil.rmtree(broken)
+    broken.mkdir()
+    (broken / "notes.txt").write_text("mine")
+    (out / RESULTS).unlink()
+    published: list[dict[str, Any]] = []
+    said = rf"^length/seed-1: {broken} is not empty and holds no run.*\. 3 of 4 runs are complete: {out / RESULTS}$"
+    with pytest.raises(UsageError, match=said):
+        run_ablation(replace(ablation, seeds=(1, 0), jobs=1), out, publish=published.append)
+    assert [json.loads(json.dumps(each)) for each in published] == [_results(out)]
+    assert _results(out)["unfinished"] == list(_results(out)["failures"]) == ["length/seed-1"]
+    assert [arm["seeds"] for arm in _results(out)["arms"]] == [[0], [1, 0]]
+
+
+def test_runs_of_other_settings_are_not_made_again_without_a_word(
+    ablation: Ablation, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No pair is left in the second arm: responses must be longer than the limit of tokens."""
-    base = resolve(assignments=[*SETTINGS, "rounds.count=1", "mine.min_length=30"])
-    failing = Ablation(base, make_arms(base, ["length"]), (0,), jobs=1)
-    world = made / "runs/length/seed-0/inputs/world"
-    shutil.copytree(world, tmp_path / "cache/world" / world_key(failing.planned(tmp_path)[0].config.world))
-    monkeypatch.setenv("DICE_CACHE", str(tmp_path / "cache"))
-    out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"^length/seed-0: "):
-        run_ablation(failing, out)
-    assert _stages(out / "runs/length/seed-0")["round-01/generate"]["status"] == "done"
-    assert not (out / RESULTS).exists()
+    out = shutil.copytree(made, tmp_path / "out")
+    calls: list[list[str]] = []
+    monkeypatch.setattr(
+        "dice_py.ablation.run.run_in_lanes", lambda planned, *_, **__: calls.append([one.name for one in planned])
+    )
+
+    def other(*assignments: str) -> Ablation:
+        base = resolve(assignments=[*SETTINGS, "rounds.count=1", *assignments])
+        return Ablation(base, make_arms(base, ["length", "both"]), (0, 1))
+
+    changed = other("beta=0.5")
+    with pytest.raises(UsageError, match=r"length/seed-0 holds a run of other settings: .*beta.*; or --change"):
+        run_ablation(changed, out)
+    assert calls == []
+    run_ablation(changed, out, change=True)
+    run_ablation(other("rounds.count=2"), out)  # a longer run is the same run
+    assert calls == [["length/seed-0", "both/seed-0", "length/seed-1", "both/seed-1"]] * 2
+
+
+def test_the_folder_of_a_run_is_refused(ablation: Ablation, made: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(made / "runs/both/seed-0", tmp_path / "run")
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(UsageError, match="holds a run, and an ablation has runs of its own: give another --out"):
+        run_ablation(ablation, run)
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_an_own_model_with_one_seed_has_intervals_over_prompts(
@@ -183,7 +214,8 @@ def test_an_own_model_with_one_seed_has_intervals_over_prompts(
     base = own_config(tmp_path_factory.mktemp("own"), make_mistral)
     out = tmp_path_factory.mktemp("ablation") / "out"
     events = Events()
-    results = run_ablation(Ablation(base, make_arms(base, ["neither", "both"]), (3,)), out, events)
+    for names in (["neither"], ["both"], ["neither", "both"]):  # an arm of a later call shares what is there
+        results = run_ablation(Ablation(base, make_arms(base, names), (3,)), out, events)
     assert (results["interval"], results["is_world"]) == ("prompts", False)
     first = out / "runs/neither/seed-3/round-01"
     metrics = json.loads((first / "evaluate/metrics.json").read_text())
@@ -192,3 +224,13 @@ def test_an_own_model_with_one_seed_has_intervals_over_prompts(
     (generated,) = Manifest(out / "runs/both/seed-3/manifest.json").stage("round-01/generate")["files"][:1]
     assert (first.parent / generated["file"]).samefile(out / "runs/both/seed-3" / generated["file"])
     assert "run 2 of 2: both/seed-3" in [fields["text"] for event, fields in events.events if event == "note"]
+    # Without a judge the reward of the first reference judges, which at the start is the only one.
+    quality = "implicit_reward_accuracy_initial_reference"
+    assert results["quality"] == quality
+    assert results["arms"][0]["start"][quality]["mean"] == metrics["start_implicit_reward_accuracy"]
+    (gain,) = [
+        one for one in results["contrasts"]
+        if (one["claim"], one["arm"], one["round"], one["metric"]) == ("rounds", "neither", 1, quality)
+    ]  # fmt: skip
+    assert gain["difference"]["mean"] == pytest.approx(metrics[quality] - metrics["start_implicit_reward_accuracy"])
+    assert gain["difference"]["ci95"] is not None

@@ -55,6 +55,24 @@ def test_a_tolerance_of_the_base_config_is_kept_for_matched_alone() -> None:
     assert (both.mine.debias, both.mine.length_tolerance, both.mine.length_ratio) == ("matched", 2, None)
 
 
+def test_the_way_of_the_base_config_is_kept() -> None:
+    base = resolve(assignments=["mine.debias=per_token"])
+    assert [arm.config(base, 0).mine.debias for arm in make_arms(base, ["neither", "both"])] == ["none", "per_token"]
+
+
+def test_an_arm_that_would_replay_nothing_is_refused() -> None:
+    base = resolve(assignments=["replay.gamma=0"])
+    with pytest.raises(UsageError, match="the arm both would replay nothing and be a copy of the one without"):
+        make_arms(base, ["length", "both"])
+    assert [arm.name for arm in make_arms(base, ["neither", "length"])] == ["neither", "length"]
+
+
+def test_runs_that_may_end_early_are_refused() -> None:
+    base = resolve(assignments=["rounds.stop_when=worse"])
+    with pytest.raises(UsageError, match=r"rounds\.stop_when ends some runs early"):
+        Ablation(base, make_arms(base, ["both"]), (0,))
+
+
 def test_losses_are_trls_types() -> None:
     arms = make_arms(BASE, ["both"], losses=["sigmoid", "ipo"])
     assert [arm.name for arm in arms] == ["both-sigmoid", "both-ipo"]
@@ -68,7 +86,7 @@ def test_losses_are_trls_types() -> None:
         ({"names": ["nothing"]}, "there is no arm 'nothing'; there are neither, length, replay, both"),
         ({"names": []}, "no arm is given; there are neither, length, replay, both"),
         ({"names": ["both", "both"]}, "the arm both is given twice; leave one out"),
-        ({"names": ["both"], "debiases": ["none"]}, "there is no debias 'none'; there are linear, bucket, matched"),
+        ({"names": ["both"], "debiases": ["none"]}, "there is no debias 'none'; there are linear, per_token, bucket"),
         ({"names": ["both"], "methods": ["ppo"]}, "there is no method 'ppo'; there are dpo, rdpo, sppo"),
         ({"names": ["both"], "losses": ["l2"]}, "there is no loss 'l2'; there are sigmoid, hinge"),
     ],

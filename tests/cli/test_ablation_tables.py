@@ -55,18 +55,21 @@ def test_the_claims(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    results = made_results((3,), contrasts=[], unfinished=[("both", 3)])
+    results = made_results((3,), contrasts=[], unfinished=[("both", 3), ("replay", 3)])
+    results |= {"failures": {"both/seed-3": "no pairs"}, "gaps": ["length/seed-3, round 1: openai_win_rate"]}
     for arm in results["arms"]:
         for each in arm["rounds"]:
             del each["metrics"]["oracle_accuracy"], each["metrics"]["kl_to_start"]
     lines = printed(results, capsys)
     assert lines[0] == "4 arms, 1 seed"
     assert lines[1] == "arm|round|oracle win rate|oracle score|tokens|reward on own samples"
-    assert "both" not in {line.split("|")[0] for line in lines[:12]}
-    assert lines[-4:-1] == [
+    assert {line.split("|")[0] for line in lines[2:8]} == {"neither", "length"}
+    assert lines[-6:-1] == [
         "in brackets: 95 % intervals over the prompts of one seed: they do not tell what another seed would give",
         "not measured: KL to the start",
-        "not complete, and counted nowhere: both/seed-3; repeat the command to go on",
+        "length/seed-3, round 1: openai_win_rate: not measured in this run, and so missing from its arm",
+        "not complete, and counted nowhere: both/seed-3: no pairs",
+        "not complete, and counted nowhere: replay/seed-3",
     ]
 
 

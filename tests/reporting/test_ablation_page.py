@@ -289,8 +289,11 @@ def test_without_a_judge_it_is_the_reward_that_is_judged(tmp_path: Path) -> None
 
 
 def test_unfinished_runs_stand_on_top(tmp_path: Path) -> None:
-    page = page_of(made_results(unfinished=[("both", 4), ("both", 7)]), tmp_path)
-    assert page.items("warned") == ["both/seed-4", "both/seed-7"]
+    gap = "both/seed-3, round 2: oracle_score"
+    failed = {"failures": {"both/seed-7": "out of <memory>"}, "gaps": [gap]}
+    page = page_of(made_results(unfinished=[("both", 4), ("both", 7)], **failed), tmp_path)
+    assert page.items("warned") == ["both/seed-4", "both/seed-7: out of <memory>"]
+    assert page.items("missing") == [f"{gap}: not measured in this run, and so missing from its arm"]
     assert page.table("arms, and the settings in which they differ")["both"][-1] == "3, 5, 6"
     rows = rows_of(page, "differences of oracle win rate")
     of_both = [row[6:] for row in rows if row[2] in ("both", "both − replay", "both − length")]
@@ -298,6 +301,11 @@ def test_unfinished_runs_stand_on_top(tmp_path: Path) -> None:
     assert {tuple(number == "–" for number in row) for row in of_both} == {(False, True, False, False, True)}
     numbers = page.table("oracle accuracy, by seed")["both, start"]
     assert [number == "–" for number in numbers] == [False, True, False, False, True]
+
+
+def test_notes_on_the_figures(tmp_path: Path) -> None:
+    page = page_of(made_results(notes=["KL is of <truncated> samples"]), tmp_path)
+    assert "KL is of <truncated> samples." in [text(each) for each in page.all("p", "note")]
 
 
 def test_an_ablation_of_which_no_run_is_complete(tmp_path: Path) -> None:
