@@ -1,9 +1,9 @@
-"""Takes the pictures of the README from the report of a run, in Chromium.
+"""Takes the pictures of the README from the report of a run, and that of docs/evidence.md, in Chromium.
 
-    dice run --rounds 2 --run-dir runs/first
-    python docs/screenshots.py runs/first
-
-Writes docs/pictures/report.png and docs/pictures/pairs.png.
+dice run --rounds 2 --run-dir runs/first
+python docs/screenshots.py runs/first           # docs/pictures/report.png and docs/pictures/pairs.png
+make evidence-real
+python docs/screenshots.py runs/evidence        # docs/pictures/frontier.png
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ PICTURES = Path(__file__).parent / "pictures"
 WIDTH, HEIGHT = 1200, 820
 
 
-def main(run: Path) -> None:
-    """Takes both pictures."""
+def main(folder: Path) -> None:
+    """Takes the pictures of a run, or of the evidence on a real model."""
     PICTURES.mkdir(exist_ok=True)
-    address = (run / "report.html").absolute().as_uri()
+    evidence = folder / "evidence.html"
     with sync_playwright() as playwright:
         alone = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses its sandbox to root
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=alone)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
-        page.goto(address)
-        page.locator("[id^=mining-]").first.evaluate("element => element.scrollIntoView()")
-        page.screenshot(path=PICTURES / "report.png")
-        _show_a_pair(page)
-        page.screenshot(path=PICTURES / "pairs.png")
+        if evidence.exists():
+            page.goto(evidence.absolute().as_uri())
+            page.locator("section[aria-labelledby=frontier] figure").first.screenshot(path=PICTURES / "frontier.png")
+        else:
+            page.goto((folder / "report.html").absolute().as_uri())
+            page.locator("[id^=mining-]").first.evaluate("element => element.scrollIntoView()")
+            page.screenshot(path=PICTURES / "report.png")
+            _show_a_pair(page)
+            page.screenshot(path=PICTURES / "pairs.png")
         browser.close()
 
 
