@@ -26,7 +26,10 @@ def main(folder: Path) -> None:
     with sync_playwright() as playwright:
         alone = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses its sandbox to root
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=alone)
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
+        scale = 2 if evidence.exists() else 1  # a single plot is small
+        page = browser.new_page(
+            viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light", device_scale_factor=scale
+        )
         if evidence.exists():
             page.goto(evidence.absolute().as_uri())
             page.locator("section[aria-labelledby=frontier] figure").first.screenshot(path=PICTURES / "frontier.png")
