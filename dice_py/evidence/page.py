@@ -129,7 +129,8 @@ def _figure(value: Mapping[str, Any]) -> str:
 
 def _signed(value: Mapping[str, Any]) -> str:
     interval = value["ci95"]
-    return f"{value['mean']:+.3g}" + ("" if interval is None else f" ({interval[0]:+.3g} to {interval[1]:+.3g})")
+    text = f"{value['mean']:+.3g}" + ("" if interval is None else f" ({interval[0]:+.3g} to {interval[1]:+.3g})")
+    return text.replace("-", "−")
 
 
 def _series(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
