@@ -70,7 +70,7 @@ test-rust: setup ## Rust's tests
 test-python: setup ## Python's tests but the longest, a file in one of TEST_JOBS processes
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-test-slow: setup ## the tests that `make test` leaves out, since each takes a minute or more
+test-slow: setup ## the tests that `make test` leaves out, since each takes about a minute or more
 	$(PYTEST) -m long $(PYTEST_ARGS)
 
 test-kills: setup ## kills small runs at 100 random moments, and compares each with an undisturbed run (KILLS, KILLS_SEED)

@@ -152,6 +152,7 @@ def test_errors_are_those_of_the_run(dice, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_real_calibration_is_kept_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_models import make_llama

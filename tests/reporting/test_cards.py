@@ -316,6 +316,7 @@ def sampled_by_vllm(folder: Path, report: Any) -> list[int]:
     return list(output.outputs[0].token_ids)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

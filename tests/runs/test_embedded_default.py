@@ -97,6 +97,7 @@ def test_wins_against_the_start_after_two_rounds(penalized: dict[str, Any]) -> N
     assert penalized["round-02"]["oracle_win_rate"] > 0.5
 
 
+@pytest.mark.long
 def test_the_audit_tells_a_dpo_tuned_policy_from_its_swap(
     penalized: dict[str, Any], base: Path, tmp_path: Path, dice: Dice
 ) -> None:
@@ -136,6 +137,7 @@ def test_the_audit_tells_a_dpo_tuned_policy_from_its_swap(
     assert of_sets["metrics"]["end_score"]["value"] > of_sets["curve"][0]
 
 
+@pytest.mark.long
 def test_the_audit_of_a_round_is_what_the_round_reports(penalized: dict[str, Any], base: Path, dice: Dice) -> None:
     code, text, err = dice("audit", "--run", base / "linear", "--json")
     assert code == 0, err
