@@ -64,8 +64,9 @@ test: lint test-rust test-python ## all checks and tests but the longest, which 
 test-fast: setup ## Python's tests without training, vLLM and GPUs, for the inner loop (under two minutes on two cores)
 	$(PYTEST) -m "not slow and not long and not vllm and not gpu" $(PYTEST_ARGS)
 
+# In the dev profile, which checks for overflow. Python's tests call the extension, which is built with optimization.
 test-rust: setup ## Rust's tests
-	cargo test --workspace --release --quiet
+	cargo test --workspace --quiet
 
 test-python: setup ## Python's tests but the longest, a file in one of TEST_JOBS processes
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
