@@ -78,7 +78,7 @@ test-kills: setup ## kills small runs at 100 random moments, and compares each w
 	DICE_KILLS=$(or $(KILLS),100) DICE_KILLS_SEED=$(or $(KILLS_SEED),0) $(BIN)/python -m pytest \
 		--numprocesses=$(TEST_JOBS) --maxprocesses=8 --dist=load tests/runs/test_kills.py $(PYTEST_ARGS)
 
-test-vllm: setup ## Python's tests of the vLLM engine, alone; `make test` has them too (about two minutes)
+test-vllm: setup ## Python's tests of the vLLM engine, alone; `make test` and `make test-slow` have them too (minutes)
 	$(PYTEST) -m vllm $(PYTEST_ARGS)
 
 # An environment of its own, beside .venv, with the extension that `make setup` built.
