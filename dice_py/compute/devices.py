@@ -28,10 +28,13 @@ class Group:
     threads: int | None = None  # of torch, where no GPU is used
     needs_process: bool = False
     """Needs its own process even when it is the only group: its GPUs are not the first of the visible ones."""
+    node: str | None = None
+    """The address of its node, on a cluster."""
 
     def __str__(self) -> str:
-        gpus = f" (GPU{'s' if len(self.gpus) > 1 else ''} {', '.join(self.gpus)})" if self.gpus else ""
-        return f"group {self.number}{gpus}"
+        gpus = f"GPU{'s' if len(self.gpus) > 1 else ''} {', '.join(self.gpus)}" if self.gpus else ""
+        where = ", ".join(filter(None, (gpus, self.node)))
+        return f"group {self.number}{where and f' ({where})'}"
 
     @property
     def environment(self) -> dict[str, str | None]:

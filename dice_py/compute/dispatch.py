@@ -18,6 +18,10 @@ Events, beside those of compute/stage_process.py:
     shard_complete  number                       the shard is complete; consumed here, not passed on
     group           number, gpus, status, text   "started"; "retry": failed, may start again; "dead", with the log's end
     note, process, throughput                    as the group sent them, with `group`, its number
+
+On a Ray cluster (compute/ray_executor.py), `group`, `shard`, `process` and `throughput` have the `node` too. Groups of a
+node that joins the cluster get shards. Those of a node that is lost are dead, which is no failure of the shards that
+they held: these go back to the queue, for every group.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.devices import Group, only_these_gpus
+from dice_py.compute.executor import Executor
 from dice_py.compute.process_pool import Dispatcher
 from dice_py.compute.shard_queue import LocalQueue, ShardWork
 
@@ -39,21 +44,24 @@ def dispatch_shards(
     work: ShardWork,
     *,
     shards: Sequence[int],
-    groups: list[Group],
+    executor: Executor,
     is_complete: Callable[[int], bool],
     devices: DevicesConfig,
     logs: Path,
     report: Report,
+    most_groups: int | None = None,
 ) -> None:
-    """Does `work` on all of `shards`: in this process with one group, else in one process for each group.
+    """Does `work` on all of `shards`: in this process with one group of it, else in one process for each group.
 
     Returns only when `is_complete` holds for every shard.
 
     Args:
-        work: the config of its models must be that of `compute.devices.device_in_group`.
+        work: the config of its models must be that of `Executor.models`.
+        executor: has the groups.
         is_complete: whether a shard's file is there under its final name with its key.
         logs: folder of the groups' logs, `group-N.log`.
         report: receives the events above. Of a shard that failed half way and is done again, `advance` comes twice.
+        most_groups: only so many groups work at a time.
 
     Raises:
         DiceError: as a group raised it; OutOfMemoryError (4) of a shard that no group has the memory for.
@@ -61,12 +69,13 @@ def dispatch_shards(
     """
     if not shards:
         return
-    if len(groups) == 1 and not groups[0].needs_process:
+    groups = executor.groups()[:most_groups]
+    if executor.runs_here(groups):
         run_inline(work, shards, groups[0], is_complete, report)
     else:
-        Dispatcher(work, shards, groups, is_complete, devices, logs, report).run()
+        Dispatcher(work, shards, executor, is_complete, devices, logs, report, most_groups).run()
     for number in shards:
-        if not is_complete(number):
+        if not executor.sees(is_complete, number, logs):
             raise RuntimeError(f"the stage has ended, but shard {number} is not complete")
 
 

@@ -52,6 +52,8 @@ class Failure:
     exit_code: int
     text: str  # of a bug that was raised: the traceback
     died: bool = False
+    lost: bool = False
+    """Its node is gone from the cluster, which says nothing about its work."""
 
     def error(self, text: str) -> Exception:
         """The error to raise in the parent with the message `text`; a bug is a RuntimeError."""

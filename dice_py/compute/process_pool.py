@@ -9,20 +9,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.devices import Group
+from dice_py.compute.executor import Executor, GroupProcess
 from dice_py.compute.failures import Failure
 from dice_py.compute.shard_queue import RemoteQueue, ShardWork
-from dice_py.compute.worker import Worker, work_name
+from dice_py.compute.worker import work_name
 
 if TYPE_CHECKING:
     from dice_py.config.shared import DevicesConfig
     from dice_py.events import Report
 
 _ENDING = 60.0  # seconds that processes have to end in once every shard is complete
+_JOINING = 2.0  # seconds between two looks for new groups
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,18 @@ class _Member:
 
     group: Group
     log: Path
-    worker: Worker | None = None
+    worker: GroupProcess | None = None
     alive: bool = True  # has a process, or may get one
     requested: bool = False  # this and the rest: since its process started
     waiting: bool = False
     waits: bool = False  # for a shard, where there is none right now
     completed: int = 0
     held: list[int] = field(default_factory=list)
+
+
+def _node(group: Group) -> dict[str, str]:
+    """The field `node` of an event, on a cluster."""
+    return {} if group.node is None else {"node": group.node}
 
 
 def _reason(failure: Failure) -> str:
@@ -69,14 +75,16 @@ class Dispatcher:
         self,
         work: ShardWork,
         shards: Sequence[int],
-        groups: list[Group],
+        executor: Executor,
         is_complete: Callable[[int], bool],
         devices: DevicesConfig,
         logs: Path,
         report: Report,
+        most_groups: int | None = None,
     ) -> None:
-        self.work = work
-        self.members = [_Member(group, logs / f"group-{group.number}.log") for group in groups]
+        self.work, self.executor, self.logs, self.most = work, executor, logs, most_groups
+        self.members: list[_Member] = []
+        self.looked = 0.0  # time.monotonic() of the last look for groups
         self.queue = list(dict.fromkeys(shards))
         self.open = set(self.queue)  # not complete yet: in the queue, or held
         self.tried: dict[int, list[Group]] = {}  # groups that a shard failed on
@@ -86,9 +94,12 @@ class Dispatcher:
         """Returns when every shard is complete and the processes have ended."""
         try:
             while self.open:
+                self._join()
                 self._start()
                 if not self._running():
-                    raise RuntimeError(f"shards {sorted(self.open)} are not complete, and no group works on them")
+                    self.executor.wait_for_groups()
+                    self.looked = 0.0
+                    continue
                 self._handle_events()
             # A process that has not requested a shard yet is still loading a model, which nobody needs any more.
             for member in self._running():
@@ -116,6 +127,17 @@ class Dispatcher:
         member.worker.stop()
         member.worker = None
 
+    def _join(self) -> None:
+        """Takes in the groups that the executor has now, at the first call and every few seconds."""
+        if self.looked and time.monotonic() - self.looked < _JOINING:
+            return
+        self.looked = time.monotonic()
+        known = {member.group.number for member in self.members}
+        for group in self.executor.groups():
+            living = sum(member.alive for member in self.members)
+            if group.number not in known and (self.most is None or living < self.most):
+                self.members.append(_Member(group, self.logs / f"group-{group.number}.log"))
+
     def _start(self) -> None:
         """Starts groups that have shards to work on: at first, and when a shard came back that no running one takes."""
         loading = sum(not member.requested for member in self._running())
@@ -124,7 +146,7 @@ class Dispatcher:
             if member.worker is not None or not member.alive or eligible <= loading:
                 continue
             loading += 1
-            member.worker = Worker()
+            member.worker = self.executor.start(member.group)
             member.requested = member.waiting = False
             member.completed = 0
             self._report_group(member, "started", "")
@@ -137,11 +159,11 @@ class Dispatcher:
 
     def _report_group(self, member: _Member, status: str, text: str) -> None:
         group = member.group
-        self.report("group", number=group.number, gpus=list(group.gpus), status=status, text=text)
+        self.report("group", number=group.number, gpus=list(group.gpus), status=status, text=text, **_node(group))
 
     def _handle_events(self) -> None:
         running = self._running()
-        wait([one for member in running if member.worker is not None for one in member.worker.waitables], timeout=1.0)
+        self.executor.wait([member.worker for member in running if member.worker is not None], 1.0)
         for member in running:
             if member.worker is None:
                 continue
@@ -173,7 +195,9 @@ class Dispatcher:
         elif event == "note":
             self.report(event, **{**fields, "text": f"group {group.number}: {fields['text']}", "group": group.number})
         elif event in ("process", "throughput"):
-            self.report(event, **fields, group=group.number)
+            self.report(event, **fields, group=group.number, **_node(group))
+        elif event == "shard":
+            self.report(event, **fields, **_node(group))
         else:
             self.report(event, **fields)
 
@@ -207,7 +231,7 @@ class Dispatcher:
     def _completed(self, member: _Member, number: int) -> None:
         if number not in member.held:
             self._failed(member, Failure("bug", 1, f"reported shard {number} as complete, which it does not hold"))
-        elif not self.is_complete(number):
+        elif not self.executor.sees(self.is_complete, number, self.logs):
             self._failed(member, Failure("bug", 1, f"reported shard {number} as complete, and it is not"))
         else:
             member.held.remove(number)
@@ -219,8 +243,9 @@ class Dispatcher:
         # The process ends before another group gets its shards, so that no file has two writers.
         worker, group = member.worker, member.group
         self._stop(member)
-        for number in member.held:
-            self.tried.setdefault(number, []).append(group)
+        if not failure.lost:
+            for number in member.held:
+                self.tried.setdefault(number, []).append(group)
         self.queue[:0] = member.held
         held, member.held = member.held, []
         if not failure.died and failure.kind not in ("OutOfMemoryError", "bug"):
@@ -251,6 +276,8 @@ class Dispatcher:
     def _check_attempts(self, failure: Failure, last: str) -> None:
         """Raises when a shard has failed too often, or no group is left to work."""
         living = [member.group for member in self.members if member.alive]
+        if failure.lost and not living:
+            return  # the executor may get others
         for number in self.queue:
             tried = self.tried.get(number, [])
             if not tried:

@@ -35,6 +35,7 @@ from dice_py.compute.allocator import check_allocator, worker_environment
 from dice_py.compute.devices import cuda_unstarted
 from dice_py.compute.failures import Failure, failure_fields
 from dice_py.compute.interrupts import children_ignore_interrupts, ignore_interrupts
+from dice_py.compute.log_tail import log_tail
 from dice_py.compute.startup import importing, keep_imported, leave_out_foreign
 from dice_py.errors import DiceError, UsageError
 from dice_py.storage.files import make_folder
@@ -47,7 +48,6 @@ Work = Callable[..., Any]
 """A worker calls it as `work(report=report)`: a module-level function, a `functools.partial` of one, or a method of
 a picklable object. Unpickling imports its module, in the worker."""
 
-_TAIL_BYTES = 2**16  # the part of a log that is searched for its last lines
 _GRACE = 5.0  # seconds between asking a process to end and killing it
 
 
@@ -334,16 +334,7 @@ class Worker:
 
     def tail(self, lines: int = 30) -> str:
         """The last lines that this process wrote to its log, indented."""
-        if self._log is None:
-            return ""
-        try:
-            with self._log.open("rb") as handle:
-                end = handle.seek(0, os.SEEK_END)
-                handle.seek(max(self._log_start, end - _TAIL_BYTES))
-                text = handle.read().decode("utf-8", errors="replace").strip().splitlines()
-        except OSError:
-            return ""
-        return "\n".join("    " + line for line in text[-lines:])
+        return "" if self._log is None else log_tail(self._log, self._log_start, lines)
 
     def join(self, timeout: float | None = None) -> None:
         """Waits until the process has ended, at most `timeout` seconds."""

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Annotated, Any, Literal, LiteralString
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dice_py.rows.bad_rows import BadRowRule
 
@@ -110,6 +110,37 @@ class DevicesConfig(Section):
     shard_attempts: Positive = Field(
         default=2, description="worker processes that may try a shard before the stage fails"
     )
+    executor: Literal["local", "ray"] = Field(
+        default="local", description="where shards are sampled and scored: this machine, or the nodes of a Ray cluster"
+    )
+    ray_address: str | None = Field(
+        default=None,
+        description="address of the cluster's head, as 10.0.0.1:6379, or auto: the cluster that this machine belongs to; "
+        "none: that of the variable RAY_ADDRESS, else a cluster of this machine alone is started",
+    )
+    ray_wait: Annotated[float, Field(ge=0.0)] = Field(
+        default=600.0, description="seconds to wait for a node of the cluster when none is left to work"
+    )
+
+    @field_validator("ray_address")
+    @classmethod
+    def _check_address(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("ray://"):
+            raise ValueError(
+                f"{value!r} is for Ray Client, which needs no shared file system; start the run on a node of the "
+                "cluster, with the address of its head, as 10.0.0.1:6379"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_executor(self) -> DevicesConfig:
+        if self.executor == "ray" and self.gpus != "all":
+            raise ValueError(
+                f"gpus is {self.gpus}, but with executor=ray it is Ray that gives out GPUs: leave gpus out"
+            )
+        if self.executor == "local" and self.ray_address is not None:
+            raise ValueError("ray_address is set, but executor is local: set executor=ray, or leave ray_address out")
+        return self
 
 
 class DataConfig(Section):

@@ -15,8 +15,8 @@ from typing import Any
 
 import polars as pl
 
-from dice_py.compute.devices import device_in_group, find_groups
 from dice_py.compute.dispatch import dispatch_shards
+from dice_py.compute.executor import open_executor
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError
@@ -204,31 +204,33 @@ class _Shards:
     def _sample(self, missing: list[int], stops: list[int], longest: int, report: Report) -> None:
         job = self.job
         size = job.config.vllm.tensor_parallel_size if self.engine == "vllm" else 1
-        groups = find_groups(job.devices, job.models, size=size, report=report)
         encoded_prompts = job.out / f".encoded-prompts{TEMPORARY}"
-        work = SampleShards(
-            config=job.config,
-            models=device_in_group(job.models),
-            engine=self.engine,
-            policy=job.policy,
-            stops=stops,
-            longest=longest,
-            prompts=encoded_prompts,
-            files=self.files,
-            keys=self.keys,
-            seed=job.seed,
-            round_number=job.round_number,
-        )
-        try:
-            write_prompts(encoded_prompts, self.prompts)
-            dispatch_shards(
-                work,
-                shards=missing,
-                groups=groups,
-                is_complete=self.is_complete,
-                devices=job.devices,
-                logs=job.out,
-                report=report,
+        with open_executor(
+            job.devices, job.models, size=size, folder=job.out, needs=[job.policy], report=report
+        ) as executor:
+            work = SampleShards(
+                config=job.config,
+                models=executor.models(job.models),
+                engine=self.engine,
+                policy=job.policy,
+                stops=stops,
+                longest=longest,
+                prompts=encoded_prompts,
+                files=self.files,
+                keys=self.keys,
+                seed=job.seed,
+                round_number=job.round_number,
             )
-        finally:
-            encoded_prompts.unlink(missing_ok=True)
+            try:
+                write_prompts(encoded_prompts, self.prompts)
+                dispatch_shards(
+                    work,
+                    shards=missing,
+                    executor=executor,
+                    is_complete=self.is_complete,
+                    devices=job.devices,
+                    logs=job.out,
+                    report=report,
+                )
+            finally:
+                encoded_prompts.unlink(missing_ok=True)

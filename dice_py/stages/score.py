@@ -20,8 +20,8 @@ from typing import Any
 
 import polars as pl
 
-from dice_py.compute.devices import Group, device_in_group, find_groups
 from dice_py.compute.dispatch import dispatch_shards
+from dice_py.compute.executor import Executor, open_executor
 from dice_py.compute.shard_queue import ShardWork
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import ScoreConfig
@@ -144,7 +144,6 @@ class _Scoring:
         # From all sampled shards, scored or not: a resume uses the gate that the first attempt measured.
         self.gate_key = digest("gate", [shard.key for shard in self.shards if shard.sampled])
         self.previous_role = None if job.previous is None else job.previous[1]
-        self.groups: list[Group] = []
         self.rows: dict[int, int] = {}  # responses of each shard without scores
         self.done = 0
 
@@ -168,23 +167,31 @@ class _Scoring:
         for folder in self.job.models_to_run().values():
             for number in left:
                 check_lengths(self.shards[number].generations, self.columns, folder, self.job.models)
-        self.groups = find_groups(self.job.devices, self.job.models, report=self.report)
         self.rows = {number: parquet_rows(self.shards[number].generations) for number in left}
+        needs = list(self.job.models_to_run().values())
+        with open_executor(
+            self.job.devices, self.job.models, folder=self.job.out, needs=needs, report=self.report
+        ) as executor:
+            return self._run_passes(executor, left, gate)
+
+    def _run_passes(self, executor: Executor, left: list[int], gate: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The passes over the shards `left`, which have no scores; the figures of the gate (`gate`: known ones)."""
+        reuses = self.job.config.policy_logps == "reuse_if_equal"
         halves = [(number, self.shards[number]) for number in left]
         unread = [at for at, shard in halves if not is_kept(shard.ref_logps_file, shard.key, self.report)]
         self._advance(sum(self.rows[number] for number in left if number not in unread))
-        self._pass("reference", self.job.reference, unread, self.has_ref_logps)
+        self._pass(executor, "reference", self.job.reference, unread, self.has_ref_logps)
         if self.job.previous is not None:
             unread = [at for at, shard in halves if not is_kept(shard.previous_logps_file, shard.key, self.report)]
             self._advance(sum(self.rows[number] for number in left if number not in unread))
-            self._pass("previous", self.job.previous[0], unread, self.has_previous_logps)
+            self._pass(executor, "previous", self.job.previous[0], unread, self.has_previous_logps)
         trusted = [number for number in left if self.shards[number].sampled] if reuses else []
         if trusted:
-            gate = gate or self._measure_gate(trusted)
+            gate = gate or self._measure_gate(executor, trusted)
             self.report("note", text=gate_note(gate))
             if gate["passed"]:
                 left = [number for number in left if number not in trusted or not self._reuse(number, gate)]
-        self._pass("policy", self.job.policy, left, self.is_scored, gate)
+        self._pass(executor, "policy", self.job.policy, left, self.is_scored, gate)
         return gate
 
     def _known_gate(self, left: list[int]) -> dict[str, Any] | None:
@@ -201,6 +208,7 @@ class _Scoring:
 
     def _pass(
         self,
+        executor: Executor,
         role: Role,
         folder: Path,
         numbers: list[int],
@@ -208,18 +216,18 @@ class _Scoring:
         gate: dict[str, Any] | None = None,
     ) -> None:
         job = self.job
-        models = device_in_group(job.models)
+        models = executor.models(job.models)
         kept = None if gate is None else {"key": self.gate_key, "figures": gate}
         before = self.previous_role
         work = ScoreShards(job.config, models, folder, role, self.shards, self.columns, job.beta, kept, before)
-        self._dispatch(work, numbers, self.groups, is_complete)
+        self._dispatch(executor, work, numbers, is_complete)
 
-    def _measure_gate(self, trusted: list[int]) -> dict[str, Any]:
+    def _measure_gate(self, executor: Executor, trusted: list[int]) -> dict[str, Any]:
         """The gate is one piece of work: the first group does it, even where there are several."""
         job = self.job
         work = MeasureGate(
             config=job.config,
-            models=device_in_group(job.models),
+            models=executor.models(job.models),
             folder=job.policy,
             shards=[self.shards[number] for number in trusted],
             columns=self.columns,
@@ -227,8 +235,10 @@ class _Scoring:
             out=self.gate_file,
             key=self.gate_key,
         )
-        self._dispatch(work, [0], self.groups[:1], lambda _: stored_gate(self.gate_file, self.gate_key) is not None)
-        if len(self.groups) > 1:
+        self._dispatch(
+            executor, work, [0], lambda _: stored_gate(self.gate_file, self.gate_key) is not None, most_groups=1
+        )
+        if not executor.runs_here(executor.groups()):
             release_held()  # the first group's process needs the memory
         gate = stored_gate(self.gate_file, self.gate_key)
         assert gate is not None
@@ -246,16 +256,22 @@ class _Scoring:
         return True
 
     def _dispatch(
-        self, work: ShardWork, numbers: list[int], groups: list[Group], is_complete: Callable[[int], bool]
+        self,
+        executor: Executor,
+        work: ShardWork,
+        numbers: list[int],
+        is_complete: Callable[[int], bool],
+        most_groups: int | None = None,
     ) -> None:
         dispatch_shards(
             work,
             shards=numbers,
-            groups=groups,
+            executor=executor,
             is_complete=is_complete,
             devices=self.job.devices,
             logs=self.job.out,
             report=self._on_event,
+            most_groups=most_groups,
         )
 
     def _on_event(self, event: str, **fields: Any) -> None:

@@ -11,6 +11,7 @@ import group_work
 
 from dice_py.compute.devices import Group
 from dice_py.compute.dispatch import dispatch_shards
+from dice_py.compute.executor import LocalExecutor
 from dice_py.config.shared import DevicesConfig
 
 Heard = list[tuple[str, dict[str, Any]]]
@@ -35,7 +36,7 @@ def deal(
     dispatch_shards(
         functools.partial(getattr(group_work, work), folder=folder, **arguments),
         shards=items,
-        groups=three() if groups is None else groups,
+        executor=LocalExecutor(three() if groups is None else groups),
         is_complete=lambda number: (folder / f"item-{number}").is_file(),
         devices=devices or DevicesConfig(),
         logs=folder / "logs",

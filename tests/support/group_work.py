@@ -17,6 +17,7 @@ from processes import PATIENCE
 
 from dice_py.compute.devices import Group
 from dice_py.compute.dispatch import dispatch_shards
+from dice_py.compute.executor import LocalExecutor
 from dice_py.compute.shard_queue import ShardQueue
 from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.timing import timed
@@ -167,7 +168,7 @@ def drive(*, folder: Path, report: Report) -> None:
     dispatch_shards(
         functools.partial(linger, folder=folder),
         shards=[0, 1, 2],
-        groups=[Group(number, (str(number),)) for number in (1, 2, 3)],
+        executor=LocalExecutor([Group(number, (str(number),)) for number in (1, 2, 3)]),
         is_complete=lambda number: False,
         devices=DevicesConfig(),
         logs=folder,
