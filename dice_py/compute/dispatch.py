@@ -19,25 +19,56 @@ Events, beside those of compute/stage_process.py:
     group           number, gpus, status, text   "started"; "retry": failed, may start again; "dead", with the log's end
     note, process, throughput                    as the group sent them, with `group`, its number
 
-On a Ray cluster (compute/ray_executor.py), `group`, `shard`, `process` and `throughput` have the `node` too. Groups of a
-node that joins the cluster get shards. Those of a node that is lost are dead, which is no failure of the shards that
+On a Ray cluster (compute/ray_executor.py), `group`, `shard`, `process` and `throughput` have the `node` too. Groups of
+a node that joins the cluster get shards. Those of a node that is lost are dead, which is no failure of the shards that
 they held: these go back to the queue, for every group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dice_py.compute.devices import Group, only_these_gpus
-from dice_py.compute.executor import Executor
+from dice_py.compute.devices import Group, find_groups, only_these_gpus
+from dice_py.compute.executor import Executor, LocalExecutor
 from dice_py.compute.process_pool import Dispatcher
 from dice_py.compute.shard_queue import LocalQueue, ShardWork
 
 if TYPE_CHECKING:
-    from dice_py.config.shared import DevicesConfig
+    from dice_py.config.shared import DevicesConfig, ModelConfig
     from dice_py.events import Report
+
+
+@contextlib.contextmanager
+def open_executor(
+    devices: DevicesConfig,
+    models: ModelConfig,
+    *,
+    size: int = 1,
+    folder: Path,
+    needs: Sequence[Path],
+    report: Report,
+) -> Iterator[Executor]:
+    """The executor of `devices.executor`, for one stage.
+
+    Args:
+        size: GPUs of a group.
+        folder: of the stage, where its shards and logs are written.
+        needs: further folders that the work reads: of models.
+        report: receives notes, and the events of nodes.
+
+    Raises:
+        UsageError: devices that are not there, or settings that contradict each other; a cluster that cannot be used.
+    """
+    if devices.executor == "local":
+        yield LocalExecutor(find_groups(devices, models, size=size, report=report))
+        return
+    from dice_py.compute.ray_executor import open_ray
+
+    with open_ray(devices, models, size=size, folder=folder, needs=needs, report=report) as executor:
+        yield executor
 
 
 def dispatch_shards(

@@ -6,19 +6,17 @@ rules for all executors. `local` is this machine; `ray` (compute/ray_executor.py
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dice_py.compute.devices import Group, device_in_group, find_groups
+from dice_py.compute.devices import Group, device_in_group
 from dice_py.compute.failures import Failure
 from dice_py.compute.worker import Work, Worker
 
 if TYPE_CHECKING:
-    from dice_py.config.shared import DevicesConfig, ModelConfig
-    from dice_py.events import Report
+    from dice_py.config.shared import ModelConfig
 
 
 class GroupProcess(Protocol):
@@ -107,33 +105,3 @@ class LocalExecutor:
 
     def models(self, models: ModelConfig) -> ModelConfig:
         return device_in_group(models)
-
-
-@contextlib.contextmanager
-def open_executor(
-    devices: DevicesConfig,
-    models: ModelConfig,
-    *,
-    size: int = 1,
-    folder: Path,
-    needs: Sequence[Path],
-    report: Report,
-) -> Iterator[Executor]:
-    """The executor of `devices.executor`, for one stage.
-
-    Args:
-        size: GPUs of a group.
-        folder: of the stage, where its shards and logs are written.
-        needs: further folders that the work reads: of models.
-        report: receives notes, and the events of nodes.
-
-    Raises:
-        UsageError: devices that are not there, or settings that contradict each other; a cluster that cannot be used.
-    """
-    if devices.executor == "local":
-        yield LocalExecutor(find_groups(devices, models, size=size, report=report))
-        return
-    from dice_py.compute.ray_executor import open_ray
-
-    with open_ray(devices, models, size=size, folder=folder, needs=needs, report=report) as executor:
-        yield executor

@@ -245,8 +245,8 @@ class RayExecutor:
                 problem = f"has not proved within {_PROVING:.0f} s that it sees the run folder"
             if problem is None and not self._proof.is_answered(node.id):
                 problem = (
-                    f"has another {self._proof.folder} than {self._proof.host}; the run folder must lie on a file system "
-                    "that all nodes share"
+                    f"has another {self._proof.folder} than {self._proof.host}; the run folder must lie on a file "
+                    "system that all nodes share"
                 )
             if problem is not None:
                 raise UsageError(f"node {node.name} of the Ray cluster {problem} (or take the node out of the cluster)")
@@ -331,7 +331,7 @@ def open_ray(
     needs: Sequence[Path],
     report: Report,
 ) -> Iterator[RayExecutor]:
-    """The executor of a cluster, for one stage; arguments and errors as of `compute.executor.open_executor`.
+    """The executor of a cluster, for one stage; arguments and errors as of `compute.dispatch.open_executor`.
 
     The kind of device is that of here: on a machine without a GPU, only the cores of the nodes are used.
     """
@@ -346,6 +346,6 @@ def _check_kind(models: ModelConfig, on_gpus: bool) -> None:
     with_gpus = [node.name for node in living_nodes() if node.gpus]
     if models.device == "auto" and not on_gpus and with_gpus:
         raise UsageError(
-            f"the Ray cluster has GPUs ({with_gpus[0]}), but this machine has none, and its kind of device is that of the "
-            "whole run: start dice on a node with a GPU, which trains and evaluates too, or set model.device=cpu"
+            f"the Ray cluster has GPUs ({with_gpus[0]}), but this machine has none, and its kind of device is that of "
+            "the whole run: start dice on a node with a GPU, which trains and evaluates too, or set model.device=cpu"
         )

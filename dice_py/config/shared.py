@@ -115,8 +115,8 @@ class DevicesConfig(Section):
     )
     ray_address: str | None = Field(
         default=None,
-        description="address of the cluster's head, as 10.0.0.1:6379, or auto: the cluster that this machine belongs to; "
-        "none: that of the variable RAY_ADDRESS, else a cluster of this machine alone is started",
+        description="address of the cluster's head, as 10.0.0.1:6379, or auto: the cluster that this machine belongs "
+        "to; none: that of the variable RAY_ADDRESS, else a cluster of this machine alone is started",
     )
     ray_wait: Annotated[float, Field(ge=0.0)] = Field(
         default=600.0, description="seconds to wait for a node of the cluster when none is left to work"

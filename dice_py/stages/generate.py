@@ -15,8 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from dice_py.compute.dispatch import dispatch_shards
-from dice_py.compute.executor import open_executor
+from dice_py.compute.dispatch import dispatch_shards, open_executor
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DataError

@@ -20,8 +20,8 @@ from typing import Any
 
 import polars as pl
 
-from dice_py.compute.dispatch import dispatch_shards
-from dice_py.compute.executor import Executor, open_executor
+from dice_py.compute.dispatch import dispatch_shards, open_executor
+from dice_py.compute.executor import Executor
 from dice_py.compute.shard_queue import ShardWork
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import ScoreConfig
