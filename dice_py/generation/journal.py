@@ -4,6 +4,10 @@ A response that is in a journal is not sampled again. The file is a header with 
 its length and a checksum. A killed process or a full disk leaves at most one torn record at the end, which is cut off
 when the journal is opened next. A journal with another key is emptied, since its responses belong to other settings.
 
+Who opens a journal that is there goes on in a copy of it. A process that was given up, but still runs on a node that
+the others cannot reach, writes into the file that it has open, which is no longer the journal, and notices it before it
+writes the shard (`check_ours`).
+
     header   b"DICEJRN1", u16 bytes of the key, key, u32 CRC-32 of the header up to here
     record   u32 bytes of the body, u32 CRC-32 of the body, body
     body     u32 row, u8 finish reason (0 stop, 1 length), f64 logp, i32 token ids…
@@ -21,9 +25,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from dice_py.errors import DiskFullError
+from dice_py.errors import DiskFullError, InterruptedRunError
 from dice_py.generation.engines.base import Sample
-from dice_py.storage.files import is_disk_full, make_folder
+from dice_py.storage.files import TEMPORARY, is_disk_full, make_folder
 
 _MAGIC = b"DICEJRN1"
 _RECORD = struct.Struct("<II")
@@ -31,6 +35,13 @@ _BODY = struct.Struct("<IBd")
 _FINISH_REASONS = ("stop", "length")
 _FSYNC_SECONDS = 5.0
 """A power failure loses what was written since the last fsync; a killed process loses nothing that was flushed."""
+
+
+_CHUNK = 2**20  # bytes that are copied at a time
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def _header(key: str) -> bytes:
@@ -59,15 +70,28 @@ class Journal:
         self._synced = time.monotonic()
         with self._writing():
             make_folder(path.parent)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            self._file = _open(path, os.O_CREAT)
             try:
                 self._end = self._recover(_header(key))
-                os.ftruncate(self._file, self._end)
-                if self._end == 0:
+                if self._end:
+                    self._take_over()
+                else:
+                    os.ftruncate(self._file, 0)
                     self._end = self._write(_header(key))
             except BaseException:
                 os.close(self._file)
                 raise
+
+    def check_ours(self) -> None:
+        """Checks that no other process has opened the journal since, to go on with its shard.
+
+        Raises:
+            InterruptedRunError: one has.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self.path.stat(), os.fstat(self._file)):
+                return
+        raise InterruptedRunError(f"{self.path} was taken over by another process, which goes on with this shard")
 
     @property
     def rows(self) -> set[int]:
@@ -95,6 +119,7 @@ class Journal:
             if time.monotonic() - self._synced >= _FSYNC_SECONDS:
                 os.fsync(self._file)
                 self._synced = time.monotonic()
+                self.check_ours()
 
     def read(self, row: int) -> Sample:
         """The response of a row, which must have been flushed.
@@ -117,11 +142,11 @@ class Journal:
     def remove(self) -> None:
         """Closes and deletes the journal, when the shard is complete."""
         self.close()
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
     def _recover(self, header: bytes) -> int:
         """Reads the records; returns the offset behind the last complete one, or 0 if the header differs."""
-        with self.path.open("rb") as file:
+        with open(self._file, "rb", closefd=False) as file:
             if file.read(len(header)) != header:
                 return 0
             end = len(header)
@@ -136,6 +161,25 @@ class Journal:
                 self._bodies[_BODY.unpack_from(body)[0]] = (end + _RECORD.size, size)
                 end += _RECORD.size + size
         return end
+
+    def _take_over(self) -> None:
+        """Puts a copy of the complete records in the place of the file, and goes on in it."""
+        copy = self.path.with_name(f".{self.path.name}.{os.getpid()}{TEMPORARY}")
+        before, self._file = self._file, _open(copy, os.O_CREAT | os.O_TRUNC)
+        try:
+            at = 0
+            while at < self._end:
+                at += self._write(os.pread(before, min(_CHUNK, self._end - at), at))
+            copy.rename(self.path)
+        except OSError as error:
+            copy.unlink(missing_ok=True)
+            if not is_disk_full(error):
+                raise
+            # Who has the file open could not write either: what is there can be read.
+            before, self._file = self._file, before
+            os.ftruncate(self._file, self._end)
+        finally:
+            os.close(before)
 
     def _write(self, data: bytes) -> int:
         remaining = memoryview(data)

@@ -144,6 +144,7 @@ class ShardWriter:
 
         Raises:
             DiskFullError: the journal is kept.
+            InterruptedRunError: another process goes on with this shard.
         """
         meta: dict[str, Any] = {"cut_off": 0, "response_tokens": 0}
         lengths, token_ids, reasons = (xxhash.xxh3_128() for _ in range(3))
@@ -156,6 +157,7 @@ class ShardWriter:
                 token_ids.update(frame["token_ids"].explode().drop_nulls().to_numpy().tobytes())
                 reasons.update("".join(f"{reason} " for reason in frame["finish_reason"]).encode())
                 stream.write(frame)
+            self.journal.check_ours()
             meta["samples"] = digest(*(part.hexdigest() for part in (lengths, token_ids, reasons)))
             stream.describe(self.key, meta)
         self.journal.remove()

@@ -10,7 +10,7 @@ import pytest
 from places import child_environment
 from small_disk import small_disk
 
-from dice_py.errors import DiskFullError
+from dice_py.errors import DiskFullError, InterruptedRunError
 from dice_py.generation.engines.base import Sample
 from dice_py.generation.journal import Journal
 
@@ -154,6 +154,27 @@ def test_remove(tmp_path: Path) -> None:
     journal.remove()
     assert list(tmp_path.iterdir()) == []
     journal.close()  # nothing to do
+
+
+def test_a_process_that_was_given_up_harms_no_journal(tmp_path: Path) -> None:
+    path = tmp_path / "a.journal"
+    given_up = Journal(path, "one")
+    for row in range(5):
+        given_up.append(row, SAMPLES[row])
+    given_up.flush()
+    given_up.check_ours()
+    ours = Journal(path, "one")
+    for journal, row in ((given_up, 6), (ours, 7), (given_up, 8), (ours, 9)):
+        journal.append(row, SAMPLES[row])
+        journal.flush()
+    with pytest.raises(InterruptedRunError, match=r"a\.journal was taken over by another process"):
+        given_up.check_ours()
+    given_up.close()
+    ours.check_ours()
+    assert {row: ours.read(row) for row in ours.rows} == {row: SAMPLES[row] for row in (*range(5), 7, 9)}
+    ours.close()
+    assert sorted(read(path)) == [*range(5), 7, 9]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.journal"]
 
 
 def test_full_disk(tmp_path: Path) -> None:
