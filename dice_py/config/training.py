@@ -110,6 +110,11 @@ class TrainConfig(LossConfig):
     strategy: Literal["auto", "ddp", "fsdp2", "zero3"] = Field(
         default="auto", description="with several processes; auto: fsdp2 on GPUs, ddp on the CPU and with lora"
     )
+    nodes: Positive = Field(
+        default=1,
+        description="machines that train together, each with as many processes: of the Ray cluster "
+        "(devices.executor=ray), else of the Slurm allocation that the run was started in",
+    )
     accelerate_config: str | None = Field(
         default=None, description="a config file of accelerate (YAML), used unchanged instead of processes and strategy"
     )
@@ -125,7 +130,7 @@ class TrainConfig(LossConfig):
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that decide the trained weights: all but how work is spread over processes, and who is told."""
-        kept = self.key_dump(exclude=("processes", "strategy", "accelerate_config", "report_to"))
+        kept = self.key_dump(exclude=("processes", "strategy", "nodes", "accelerate_config", "report_to"))
         return kept | {"report_to": []}  # as keys had it before, for a training without trackers
 
     @field_validator("trainer_args")
@@ -137,6 +142,8 @@ class TrainConfig(LossConfig):
     def _check_processes(self) -> TrainConfig:
         if self.accelerate_config is not None and (self.processes != "auto" or self.strategy != "auto"):
             raise ValueError("accelerate_config sets the processes and the strategy: leave out processes and strategy")
+        if self.accelerate_config is not None and self.nodes > 1:
+            raise ValueError("accelerate_config is for one machine: leave it out, or nodes")
         if self.lora is not None and self.strategy in ("fsdp2", "zero3"):
             raise ValueError(
                 f"strategy is {self.strategy}, but with lora only adapters are trained, which need no sharding: set "

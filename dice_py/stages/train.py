@@ -38,11 +38,13 @@ from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
 from dice_py.training.checkpoints import ADAPTER, checkpoint_stamp, is_trained, keep_model, last_checkpoint
-from dice_py.training.launcher import launch
+from dice_py.training.launcher import launch, launch_by
 from dice_py.training.pair_terms import label_note, load_pairs
-from dice_py.training.parallelism import ProcessLayout, lay_out, write_accelerate_config
+from dice_py.training.parallelism import ProcessLayout, accelerate_environment, lay_out, write_accelerate_config
+from dice_py.training.ray_launcher import launch_on_ray
 from dice_py.training.schedule import setting_notes, training_steps
 from dice_py.training.settings_check import check_training_settings
+from dice_py.training.slurm import start_by_srun, this_host
 from dice_py.training.trainer import train_rank
 
 
@@ -173,9 +175,40 @@ class TrainJob(Job):
                 raise RuntimeError(f"every process of the training succeeded, but {self.target} is not complete")
         shutil.rmtree(checkpoints, ignore_errors=True)
 
+    def _launch_over_nodes(self, layout: ProcessLayout, file: Path, work: Work, report: Report) -> None:
+        environment = accelerate_environment(file)
+        each = layout.processes // layout.nodes
+        what = f"{layout.nodes} nodes with {each} process{'es' if each > 1 else ''} each ({layout.strategy}, {file})"
+        report("note", text=f"training runs on {what}, started by {'Ray Train' if layout.by == 'ray' else 'srun'}")
+        if layout.by == "ray":
+            assert self.devices is not None
+            launch_on_ray(
+                layout,
+                work,
+                devices=self.devices,
+                environment=environment,
+                folder=self.out,
+                needs=[self.policy],
+                report=report,
+            )
+            return
+        if "OMP_NUM_THREADS" not in os.environ:
+            environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // each))
+        module = "dice_py.training.launcher"
+        launch_by(
+            lambda address, secret: start_by_srun(layout, environment, address, secret, module=module),
+            layout.processes,
+            work,
+            host=this_host(),
+            report=report,
+        )
+
     def _launch(self, layout: ProcessLayout, work: Work, report: Report) -> None:
-        """Trains in ranks that `accelerate launch` starts."""
+        """Trains in ranks, which `accelerate launch` starts; over several nodes, Ray Train, or torchrun by srun."""
         file = write_accelerate_config(layout, self.config, self.out)
+        if layout.nodes > 1:
+            self._launch_over_nodes(layout, file, work, report)
+            return
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--module"]
         environment: dict[str, str] = {}
         if layout.gpus:

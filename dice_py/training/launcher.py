@@ -1,15 +1,18 @@
-"""The processes of one training (its ranks): `accelerate launch` starts them, and they end with the stage.
+"""The processes of one training (its ranks): a launcher starts them, and they end with the stage.
 
-The stage's process starts the launcher, and the launcher starts the ranks, each in a session of its own. A signal to
-the stage does not reach them there, so every rank connects to the stage over a local socket. Over the connection the
-rank receives its work (pickled) and sends reports: rank 0 its events, and every rank its result or failure. When the
-connection ends, because the stage closes it or dies, the rank exits at once, and after its ranks the launcher.
+On one machine the launcher is `accelerate launch`. On several nodes it is `torchrun` on each, which `srun` starts
+(training/slurm.py), or Ray Train (training/ray_launcher.py). The stage's process starts the launcher, and the launcher
+the ranks, each in a session of its own. A signal to the stage does not reach them there, so every rank connects to the
+stage: over a local socket, or over TCP from other nodes, where both sides prove that they know a secret. Over the
+connection the rank receives its work (pickled) and sends reports: rank 0 its events, and every rank its result or
+failure. When the connection ends, because the stage closes it or dies, the rank exits at once, and after its ranks the
+launcher.
 
 A training succeeds if every rank reports a result and the launcher exits with 0. When one rank fails, the others fail
 too, in the middle of a collective operation and with misleading errors. So of several failures, the one that a user can
 act on is raised.
 
-    python -m dice_py.training.launcher ADDRESS      runs a rank
+    python -m dice_py.training.launcher ADDRESS      runs a rank; ADDRESS is a path, or HOST:PORT
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ import contextlib
 import faulthandler
 import os
 import pickle
+import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,11 +33,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, wait
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dice_py.compute.allocator import allocator_settings
 from dice_py.compute.failures import Failure, failure_fields
@@ -44,9 +50,35 @@ if TYPE_CHECKING:
 _GRACE = 20.0  # seconds that the other ranks have to end after a failure
 _TAIL = 40  # lines of output that are kept for an error's text
 _ADDRESS_BYTES = 100  # limit of a local socket's path, on every system
+_GREETING = 10  # seconds that who connects over TCP has to prove that it knows the secret
+SECRET = "DICE_STAGE_SECRET"
+"""The environment variable in which ranks on other nodes get the secret."""
 
 
 # --- in the stage's process -----------------------------------------------------------------------------------
+
+
+class Launcher(Protocol):
+    """What starts the ranks, and ends after them."""
+
+    output: deque[str]
+    """The last lines that it and its ranks have printed."""
+
+    def poll(self) -> int | None:
+        """Its exit code, 0 if every rank succeeded; None while it runs."""
+        ...
+
+    def finish(self) -> None:
+        """Waits until its output is complete. It has ended."""
+        ...
+
+    def stop(self) -> None:
+        """Ends it and its ranks, if it still runs."""
+        ...
+
+
+Start = Callable[[str, str], Launcher]
+"""Starts the ranks, from the stage's address and its secret."""
 
 
 def launch(
@@ -57,22 +89,33 @@ def launch(
     environment: Mapping[str, str],
     report: Report,
 ) -> Any:
+    """`launch_by` a command on this machine. The address of the stage is appended as its last argument.
+
+    Args:
+        environment: variables to set, in addition to this process's.
+    """
+    return launch_by(
+        lambda address, secret: CommandLauncher([*command, address], environment), ranks, work, report=report
+    )
+
+
+def launch_by(start: Start, ranks: int, work: Work, *, host: str | None = None, report: Report) -> Any:
     """Makes every rank call `work(report=…)`, and returns the value of rank 0.
 
     The output of launcher and ranks goes to this process's standard output.
 
     Args:
-        command: starts the ranks. The stage's address is appended as the last argument.
+        start: starts the ranks.
         ranks: their number.
         work: pickled; see `compute.worker.Work`.
-        environment: variables to set, in addition to this process's.
+        host: the name or address by which other nodes reach this machine; None: all ranks are here.
         report: receives the events of rank 0.
 
     Raises:
         DiceError: as raised by a rank; OutOfMemoryError (4) if torch or the kernel ran out of memory.
         RuntimeError: a bug, with the traceback of the rank or the end of the output.
     """
-    with _Stage(command, ranks, work, environment, report) as stage:
+    with _Stage(start, ranks, work, host, report) as stage:
         return stage.listen()
 
 
@@ -87,30 +130,17 @@ class _Rank:
     disconnected: bool = False
 
 
-class _Stage:
-    """The stage's side: the launcher's process, and the connections to the ranks."""
+class CommandLauncher:
+    """A `Launcher` that is a process.
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        count: int,
-        work: Work,
-        environment: Mapping[str, str],
-        report: Report,
-    ) -> None:
-        self._count, self._work, self._report = count, work, report
-        self._ranks: list[_Rank] = []
-        self._failed: list[_Rank] = []  # in the order of the messages
-        self._output: deque[str] = deque(maxlen=_TAIL)
-        roots = [tempfile.gettempdir(), "/tmp"]
-        root = next((root for root in roots if len(os.fsencode(root)) < _ADDRESS_BYTES - 30), roots[-1])
-        self._folder = tempfile.mkdtemp(prefix="dice-", dir=root)  # readable by this user alone
-        address = str(Path(self._folder) / "stage")
-        self._server = socket.socket(socket.AF_UNIX)
-        self._server.bind(address)
-        self._server.listen(count)
-        self._launcher = subprocess.Popen(
-            [*command, address],
+    Args:
+        environment: variables to set, in addition to this process's.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.output: deque[str] = deque(maxlen=_TAIL)
+        self._process = subprocess.Popen(
+            command,
             env={**os.environ, **allocator_settings(os.environ), **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -120,6 +150,61 @@ class _Stage:
         self._output_thread = threading.Thread(target=self._copy_output, daemon=True)
         self._output_thread.start()
 
+    def _copy_output(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            text = line.decode("utf-8", errors="replace")
+            self.output.append(text.rstrip("\n"))
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.write(text)
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def finish(self) -> None:
+        self._output_thread.join(5)
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        self._output_thread.join(5)
+        if self._process.stdout is not None and not self._output_thread.is_alive():
+            self._process.stdout.close()
+
+
+def _limit(connection: socket.socket, seconds: int) -> None:
+    """Sets how long a blocking read or write may take; 0: as long as it takes."""
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+
+
+class _Stage:
+    """The stage's side: the launcher, and the connections to the ranks."""
+
+    def __init__(self, start: Start, count: int, work: Work, host: str | None, report: Report) -> None:
+        self._count, self._work, self._report, self._host = count, work, report, host
+        self._ranks: list[_Rank] = []
+        self._failed: list[_Rank] = []  # in the order of the messages
+        self._secret = secrets.token_hex(32)
+        self._folder: str | None = None
+        if host is None:
+            roots = [tempfile.gettempdir(), "/tmp"]
+            root = next((root for root in roots if len(os.fsencode(root)) < _ADDRESS_BYTES - 30), roots[-1])
+            self._folder = tempfile.mkdtemp(prefix="dice-", dir=root)  # readable by this user alone
+            address = str(Path(self._folder) / "stage")
+            self._server = socket.socket(socket.AF_UNIX)
+            self._server.bind(address)
+        else:
+            self._server = socket.create_server(("", 0))
+            address = f"{host}:{self._server.getsockname()[1]}"
+        self._server.listen(count)
+        self._launcher = start(address, self._secret)
+
     def __enter__(self) -> _Stage:
         return self
 
@@ -128,29 +213,13 @@ class _Stage:
         for rank in self._ranks:
             rank.connection.close()
         self._server.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        if self._launcher.poll() is None:
-            self._launcher.terminate()
-            try:
-                self._launcher.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._launcher.pid, signal.SIGKILL)
-                self._launcher.wait()
-        for rank in self._ranks:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._launcher.stop()
+        for rank in self._ranks if self._host is None else []:
             if rank.pid and not rank.disconnected:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank.pid, signal.SIGKILL)
-        self._output_thread.join(5)
-        if self._launcher.stdout is not None and not self._output_thread.is_alive():
-            self._launcher.stdout.close()
-
-    def _copy_output(self) -> None:
-        assert self._launcher.stdout is not None
-        for line in self._launcher.stdout:
-            text = line.decode("utf-8", errors="replace")
-            self._output.append(text.rstrip("\n"))
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.write(text)
 
     def listen(self) -> Any:
         """Receives messages until the training ends; returns the value of rank 0, or raises the failure."""
@@ -171,16 +240,32 @@ class _Stage:
                 break
             if self._failed and deadline is None:
                 deadline = time.monotonic() + _GRACE
-        if self._launcher.poll() is not None:
-            self._output_thread.join(5)  # The end of the output tells which signal killed a rank.
+        code = self._launcher.poll()
+        if code is not None:
+            self._launcher.finish()  # The end of the output tells which signal killed a rank.
         done = [rank for rank in self._ranks if rank.outcome and rank.outcome[0] == "result"]
-        if len(done) < self._count or self._launcher.returncode != 0:
+        if len(done) < self._count or code != 0:
             raise self._error()
         return next(rank.outcome[1]["value"] for rank in done if rank.number == 0 and rank.outcome)
 
     def _accept(self) -> None:
         accepted, _ = self._server.accept()
-        self._ranks.append(_Rank(Connection(accepted.detach())))
+        if self._host is None:
+            self._ranks.append(_Rank(Connection(accepted.detach())))
+            return
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection = Connection(os.dup(accepted.fileno()))  # of the same socket
+        with accepted:
+            # Who does not answer in time is left. A rank's messages may come hours apart.
+            _limit(accepted, _GREETING)
+            try:
+                deliver_challenge(connection, self._secret.encode())
+                answer_challenge(connection, self._secret.encode())
+            except (AuthenticationError, EOFError, OSError):
+                connection.close()
+                return
+            _limit(accepted, 0)
+        self._ranks.append(_Rank(connection))
 
     def _receive(self, rank: _Rank) -> None:
         try:
@@ -207,7 +292,7 @@ class _Stage:
         for _, failure in failures:
             if failure.kind != "bug":
                 return failure.error(failure.text)
-        output = "\n".join("    " + line for line in self._output)
+        output = "\n".join("    " + line for line in self._launcher.output)
         for rank in self._failed:
             if rank.outcome is None and f"Signal 9 (SIGKILL) received by PID {rank.pid}\n" in output + "\n":
                 reason = "signal 9: the kernel sends it when memory runs out"
@@ -215,11 +300,11 @@ class _Stage:
                 return Failure("OutOfMemoryError", 4, text).error(text)
         for number, failure in failures:
             return RuntimeError(f"rank {number} of the training failed\n{failure.text}")
-        code = self._launcher.returncode
+        code = self._launcher.poll()
         summary = "the training ended before all of its ranks reported a result"
         if self._failed:
             summary = f"rank {self._failed[0].number} of the training ended without a result or an error"
-        return RuntimeError(f"{summary} (exit code of accelerate launch: {code}); the end of the output:\n{output}")
+        return RuntimeError(f"{summary} (exit code of the launcher: {code}); the end of the output:\n{output}")
 
 
 # --- in a rank ------------------------------------------------------------------------------------------------
@@ -235,14 +320,28 @@ def _exit_with_stage(stage: Connection) -> None:
 def main() -> None:
     """Runs a rank: receives its work from the stage at the address in `sys.argv`, does it, and exits."""
     faulthandler.enable()
+    code = run_rank(sys.argv[1], os.environ.pop(SECRET, ""))
+    # sys.exit could hang on a library's threads, or in a collective operation that the other ranks never enter.
+    os._exit(code)
+
+
+def run_rank(address: str, secret: str) -> int:
+    """Receives the work of this rank from the stage, does it, and reports how it ended; returns an exit code.
+
+    The process exits at once when the stage ends.
+    """
     number = int(os.environ.get("RANK", "0"))
+    host, _, port = address.rpartition(":")
     try:
-        stage: Connection = Client(sys.argv[1], family="AF_UNIX")
+        if host:
+            stage: Connection = Client((host, int(port)), authkey=secret.encode())
+        else:
+            stage = Client(address, family="AF_UNIX")
         stage.send(("rank", {"number": number, "pid": os.getpid()}))
         pickled_work = stage.recv_bytes()
-    except (EOFError, OSError):
+    except (AuthenticationError, EOFError, OSError):
         print("the stage of this training has ended", file=sys.stderr)
-        os._exit(1)
+        return 1
     threading.Thread(target=_exit_with_stage, args=(stage,), daemon=True).start()
     lock = threading.Lock()
 
@@ -264,8 +363,7 @@ def main() -> None:
         sys.stderr.flush()
     with lock, contextlib.suppress(OSError):
         stage.send(outcome)
-    # sys.exit could hang on a library's threads, or in a collective operation that the other ranks never enter.
-    os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@
     zero3   the same with DeepSpeed, which must be installed
     own     as in the user's accelerate file (train.accelerate_config)
 
+Over several nodes (train.nodes) it is ddp or fsdp2, with as many processes on each. Ray Train starts them with
+devices.executor=ray (training/ray_launcher.py), else srun and torchrun in an allocation of Slurm (training/slurm.py).
+
 The files are written into the stage's folder. A user can read there what was used, or copy a file, change it, and set
 train.accelerate_config to the copy. The files do not set mixed precision: model.dtype does, for every strategy.
 """
@@ -28,6 +31,7 @@ from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.storage.files import write_json, write_text
 from dice_py.storage.keys import file_digest
+from dice_py.training.nodes import gpus_per_node, slurm_gpus
 
 ACCELERATE, ZERO3 = "accelerate.yaml", "zero3.json"
 SHARDED = ("FSDP", "DEEPSPEED")
@@ -50,6 +54,9 @@ class ProcessLayout:
     """Names for CUDA_VISIBLE_DEVICES; empty to leave the variable as it is."""
     own: Path | None = None
     """The user's accelerate file."""
+    nodes: int = 1
+    by: Literal["accelerate", "slurm", "ray"] = "accelerate"
+    """What starts the processes, if there are several."""
 
     @property
     def shards(self) -> int:
@@ -89,6 +96,8 @@ def lay_out(
         )
     groups = find_groups(devices or DevicesConfig(), models)
     gpus = tuple(gpu for group in groups for gpu in group.gpus)
+    if config.nodes > 1:
+        return _over_nodes(config, devices or DevicesConfig(), gpus, report)
     if config.accelerate_config is not None:
         return _own_layout(config, Path(config.accelerate_config).expanduser(), gpus)
     processes = _processes(config, gpus, devices is not None, report)
@@ -108,6 +117,44 @@ def lay_out(
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise UsageError("train.strategy is zero3, but DeepSpeed is not installed; add it with: pip install deepspeed")
     return ProcessLayout(processes, strategy, device, gpus[:processes])
+
+
+def _over_nodes(config: TrainConfig, devices: DevicesConfig, gpus: tuple[str, ...], report: Report) -> ProcessLayout:
+    """The layout over several nodes, each with as many processes, and GPUs, as any other.
+
+    Args:
+        gpus: of this node.
+    """
+    by: Literal["slurm", "ray"] = "ray" if devices.executor == "ray" else "slurm"
+    per_node = gpus_per_node(devices, config.nodes, cuda=bool(gpus)) if by == "ray" else slurm_gpus(config.nodes, gpus)
+    if config.processes == "auto":
+        micro_batches = config.batch_size // config.per_device_train_batch_size
+        each = max((n for n in range(1, max(1, per_node) + 1) if micro_batches % (n * config.nodes) == 0), default=0)
+        if not each:
+            raise UsageError(
+                f"train.batch_size ({config.batch_size}) must be a multiple of train.per_device_train_batch_size × "
+                f"processes, of which train.nodes={config.nodes} has one at least on each node"
+            )
+        if each < per_node:
+            report(
+                "note",
+                text=f"training uses {each} of {per_node} GPUs of each node: train.batch_size has no more shares",
+            )
+    else:
+        each, rest = divmod(config.processes, config.nodes)
+        if rest or (gpus and each > per_node):
+            raise UsageError(
+                f"train.processes is {config.processes}, which {config.nodes} nodes (train.nodes) with {per_node} "
+                "GPU(s) each cannot share evenly; set it to auto, or to a multiple of train.nodes"
+            )
+    strategy = config.strategy if config.strategy != "auto" else "fsdp2" if gpus and config.lora is None else "ddp"
+    if strategy == "zero3":
+        raise UsageError("train.strategy is zero3, which runs on one node here; over several, set it to fsdp2")
+    if strategy == "fsdp2" and not gpus:
+        raise UsageError("train.strategy is fsdp2, which needs GPUs; on the CPU, set it to ddp or auto")
+    return ProcessLayout(
+        each * config.nodes, strategy, "cuda" if gpus else "cpu", gpus[:each], nodes=config.nodes, by=by
+    )
 
 
 def _processes(config: TrainConfig, gpus: tuple[str, ...], all_gpus: bool, report: Report) -> int:
@@ -229,3 +276,17 @@ def write_accelerate_config(layout: ProcessLayout, config: TrainConfig, folder: 
     content = accelerate_config(layout, config, zero3)
     write_text(folder / ACCELERATE, _HEADER + yaml.safe_dump(content, sort_keys=False))
     return folder / ACCELERATE
+
+
+def accelerate_environment(file: Path) -> dict[str, str]:
+    """The environment variables that `accelerate launch` would set for the ranks of a config file of this project.
+
+    For launchers other than accelerate's, which set the rank and the number of processes themselves.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    parsed = launch_command_parser().parse_args(["--config_file", str(file), "--module", "dice_py.training.launcher"])
+    arguments, *_ = _validate_launch_command(parsed)
+    environment: dict[str, str] = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}

@@ -15,6 +15,7 @@ import transformers.training_args
 import trl
 from accelerate.state import DistributedType, PartialState
 
+from dice_py.training import ray_launcher
 from dice_py.training import trainer as trainer_module
 from dice_py.training.launcher import main
 from dice_py.training.step0 import Step0
@@ -82,6 +83,12 @@ def inspect_setup(*args: Any, **kwargs: Any) -> dict[str, Any]:
     except InterruptedError:
         return {**counts, **setup}
     raise AssertionError("step 0 was not reached")
+
+
+def rank_of_ray(config: dict[str, Any]) -> None:
+    """A worker of Ray Train that shards on the CPU."""
+    shard_on_cpu()
+    ray_launcher.rank_of_ray(config)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_sets import CPU
 
+from dice_py.config.shared import DevicesConfig
 from dice_py.config.training import TrainConfig
 from dice_py.stages.train import TrainJob
 from dice_py.storage.parquet import write_parquet
@@ -37,6 +38,7 @@ class Stage:
         self.policy, self.pairs, self.folder, self.out = policy, pairs, folder, folder / "train"
         self.model = self.out / "model"
         self.models = CPU
+        self.devices: DevicesConfig | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.on_step: Callable[[int], None] = lambda step: None
 
@@ -56,6 +58,7 @@ class Stage:
             out=self.out,
             beta=0.1,
             seed=7,
+            devices=self.devices,
         )
 
     def report(self, event: str, **fields: Any) -> None:

@@ -101,7 +101,7 @@ def test_rank_that_ends_without_a_result_is_a_failure(ranks: Launch) -> None:
 def test_launcher_that_starts_no_rank_is_a_failure(ranks: Launch) -> None:
     for code in (0, 7):
         command = [sys.executable, "-c", f"print('no such option'); raise SystemExit({code})"]
-        with pytest.raises(RuntimeError, match=rf"(?s)exit code of accelerate launch: {code}\).*no such option"):
+        with pytest.raises(RuntimeError, match=rf"(?s)exit code of the launcher: {code}\).*no such option"):
             ranks("answer", command, start=1)
 
 
