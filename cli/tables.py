@@ -176,12 +176,32 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"rounds.stop_when=worse may end the run before its last round, {plan['rounds']}")
     if plan["not_estimated"]:
         lines.append(f"not in the estimate, since nothing is known of them: {', '.join(plan['not_estimated'])}")
+    if plan["cluster"] is not None:
+        lines += cluster_lines(plan["cluster"])
     if not plan["gpu_hours"]:
         lines.append(f"no GPU is used: {number(plan['cpu_hours'])} core hours")
     free = f"{size(plan['free_disk_bytes'])} of disk and {size(plan['free_memory_bytes'])} of memory are free"
     if failure is None:
         return [*lines, f"it fits: {free}"]
     return [*lines, f"it does not fit: {failure['text']} ({failure['setting']}); {failure['remedy']}", free]
+
+
+def cluster_lines(cluster: dict[str, Any]) -> list[str]:
+    """The lines of a plan about its cluster: what is reserved, what of it is idle in which stages, what is assumed."""
+    lines = [f"cluster: {cluster['nodes']} node(s), {cluster['gpus']} GPUs, {number(cluster['node_hours'])} node hours"]
+    if cluster["idle_share"] is not None:
+        worst = sorted(cluster["idle_by_stage"].items(), key=lambda item: -item[1])[:3]
+        stages = ", ".join(f"{name} {number(hours)}" for name, hours in worst)
+        lines[0] += (
+            f"; of {number(cluster['reserved_gpu_hours'])} GPU hours {100 * cluster['idle_share']:.0f} % are idle "
+            f"({stages})"
+        )
+    lines.append(
+        f"between nodes {size(cluster['network_bytes'])}, over the file system {size(cluster['filesystem_bytes'])}; "
+        f"assumed: {number(cluster['assumed_network_gb_per_s'])} GB/s a node, "
+        f"{number(cluster['assumed_filesystem_gb_per_s'])} GB/s for all (--network, --filesystem)"
+    )
+    return lines
 
 
 def size(count: float) -> str:

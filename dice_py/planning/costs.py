@@ -13,6 +13,7 @@ from dice_py.config.run import RunConfig
 from dice_py.config.training import TrainConfig
 from dice_py.models.memory import TrainingMemory, checkpoint_bytes, generate_memory, host_memory, score_memory
 from dice_py.models.sizes import ModelSize
+from dice_py.planning.cluster import spread
 from dice_py.planning.counts import Data, RoundCounts, count_round_zero
 from dice_py.planning.decoding import decode_steps, draw_lengths
 from dice_py.planning.estimate import Estimate
@@ -343,6 +344,7 @@ class Estimator:
             check: seconds of the process that checks the user's models and data; None where there is none. It is
                 part of the first stage.
         """
+        cluster = self.machine.cluster
         stages = self._round_zero() if self.config.has_round_zero else {}
         for number, counts in enumerate(rounds, start=1):
             for kind, stage in self._round(number, counts):
@@ -350,6 +352,8 @@ class Estimator:
         tasks = [] if check is None else [Task(0.0, check, prepares=True)]
         for name, stage in stages.items():
             kind = name.rpartition("/")[2]
+            if cluster is not None:
+                spread(kind, stage, self.config, self.costs, self.machine, self.policy)
             prepares = stage.has_process and name != f"round-{len(rounds):02d}/evaluate"
             startup = self.costs.startup[_SAME_IMPORTS.get(kind, kind)] if stage.has_process else None
             tasks.append(Task(startup, stage.work + stage.load, prepares))
@@ -358,7 +362,8 @@ class Estimator:
         before = 0.0 if check is None else times.pop(0)[0]
         entries = {}
         for (name, stage), (seconds, wait) in zip(stages.items(), times, strict=True):
-            entries[name] = self._entry(stage, seconds, wait, before)
+            all_gpus = None if cluster is None else cluster.all_gpus
+            entries[name] = stage.entry(seconds, wait, before, cuda=self.machine.cuda, all_gpus=all_gpus)
             before = 0.0
         return entries
 
@@ -381,20 +386,3 @@ class Estimator:
         config = self.config.model_copy(update={"train": self.config.round0.training(self.config.train)})
         counts = count_round_zero(config, self.data, self.machine.processes)
         return {"round-00/replay": self.replay(counts, 0), "round-00/train": self.train(counts, config)}
-
-    def _entry(self, stage: Estimate, seconds: float, wait: float, before: float) -> dict[str, Any]:
-        """A stage's entry in the plan. `before`: seconds that precede it and count as its start-up."""
-        return {
-            "seconds": seconds + before,
-            "startup_seconds": wait + stage.load + before,
-            "work_seconds": seconds - wait - stage.load,
-            "gpu_hours": stage.devices * (seconds + before) / 3600 if self.machine.cuda else 0.0,
-            "tokens": int(stage.tokens),
-            "disk_bytes": round(stage.disk),
-            "transient_disk_bytes": round(stage.transient),
-            "peak_memory_bytes": stage.memory,
-            **stage.counts,
-            **({} if stage.least_memory is None else {"least_memory_bytes": stage.least_memory}),
-            **({"remedy": stage.remedy} if stage.remedy else {}),
-            **({"lacking": stage.lacking} if stage.lacking else {}),
-        }

@@ -33,3 +33,29 @@ class Machine:
     """For mining one response."""
     bootstrap_seconds: float
     """For one confidence interval of the evaluation."""
+    cluster: Cluster | None = None
+    """Of which `groups`, `gpus` and `processes` are; None: this machine alone."""
+    speed_up: float = 1.0
+    """Processes of the training over those that its costs were measured with."""
+
+
+NETWORK = 50.0
+"""GB/s between a node and the others, where a plan is told no other: 400 Gbit/s."""
+FILESYSTEM = 20.0
+"""GB/s that the shared file system gives to all nodes together, where a plan is told no other."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes that are alike."""
+
+    nodes: int
+    gpus: int
+    """Of each node; 0: its cores are used."""
+    network: float = NETWORK
+    filesystem: float = FILESYSTEM
+
+    @property
+    def all_gpus(self) -> int:
+        """GPUs of all nodes."""
+        return self.nodes * self.gpus

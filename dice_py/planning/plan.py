@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,11 +35,12 @@ from dice_py.mining.pairs import mine_pairs
 from dice_py.models.sizes import ModelSize, model_size
 from dice_py.planning.calibrate_generation import Probe
 from dice_py.planning.calibration import SubprocessRunner, calibrate, note_load, run_probe, sampled_file
+from dice_py.planning.cluster import find_cluster, local_config, on_cluster, summary
 from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import Data, count_rounds
 from dice_py.planning.decoding import draw_lengths
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
-from dice_py.planning.machine import Machine
+from dice_py.planning.machine import Cluster, Machine
 from dice_py.planning.pair_costs import mining_labels
 from dice_py.planning.response_lengths import calibrated_lengths
 from dice_py.runs.event_log import read_events
@@ -65,12 +67,14 @@ def plan(
     *,
     fresh: bool = False,
     own_start: float = 0.0,
+    on_paper: Callable[[int], Cluster] | None = None,
     report: Report = no_report,
 ) -> dict[str, Any]:
     """The plan of the run of `config` in `folder`, ready for JSON; nothing is written there.
 
     Args:
         fresh: measure costs even where some are kept.
+        on_paper: a cluster that the run is planned for, whether it is there or not, from the number of GPUs here.
         own_start: seconds that the command itself takes to start.
 
     Returns:
@@ -85,9 +89,12 @@ def plan(
         DiceError: the same errors that would stop the run before its first stage.
     """
     with tempfile.TemporaryDirectory(prefix="dice-plan-") as temporary:
-        measured = _measure(config, Path(temporary), fresh, report)
+        measured = _measure(local_config(config), Path(temporary), fresh, report)
     data, probed, costs = measured.data, measured.probe, measured.costs
     machine = _machine(config, probed, data)
+    cluster = find_cluster(config, None if on_paper is None else on_paper(probed.gpus), cuda=probed.cuda)
+    if cluster is not None:
+        machine = on_cluster(machine, config, cluster)
     counts = count_rounds(config, data, machine.processes)
     estimator = Estimator(config, costs, machine, measured.policy, measured.reference, data)
     stages = estimator.estimate(counts, measured.check_seconds)
@@ -125,6 +132,7 @@ def plan(
         "method": config.train.method,
         "labels": mining_labels(config),
         "not_estimated": not_estimated(config),
+        "cluster": None if cluster is None else summary(cluster, stages, total),
         "stages": stages,
     }
 

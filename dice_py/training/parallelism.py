@@ -119,6 +119,22 @@ def lay_out(
     return ProcessLayout(processes, strategy, device, gpus[:processes])
 
 
+def even_share(config: TrainConfig, nodes: int, most: int) -> int:
+    """Processes on each of so many nodes, at most `most`, among which the batch can be split; `processes: auto`.
+
+    Raises:
+        UsageError: there are more nodes than the batch has parts.
+    """
+    micro_batches = config.batch_size // config.per_device_train_batch_size
+    each = max((count for count in range(1, most + 1) if micro_batches % (count * nodes) == 0), default=0)
+    if not each:
+        raise UsageError(
+            f"train.batch_size ({config.batch_size}) must be a multiple of train.per_device_train_batch_size × "
+            f"processes, of which train.nodes={nodes} has one at least on each node"
+        )
+    return each
+
+
 def _over_nodes(config: TrainConfig, devices: DevicesConfig, gpus: tuple[str, ...], report: Report) -> ProcessLayout:
     """The layout over several nodes, each with as many processes, and GPUs, as any other.
 
@@ -128,13 +144,7 @@ def _over_nodes(config: TrainConfig, devices: DevicesConfig, gpus: tuple[str, ..
     by: Literal["slurm", "ray"] = "ray" if devices.executor == "ray" else "slurm"
     per_node = gpus_per_node(devices, config.nodes, cuda=bool(gpus)) if by == "ray" else slurm_gpus(config.nodes, gpus)
     if config.processes == "auto":
-        micro_batches = config.batch_size // config.per_device_train_batch_size
-        each = max((n for n in range(1, max(1, per_node) + 1) if micro_batches % (n * config.nodes) == 0), default=0)
-        if not each:
-            raise UsageError(
-                f"train.batch_size ({config.batch_size}) must be a multiple of train.per_device_train_batch_size × "
-                f"processes, of which train.nodes={config.nodes} has one at least on each node"
-            )
+        each = even_share(config, config.nodes, per_node)
         if each < per_node:
             report(
                 "note",

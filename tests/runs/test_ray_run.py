@@ -1,4 +1,4 @@
-"""A run whose shards are made on nodes of a Ray cluster: byte for byte that of one machine, and resumed after a kill."""
+"""A run whose shards are made on nodes of a Ray cluster: byte for byte as on one machine, resumed after a kill."""
 
 from __future__ import annotations
 
