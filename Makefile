@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo ablation evidence-real test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest \
 	lint format docs bench bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real \
-	bench-winrate bench-audit bench-report bench-methods gpu-kit lock clean
+	bench-winrate bench-audit bench-report bench-methods bench-cluster gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -144,6 +144,9 @@ bench-audit: setup ## an audit of 200 pairs against rewardbench's way for DPO mo
 
 bench-plan: setup ## the plan of the embedded default against a run of it (minutes)
 	$(BIN)/python benches/plan.py $(BENCH_ARGS)
+
+bench-cluster: setup ## a round of an 8B model on 8, 64 and 512 GPUs, on paper (seconds; BENCH_ARGS="--sampling 5000")
+	$(BIN)/python benches/cluster.py $(BENCH_ARGS)
 
 bench-winrate: setup ## win rates against AlpacaEval's own figures (BENCH_ARGS="--data FILE --official FILE"; minutes)
 	$(BIN)/python benches/winrate.py $(BENCH_ARGS)

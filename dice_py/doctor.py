@@ -13,7 +13,7 @@ from dice_py.errors import DiceError
 from dice_py.storage.cache import cache_folder
 
 _TRAIN = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
-_PACKAGES = ("dice-align", "polars", "pyarrow", "typer", "pydantic", *_TRAIN, "vllm", "openai")
+_PACKAGES = ("dice-align", "polars", "pyarrow", "typer", "pydantic", *_TRAIN, "vllm", "ray", "openai")
 
 
 def _installed_version(package: str) -> str | None:

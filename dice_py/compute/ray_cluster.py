@@ -96,6 +96,12 @@ def connected(devices: DevicesConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_cluster(devices: DevicesConfig) -> None:
+    """Connects to the cluster, and leaves it again; the errors are those of `connected`."""
+    with connected(devices):
+        return
+
+
 def _check_answers(address: str) -> None:
     """Raises OSError if nothing answers at an address; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")

@@ -111,15 +111,20 @@ class DevicesConfig(Section):
         default=2, description="worker processes that may try a shard before the stage fails"
     )
     executor: Literal["local", "ray"] = Field(
-        default="local", description="where shards are sampled and scored: this machine, or the nodes of a Ray cluster"
+        default="local",
+        description="where shards are sampled and scored: this machine, or the nodes of a Ray cluster",
+        json_schema_extra=ADDED,
     )
     ray_address: str | None = Field(
         default=None,
         description="address of the cluster's head, as 10.0.0.1:6379, or auto: the cluster that this machine belongs "
         "to; none: that of the variable RAY_ADDRESS, else a cluster of this machine alone is started",
+        json_schema_extra=ADDED,
     )
     ray_wait: Annotated[float, Field(ge=0.0)] = Field(
-        default=600.0, description="seconds to wait for a node of the cluster when none is left to work"
+        default=600.0,
+        description="seconds to wait for a node of the cluster when none is left to work",
+        json_schema_extra=ADDED,
     )
 
     @field_validator("ray_address")

@@ -114,6 +114,7 @@ class TrainConfig(LossConfig):
         default=1,
         description="machines that train together, each with as many processes: of the Ray cluster "
         "(devices.executor=ray), else of the Slurm allocation that the run was started in",
+        json_schema_extra=ADDED,
     )
     accelerate_config: str | None = Field(
         default=None, description="a config file of accelerate (YAML), used unchanged instead of processes and strategy"

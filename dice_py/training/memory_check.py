@@ -42,7 +42,7 @@ def check_training_memory(
     if cuda:
         available, memory = free_gpu_memory(layout.gpus), "GPU memory"
     else:
-        needed = host_memory(needed, resident_memory("VmRSS"), layout.processes)
+        needed = host_memory(needed, resident_memory("VmRSS"), layout.processes // layout.nodes)
     if needed > available:
         how = "adapters" if train.lora else "gradients and optimizer states"
         raise OutOfMemoryError(
