@@ -234,8 +234,12 @@ class RayExecutor:
                 self._asked[node.id] = (node, ask(node, self._proof), time.monotonic())
                 self._known.add(node.id)
         self._admit(wait=not self._looked)
+        there: list[Group] = [group for group in self._groups if group.node_id in alive]
+        if not self._looked:
+            nodes = len({group.node for group in there})
+            self._report("note", text=f"{nodes} node(s) of the Ray cluster, {len(there)} group(s) of devices")
         self._looked = True
-        return [group for group in self._groups if group.node_id in alive]
+        return there
 
     def _admit(self, *, wait: bool) -> None:
         """Takes in the nodes whose answers are there; with `wait`, after all have answered."""
@@ -276,6 +280,8 @@ class RayExecutor:
             )
         self._kinds |= {node.kind} if node.kind is not None else set()
         self._report("node", name=node.name, cpus=node.cpus, gpus=node.gpus, groups=count)
+        if self._looked:
+            self._report("note", text=f"node {node.name} has joined, with {count} group(s) of devices")
 
     def start(self, group: Group) -> RayProcess:
         assert isinstance(group, NodeGroup)

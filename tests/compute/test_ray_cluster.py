@@ -92,6 +92,7 @@ def test_every_shard_is_made_once_and_events_name_its_node(cluster: Cluster, tmp
     assert "the worker works" in (tmp_path / "logs" / "group-1.log").read_text()
 
 
+@pytest.mark.long
 def test_a_lost_node_loses_its_open_shard_and_a_late_one_gets_work(cluster: Cluster, tmp_path: Path) -> None:
     dispatch = Dispatch(cluster, tmp_path, shard_attempts=1)  # a lost node is no failed attempt
     dying = cluster.add_node(**NODE)
@@ -117,6 +118,9 @@ def test_a_lost_node_loses_its_open_shard_and_a_late_one_gets_work(cluster: Clus
     assert len(again) == 1
     assert len(tried[again[0]]) == 2
     late = dispatch.of("node")[3]["name"]
+    notes = [fields["text"] for fields in dispatch.of("note")]
+    assert notes[0] == "3 node(s) of the Ray cluster, 3 group(s) of devices"
+    assert f"node {late} has joined, with 1 group(s) of devices" in notes
     assert sum(fields["node"] == late for fields in dispatch.of("shard")) >= 1
     assert {fields["file"] for fields in dispatch.of("shard")} == {f"item-{number}" for number in range(30)}
 
@@ -127,6 +131,7 @@ def test_errors_of_the_work_are_raised_as_on_one_machine(cluster: Cluster, tmp_p
         dispatch(3, seconds=0.0, bad=1)
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_out_of_memory_and_another_node_takes_over(cluster: Cluster, tmp_path: Path) -> None:
     dispatch = Dispatch(cluster, tmp_path)
     dispatch(4, seconds=0.2, killed=1)
@@ -179,7 +184,7 @@ def test_without_a_node_that_can_work_the_run_waits_and_stops(
     with pytest.raises(InterruptedRunError, match=r"no node with cores for 0 s \(devices.ray_wait\).*dice resume"):
         dispatch(1, seconds=0.0)
     assert time.monotonic() - start < 30
-    assert "waiting for one" in dispatch.of("note")[0]["text"]
+    assert "waiting for one" in dispatch.of("note")[-1]["text"]
 
 
 def test_no_cluster_at_the_address(tmp_path: Path) -> None:
