@@ -120,12 +120,14 @@ def test_the_miner_works_in_python(bare: Path, tmp_path: Path) -> None:
     assert int(pairs) > 0
 
 
-def test_the_miner_works_on_the_command_line(bare: Path, tmp_path: Path) -> None:
-    scored(tmp_path / "scored.parquet")
-    assert "mine" in call(bare, tmp_path, "dice", "--help").stdout
-    done = call(bare, tmp_path, "dice", "mine", "scored.parquet", "-o", "pairs.parquet", "--json")
+def test_the_trial_of_a_release_passes(bare: Path, tmp_path: Path) -> None:
+    done = call(bare, tmp_path, "python", ROOT / ".ci" / "try_wheel.py")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["pairs"] == pl.read_parquet(tmp_path / "pairs.parquet").height > 0
+    assert f"at {bare.parent}/" in done.stdout
+    assert "mine" in call(bare, tmp_path, "dice", "--help").stdout
+    told = call(bare, tmp_path, "dice", "mine", "scored.parquet", "-o", "again.parquet")
+    assert told.returncode == 0, told.stderr
+    assert pl.read_parquet(tmp_path / "again.parquet").equals(pl.read_parquet(tmp_path / "pairs.parquet"))
 
 
 def test_doctor_says_what_to_add(bare: Path, tmp_path: Path) -> None:
