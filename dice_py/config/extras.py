@@ -1,6 +1,6 @@
 """What is optional: the extra that brings each module, and the error where one is missing.
 
-The miner, the replay sampler and their command line need none of these. Which module a command lacks is known when it
+The miner, the replay sampler and `dice mine` need none of these. Which module a command lacks is known when it
 is first imported, so `missing_module` turns that ImportError into a sentence; `require` is for work that must not begin
 without all of its modules.
 """
