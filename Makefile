@@ -17,7 +17,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --
 export PYO3_PYTHON := $(abspath $(BIN))/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo ablation evidence-real test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest \
+.PHONY: help setup run demo ablation evidence-real test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest test-newest \
 	lint format docs bench bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real \
 	bench-winrate bench-audit bench-report bench-methods bench-cluster gpu-kit lock clean
 
@@ -81,15 +81,20 @@ test-kills: setup ## kills small runs at 100 random moments, and compares each w
 test-vllm: setup ## Python's tests of the vLLM engine, alone; `make test` and `make test-slow` have them too (minutes)
 	$(PYTEST) -m vllm $(PYTEST_ARGS)
 
-# An environment of its own, beside .venv, with the extension that `make setup` built.
-$(VENV)-oldest/.requirements: requirements/oldest.txt | $(UV)
-	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-oldest
-	$(UV) pip install --python $(VENV)-oldest/bin/python --no-deps --require-hashes -r requirements/oldest.txt
+# Environments of their own, beside .venv: other versions, with the extension that `make setup` built, or the site's packages.
+$(VENV)-%/.requirements: requirements/%.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-$*
+	$(UV) pip install --python $(VENV)-$*/bin/python --no-deps --require-hashes -r $<
 	touch $@
 
+TEST_VERSIONS = -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --dist=loadfile -m "not vllm and not gpu" \
+	tests/models tests/scoring tests/generation tests/training
+
 test-oldest: setup $(VENV)-oldest/.requirements ## tests with the oldest supported torch and transformers
-	$(VENV)-oldest/bin/python -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 --dist=loadfile \
-		-m "not vllm and not gpu" tests/models tests/scoring tests/generation tests/training $(PYTEST_ARGS)
+	$(VENV)-oldest/bin/python $(TEST_VERSIONS) $(PYTEST_ARGS)
+
+test-newest: setup $(VENV)-newest/.requirements ## tests with the newest supported torch and transformers
+	$(VENV)-newest/bin/python $(TEST_VERSIONS) $(PYTEST_ARGS)
 
 lint: setup ## formats, clippy, ruff, import contracts, mypy, stubtest
 	cargo fmt --all --check
@@ -104,12 +109,6 @@ format: setup ## format Rust and Python, and fix what ruff can fix
 	cargo fmt --all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-# An environment of its own: the site's packages are not the engine's.
-$(VENV)-docs/.requirements: requirements/docs.txt | $(UV)
-	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-docs
-	$(UV) pip install --python $(VENV)-docs/bin/python --no-deps --require-hashes -r requirements/docs.txt
-	touch $@
 
 docs: setup $(VENV)-docs/.requirements ## docs/configuration.md from the config models, and the site of docs/ in target/site
 	$(BIN)/python docs/config_reference.py
@@ -157,15 +156,17 @@ bench-report: setup ## keys of the pair browser on a page of 2,000 pairs, in Chr
 gpu-kit: setup ## .gpukit/kit.tar.xz: what a GPU machine without network needs for benches/gpu/check.py
 	benches/gpu/build_kit.sh .gpukit $(GPU_KIT_WORLD)
 
-lock: $(UV) ## requirements/dev.txt, docs.txt and oldest.txt from requirements/*.in
-	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/docs.in --python-version 3.11 --universal \
-		--generate-hashes --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/docs.txt
-	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/dev.in \
-		--override requirements/overrides.txt --python-version 3.11 --universal --generate-hashes \
-		--no-emit-index-url --no-emit-find-links --quiet --output-file requirements/dev.txt
-	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements/oldest.in \
-		--override requirements/oldest-overrides.txt --python-version 3.11 --universal --generate-hashes \
-		--no-emit-index-url --no-emit-find-links --quiet --output-file requirements/oldest.txt
+LOCK = UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile --generate-hashes --no-emit-index-url --no-emit-find-links --quiet
+FOR_ALL = --python-version 3.11 --universal
+
+lock: $(UV) ## requirements/*.txt from requirements/*.in
+	$(LOCK) requirements/docs.in $(FOR_ALL) --output-file requirements/docs.txt
+	$(LOCK) requirements/build.in $(FOR_ALL) --output-file requirements/build.txt
+	$(LOCK) requirements/dev.in --override requirements/overrides.txt $(FOR_ALL) --output-file requirements/dev.txt
+	for set in oldest newest; do $(LOCK) requirements/$$set.in --override requirements/$$set-overrides.txt $(FOR_ALL) \
+		--output-file requirements/$$set.txt || exit; done
+	$(LOCK) requirements/gpu.in --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+		--output-file requirements/gpu.txt
 
 clean: ## remove what was built (not the runs)
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs target dice_py/_native*.so
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-docs target dice_py/_native*.so

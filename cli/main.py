@@ -36,6 +36,7 @@ from cli.stages import evaluate, generate, score, train
 from cli.terminal import prepare_streams, say
 from cli.winrate import WinrateCommand, winrate
 from dice_py.compute.interrupts import settle, stopped_by_signals
+from dice_py.config.extras import missing_module
 from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, UsageError
 
 # Typer has Click's errors, under a path that depends on its version.
@@ -46,12 +47,12 @@ _NO_ROOM = ("failed to map segment", "cannot allocate memory", "Cannot allocate 
 
 
 def _sentence_of(error: Exception) -> DiceError | None:
-    """The error to show for one of the system that the user can mend; None for all others."""
+    """The error to show for one of the system or the installation that the user can mend; None for all others."""
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, ImportError) and any(part in text for part in _NO_ROOM)):
         return OutOfMemoryError(f"there is not enough memory ({text or 'MemoryError'}); free some, or raise the limit")
     if not isinstance(error, OSError):
-        return None
+        return missing_module(error)
     from dice_py.storage.files import path_error
 
     if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd

@@ -77,9 +77,11 @@ def run_config(
     method: str | None,
     seed: int | None,
 ) -> RunConfig:
-    """The config of `dice run` and `dice plan`."""
+    """The config of `dice run` and `dice plan`. They make no folder where the extra `train` is missing."""
+    from dice_py.config.extras import TRAINING, require
     from dice_py.config.loading import resolve
 
+    require(*TRAINING, extra="train")
     return resolve(
         config or [],
         assign or [],

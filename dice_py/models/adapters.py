@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dice_py.config.extras import require
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
@@ -20,7 +21,6 @@ from dice_py.models.adapter_sum import add_adapter, share_kept
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.folder_check import read_object
 from dice_py.models.identity import MERGED_STAMP, model_identity
-from dice_py.models.loading import require
 from dice_py.models.rounding import ENOUGH
 from dice_py.models.saving import share_weights
 from dice_py.models.weight_files import check_is_weights, read_header

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dice_py.config.extras import require
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.models.bin_weights import bin_records
 from dice_py.models.folder_check import check_model_folder, read_object
 from dice_py.models.identity import model_identity
-from dice_py.models.loading import placement, require
+from dice_py.models.loading import placement
 from dice_py.models.weight_files import first_few, weight_files
 from dice_py.models.weight_names import compare_weights, error_line, stored_tensors
 from dice_py.models.weight_records import TensorRecord, tensor_records

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dice_py.config.extras import require
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
-from dice_py.models.loading import require
 from dice_py.models.saving import share_weights
 from dice_py.storage.cache import cache_folder
 from dice_py.storage.files import atomic, read_json, remove_temporaries

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dice_py.config.extras import require
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.models.folder_check import check_model_folder
@@ -20,19 +21,6 @@ from dice_py.timing import timed
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-
-def require(*modules: str, extra: str) -> None:
-    """Checks that modules of an optional dependency set (`extra`) are installed.
-
-    Raises:
-        UsageError: a module is missing; the message has the command that installs it.
-    """
-    import importlib.util
-
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"{', '.join(missing)} is not installed; add it with: pip install 'dice-align[{extra}]'")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dice_py.config.extras import require
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.models.adapters import base_name, find_merged, merge_key, merged_model
 from dice_py.models.folder_check import check_model_folder, is_adapter
 from dice_py.models.gguf import converted_model, find_converted, gguf_file, gguf_key
 from dice_py.models.identity import model_identity
-from dice_py.models.loading import require
 
 _WANTED = (
     *("*.json", "*.safetensors", "adapter_model.bin", "*.model", "*.jinja", "*.txt", "tokenizer*", "*.tiktoken"),

@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 
 import polars as pl
 
+from dice_py.config.extras import require
 from dice_py.config.shared import ModelConfig
 from dice_py.data import Message, file_places
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.models.chat_template import ChatTemplate, Conversation, turn_tokens
 from dice_py.models.control_tokens import ControlTokens, Guard
-from dice_py.models.loading import require
 from dice_py.rows.bad_rows import BadRowRule, BadRows
 from dice_py.storage.schemas import PAIRS
 from dice_py.timing import timed

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from dice_py.config.extras import install
 from dice_py.reporting.foreign_text import visible
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def cannot_draw() -> str | None:
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         return (
-            f"plots are left out, since {' and '.join(missing)} cannot be imported: `pip install altair "
-            "vl-convert-python`, and `dice report` draws them. The tables have their numbers"
+            f"plots are left out, since {' and '.join(missing)} cannot be imported: `{install('train')}`, and "
+            "`dice report` draws them. The tables have their numbers"
         )
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY or limit >= _ADDRESS_SPACE:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dice_py.config.extras import TRAINING, require
 from dice_py.evaluation.judges.registry import build_judges
-from dice_py.models.loading import require
 from dice_py.models.sources import needs_conversion, resolve_model
 from dice_py.models.template_time import FILE, with_template_time
 from dice_py.runs.measured_costs import recall_lengths
@@ -70,7 +70,7 @@ def _world(run: Run) -> World:
 def prepare(run: Run) -> Inputs:
     """Resolves the models, reads and checks the data, and splits held-out parts off, into `inputs/`."""
     config, folder = run.config, run.folder / "inputs"
-    require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
+    require(*TRAINING, extra="train")
     if config.is_world:
         world = _world(run)
         inputs = Inputs(

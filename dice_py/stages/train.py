@@ -25,6 +25,7 @@ import polars as pl
 
 from dice_py.compute.devices import Group, device_in_group, only_these_gpus
 from dice_py.compute.worker import Work
+from dice_py.config.extras import TRAINING, require
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DamagedError
@@ -32,7 +33,6 @@ from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
 from dice_py.models.limits import check_positions, model_positions
-from dice_py.models.loading import require
 from dice_py.models.sizes import model_size
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
@@ -124,7 +124,7 @@ class TrainJob(Job):
         return StageResult([(self.target, key)], dict(stamp["counts"]))
 
     def _train(self, key: str, report: Report) -> None:
-        require("torch", "transformers", "trl", "accelerate", "datasets", extra="train")
+        require(*TRAINING, extra="train")
         check_checkpoint(self.policy, "policy", self.models)
         layout = lay_out(self.config, self.models, self.devices, report)
         check_training_settings(self.config, self.policy, remote_code=self.models.trust_remote_code)

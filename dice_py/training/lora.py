@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dice_py.config.extras import require
 from dice_py.config.training import LoraConfig
 from dice_py.events import Report
-from dice_py.models.loading import require
 from dice_py.models.saving import share_mode
 from dice_py.storage.files import atomic
 from dice_py.storage.integrity import read_stamp, set_aside, write_stamp

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from dice_py.config.extras import EXTRAS, install
 from dice_py.config.passthrough import refused_by
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import UsageError
@@ -87,9 +88,10 @@ def _check_trackers(names: list[str], section: str) -> None:
                 f"{', '.join(INTEGRATION_TO_CALLBACK)}"
             )
         if name not in available:
+            command = install("tracking") if name in EXTRAS["tracking"] else f"pip install {name}"
             raise UsageError(
-                f"{section}.report_to has {name!r}, which is not installed; add it with: pip install {name} (or leave "
-                f"it out of {section}.report_to)"
+                f"{section}.report_to has {name!r}, which is not installed; add it with: {command} (or leave it out of "
+                f"{section}.report_to)"
             )
 
 
@@ -166,7 +168,7 @@ def _steps_alone(scheduler: Any) -> bool:
 
 def _check_adapters(lora: LoraConfig, policy: Path, section: str, remote_code: bool) -> None:
     if importlib.util.find_spec("peft") is None:
-        raise UsageError(f"{section}.lora is set, but peft is not installed; add it with: pip install peft")
+        raise UsageError(f"{section}.lora is set, but peft is not installed; add it with: {install('train')}")
     import torch
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import polars as pl
 
+from dice_py.config.extras import require
 from dice_py.config.judges import OpenAIConfig
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import DataError
@@ -22,7 +23,6 @@ from dice_py.evaluation.judges.served.asking import Asking, Chat, unread_error
 from dice_py.evaluation.judges.served.client import request_fields
 from dice_py.evaluation.judges.served.template import read_template, render
 from dice_py.events import Report, no_report
-from dice_py.models.loading import require
 from dice_py.storage.keys import digest
 
 
@@ -54,7 +54,7 @@ class OpenAIJudge(PairwiseJudge):
             UsageError: the client is not installed.
         """
         del models
-        require("openai", "jinja2", extra="judge")
+        require("openai", "jinja2", "numpy", "scipy", extra="judge")
         file = None if config.template is None else Path(config.template).expanduser()
         return OpenAIJudge(config, read_template(file, config.verdict))
 

