@@ -15,12 +15,12 @@ from typing import Any
 
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
+from dice_py.rows.file_kinds import is_data_name
 from dice_py.rows.row import Origin, Row
 from dice_py.rows.slices import bounds
 from dice_py.rows.tables import table_row
 from dice_py.storage.keys import digest, file_digest
 
-_SAVED = ("state.json", "dataset_dict.json")
 _BATCH = 1000
 _HUB_REMEDY = (
     "check the spelling (owner/name); log in for a private or gated one (hf auth login); without a network, set "
@@ -30,31 +30,45 @@ _HUB_REMEDY = (
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` of datasets wrote a folder."""
-    return any((folder / name).is_file() for name in _SAVED)
+    names = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
+    return any(all((folder / name).is_file() for name in all_of) for all_of in names)
+
+
+def has_card(folder: Path) -> bool:
+    """Whether a folder has the README.md of a data set, which may name configurations and their files."""
+    return (folder / "README.md").is_file()
 
 
 def splits_of(folder: Path) -> dict[str, list[Path]]:
-    """The splits of a folder of data files with their files, by the naming of datasets.
+    """The splits of a folder of data files with those of the files that are read here, by the naming of datasets.
 
-    A name is "SPLIT", or "CONFIG:SPLIT" where there are several configurations. A folder in which datasets finds no
-    data has none.
+    A name is "SPLIT", or "CONFIG:SPLIT" where there are several configurations. A folder without such files has none.
 
     Raises:
+        DataError: datasets cannot read the folder's README.md.
         UsageError: datasets is not installed.
     """
+    root = _absolute(folder)
     with _library(str(folder)):
         import datasets
+        from datasets.data_files import DataFilesDict, get_data_patterns
 
         try:
-            configs = datasets.get_dataset_config_names(_absolute(folder))
+            if has_card(folder):
+                configs = datasets.get_dataset_config_names(root)
+                found = {name: datasets.load_dataset_builder(root, name=name).config.data_files for name in configs}
+            else:  # of all kinds of files: a builder is of one, and would not see a test.csv beside a train.jsonl
+                found = {"default": DataFilesDict.from_patterns(get_data_patterns(root), base_path=root)}
         except FileNotFoundError:
             return {}
-        builders = {name: datasets.load_dataset_builder(_absolute(folder), name=name) for name in configs}
-    return {
-        f"{config}:{split}" if len(configs) > 1 else str(split): [Path(file) for file in files]
-        for config, builder in builders.items()
-        for split, files in (builder.config.data_files or {}).items()
-    }
+    splits = {}
+    for config, files_of in found.items():
+        for split, files in (files_of or {}).items():
+            read = [Path(file) for file in files if is_data_name(Path(file))]
+            if read:
+                name = f"{config}:{split}" if len(found) > 1 else str(split)
+                splits[name] = [folder / file.relative_to(root) if file.is_relative_to(root) else file for file in read]
+    return splits
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.rows.data_sets import DataSet, is_saved, splits_of
+from dice_py.rows.data_sets import DataSet, has_card, is_saved, splits_of
 from dice_py.rows.file_kinds import READ, check_file, is_data_name, is_url
 from dice_py.rows.reading import file_rows
 from dice_py.rows.row import Row
@@ -73,7 +73,8 @@ class Files:
 
     def _all(self) -> Iterator[Row]:
         for file in self.files:
-            yield from file_rows(file, None if self.base is None else file.relative_to(self.base).as_posix())
+            is_inside = self.base is not None and file.is_relative_to(self.base)
+            yield from file_rows(file, file.relative_to(self.base).as_posix() if is_inside and self.base else None)
 
     def digest(self) -> str:
         """The digest of the file's bytes; of several, a digest of theirs in order.
@@ -129,8 +130,8 @@ def find_source(written: Written, report: Report = no_report, commit: str | None
         if not files:
             raise DataError(f"{text}: no file of {READ} has a name of this pattern")
         return _files(text, files, Path(os.path.commonpath([file.parent for file in files])), cut, report)
-    check_file(Path(_readings(text)[-1][0]))
-    raise AssertionError(f"{text} is a file and is none")
+    name, config, spec = _readings(text)[-1]
+    return _local(text, Path(name), config, spec, report)
 
 
 def is_there(written: str) -> bool:
@@ -172,9 +173,9 @@ def _local(text: str, path: Path, config: str | None, spec: str | None, report: 
             text=f"{text}: the local {'folder' if path.is_dir() else 'file'} {path}, and not a data set of the hub",
         )
     if not path.is_dir():
+        check_file(path)
         if spec is not None and not spec.startswith("["):
             raise DataError(f"{text}: {path} is a file, which has no splits; a part of it is written {path}[:1000]")
-        check_file(path)
         return _files(text, [path], None, spec, report)
     if is_saved(path) or (spec is not None and not spec.startswith("[")):
         return DataSet(text, str(path), config, spec, report=report)
@@ -184,9 +185,8 @@ def _local(text: str, path: Path, config: str | None, spec: str | None, report: 
             f"{path} has several splits, which are not read as one ({', '.join(splits)}): name one, as "
             f"{path}:{next(iter(splits))}"
         )
-    files = _in_folder(path)
-    if (path / "README.md").is_file():  # which may say what the data is
-        files = next((named for named in splits.values() if named and all(map(is_data_name, named))), files)
+    # A data set's README.md may say which files the data is.
+    files = next(iter(splits.values())) if splits and has_card(path) else _in_folder(path)
     if not files:
         raise DataError(f"{path} is a folder without a file of {READ}")
     return _files(text, files, path, spec, report)

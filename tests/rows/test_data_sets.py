@@ -82,7 +82,7 @@ def test_a_split_that_is_not_there_is_told_the_others(cloned: Path) -> None:
     assert "BuilderConfig 'other' not found. Available: ['default']" in refused(f"{cloned}:other:train_prefs")
 
 
-def test_configurations_of_a_folder(cloned: Path) -> None:
+def test_configurations_of_a_folder(cloned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = [
         f"- config_name: {name}\n  data_files:\n  - split: train\n    path: data/{name}_prefs-*"
         for name in ("train", "test")
@@ -95,6 +95,8 @@ def test_configurations_of_a_folder(cloned: Path) -> None:
     assert read(f"{cloned}:test:train[:1]") == [("test_prefs 0", "cloned:train, row 0")]
     # What the README names is the data, where there is one split.
     (cloned / "README.md").write_text("---\nconfigs:\n" + configs[0] + "\n---\n")
+    monkeypatch.chdir(cloned.parent)
+    assert read("cloned") == read(cloned)
     assert [where for _, where in read(cloned)] == [
         f"data/train_prefs-00000-of-00001.jsonl, line {n}" for n in range(1, 11)
     ]

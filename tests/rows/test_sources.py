@@ -158,6 +158,12 @@ def test_a_folder_with_several_splits_is_refused(tmp_path: Path) -> None:
     for split in ("train_prefs", "test_prefs"):
         jsonl(shards / "data" / f"{split}-00000-of-00001.jsonl", split)
     assert "(test_prefs, train_prefs): name one" in refused(shards)
+    mixed = tmp_path / "mixed"  # of which datasets itself would read one kind alone
+    jsonl(mixed / "train.jsonl", "a")
+    (mixed / "test.csv").write_text("prompt\nb\n")
+    assert "has several splits, which are not read as one (train, test)" in refused(mixed)
+    (mixed / "test.csv").rename(mixed / "test.txt")
+    assert read(mixed) == [("a", "train.jsonl, line 1")]
     # One split alone is no choice, whatever its name is.
     assert read(jsonl(tmp_path / "only" / "test.jsonl", "a").parent) == [("a", "test.jsonl, line 1")]
 
