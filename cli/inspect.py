@@ -57,6 +57,8 @@ def inspect(
     Writes one page that opens from disk. With --policy and --reference, rewards and the part of each token in them;
     without models, the texts. A file that is no page of this command is not replaced.
     """
+    from dice_py.rows.sources import find_source
+
     if (policy is None) != (reference is None):
         given, lacking = ("--policy", "--reference") if reference is None else ("--reference", "--policy")
         raise UsageError(f"{given} needs {lacking}: the reward is that of the one against the other (or give neither)")
@@ -65,8 +67,6 @@ def inspect(
     page = _page(file, out)
     resolved = stage_config(config, assign, **({} if beta is None else {"beta": beta}))
     columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
-    from dice_py.rows.sources import find_source
-
     source = find_source(file, echo_note)
     drawn, total = _drawn(source, {**columns, "source_column": source_column}, resolved, pairs, seed)
     scoring = None if policy is None or reference is None else _scoring(resolved, policy, reference)
