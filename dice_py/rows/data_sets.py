@@ -118,8 +118,8 @@ class DataSet:
         if is_saved(Path(self.path)):
             files = sorted(file for file in Path(self.path).rglob("*") if file.is_file())
         else:
-            named = {part.partition("[")[0].partition("(")[0] for part in (self.spec or "").split("+")}
             splits = self._builder.config.data_files or {}
+            named = _split_names(self.spec or "")
             used = [split for split in splits if str(split) in named] or list(splits)
             files = [Path(file) for split in used for file in splits[split]]
         return digest("data set", [file_digest(file) for file in files], self.config, self.spec)
@@ -173,26 +173,37 @@ class DataSet:
 
     @cached_property
     def _parts(self) -> list[tuple[str, int, int]]:
-        """(split, first row, row behind the last), in the order of `spec`."""
-        names = list(self._splits)
-        listed = f"its splits are {', '.join(names)}"
-        spec = self.spec or ""
-        if not spec or spec.startswith("["):
+        """(split, first row, row behind the last), in the order of `spec`. What is wrong is told before a download."""
+        names = self._names
+        spec = self.spec or "[:]"
+        if spec.startswith("["):
             if len(names) > 1:
                 raise DataError(
                     f"{self.path} has several splits, which are not read as one ({', '.join(names)}): name one, as "
                     f"{self.path}:{self.config + ':' if self.config else ''}{names[0]}"
                 )
-            if spec:
-                return [(names[0], *bounds(spec, self._splits[names[0]].num_rows))]
-            return [(names[0], 0, self._splits[names[0]].num_rows)]
-        with _library(self.name, f"; {listed}; write a part of one as {names[0]}[:1000] or {names[0]}[10%:20%]"):
+            return [(names[0], *bounds(spec, self._splits[names[0]].num_rows))]
+        missing = sorted(_split_names(spec) - set(names))
+        if missing:
+            raise DataError(f"{self.name}: there is no split {missing[0]!r}; its splits are {', '.join(names)}")
+        with _library(self.name, f"; write a part of a split as {names[0]}[:1000] or {names[0]}[10%:20%]"):
             from datasets import ReadInstruction
 
             read = ReadInstruction.from_spec(spec).to_absolute(
                 {name: data.num_rows for name, data in self._splits.items()}
             )
         return [(str(part.splitname), part.from_, max(part.from_, part.to)) for part in read]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """The names of all splits, of their files if these are known."""
+        is_unknown = self.is_local and is_saved(Path(self.path))
+        files = None if is_unknown else self._builder.config.data_files
+        return [str(name) for name in files or self._splits]
+
+
+def _split_names(spec: str) -> set[str]:
+    return {part.partition("[")[0].partition("(")[0].strip() for part in spec.split("+")}
 
 
 def commit_of(content: str, name: str) -> str | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ from typing import Any
 import datasets
 import polars as pl
 import pytest
-from data_hub import Hub
+from data_hub import Hub, serve_hub
 from notes import Notes
+from places import ROOT
 
 from dice_py.data import read_pairs, read_prompts
 from dice_py.errors import DataError, UsageError
@@ -75,8 +79,7 @@ def test_splits_of_a_folder(cloned: Path, spec: str, expected: list[tuple[str, i
 def test_a_split_that_is_not_there_is_told_the_others(cloned: Path) -> None:
     for spec in ("train", "train[:3]"):
         said = refused(f"{cloned}:{spec}")
-        assert 'Unknown split "train"' in said
-        assert "its splits are test_prefs, train_prefs" in said
+        assert said == f"{cloned}:{spec}: there is no split 'train'; its splits are test_prefs, train_prefs"
     assert "[a:b]" in refused(f"{cloned}:train_prefs[a:b]")
     assert f"name one, as {cloned}:test_prefs" in refused(DataSet("x", str(cloned)))
     assert "BuilderConfig 'other' not found. Available: ['default']" in refused(f"{cloned}:other:train_prefs")
@@ -131,7 +134,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     assert [prompt for prompt, _ in read(f"{tmp_path / 'two'}:train[:40%]")] == ["q0", "q1"]
     assert read(f"{tmp_path / 'two'}:test") == [("q4", "two:test, row 0")]
     assert "has several splits, which are not read as one (train, test)" in refused(tmp_path / "two")
-    assert 'Unknown split "dev"' in refused(f"{tmp_path / 'two'}:dev")
+    assert "there is no split 'dev'; its splits are train, test" in refused(f"{tmp_path / 'two'}:dev")
     assert "has no configuration 'c'" in refused(f"{tmp_path / 'two'}:c:train")
     before = find_source(tmp_path / "one").digest()
     assert before != find_source(f"{tmp_path / 'one'}[:2]").digest()
@@ -212,6 +215,52 @@ def test_a_folder_named_as_a_format(cloned: Path, monkeypatch: pytest.MonkeyPatc
     cloned.rename("csv")
     assert read("csv:test_prefs[:1]") == [("test_prefs 0", "csv:test_prefs, row 0")]
     assert "has several splits" in refused("csv")
+
+
+HUB_CALLS = """
+import sys
+from dice_py.data import read_prompts
+from dice_py.errors import DataError
+from dice_py.rows.sources import find_source
+
+for name in sys.argv[1:]:
+    try:
+        print(find_source(name).digest(), "|", *read_prompts(name)["where"])
+    except DataError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_speaks_as_the_hub(cloned: Path, tmp_path: Path) -> None:
+    """The whole way over HTTP: revision to commit, listing, download, and then the cache alone."""
+
+    def call(*names: str, offline: int = 0) -> list[str]:
+        env = {
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": str(offline),
+            "NO_PROXY": "*",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_CALLS, *names],
+            env={**os.environ, **env}, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        return done.stdout.splitlines()
+
+    read = "set:train_prefs, row 0 set:train_prefs, row 1"
+    with serve_hub(cloned, {"main": "a" * 40, "v1": "b" * 40}) as (address, asked):
+        no_split, several, absent = call("own/set:dev", "own/set", "own/none:train")
+        assert no_split == "own/set:dev: there is no split 'dev'; its splits are test_prefs, train_prefs"
+        assert several.endswith("(test_prefs, train_prefs): name one, as own/set:test_prefs")
+        assert "Dataset 'own/none' doesn't exist on the Hub or cannot be accessed." in absent
+        assert not any(request.startswith("GET") and request.endswith(".jsonl") for request in asked)
+        assert call("own/set@v1:train_prefs[:2]", "own/set:train_prefs[:2]") == [
+            f"own/set@v1:train_prefs[:2] at {'b' * 40} | {read}",
+            f"own/set:train_prefs[:2] at {'a' * 40} | {read}",
+        ]
+        assert any(request.startswith("GET") and request.endswith(".jsonl") for request in asked)
+    assert call("own/set:train_prefs[:2]", offline=1)[0].endswith(f" | {read}")
 
 
 def test_without_the_package(cloned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
