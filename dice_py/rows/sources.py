@@ -142,6 +142,7 @@ def is_there(written: str) -> bool:
 
 def _readings(text: str) -> list[tuple[str, str | None, str | None]]:
     """(name, configuration, split or slice): the ways to read what the user wrote, that of the longest name first."""
+    text = _expanded(text)
     readings: list[tuple[str, str | None, str | None]] = [(text, None, None)]
     sliced, with_split = _WITH_SLICE.fullmatch(text), _WITH_SPLIT.fullmatch(text)
     if sliced is not None and not sliced["name"].endswith(":"):
@@ -210,12 +211,18 @@ def _files(text: str, files: list[Path], base: Path | None, cut: str | None, rep
     return Files(text, tuple(files), base, cut)
 
 
+def _expanded(text: str) -> str:
+    """A name with its home folder, which no shell expands in a config; of an unknown user it stays as it is."""
+    return os.path.expanduser(text)  # noqa: PTH111 - Path's raises for an unknown user
+
+
 def _has_rows_name(file: Path) -> bool:
     return is_data_name(file) and file.name not in _NOT_DATA
 
 
 def _pattern(text: str) -> tuple[str, str | None] | None:
     """A pattern of names, and the slice behind it; None where the text is no pattern."""
+    text = _expanded(text)
     sliced = _WITH_SLICE.fullmatch(text)
     name, cut = (sliced["name"], sliced["slice"]) if sliced is not None else (text, None)
     return (name, cut) if any(sign in name for sign in "*?[") else None

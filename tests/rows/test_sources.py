@@ -168,6 +168,14 @@ def test_a_folder_with_several_splits_is_refused(tmp_path: Path) -> None:
     assert read(jsonl(tmp_path / "only" / "test.jsonl", "a").parent) == [("a", "test.jsonl, line 1")]
 
 
+def test_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a config names it, which no shell expands."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert read("~/mine/b.jsonl[:1]") == read(f"{folder}/b.jsonl[:1]")
+    assert read("~/mine/b*.jsonl") == read(f"{folder}/b*.jsonl")
+    assert len(read("~/mine")) == 4
+
+
 def test_a_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a")
     assert refused(tmp_path) == f"{tmp_path} is a folder without a file of .jsonl, .json, .parquet, .csv or .tsv"

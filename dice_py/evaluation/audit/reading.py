@@ -25,7 +25,7 @@ from dice_py.events import Report, no_report
 from dice_py.rows.bad_rows import BadRowRule, BadRows
 from dice_py.rows.forms import Taken, prompt_of
 from dice_py.rows.messages import read_messages
-from dice_py.rows.row import Row
+from dice_py.rows.row import Cell, Row
 from dice_py.rows.sources import Source, Written, find_source
 from dice_py.rows.values import finite_number
 from dice_py.storage.schemas import MESSAGES, MESSAGES_WITH_EXTRA, PLACE
@@ -269,4 +269,6 @@ def _of_set(line: Row, columns: AuditColumns, ignored: Collection[str]) -> Itera
 
 
 def _score(value: Any, where: str, column: str) -> float:
+    if isinstance(value, Cell) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
     return float(value) if isinstance(value, bool) else finite_number(value, where, column)
