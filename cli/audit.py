@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cli.options import Config, Json, Set, StageSeed, stage_config
-from cli.output import model_folder, models_at, print_json, reading, run_job
+from cli.output import echo_note, model_folder, models_at, print_json, reading, run_job
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
@@ -170,9 +170,11 @@ def _beta(value: float) -> float:
 def _read(file: Path, columns: AuditColumns, resolved: RunConfig) -> tuple[pl.DataFrame, str]:
     """The rows of a user's file, and the key of their content."""
     from dice_py.evaluation.audit.reading import read_audit
-    from dice_py.storage.keys import digest, file_digest
+    from dice_py.rows.sources import find_source
+    from dice_py.storage.keys import digest
 
-    return read_audit(file, columns, **reading(resolved)), digest(file_digest(file), columns.__dict__)
+    source = find_source(file, echo_note)
+    return read_audit(source, columns, **reading(resolved)), digest(source.digest(), columns.__dict__)
 
 
 def _of_models(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from dice_py.config.run import RunConfig
+    from dice_py.rows.sources import Source
     from dice_py.stages.inspect_file import Scoring
 
 
@@ -31,7 +33,8 @@ def _column(text: str) -> Any:
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(metavar="PAIRS", help="Preference pairs in TRL's formats: JSONL, JSON or Parquet.")
+        Path,
+        typer.Argument(metavar="PAIRS", help="Preference pairs: a file, folder, pattern or hub id (docs/data.md)."),
     ],
     policy: Annotated[str | None, typer.Option(help="The policy: folder, GGUF file or Hugging Face id.")] = None,
     reference: Annotated[str | None, typer.Option(help="The model that its DPO training started from.")] = None,
@@ -54,6 +57,8 @@ def inspect(
     Writes one page that opens from disk. With --policy and --reference, rewards and the part of each token in them;
     without models, the texts. A file that is no page of this command is not replaced.
     """
+    from dice_py.rows.sources import find_source
+
     if (policy is None) != (reference is None):
         given, lacking = ("--policy", "--reference") if reference is None else ("--reference", "--policy")
         raise UsageError(f"{given} needs {lacking}: the reward is that of the one against the other (or give neither)")
@@ -62,9 +67,10 @@ def inspect(
     page = _page(file, out)
     resolved = stage_config(config, assign, **({} if beta is None else {"beta": beta}))
     columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
-    drawn, total = _drawn(file, {**columns, "source_column": source_column}, resolved, pairs, seed)
+    source = find_source(file, echo_note)
+    drawn, total = _drawn(source, {**columns, "source_column": source_column}, resolved, pairs, seed)
     scoring = None if policy is None or reference is None else _scoring(resolved, policy, reference)
-    frame, counts = _inspected(file, drawn, scoring)
+    frame, counts = _inspected(source, drawn, scoring)
     from dice_py.reporting.inspect_page import write_inspect_page
 
     facts = [("file", str(file)), ("pairs", f"{frame.height:,} of {total:,}")]
@@ -87,7 +93,7 @@ def _page(file: Path, out: Path | None) -> Path:
     from cli.paths import check_output_file
     from dice_py.reporting.inspect_page import is_inspect_page
 
-    page = out or Path(f"{file.stem}.html")
+    page = out or Path(re.sub(r"[:\[\]*?%@+]+", "-", file.stem).strip("-") + ".html")  # of owner/name:train[:100] too
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out: {page} is to be a page: give it a name that ends in .html")
     check_output_file(page, "--out")
@@ -99,7 +105,9 @@ def _page(file: Path, out: Path | None) -> Path:
     return page
 
 
-def _drawn(file: Path, columns: dict[str, Any], resolved: RunConfig, count: int, seed: int) -> tuple[pl.DataFrame, int]:
+def _drawn(
+    file: Source, columns: dict[str, Any], resolved: RunConfig, count: int, seed: int
+) -> tuple[pl.DataFrame, int]:
     """The pairs to show with their number in the file, `row`, and how many pairs the file has."""
     import polars as pl
 
@@ -131,17 +139,16 @@ def _scoring(resolved: RunConfig, policy: str, reference: str) -> Scoring:
     )
 
 
-def _inspected(file: Path, drawn: pl.DataFrame, scoring: Scoring | None) -> tuple[pl.DataFrame, dict[str, Any]]:
+def _inspected(file: Source, drawn: pl.DataFrame, scoring: Scoring | None) -> tuple[pl.DataFrame, dict[str, Any]]:
     """The pairs as the page takes them, and the counts of the job."""
     import tempfile
 
     from dice_py.stages.inspect_file import InspectFileJob
     from dice_py.storage.cache import cache_folder
-    from dice_py.storage.keys import file_digest
     from dice_py.storage.parquet import read_parquet
 
     with tempfile.TemporaryDirectory(prefix="dice-inspect-") as folder:
-        job = InspectFileJob(drawn, file_digest(file), scoring, Path(folder))
+        job = InspectFileJob(drawn, file.digest(), scoring, Path(folder))
         # Without models there is nothing that a process of its own would be for.
         result = job.run(echo_note) if scoring is None else run_job(job, cache_folder() / "log")
         return read_parquet(result.files[0][0]), result.counts

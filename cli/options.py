@@ -36,8 +36,8 @@ Sft = Annotated[
     str | None,
     typer.Option("--sft", help="Instead of both: the SFT model, from which round 0 makes π_1 by DPO."),
 ]
-Prompts = Annotated[Path | None, typer.Option(help="Prompts: JSONL, JSON or Parquet.")]
-Replay = Annotated[Path | None, typer.Option(help="Offline pairs in TRL's format.")]
+Prompts = Annotated[Path | None, typer.Option(help="Prompts: a file, folder, pattern or hub id (docs/data.md).")]
+Replay = Annotated[Path | None, typer.Option(help="Offline pairs, likewise.")]
 Rounds = Annotated[int | None, typer.Option(help="Rounds of generate, score, mine, replay, train.")]
 Seed = Annotated[int | None, typer.Option(help="The run's seed.")]
 RunDir = Annotated[Path | None, typer.Option(help="The run folder; default: a new one under runs/.")]
@@ -100,6 +100,8 @@ def run_config(
 
 class Panels(PathCommand):
     """A command whose help lists the options under the headings of `rich_help_panel`, without importing Rich."""
+
+    sources = ("prompts", "pairs", "file")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes a section per heading, in the order of the parameters; options without a heading come last."""

@@ -69,6 +69,8 @@ class PathCommand(TyperCommand):
     folders_out: tuple[str, ...] = _FOLDERS_OUT
     may_be_folders: tuple[str, ...] = ("folder",)
     """Parameters that may be folders, and are looked at by what reads them."""
+    sources: tuple[str, ...] = ()
+    """Parameters that are sources of rows: files, and folders too (dice_py/rows/sources.py)."""
 
     def invoke(self, ctx: Any) -> Any:
         """Checks the values of all parameters that are paths, then runs the command."""
@@ -82,7 +84,7 @@ class PathCommand(TyperCommand):
             elif name not in self.folders_out:
                 paths = value if isinstance(value, list) else [value]
                 for path in (path for path in paths if isinstance(path, Path)):
-                    check_input_file(path, options[name])
+                    check_input_file(path, options[name], is_source=name in self.sources)
             elif self.out_is_file:
                 check_output_file(value, options[name])
             elif self.probes_out:
@@ -152,14 +154,17 @@ def kind_of(path: Path) -> str | None:
     return next((words for test, words in _KINDS if test(mode)), None)
 
 
-def check_input_file(path: Path, option: str) -> None:
+def check_input_file(path: Path, option: str, *, is_source: bool = False) -> None:
     """Refuses what is there and is no regular file; an absent file is left to the reader, which knows what it is for.
+
+    Args:
+        is_source: a folder is one too.
 
     Raises:
         DataError: with what it is instead.
     """
     kind = kind_of(path)
-    if kind is not None:
+    if kind is not None and not (is_source and kind == "a folder"):
         raise DataError(
             f"{option}: {path} is {kind}, not a regular file; give a file"
             + ("" if kind == "a folder" else " (what a command prints, /dev/stdin or <(…), has to be written to one)")
@@ -244,10 +249,10 @@ def check_shards(shards: tuple[Path | None, list[Path], list[Path], Path | None]
 
 
 def check_buffers(buffers: Mapping[str, BufferConfig]) -> dict[str, Path]:
-    """The files of named buffers, by name; DataError where one is no regular file."""
+    """The sources of named buffers, by name; DataError where one is a pipe or a device."""
     files = {name: Path(buffer.path) for name, buffer in buffers.items()}
     for name, file in files.items():
-        check_input_file(file, f"replay.buffers.{name} (--buffer)")
+        check_input_file(file, f"replay.buffers.{name} (--buffer)", is_source=True)
     return files
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Out, Policy, Set, StageSeed, stage_config
-from cli.output import model_folder, models_at, print_result, reading, run_job, write_copy
+from cli.output import echo_note, model_folder, models_at, print_result, reading, run_job, write_copy
 from cli.paths import check_buffers, check_shards
 from dice_py.errors import UsageError
 
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     import polars as pl
 
     from dice_py.config.run import RunConfig
+    from dice_py.rows.sources import Source
 
 
 def replay(
     policy: Policy,
     out: Out,
-    pairs: Annotated[Path | None, typer.Option("--replay", help="Offline pairs in TRL's format.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option("--replay", help="Offline pairs: a file, folder, pattern or hub id (docs/data.md).")
+    ] = None,
     buffer: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE[:SHARE], further offline pairs; the share of --replay is 1.")
     ] = None,
@@ -124,6 +127,7 @@ def _replay(
     seed: int,
     as_json: bool,
 ) -> None:
+    from dice_py.rows.sources import find_source
     from dice_py.stages.replay import ReplayJob
     from dice_py.storage.keys import file_digest
 
@@ -132,11 +136,12 @@ def _replay(
     check_shards(shards)
     files = {} if pairs is None else {"replay": pairs}
     files |= check_buffers(resolved.replay.buffers)
-    frames = _read_offline(resolved, files, columns, round_number)
+    sources = {name: find_source(file, echo_note) for name, file in files.items()}
+    frames = _read_offline(resolved, sources, columns, round_number)
     folder = model_folder(policy, resolved.model.policy_revision, "--policy")
     revision = resolved.model.reference_revision
     of_loss = None if reference is None else model_folder(reference, revision, "--reference")
-    contents = {name: file_digest(file) for name, file in files.items()}
+    contents = {name: source.digest() for name, source in sources.items()}
     buffers = {
         name: write_copy(
             out / ("offline.parquet" if name == "replay" else f"buffer-{name}.parquet"), frame, key=contents[name]
@@ -174,13 +179,13 @@ def _replay(
 
 
 def _read_offline(
-    resolved: RunConfig, files: dict[str, Path], columns: dict[str, Any], round_number: int | None
+    resolved: RunConfig, sources: dict[str, Source], columns: dict[str, Any], round_number: int | None
 ) -> dict[str, pl.DataFrame]:
     from dice_py.data import read_pairs
     from dice_py.runs.own_data import pool_columns
 
     pool = pool_columns(resolved)
     return {
-        name: read_pairs(file, current_round=round_number, **columns, **pool[name], **reading(resolved))
-        for name, file in files.items()
+        name: read_pairs(source, current_round=round_number, **columns, **pool[name], **reading(resolved))
+        for name, source in sources.items()
     }

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     import polars as pl
 
     from dice_py.config.run import RunConfig
+    from dice_py.rows.sources import Source
     from dice_py.stages.job import StageFile
 
 
 def generate(
     policy: Policy,
-    prompts: Annotated[Path, typer.Option(help="Prompts: JSONL, JSON or Parquet.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts: a file, folder, pattern or hub id (docs/data.md).")],
     out: Out,
     prompt_column: Annotated[str, typer.Option(help="The prompts' column.")] = "prompt",
     samples: Annotated[int | None, typer.Option(help="K, responses per prompt.")] = None,
@@ -160,8 +161,8 @@ def evaluate(
     previous: Annotated[
         str | None, typer.Option(help="The policy of the round before; default: the one to compare with.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Held-out prompts.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="Held-out pairs in TRL's format.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Held-out prompts: a file, folder, pattern or hub id.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Held-out pairs, likewise.")] = None,
     prompt_column: Annotated[str, typer.Option(help="The prompts' column.")] = "prompt",
     chosen_column: Annotated[str, typer.Option(help="Chosen column of the pairs.")] = "chosen",
     rejected_column: Annotated[str, typer.Option(help="Rejected column of the pairs.")] = "rejected",
@@ -176,6 +177,7 @@ def evaluate(
     Into OUT/metrics.json, and the samples into OUT/samples.parquet. Judges are those of evaluate.judges in the config.
     """
     from dice_py.evaluation.judges.registry import build_judges
+    from dice_py.rows.sources import find_source
     from dice_py.stages.evaluate import EvaluateJob
 
     if prompts is None and pairs is None:
@@ -183,13 +185,14 @@ def evaluate(
     resolved = stage_config(config, assign)
     # The data before the models, which may be long downloads.
     columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
-    frames = _read_held_out(prompts, pairs, columns, reading(resolved))
+    sources = [None if name is None else find_source(name, echo_note) for name in (prompts, pairs)]
+    frames = _read_held_out(sources[0], sources[1], columns, reading(resolved))
     if world_oracle:
         check_oracle_prompts(prompts, frames[0])
     against = model_folder(reference, resolved.model.reference_revision, "--reference")
     start_folder = model_folder(start, None, "--start")
     policy_folder = model_folder(policy, resolved.model.policy_revision, "--policy")
-    prompts_file, pairs_file = _write_held_out(frames, pairs, out)
+    prompts_file, pairs_file = _write_held_out(frames, sources[1], out)
     job = EvaluateJob(
         config=resolved.evaluate,
         generate_config=resolved.generate,
@@ -234,7 +237,7 @@ def _benchmark(resolved: RunConfig, policy: Path, out: Path) -> dict[str, float]
 
 
 def _read_held_out(
-    prompts: Path | None, pairs: Path | None, columns: dict[str, Any], reading: dict[str, Any]
+    prompts: Source | None, pairs: Source | None, columns: dict[str, Any], reading: dict[str, Any]
 ) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:
     from dice_py.data import read_pairs, read_prompts
 
@@ -245,10 +248,10 @@ def _read_held_out(
 
 
 def _write_held_out(
-    frames: tuple[pl.DataFrame | None, pl.DataFrame | None], pairs: Path | None, out: Path
+    frames: tuple[pl.DataFrame | None, pl.DataFrame | None], pairs: Source | None, out: Path
 ) -> tuple[StageFile | None, StageFile | None]:
     """Writes the held-out prompts and pairs as artifacts in `out`; returns them with their keys."""
-    from dice_py.storage.keys import digest, file_digest
+    from dice_py.storage.keys import digest
     from dice_py.storage.schemas import PLACE, PROMPTS_READ
 
     prompts_frame, pairs_frame = frames
@@ -257,6 +260,6 @@ def _write_held_out(
         key = digest(prompts_frame.drop(PLACE).to_dict(as_series=False))
         prompts_file = write_copy(out / "eval_prompts.parquet", prompts_frame, key=key, schema=PROMPTS_READ), key
     if pairs is not None and pairs_frame is not None:
-        key = file_digest(pairs)
+        key = pairs.digest()
         pairs_file = write_copy(out / "eval_pairs.parquet", pairs_frame, key=key), key
     return prompts_file, pairs_file

@@ -1,18 +1,15 @@
-"""Reads a user's prompts and offline pairs from JSONL, JSON or Parquet files in TRL's formats.
+"""Reads a user's prompts and offline pairs, from any source (rows/sources.py), in the forms that published data has.
 
 TRL's formats: `prompt` as text or as a list of messages; `chosen` and `rejected` likewise; or, without a prompt column,
 `chosen` and `rejected` as full conversations whose common beginning is the prompt. Beside them there may be `tools`,
-`chat_template_kwargs`, and a `system` turn. The results are messages (rows/messages.py); models/tokenization.py turns
-them into token ids.
+`chat_template_kwargs`, and a `system` turn. rows/forms.py has the other forms. The results are messages
+(rows/messages.py); models/tokenization.py turns them into token ids.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable
-from decimal import Decimal
 from functools import partial
-from pathlib import Path
 from typing import Any, TypedDict
 
 import polars as pl
@@ -20,10 +17,12 @@ import polars as pl
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.rows.bad_rows import BadRowRule, BadRows
+from dice_py.rows.forms import Taken, bare_prompt, checked_prompt, no_column, prompt_column, prompt_of, read_transcript
 from dice_py.rows.messages import Message as Message
 from dice_py.rows.messages import prompt_key as prompt_key
 from dice_py.rows.messages import read_messages, with_row_columns
-from dice_py.rows.reading import read_rows
+from dice_py.rows.sources import Written, find_source
+from dice_py.rows.values import finite_number, round_number, source_name, weight
 from dice_py.storage.schemas import MESSAGES, MESSAGES_WITH_EXTRA, PLACE, PROMPTS
 
 
@@ -36,31 +35,19 @@ class Pair(TypedDict):
 
 
 _RULE = BadRowRule()
+_SIDES = ("chosen", "rejected")
+_SCORES = ("score_chosen", "score_rejected")
+"""UltraFeedback's columns, whose difference is the margin of a pair."""
 
 
 def _column(row: dict[str, Any], column: str, where: str, option: str, key: str | None = None) -> Any:
     if column not in row:
-        raise DataError(
-            f"{where}: no column {column!r}; its columns are {', '.join(row)}. Name the right one with "
-            + (f"--{option}-column (in a run: --set data.{option}_column=NAME)" if key is None else f"--set {key}=NAME")
-        )
+        raise no_column(row, where, column, option, key)
     return row[column]
 
 
-def _prompt(value: Any, where: str, column: str, ignored: Collection[str]) -> list[Message]:
-    messages = read_messages(value, "user", where, column, ignored)
-    asked = [message for message in messages if message["role"] == "user"]
-    if not asked:
-        raise DataError(f"{where}: the prompt has no user turn; its roles are {[m['role'] for m in messages]}")
-    if not any(message["content"].strip() or message.get("extra") for message in asked):
-        raise DataError(f"{where}: every user turn of {column!r} is empty")
-    if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where}: the prompt ends with an assistant turn; it must end where the response begins")
-    return messages
-
-
 def read_prompts(
-    path: Path,
+    path: Written,
     column: str = "prompt",
     *,
     rule: BadRowRule = _RULE,
@@ -73,11 +60,11 @@ def read_prompts(
     prompt.
 
     Args:
-        path: a file in one of TRL's formats.
-        column: column of the prompt.
+        path: what the user wrote: a file, a folder, a pattern or a data set of the hub, with a split or a slice.
+        column: column of the prompt; rows without `prompt` may have another of `rows.forms.PROMPT_COLUMNS`.
         rule: what happens to a row that cannot be used.
         ignored: keys of messages, and columns beside the prompt, to leave out.
-        report: receives a note with the rows that were left out.
+        report: receives notes on the rows that were left out, and on what was taken in another way.
 
     Returns:
         Columns `prompt_id` (u32, in file order), `messages`, and `where` (text: the file's name and the row's place).
@@ -86,40 +73,22 @@ def read_prompts(
         DataError: the message names the file, the line and the column.
     """
     seen: dict[str, tuple[list[Message], str]] = {}
-    bad = BadRows(rule, str(path), "prompts")
-    for line in read_rows(path):
+    source = find_source(path, report)
+    bad, taken = BadRows(rule, str(path), "prompts"), Taken(str(path))
+    for line in source.rows():
         with bad.row():
             row, where = line.columns, line.where
-            if column not in row and "messages" in row and column == "prompt":
-                messages = _prompt(row["messages"], where, "messages", ignored)
-            elif column not in row and {"chosen", "rejected"} <= row.keys():
-                messages = _pair(row, where, column, "chosen", "rejected", ignored)["prompt"]
+            if row.get(column) is None and {"chosen", "rejected"} <= row.keys():
+                messages = _pair(row, where, column, "chosen", "rejected", ignored, taken)["prompt"]
             else:
-                messages = _prompt(_column(row, column, where, "prompt"), where, column, ignored)
-            messages = _with_columns(messages, row, where, column, ignored)
+                messages = prompt_of(row, where, column, ignored, taken)
             seen.setdefault(prompt_key(messages), (messages, line.place))
     bad.finish(report)
+    taken.finish(report)
     if not seen:
         raise DataError(f"{path} holds no prompts")
     places = pl.Series(PLACE, [place for _, place in seen.values()], dtype=pl.String)
     return prompts_frame([messages for messages, _ in seen.values()]).with_columns(places)
-
-
-def prompt_of(row: dict[str, Any], where: str, column: str, ignored: Collection[str]) -> list[Message]:
-    """The prompt of a row: a column of text or messages, with the columns beside it that are a part of it.
-
-    Raises:
-        DataError: the column is absent or holds no prompt; `where` names the row.
-    """
-    messages = _prompt(_column(row, column, where, "prompt"), where, column, ignored)
-    return _with_columns(messages, row, where, column, ignored)
-
-
-def _with_columns(
-    messages: list[Message], row: dict[str, Any], where: str, column: str, ignored: Collection[str]
-) -> list[Message]:
-    """The prompt with the columns beside it; a column that is the prompt itself is none of them."""
-    return with_row_columns(messages, row, where, {*ignored, column})
 
 
 def prompts_frame(prompts: Iterable[list[Message]]) -> pl.DataFrame:
@@ -135,28 +104,32 @@ def _dtype(conversations: Iterable[list[Message]]) -> pl.DataType:
     return MESSAGES_WITH_EXTRA if has_extra else MESSAGES
 
 
-def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: str, ignored: Collection[str]) -> Pair:
-    answers = {
-        "chosen": read_messages(_column(row, chosen, where, "chosen"), "assistant", where, chosen, ignored),
-        "rejected": read_messages(_column(row, rejected, where, "rejected"), "assistant", where, rejected, ignored),
-    }
-    if prompt in row and row[prompt] is not None:
-        messages = _prompt(row[prompt], where, prompt, ignored)
+def _pair(
+    row: dict[str, Any],
+    where: str,
+    prompt: str,
+    chosen: str,
+    rejected: str,
+    ignored: Collection[str],
+    taken: Taken,
+) -> Pair:
+    is_given = row.get(prompt) is not None
+    answers = _answers(row, where, (chosen, rejected), ignored, taken, as_transcripts=not is_given)
+    shared = 0 if is_given else _common(*answers.values())
+    if shared:
+        messages = checked_prompt(answers["chosen"][:shared], where, chosen)
+        answers = {name: answer[shared:] for name, answer in answers.items()}
+        complete = with_row_columns(messages, row, where, {*ignored, prompt})
+    else:
+        column = prompt_column(row, prompt, taken)
+        if row.get(column) is None:
+            raise _no_prompt(row, where, prompt, chosen, rejected)
+        messages = bare_prompt(row, where, prompt, ignored, taken)
+        complete = with_row_columns(messages, row, where, {*ignored, column})
         # Some published datasets have a prompt column, and full conversations as chosen and rejected.
         for name, answer in answers.items():
             if answer[: len(messages)] == messages:
                 answers[name] = answer[len(messages) :]
-    else:
-        shared = 0
-        # The last turns are the responses, even if they are equal.
-        for left, right in zip(answers["chosen"][:-1], answers["rejected"][:-1], strict=False):
-            if left != right:
-                break
-            shared += 1
-        if shared == 0:
-            raise _no_prompt(row, where, prompt, chosen, rejected)
-        messages = _prompt(answers["chosen"][:shared], where, chosen, ignored)
-        answers = {name: answer[shared:] for name, answer in answers.items()}
     for name, answer in answers.items():
         if [message["role"] for message in answer] != ["assistant"]:
             raise DataError(
@@ -165,7 +138,40 @@ def _pair(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: s
             )
         if not answer[0]["content"].strip() and not answer[0].get("extra"):
             raise DataError(f"{where}: {name!r} is an empty text")
-    return {"prompt": messages, "chosen": answers["chosen"], "rejected": answers["rejected"]}
+    return {"prompt": complete, "chosen": answers["chosen"], "rejected": answers["rejected"]}
+
+
+def _answers(
+    row: dict[str, Any],
+    where: str,
+    columns: tuple[str, str],
+    ignored: Collection[str],
+    taken: Taken,
+    as_transcripts: bool,
+) -> dict[str, list[Message]]:
+    """What the columns of chosen and rejected hold, with the prompt where they repeat it."""
+    values = [_column(row, column, where, name) for name, column in zip(_SIDES, columns, strict=True)]
+    if as_transcripts:
+        transcripts = [read_transcript(value) for value in values]
+        if transcripts[0] is not None and transcripts[1] is not None:
+            taken.add(
+                f"{columns[0]!r} and {columns[1]!r} are transcripts, and read as the turns of Human and Assistant"
+            )
+            return {"chosen": transcripts[0], "rejected": transcripts[1]}
+    return {
+        name: read_messages(value, "assistant", where, column, ignored)
+        for name, column, value in zip(_SIDES, columns, values, strict=True)
+    }
+
+
+def _common(chosen: list[Message], rejected: list[Message]) -> int:
+    """How many turns two conversations share at their beginning. The last are the responses, even if they are equal."""
+    shared = 0
+    for left, right in zip(chosen[:-1], rejected[:-1], strict=False):
+        if left != right:
+            break
+        shared += 1
+    return shared
 
 
 def _no_prompt(row: dict[str, Any], where: str, prompt: str, chosen: str, rejected: str) -> DataError:
@@ -182,7 +188,7 @@ def _no_prompt(row: dict[str, Any], where: str, prompt: str, chosen: str, reject
 
 
 def read_pairs(
-    path: Path,
+    path: Written,
     *,
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
@@ -200,12 +206,13 @@ def read_pairs(
     """Reads offline pairs. Pairs whose chosen and rejected responses are equal are left out, and counted in a note.
 
     Args:
-        path: a file in one of TRL's formats.
-        prompt_column: column of the prompt.
+        path: as of `read_prompts`.
+        prompt_column: column of the prompt; as of `read_prompts`.
         chosen_column: column of the preferred response.
         rejected_column: column of the other response.
         weight_column: column of sampling weights, finite numbers ≥ 0.
-        margin_column: column of reward margins, finite numbers.
+        margin_column: column of reward margins, finite numbers; rows without `margin` may have `score_chosen` and
+            `score_rejected`.
         round_column: column of the rounds that made the pairs, integers.
         source_column: column of sources, text.
         current_round: no pair may be of a later round.
@@ -224,20 +231,21 @@ def read_pairs(
     """
     # (result column, its dtype, column in the file, check and conversion, config key for errors)
     columns: list[tuple[str, pl.DataType, str | None, Callable[[Any, str, str], Any], str | None]] = [
-        ("weight", pl.Float64(), weight_column, _weight, weight_key),
+        ("weight", pl.Float64(), weight_column, weight, weight_key),
         ("margin", pl.Float64(), margin_column, finite_number, None),
-        ("round", pl.Int64(), round_column, partial(_round, current_round=current_round), None),
-        ("source", pl.String(), source_column, _source, None),
+        ("round", pl.Int64(), round_column, partial(round_number, current_round=current_round), None),
+        ("source", pl.String(), source_column, source_name, None),
     ]
     columns = [one for one in columns if one[2] is not None]
     pairs: list[tuple[Pair, str, list[Any]]] = []
     equal = 0
-    bad = BadRows(rule, str(path), "pairs")
-    for line in read_rows(path):
+    source = find_source(path, report)
+    bad, taken = BadRows(rule, str(path), "pairs"), Taken(str(path))
+    for line in source.rows():
         with bad.row():
             row, where = line.columns, line.where
-            pair = _pair(row, where, prompt_column, chosen_column, rejected_column, ignored)
-            pair["prompt"] = _with_columns(pair["prompt"], row, where, prompt_column, ignored)
+            pair = _pair(row, where, prompt_column, chosen_column, rejected_column, ignored, taken)
+            row = row if margin_column is None else _with_margin(row, where, margin_column, taken)
             if pair["chosen"] == pair["rejected"]:
                 equal += 1
                 continue
@@ -247,6 +255,7 @@ def read_pairs(
             ]
             pairs.append((pair, line.place, values))
     bad.finish(report)
+    taken.finish(report)
     if equal:
         report("note", text=f"{path}: {equal} of {bad.total} pairs left out: chosen and rejected are equal")
     if not pairs:
@@ -260,8 +269,17 @@ def read_pairs(
     )
 
 
+def _with_margin(row: dict[str, Any], where: str, column: str, taken: Taken) -> dict[str, Any]:
+    """The row with the margin of UltraFeedback's scores, where it has no margin of its own."""
+    if column != "margin" or column in row or not set(_SCORES) <= row.keys():
+        return row
+    chosen, rejected = (finite_number(row[name], where, name) for name in _SCORES)
+    taken.add("no column 'margin', so it is 'score_chosen' − 'score_rejected'")
+    return {**row, column: chosen - rejected}
+
+
 def read_responses(
-    path: Path,
+    path: Written,
     *,
     prompt_column: str = "prompt",
     response_column: str = "response",
@@ -272,8 +290,8 @@ def read_responses(
     """Reads responses to prompts, one row each. A row without these columns may have AlpacaEval's: instruction, output.
 
     Args:
-        path: JSONL, JSON or Parquet.
-        prompt_column: column of the prompt, as text or messages.
+        path: as of `read_prompts`.
+        prompt_column: column of the prompt, as text or messages; as of `read_prompts`.
         response_column: column of the response, as text or as one assistant turn. It may be empty, but not null.
         rule: what happens to a row that cannot be used.
         ignored: keys of messages, and columns beside the prompt, to leave out.
@@ -287,14 +305,14 @@ def read_responses(
         DataError: the message names the file, the line and the column.
     """
     rows: list[tuple[list[Message], str, str, str | None, str | None, str]] = []
-    bad = BadRows(rule, str(path), "responses")
-    for line in read_rows(path):
+    source = find_source(path, report)
+    bad, taken = BadRows(rule, str(path), "responses"), Taken(str(path))
+    for line in source.rows():
         with bad.row():
             row, where = line.columns, line.where
             prompt = "instruction" if prompt_column not in row and "instruction" in row else prompt_column
             response = "output" if response_column not in row and "output" in row else response_column
-            messages = _prompt(_column(row, prompt, where, "prompt"), where, prompt, ignored)
-            messages = _with_columns(messages, row, where, prompt, ignored)
+            messages = prompt_of(row, where, prompt, ignored, taken)
             if response not in row:
                 columns = ", ".join(row)
                 raise DataError(
@@ -304,6 +322,7 @@ def read_responses(
             labels = [row.get(name) if isinstance(row.get(name), str) else None for name in ("generator", "dataset")]
             rows.append((messages, prompt_key(messages), text, labels[0], labels[1], line.place))
     bad.finish(report)
+    taken.finish(report)
     if not rows:
         raise DataError(f"{path} holds no responses")
     schema = {"messages": _dtype(row[0] for row in rows)} | dict.fromkeys(
@@ -319,49 +338,6 @@ def _response(value: Any, where: str, column: str) -> str:
     if [turn["role"] for turn in turns] != ["assistant"] or turns[0].get("extra"):
         raise DataError(f"{where}: {column!r} must be text, or one assistant turn of text, got {value!r:.80}")
     return turns[0]["content"]
-
-
-def _weight(value: Any, where: str, column: str) -> float:
-    if not _is_finite(value) or value < 0:
-        raise DataError(f"{where}: {column!r} must be a finite number ≥ 0, got {value!r:.80}")
-    return float(value)
-
-
-def finite_number(value: Any, where: str, column: str) -> float:
-    """A number of a row.
-
-    Raises:
-        DataError: it is no number, or is not finite.
-    """
-    if not _is_finite(value):
-        raise DataError(f"{where}: {column!r} must be a finite number, got {value!r:.80}")
-    return float(value)
-
-
-def _round(value: Any, where: str, column: str, current_round: int | None) -> int:
-    if isinstance(value, float | Decimal) and _is_finite(value) and value == int(value):
-        value = int(value)  # as Pandas and databases write whole numbers
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**62:
-        raise DataError(f"{where}: {column!r} must be a whole number, got {value!r:.80}")
-    if current_round is not None and value > current_round:
-        raise DataError(
-            f"{where}: {column!r} is {value}, but the current round is {current_round}: a pair's age cannot be negative"
-        )
-    return value
-
-
-def _source(value: Any, where: str, column: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} must be text, got {value!r:.80}")
-    return value
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-        return False
-    if isinstance(value, Decimal) and not value.is_finite():
-        return False
-    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def pairs_frame(pairs: list[Pair]) -> pl.DataFrame:

@@ -107,10 +107,10 @@ def test_prompt_key_tells_turns_apart() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_column_lists_the_columns_and_names_the_option(write, kind: str) -> None:
-    path = write([{"question": "hi", "topic": "none"}], kind)
+    path = write([{"text": "hi", "topic": "none"}], kind)
     message = refused(read_prompts, path)
     where = {"jsonl": "line 1", "json": "item 0", "parquet": "row 0"}[kind]
-    assert message.startswith(f"{path}, {where}: no column 'prompt'; its columns are question, topic.")
+    assert message.startswith(f"{path}, {where}: no column 'prompt'; its columns are text, topic.")
     assert "--prompt-column" in message
     assert "data.prompt_column" in message
 
@@ -168,7 +168,7 @@ def test_json_files_that_are_no_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("read", [read_prompts, read_pairs])
 def test_files_without_rows(tmp_path: Path, read: Callable[..., Any]) -> None:
     assert refused(read, tmp_path / "absent.jsonl") == f"{tmp_path / 'absent.jsonl'} does not exist (or is not a file)"
-    assert refused(read, tmp_path) == f"{tmp_path} is a folder; give one file of .jsonl, .json or .parquet"
+    assert refused(read, tmp_path) == f"{tmp_path} is a folder without a file of .jsonl, .json, .parquet, .csv or .tsv"
     for kind in KINDS:
         path = tmp_path / f"empty.{kind}"
         path.touch()
@@ -179,9 +179,11 @@ def test_files_without_rows(tmp_path: Path, read: Callable[..., Any]) -> None:
     for kind in KINDS:
         path = tmp_path / f"blank.{kind}"
         assert refused(read, path).startswith(f"{path} holds no p")
-    path = tmp_path / "rows.csv"
+    path = tmp_path / "rows.txt"
     path.write_text("prompt\na\n")
-    assert refused(read, path).startswith(f"{path}: unknown file type '.csv'; use .jsonl, .json or .parquet: Polars")
+    assert refused(read, path).startswith(
+        f"{path}: unknown file type '.txt'; use .jsonl, .json, .parquet, .csv or .tsv"
+    )
 
 
 def test_parquet_that_is_broken(tmp_path: Path) -> None:

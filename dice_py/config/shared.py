@@ -153,19 +153,26 @@ class DataConfig(Section):
 
     prompts: str | None = Field(
         default=None,
-        description="JSONL, JSON or Parquet with a prompt column; none with model.sft: the prompts of replay",
+        description="files, a folder, a pattern or owner/name:SPLIT of the Hugging Face hub; none with model.sft: the "
+        "prompts of replay",
     )
-    replay: str | None = Field(default=None, description="offline pairs in TRL's format: prompt, chosen, rejected")
+    replay: str | None = Field(default=None, description="offline pairs: prompt, chosen, rejected")
     eval_prompts: str | None = Field(default=None, description="held-out prompts; none: a share of prompts")
     eval_pairs: str | None = Field(
         default=None,
         description="held-out offline pairs, on which the reward's accuracy is measured; none: a share of replay",
     )
-    prompt_column: str = Field(default="prompt", description="name of the prompts' column")
+    prompt_column: str = Field(
+        default="prompt", description="name of the prompts' column; rows without `prompt` may have another"
+    )
     chosen_column: str = Field(default="chosen", description="name of the column of chosen responses")
     rejected_column: str = Field(default="rejected", description="name of the column of rejected responses")
     weight_column: str | None = Field(default=None, description="sampling weights, in the replay file")
-    margin_column: str = Field(default="margin", description="read if a replay.…margin_power is above 0")
+    margin_column: str = Field(
+        default="margin",
+        description="read if a replay.…margin_power is above 0; rows without `margin` may have score_chosen and "
+        "score_rejected",
+    )
     round_column: str = Field(default="round", description="read if a replay.…half_life is set")
     source_column: str = Field(default="source", description="read for replay.stratify_by=source")
     prompts_per_round: Positive | None = Field(

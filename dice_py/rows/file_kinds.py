@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 
 from dice_py.errors import DataError
+from dice_py.rows.packed import PACKED_SUFFIXES, open_unpacked, packing
 
-_READ = ".jsonl, .json or .parquet"
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+READ = ".jsonl, .json, .parquet, .csv or .tsv"
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 _TO_PARQUET = {
-    ".csv": "Polars reads it and writes Parquet: pl.read_csv(…).write_parquet(…)",
-    ".tsv": 'Polars reads it and writes Parquet: pl.read_csv(…, separator="\\t").write_parquet(…)',
     ".txt": 'write each text as a line {"prompt": "…"} of a .jsonl file',
     ".arrow": "write it as Parquet, for instance with Dataset.to_parquet of the package datasets",
     ".feather": "Polars reads it and writes Parquet: pl.read_ipc(…).write_parquet(…)",
@@ -33,7 +32,17 @@ _FORMATS = (
 _PARQUET = b"PAR1"
 _PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def data_suffix(path: Path) -> str:
+    """The end of a file's name that says what its rows are in, in lower case: ".jsonl" of rows.jsonl.gz."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in PACKED_SUFFIXES else suffix
+
+
+def is_data_name(path: Path) -> bool:
+    """Whether a file of this name holds rows of a kind that is read."""
+    return data_suffix(path) in _SUFFIXES
 
 
 def check_file(path: Path) -> None:
@@ -44,16 +53,19 @@ def check_file(path: Path) -> None:
     """
     if not path.is_file():
         raise DataError(_no_file(path))
-    first = _first_bytes(path)
+    with open_unpacked(path) as file:
+        first = file.read(64)
     if not first:
         raise DataError(f"{path} is empty")
-    what = other_format(path)
+    what = _format_of(first)
     if what is not None:
         raise DataError(f"{path} {what}")
-    suffix = path.suffix.lower()
+    suffix = data_suffix(path)
     if suffix not in _SUFFIXES:
         remedy = f": {_TO_PARQUET[suffix]}" if suffix in _TO_PARQUET else ""
-        raise DataError(f"{path}: unknown file type {suffix!r}; use {_READ}{remedy}")
+        raise DataError(f"{path}: unknown file type {suffix!r}; use {READ}{remedy}")
+    if first.startswith(_PARQUET) and packing(path) is not None:
+        raise DataError(f"{path} is a compressed Parquet file; unpack it first: Parquet compresses its own columns")
     if first.startswith(_PARQUET) != (suffix == ".parquet"):
         if suffix != ".parquet":
             raise DataError(f"{path} is a Parquet file; rename it to {path.stem}.parquet")
@@ -63,7 +75,11 @@ def check_file(path: Path) -> None:
 
 def other_format(path: Path) -> str | None:
     """What a file is, and what to do, where its first bytes are of a format that is not read; else None."""
-    first = _first_bytes(path)
+    with path.open("rb") as file:
+        return _format_of(file.read(64))
+
+
+def _format_of(first: bytes) -> str | None:
     if _PAGE.match(first):
         return "is a web page (of a download that failed?); get the file itself"
     return next((what for magic, what in _FORMATS if first.startswith(magic)), None)
@@ -74,32 +90,14 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(64)
-
-
 def _no_file(path: Path) -> str:
     """The sentence about a path that is no file."""
-    text = str(path)
     try:
         is_folder, is_there = path.is_dir(), path.exists()
     except OSError:  # a name that is too long
         is_folder = is_there = False
-    if is_there and not is_folder:
-        return f"{path} is a pipe or a device, not a regular file; give a file"
     if is_folder:
-        saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
-        remedy = f"; {_TO_PARQUET['.arrow']}" if saved else ""
-        return f"{path} is a folder; give one file of {_READ}{remedy}"
-    absent = f"{path} does not exist (or is not a file)"
-    if is_url(text):
-        return f"{absent}; it looks like a URL: get the file first, since only local files are read"
-    if any(sign in text for sign in "*?["):
-        return f"{absent}; patterns are not read here: give one file"
-    if _HUB_ID.fullmatch(text) and path.suffix.lower() not in _SUFFIXES:
-        return (
-            f"{absent}; if it is the id of a data set of the Hugging Face hub, write that as a file first, with "
-            "Dataset.to_parquet of the package datasets"
-        )
-    return absent
+        return f"{path} is a folder; give a file of {READ}"
+    if is_there:
+        return f"{path} is a pipe or a device, not a regular file; give a file"
+    return f"{path} does not exist (or is not a file)"

@@ -1,8 +1,9 @@
 """Messages of a conversation: what a user's file may hold, and the one form that artifacts have.
 
-A message has a role and a content as text. All else that it says (tool_calls, tool_call_id, reasoning_content, name) is
-kept in `extra`, as JSON text, and reaches the chat template (models/chat_template.py). Nothing is dropped: a key that
-the template does not render is an error there, unless data.ignored_keys lists it.
+A message has a role and a content as text; ShareGPT's `from` and `value` are read as these. All else that it says
+(tool_calls, tool_call_id, reasoning_content, name) is kept in `extra`, as JSON text, and reaches the chat template
+(models/chat_template.py). Nothing is dropped: a key that the template does not render is an error there, unless
+data.ignored_keys lists it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ _RESERVED = frozenset(
      "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
      "return_assistant_tokens_mask", "strftime_now", "raise_exception", "self")
 )  # fmt: skip
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
+_SPEAKERS |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_SPEAKERS |= {"system": "system", "tool": "tool", "observation": "tool"}
+"""Who speaks in ShareGPT's form, and in LLaMA-Factory's, by role."""
 _PYTHON_TEXT = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
 
 
@@ -80,16 +85,19 @@ def read_messages(value: Any, role: str, where: str, column: str, ignored: Colle
     if isinstance(value, str):
         value = _messages_in_text(value, where, column)
     elif isinstance(value, dict):
-        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
+        value = _wrapped(value)
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{where}: {column!r} is an empty text")
         return [{"role": role, "content": value}]
-    if isinstance(value, dict) and {"role", "content"} <= value.keys():
-        value = [value]  # a single message
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: {column!r} must be text or a non-empty list of messages, got {_shown(value)}")
     return [_message(item, where, column, ignored) for item in value]
+
+
+def _wrapped(value: dict[str, Any]) -> list[Any]:
+    """The messages of an object that wraps a list of them, or that is a single one."""
+    return next((value[name] for name in ("messages", "conversations") if isinstance(value.get(name), list)), [value])
 
 
 def _shown(value: Any) -> str:
@@ -111,7 +119,7 @@ def _messages_in_text(text: str, where: str, column: str) -> Any:
     except (ValueError, RecursionError):
         return text
     if isinstance(value, dict):
-        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
+        value = _wrapped(value)
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         named = [{"role", "content"} & item.keys() == {"role", "content"} for item in value]
         shared = [{"from", "value"} <= item.keys() or "role" in item for item in value]
@@ -120,7 +128,22 @@ def _messages_in_text(text: str, where: str, column: str) -> Any:
     return text
 
 
+def _of_sharegpt(item: dict[str, Any], where: str, column: str) -> dict[str, Any]:
+    """A message of ShareGPT's form, {"from", "value"}, as one with a role."""
+    speaker = item["from"]
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise DataError(
+            f"{where}: {column!r} has a turn from {speaker!r:.40}, which is none of {', '.join(_SPEAKERS)}; write it "
+            "as a message with role and content (a call of a tool: with tool_calls)"
+        )
+    rest = {name: value for name, value in item.items() if name not in ("from", "value")}
+    return {"role": role, "content": item["value"], **rest}
+
+
 def _message(item: Any, where: str, column: str, ignored: Collection[str]) -> Message:
+    if isinstance(item, dict) and {"from", "value"} <= item.keys() and "role" not in item:
+        item = _of_sharegpt(item, where, column)
     if not isinstance(item, dict) or not isinstance(item.get("role"), str):
         raise DataError(f"{where}: {column!r} holds {item!r:.80}, not a message with role and content as text")
     fields = {
@@ -213,8 +236,6 @@ def with_row_columns(
 def _check_all_read(row: dict[str, Any], where: str, ignored: Collection[str]) -> None:
     """Refuses columns that are a part of the prompt, and cannot be read as one."""
     unread = dict.fromkeys(_SENSES, "cannot be used, only text;") | _PARTS
-    if "instruction" in ignored:  # it is the prompt, as Alpaca's rows have it
-        unread["input"] = "belongs to the instruction: write both into one column, or"
     for column, why in unread.items():
         if column not in ignored and not _is_nothing(row.get(column)):
             raise DataError(f"{where}: {column!r} {why} leave it out with data.ignored_keys=[{column}]")

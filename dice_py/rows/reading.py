@@ -1,124 +1,62 @@
-"""Reads the rows of a user's JSONL, JSON or Parquet file, one after the other, each with its place in the file."""
+"""Reads the rows of a user's JSONL, JSON, Parquet or CSV file, one after the other, each with its place in the file."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from dice_py.errors import DataError
-from dice_py.rows.file_kinds import check_file
-from dice_py.storage.parquet import read_parquet
+from dice_py.rows.file_kinds import check_file, data_suffix
+from dice_py.rows.packed import open_unpacked
+from dice_py.rows.row import Origin, Row
+from dice_py.rows.tables import csv_rows, parquet_rows
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a file. A line that is not a JSON object is a row too: `columns` raises the error."""
+def file_rows(path: Path, short: str | None = None) -> Iterator[Row]:
+    """Yields the rows of a file, one after the other. A list of JSON and a batch of Parquet are in memory as a whole.
 
-    where: str
-    """The file and the line or row, as errors name it."""
-    place: str
-    """The same with the file's name alone, as artifacts keep it."""
-    read: Callable[[], dict[str, Any]]
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """The values by column.
-
-        Raises:
-            DataError: the line is not a JSON object.
-        """
-        return self.read()
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yields the rows of a file.
+    Args:
+        path: the file.
+        short: what artifacts call it; None: its name.
 
     Raises:
         DataError: the file is absent, empty, of a kind that is not read, or cannot be read at all.
     """
     check_file(path)
-    suffix = path.suffix.lower()
+    origin, suffix = Origin(str(path), short or path.name), data_suffix(path)
     if suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from parquet_rows(path, origin)
+    elif suffix in (".csv", ".tsv"):
+        yield from csv_rows(path, origin, "\t" if suffix == ".tsv" else ",")
     else:
         # By content: a list is often named .jsonl, and one object a line .json.
-        yield from _list_rows(path) if _is_list(path, suffix) else _jsonl_rows(path)
+        yield from _list_rows(path, origin) if _is_list(path, suffix) else _jsonl_rows(path, origin)
 
 
-def _row(path: Path, place: str, read: Callable[[str], dict[str, Any]]) -> Row:
-    where = f"{path}, {place}"
-    return Row(where, f"{path.name}, {place}", lambda: read(where))
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    rows = _with_python_times(read_parquet(path)).iter_rows(named=True)
-    for index in itertools.count():
-        try:
-            row = next(rows, None)
-        except (ValueError, OverflowError, pl.exceptions.PanicException) as error:
-            raise DataError(
-                f"{path} cannot be read: a time inside of a column ({error}); write it as text, or leave it out"
-            ) from None
-        if row is None:
-            return
-        # Parquet fills the fields that one row has and another lacks with nulls, at every depth.
-        yield _row(path, f"row {index}", lambda _, row=row: {name: _without_nulls(row[name]) for name in row})  # type: ignore[misc]
-
-
-def _with_python_times(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows, without dates and times that Python's types cannot hold (the year 148108): such columns are not read.
-
-    One that is read is refused as any other date is, since no column of the data is one.
-    """
-    day, years = 86_400, (-62_135_510_400, 253_402_214_400)  # seconds of the years 1 and 9999, in any time zone
-    held = []
-    for name, dtype in frame.schema.items():
-        if dtype == pl.Date:
-            least, most = years[0] // day, years[1] // day
-        elif isinstance(dtype, pl.Datetime | pl.Duration):
-            per_second = {"ms": 10**3, "us": 10**6, "ns": 10**9}[dtype.time_unit]
-            seconds = years if isinstance(dtype, pl.Datetime) else (-day * 10**8, day * 10**8)
-            least, most = max(-(2**63), seconds[0] * per_second), min(2**63 - 1, seconds[1] * per_second)
-        else:
-            continue
-        column = frame[name]
-        held.append(pl.when(column.to_physical().is_between(least, most)).then(column).alias(name))
-    return frame.with_columns(held)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
+def _jsonl_rows(path: Path, origin: Origin) -> Iterator[Row]:
+    with open_unpacked(path) as lines:
         for number, line in enumerate(lines, start=1):
             text = line.strip()
             if text:
-                yield _row(path, f"line {number}", lambda where, text=text: _object(_parse(text, where), where))  # type: ignore[misc]
+                yield origin.row(f"line {number}", lambda where, text=text: _object(_parse(text, where), where))  # type: ignore[misc]
 
 
-def _list_rows(path: Path) -> Iterator[Row]:
-    loaded = _parse(path.read_bytes(), str(path))
+def _list_rows(path: Path, origin: Origin) -> Iterator[Row]:
+    with open_unpacked(path) as file:
+        data = file.read()
+    loaded = _parse(data, str(path))
+    del data
     if not isinstance(loaded, list):
         raise DataError(f"{path}: a .json file must hold one list of objects; one object per line is .jsonl")
     for index, item in enumerate(loaded):
-        yield _row(path, f"item {index}", lambda where, item=item: _object(item, where))  # type: ignore[misc]
+        yield origin.row(f"item {index}", lambda where, item=item: _object(item, where))  # type: ignore[misc]
 
 
 def _is_list(path: Path, suffix: str) -> bool:
     """Whether a file is to be read as one JSON value, and not line by line."""
-    with path.open("rb") as lines:
+    with open_unpacked(path) as lines:
         first = next((line for line in lines if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
         is_only = not any(line.strip() for line in lines)
     if not first.startswith(b"{" if suffix == ".json" else b"["):

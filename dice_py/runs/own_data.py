@@ -1,7 +1,8 @@
 """The user's data in a run: read, checked and split into training and held-out parts, as copies in `inputs/`.
 
-The copies are artifacts under one key, and keep the digests of the files that they were made from. So a run goes on
-without its sources, and notices when one of them changes.
+The copies are artifacts under one key, and keep the digests of the sources that they were made from. So a run goes on
+without its sources, and notices when one of them changes. Of a data set of the hub they keep the commit: the run stays
+with it, and does not ask the hub again, until the config names another.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
-from dice_py.rows.file_kinds import check_file
+from dice_py.events import notes_once
+from dice_py.rows.data_sets import commit_of
+from dice_py.rows.sources import Source, find_source, is_there
 from dice_py.storage.integrity import is_kept, set_aside
-from dice_py.storage.keys import digest, file_digest, seed_for, versions
+from dice_py.storage.keys import digest, seed_for, versions
 from dice_py.storage.parquet import intact_key, parquet_meta, write_parquet
 from dice_py.storage.schemas import PROMPTS_READ
 
@@ -37,22 +40,18 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
         DataError: a source is gone, and a copy is not there or damaged.
     """
     config, data = run.config, run.config.data
-    buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}
-    sources = {
-        "prompts": _prompts_file(config),
-        "replay": data.replay,
-        "eval_prompts": data.eval_prompts,
-        "eval_pairs": data.eval_pairs,
-        **{f"buffer {name}": path for name, path in buffers.items()},
-    }
-    stored = _kept_sources(outputs)
+    written, report = _written(config), notes_once(run.report)
+    stored, stored_written = _kept_sources(outputs)
+    sources: dict[str, Source] = {}
     contents: dict[str, str] = {}
-    for name, file in sources.items():
-        if file is not None:
-            gone = name in stored and not Path(file).is_file()
-            if not gone:
-                check_file(Path(file))
-            contents[name] = stored[name] if gone else file_digest(Path(file))
+    for name, text in written.items():
+        known, same = stored.get(name), stored_written.get(name, text) == text
+        commit = commit_of(known, text) if known is not None else None
+        if known is not None and commit is None and same and not is_there(text):
+            contents[name] = known  # the source is gone
+            continue
+        sources[name] = find_source(text, report, commit)
+        contents[name] = known if known is not None and commit is not None else sources[name].digest()
     columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
     held_out = [config.evaluate.prompts, config.evaluate.pairs]
     rows = [data.on_bad_row, data.max_bad_rows, data.ignored_keys]
@@ -65,23 +64,39 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
     changed = sorted(name for name, content in contents.items() if stored and stored.get(name) != content)
     if changed:
         run.report("note", text=f"the data of the run is read again: {', '.join(changed)} changed")
-    for name, file in sources.items():
-        if file is not None and not Path(file).is_file():
+    for name, text in written.items():
+        if name not in sources:
             raise DataError(
-                f"{file} is gone, and the run's own copy of the data in {outputs['prompts'].parent} is damaged or not "
+                f"{text} is gone, and the run's own copy of the data in {outputs['prompts'].parent} is damaged or not "
                 f"complete; bring {name} back to that place, and resume"
             )
-    _split(run, outputs, key, contents)
+    _split(run, outputs, key, sources, {"sources": contents, "written": written})
     return key
 
 
-def _kept_sources(outputs: dict[str, Path]) -> dict[str, str]:
-    """The digests of the sources, as any of the run's copies that is whole keeps them."""
+def _written(config: RunConfig) -> dict[str, str]:
+    """What the config names, by what it is for. With round 0, the offline pairs' prompts serve if none are named."""
+    data = config.data
+    named = {
+        "prompts": data.prompts or data.replay,
+        "replay": data.replay,
+        "eval_prompts": data.eval_prompts,
+        "eval_pairs": data.eval_pairs,
+        **{f"buffer {name}": buffer.path for name, buffer in config.replay.buffers.items()},
+    }
+    return {name: text for name, text in named.items() if text is not None}
+
+
+def _kept_sources(outputs: dict[str, Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """The digests of the sources, and how the config named them, as any of the run's copies that is whole keeps them.
+
+    Earlier versions did not keep the names.
+    """
     for file in outputs.values():
         meta = parquet_meta(file) if intact_key(file) is not None else None
         if isinstance(meta, dict) and isinstance(meta.get("sources"), dict):
-            return dict(meta["sources"])
-    return {}
+            return dict(meta["sources"]), dict(meta.get("written", {}))
+    return {}, {}
 
 
 def _is_named(file: Path, name: str, run: Run) -> bool:
@@ -93,26 +108,20 @@ def _is_named(file: Path, name: str, run: Run) -> bool:
     return bool(made_as == name)
 
 
-def _prompts_file(config: RunConfig) -> str:
-    """The file of the prompts. Where round 0 makes the policy, the offline pairs' prompts serve if none is named."""
-    file = config.data.prompts or config.data.replay
-    assert file is not None
-    return file
-
-
-def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]) -> None:
-    """Reads the user's files and writes `inputs/`; the prompts last, since their key marks all of them as complete.
+def _split(
+    run: Run, outputs: dict[str, Path], key: str, sources: dict[str, Source], made_from: dict[str, dict[str, str]]
+) -> None:
+    """Reads the user's data and writes `inputs/`; the prompts last, since their key marks all of them as complete.
 
     Args:
-        sources: the digests of the user's files, which the copies keep.
+        made_from: what the copies keep: `sources`, the digests, and `written`, the names in the config.
     """
     config, data = run.config, run.config.data
-    prompts_file = Path(_prompts_file(config))
 
     def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
         more = {} if pool is None else pools[pool]
         return read_pairs(
-            Path(name),
+            sources[name],
             prompt_column=data.prompt_column,
             chosen_column=data.chosen_column,
             rejected_column=data.rejected_column,
@@ -123,30 +132,37 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
         )
 
     pools = pool_columns(config)
-    reading: dict[str, Any] = {"rule": data.bad_rows, "ignored": data.ignored_keys, "report": run.report}
-    prompts = read_prompts(prompts_file, data.prompt_column, **reading)
-    offline = pairs_of(data.replay, "replay") if data.replay else None
-    buffers = {name: pairs_of(buffer.path, name) for name, buffer in config.replay.buffers.items()}
+    # Offline pairs may be read for their prompts too.
+    reading: dict[str, Any] = {
+        "rule": data.bad_rows,
+        "ignored": data.ignored_keys,
+        "report": notes_once(run.report),
+    }
+    prompts = read_prompts(sources["prompts"], data.prompt_column, **reading)
+    offline = pairs_of("replay", "replay") if data.replay else None
+    buffers = {name: pairs_of(f"buffer {name}", name) for name in config.replay.buffers}
     rng = random.Random(seed_for(config.seed, "held out"))
     if data.eval_prompts:
-        eval_prompts: pl.DataFrame | None = read_prompts(Path(data.eval_prompts), data.prompt_column, **reading)
+        eval_prompts: pl.DataFrame | None = read_prompts(sources["eval_prompts"], data.prompt_column, **reading)
     else:
         eval_prompts = _drawn(prompts, config.evaluate.prompts, rng)
-    eval_pairs = pairs_of(data.eval_pairs) if data.eval_pairs else _drawn(offline, config.evaluate.pairs, rng)
+    eval_pairs = pairs_of("eval_pairs") if data.eval_pairs else _drawn(offline, config.evaluate.pairs, rng)
     held = set() if eval_prompts is None else set(_keys(eval_prompts))
     if eval_pairs is not None:
         held |= set(eval_pairs["key"])
     before = prompts.height
     prompts = prompts.filter(~_keys(prompts).is_in(list(held)))
     if prompts.is_empty():
-        raise DataError(f"{prompts_file}: all of its {before} prompts are held out; give more, or data.eval_prompts")
+        raise DataError(
+            f"{sources['prompts']}: all of its {before} prompts are held out; give more, or data.eval_prompts"
+        )
     if offline is not None:
         offline = _not_held_out(offline, held, f"data.replay ({data.replay})")
     for name, pairs in buffers.items():
         buffers[name] = _not_held_out(pairs, held, f"replay.buffers.{name}")
     copies = {"offline": offline, "eval_prompts": eval_prompts, "eval_pairs": eval_pairs}
     copies |= {f"buffer {name}": pairs for name, pairs in buffers.items()}
-    _write_copies(outputs, key, copies, prompts, sources)
+    _write_copies(outputs, key, copies, prompts, made_from)
     counts = [("prompts for the rounds", prompts), ("offline pairs", offline)]
     text = ", ".join(f"{0 if frame is None else frame.height} {noun}" for noun, frame in counts)
     text += "".join(f", {pairs.height} in buffer {name}" for name, pairs in buffers.items())
@@ -184,14 +200,14 @@ def _write_copies(
     key: str,
     copies: dict[str, pl.DataFrame | None],
     prompts: pl.DataFrame,
-    sources: dict[str, str],
+    made_from: dict[str, dict[str, str]],
 ) -> None:
     """Writes the copies that there are, then the prompts, which name the others."""
     made = {name: frame for name, frame in copies.items() if frame is not None}
     for name, frame in made.items():
         schema = PROMPTS_READ if name == "eval_prompts" else None
-        write_parquet(outputs[name], frame, key=key, schema=schema, meta={"sources": sources, "name": name})
-    meta = {"sources": sources, "name": "prompts", "files": list(made)}
+        write_parquet(outputs[name], frame, key=key, schema=schema, meta={**made_from, "name": name})
+    meta = {**made_from, "name": "prompts", "files": list(made)}
     write_parquet(outputs["prompts"], prompts, key=key, schema=PROMPTS_READ, meta=meta)
 
 

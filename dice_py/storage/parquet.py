@@ -6,7 +6,9 @@ bytes (storage/digests.py) whether it is as it was written.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,25 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
     Raises:
         DataError: the file is absent, cannot be read, or lacks one of `columns`.
     """
+    with _opened(path, columns) as file:
+        table = file.read(columns)
+        return _frame(table if columns is None else table.select(columns))
+
+
+def parquet_batches(path: Path, rows: int = 8192) -> Iterator[pl.DataFrame]:
+    """The rows of a Parquet file, at most `rows` of them at a time.
+
+    Raises:
+        DataError: the file is absent or cannot be read.
+    """
+    with _opened(path, None) as file:
+        for batch in file.iter_batches(rows):
+            yield _frame(pa.Table.from_batches([batch]))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, columns: list[str] | None) -> Iterator[pq.ParquetFile]:
+    """An open file, whose errors of reading name it."""
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     # Not with Polars: a damaged file makes it panic, or end the process (an allocation of exbibytes).
@@ -186,10 +207,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
             for field in file.schema_arrow:
                 if columns is None or field.name in columns:
                     refuse_foreign(field.name, field.type)
-            table = file.read(columns)
-        table.validate(full=True)  # text that is not UTF-8
-        table = table.replace_schema_metadata(None)
-        return pl.DataFrame(pl.from_arrow(table if columns is None else table.select(columns)))
+            yield file
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except MemoryError:  # pyarrow's is an ArrowException too
@@ -198,3 +216,8 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
         ) from None
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    table.validate(full=True)  # text that is not UTF-8
+    return pl.DataFrame(pl.from_arrow(table.replace_schema_metadata(None)))

@@ -147,7 +147,8 @@ def test_wrong_numbers_and_data(
     assert "--beta is nan" in refused(2, "audit", pairs, *models, "--beta", "nan")
     assert "--beta is 0.0" in refused(2, "audit", pairs, *models, "--beta", 0)
     assert "does not exist" in refused(3, "audit", tmp_path / "no.jsonl", *models)
-    assert "a folder, not a regular file" in refused(3, "audit", tmp_path, *models)
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without a file of .jsonl" in refused(3, "audit", tmp_path / "empty", *models)
     assert "policy and reference are the same model" in refused(
         2, "audit", pairs, "--policy", llama, "--reference", llama, *CPU
     )

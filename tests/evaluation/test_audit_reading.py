@@ -178,3 +178,11 @@ def test_marks_line_ends_and_hostile_texts_are_kept_as_they_are(tmp_path: Path) 
     file.write_bytes(b"\xef\xbb\xbf" + "".join(f"{json.dumps(row)}\r\n" for row in rows).encode())
     frame, _ = read(file)
     assert frame["source"].to_list() == frame["chosen_model"].to_list() == names
+
+
+def test_whether_a_response_is_right_in_csv(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("prompt,response,correct\na,b,True\na,c,false\na,d,1\na,e,0.5\n")
+    assert read(tmp_path / "f.csv")[0]["score"].to_list() == [1.0, 0.0, 1.0, 0.5]
+    (tmp_path / "f.csv").write_text("prompt,response,correct\na,b,yes\n")
+    with pytest.raises(DataError, match="line 2: 'correct' must be a finite number, got 'yes'"):
+        read(tmp_path / "f.csv")

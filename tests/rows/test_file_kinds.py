@@ -35,11 +35,9 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", gzip.compress(ROWS.encode(), mtime=0), "is compressed by gzip; unpack it first (gunzip)"),
-        ("a.jsonl.gz", gzip.compress(ROWS.encode(), mtime=0), "is compressed by gzip; unpack it first (gunzip)"),
-        ("a.jsonl.bz2", bz2.compress(ROWS.encode()), "is compressed by bzip2"),
-        ("a.json.xz", lzma.compress(ROWS.encode()), "is compressed by xz"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(9), "is compressed by zstd"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(ROWS.encode(), mtime=0), mtime=0), "is compressed by gzip; unpack"),
+        ("a.jsonl.gz", gzip.compress(ROWS.encode("utf-16"), mtime=0), "is UTF-16 text; convert it to UTF-8 (iconv"),
+        ("a.tar.gz", gzip.compress(ROWS.encode(), mtime=0), "unknown file type '.tar'; use"),
         ("a.zip", b"PK\x03\x04" + bytes(9), "is a ZIP archive"),
         ("a.jsonl", ROWS.encode("utf-16"), "is UTF-16 text; convert it to UTF-8 (iconv"),
         ("a.jsonl", ROWS.encode("utf-32"), "is UTF-32 text; convert it to UTF-8 (iconv"),
@@ -47,10 +45,8 @@ def refused(path: Path) -> str:
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "with: git lfs pull"),
         ("a.jsonl", b"<!DOCTYPE html>\n<html></html>", "is a web page (of a download that failed?)"),
         ("a.parquet", ROWS.encode(), "holds JSON; rename it to a.jsonl"),
-        ("a.csv", b"prompt\na\n", "pl.read_csv(…).write_parquet(…)"),
-        ("a.tsv", b"prompt\tb\na\tb\n", 'pl.read_csv(…, separator="\\t").write_parquet(…)'),
         ("a.txt", b"a question\n", 'write each text as a line {"prompt": "…"} of a .jsonl file'),
-        ("rows", ROWS.encode(), "unknown file type ''; use .jsonl, .json or .parquet"),
+        ("rows", ROWS.encode(), "unknown file type ''; use .jsonl, .json, .parquet, .csv or .tsv"),
     ],
 )
 def test_other_files_have_a_remedy(name: str, content: bytes, words: str, tmp_path: Path) -> None:
@@ -73,18 +69,49 @@ def test_an_arrow_file(tmp_path: Path) -> None:
     ("path", "words"),
     [
         ("https://example.org/rows.jsonl", "looks like a URL: get the file first"),
-        ("data/*.jsonl", "patterns are not read here: give one file"),
-        ("an-owner/a-dataset", "Dataset.to_parquet of the package datasets"),
+        ("data/*.jsonl", "no file of .jsonl, .json, .parquet, .csv or .tsv has a name of this pattern"),
+        ("absent/rows.jsonl", "does not exist (or is not a file)"),
     ],
 )
 def test_what_is_no_file(path: str, words: str) -> None:
     assert words in refused(Path(path))
 
 
-def test_a_saved_data_set_is_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text("{}")
-    assert "is a folder; give one file" in refused(tmp_path)
-    assert "Dataset.to_parquet" in refused(tmp_path)
+def packed(kind: str, data: bytes, path: Path) -> bytes:
+    if kind == "zst":
+        with pa.output_stream(str(path), compression="zstd") as file:
+            file.write(data)
+        return path.read_bytes()
+    return {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind](data)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz"])
+def test_compressed_files(kind: str, tmp_path: Path) -> None:
+    other = tmp_path / "scratch"
+    for name, data in (
+        ("a.jsonl", ROWS.encode()),
+        ("a.json", json.dumps([json.loads(line) for line in ROWS.splitlines()]).encode()),
+        ("a.csv", b"prompt\nquestion 0\nquestion 1\nquestion 2\n"),
+    ):
+        # By content: the name may have lost the ending, or have it though a download unpacked the file.
+        for path, content in (
+            (tmp_path / f"{name}.{kind}", packed(kind, data, other)),
+            (tmp_path / name, packed(kind, data, other)),
+            (tmp_path / f"plain-{name}.{kind}", data),
+        ):
+            path.write_bytes(content)
+            assert [m[0]["content"] for m in read_prompts(path)["messages"].to_list()] == [
+                f"question {n}" for n in range(3)
+            ]
+    path = tmp_path / f"a.jsonl.{kind}"
+    assert read_prompts(path)["where"][2] == f"a.jsonl.{kind}, line 3"
+    path.write_bytes(packed(kind, b"", other))
+    assert f"{path} is empty" in refused(path)
+    path.write_bytes(packed(kind, parquet(tmp_path / "b.parquet"), other))
+    assert "is a compressed Parquet file; unpack it first" in refused(path)
+    path.write_bytes(packed(kind, ROWS.encode() * 1000, other)[:-20])  # a copy that was cut off
+    assert f"{path} cannot be unpacked by " in refused(path)
+    assert "it is damaged or cut off; get it again" in refused(path)
 
 
 @pytest.mark.parametrize(

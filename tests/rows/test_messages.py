@@ -105,9 +105,8 @@ def test_messages_as_json_text(tmp_path: Path) -> None:
         assert first(jsonl(tmp_path / "p.jsonl", {"prompt": json.dumps(value)})) == turns
         assert first(jsonl(tmp_path / "p.jsonl", {"prompt": json.dumps(json.dumps(value))})) == turns
         assert first(jsonl(tmp_path / "p.jsonl", {"prompt": value})) == turns
-    for text in ('[{"from": "human", "value": "hi"}]', str(turns)):
-        with pytest.raises(DataError, match=r"line 1: 'prompt' (holds|is a list of messages written as Python text)"):
-            read_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": text}))
+    with pytest.raises(DataError, match=r"line 1: 'prompt' is a list of messages written as Python text"):
+        read_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": str(turns)}))
     for text in (
         "[1, 2]",
         '{"a": 1}',
@@ -167,10 +166,16 @@ def test_columns_that_say_nothing_are_no_error(tmp_path: Path) -> None:
 def test_the_input_of_an_instruction(tmp_path: Path) -> None:
     """As Alpaca's rows have it: the prompt is both."""
     row = {"instruction": "Translate.", "input": "Hallo"}
-    with pytest.raises(DataError, match="'input' belongs to the instruction: write both into one column, or leave it"):
-        read_prompts(jsonl(tmp_path / "p.jsonl", row), column="instruction")
-    path = jsonl(tmp_path / "p.jsonl", {**row, "input": ""})
-    assert first(path, column="instruction") == [{"role": "user", "content": "Translate."}]
+    both, one = ([{"role": "user", "content": text}] for text in ("Translate.\n\nHallo", "Translate."))
+    path = jsonl(tmp_path / "p.jsonl", row)
+    assert first(path) == first(path, column="instruction") == both
+    assert first(path, ignored=["input"]) == one
+    assert first(jsonl(tmp_path / "p.jsonl", {**row, "input": ""}), column="instruction") == one
+    for bad in ({**row, "input": 3}, {**row, "instruction": [{"role": "user", "content": "a"}] * 2}):
+        with pytest.raises(
+            DataError, match="'input' belongs to the instruction, and both must be text: write them into"
+        ):
+            read_prompts(jsonl(tmp_path / "p.jsonl", bad))
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 
-from dice_py.data import Message, Pair, finite_number, pairs_frame, prompt_of, read_pairs
+from dice_py.data import Message, Pair, pairs_frame, read_pairs
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.rows.bad_rows import BadRowRule, BadRows
+from dice_py.rows.forms import Taken, prompt_of
 from dice_py.rows.messages import read_messages
-from dice_py.rows.reading import Row, read_rows
+from dice_py.rows.row import Cell, Row
+from dice_py.rows.sources import Source, Written, find_source
+from dice_py.rows.values import finite_number
 from dice_py.storage.schemas import MESSAGES, MESSAGES_WITH_EXTRA, PLACE
 
 Form = Literal["pairs", "votes", "responses", "sets"]
@@ -49,7 +51,7 @@ class AuditColumns:
 
 
 def read_audit(
-    path: Path,
+    path: Written,
     columns: AuditColumns,
     *,
     rule: BadRowRule,
@@ -59,9 +61,11 @@ def read_audit(
     """Reads a file of one of the four forms.
 
     Args:
+        path: a file, a folder, a pattern or a data set of the hub (rows/sources.py).
+        columns: names of its columns.
         rule: what happens to a row that cannot be used.
         ignored: keys of messages, and columns beside the prompt, to leave out.
-        report: receives notes on rows that were left out.
+        report: receives notes on rows that were left out, and on what was taken in another way.
 
     Returns:
         Of pairs and votes: `prompt`, `chosen`, `rejected` (messages), `where`, and, each if the file has it, `source`,
@@ -71,22 +75,23 @@ def read_audit(
     Raises:
         DataError: the file has none of the forms, or a row cannot be used.
     """
-    form = form_of(path, columns)
+    source = find_source(path, report)
+    form = form_of(source, columns)
     if form == "pairs":
-        return _pairs(path, columns, rule, ignored, report)
+        return _pairs(source, columns, rule, ignored, report)
     if form == "votes":
-        return _votes(path, columns, rule, ignored, report)
-    return _scored(path, columns, form, rule, ignored, report)
+        return _votes(source, columns, rule, ignored, report)
+    return _scored(source, columns, form, rule, ignored, report)
 
 
-def form_of(path: Path, columns: AuditColumns) -> Form:
+def form_of(path: Written, columns: AuditColumns) -> Form:
     """The form of a file, by the columns of its first row that can be read.
 
     Raises:
         DataError: none of the four; or no row can be read.
     """
     failure: DataError | None = None
-    for line in read_rows(path):
+    for line in find_source(path).rows():
         try:
             row = line.columns
         except DataError as error:
@@ -115,7 +120,7 @@ def _score_names(columns: AuditColumns) -> list[str]:
 
 
 def _pairs(
-    path: Path, columns: AuditColumns, rule: BadRowRule, ignored: Collection[str], report: Report
+    path: Source, columns: AuditColumns, rule: BadRowRule, ignored: Collection[str], report: Report
 ) -> pl.DataFrame:
     pairs = read_pairs(
         path,
@@ -133,7 +138,7 @@ def _pairs(
     }
     places = set(pairs[PLACE])
     found: dict[str, dict[str, str | None]] = {name: {} for name in texts}
-    for line in read_rows(path):
+    for line in path.rows():
         if line.place in places:
             for name, (given, usual) in texts.items():
                 found[name][line.place] = _text(line, given, usual)
@@ -156,12 +161,12 @@ def _text(line: Row, given: str | None, usual: str) -> str | None:
 
 
 def _votes(
-    path: Path, columns: AuditColumns, rule: BadRowRule, ignored: Collection[str], report: Report
+    path: Source, columns: AuditColumns, rule: BadRowRule, ignored: Collection[str], report: Report
 ) -> pl.DataFrame:
     pairs: list[Pair] = []
     more: dict[str, list[str | None]] = {PLACE: [], "source": [], "chosen_model": [], "rejected_model": []}
-    bad, ties = BadRows(rule, str(path), "votes"), 0
-    for line in read_rows(path):
+    bad, taken, ties = BadRows(rule, str(path), "votes"), Taken(str(path)), 0
+    for line in path.rows():
         with bad.row():
             row, where = line.columns, line.where
             winner = row.get("winner")
@@ -174,12 +179,13 @@ def _votes(
             answers = [_answer(row, where, f"response_{number}", ignored) for number in (1, 2)]
             first = winner == "model_a"
             chosen, rejected = answers if first else answers[::-1]
-            prompt = prompt_of(row, where, columns.prompt, ignored)
+            prompt = prompt_of(row, where, columns.prompt, ignored, taken)
             values = (line.place, _text(line, columns.source, "subset"), *(models if first else models[::-1]))
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
             for name, value in zip(more, values, strict=True):
                 more[name].append(value)
     bad.finish(report)
+    taken.finish(report)
     if ties:
         report(
             "note", text=f"{path}: {ties} of {bad.total} votes left out: they are ties, which prefer neither response"
@@ -205,13 +211,13 @@ def _answer(row: dict[str, Any], where: str, column: str, ignored: Collection[st
 
 
 def _scored(
-    path: Path, columns: AuditColumns, form: Form, rule: BadRowRule, ignored: Collection[str], report: Report
+    path: Source, columns: AuditColumns, form: Form, rule: BadRowRule, ignored: Collection[str], report: Report
 ) -> pl.DataFrame:
     rows: dict[str, list[Any]] = {name: [] for name in ("prompt", "response", "score", "model", "source", PLACE)}
-    bad = BadRows(rule, str(path), "rows of scored responses")
-    for line in read_rows(path):
+    bad, taken = BadRows(rule, str(path), "rows of scored responses"), Taken(str(path))
+    for line in path.rows():
         with bad.row():
-            prompt = prompt_of(line.columns, line.where, columns.prompt, ignored)
+            prompt = prompt_of(line.columns, line.where, columns.prompt, ignored, taken)
             read = _of_set if form == "sets" else _of_response
             answers = list(read(line, columns, ignored))  # all of a row, or none of it
             model = _text(line, columns.model, "model_name" if form == "sets" else "model")
@@ -220,6 +226,7 @@ def _scored(
                 for name, value in zip(rows, (prompt, response, score, model, source, line.place), strict=True):
                     rows[name].append(value)
     bad.finish(report)
+    taken.finish(report)
     if not rows["score"]:
         raise DataError(f"{path} holds no scored responses")
     turns = [turn for name in ("prompt", "response") for messages in rows[name] for turn in messages]
@@ -262,4 +269,6 @@ def _of_set(line: Row, columns: AuditColumns, ignored: Collection[str]) -> Itera
 
 
 def _score(value: Any, where: str, column: str) -> float:
+    if isinstance(value, Cell) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
     return float(value) if isinstance(value, bool) else finite_number(value, where, column)

@@ -19,7 +19,8 @@ from typing import Any
 import polars as pl
 
 from dice_py.errors import DataError
-from dice_py.rows.reading import Row, read_rows
+from dice_py.rows.row import Row
+from dice_py.rows.sources import read_rows
 from dice_py.storage.files import write_text
 
 OUTPUTS = pl.Schema(

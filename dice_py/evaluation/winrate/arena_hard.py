@@ -25,7 +25,8 @@ from dice_py.evaluation.winrate.comparisons import (
     text_key,
 )
 from dice_py.evaluation.winrate.responses import Lengths
-from dice_py.rows.reading import Row, read_rows
+from dice_py.rows.row import Row
+from dice_py.rows.sources import read_rows
 
 _STRONG = 3
 _VOTES = {

@@ -13,7 +13,7 @@ from dice_py.evaluation.winrate.alpaca_eval import read_annotations
 from dice_py.evaluation.winrate.arena_hard import answer_length, is_answer, is_judgment, read_judgments
 from dice_py.evaluation.winrate.comparisons import COMPARISONS, Comparisons, build_comparisons, no_such_baseline
 from dice_py.evaluation.winrate.responses import Columns, Lengths, Scale, read_responses
-from dice_py.rows.reading import read_rows
+from dice_py.rows.sources import read_rows
 
 Form = Literal["responses", "annotations", "judgments"]
 """One row per response; AlpacaEval's annotations.json; Arena-Hard's judgments."""

@@ -19,7 +19,8 @@ from dice_py.evaluation.winrate.comparisons import (
     read_preference,
     text_key,
 )
-from dice_py.rows.reading import Row, read_rows
+from dice_py.rows.row import Row
+from dice_py.rows.sources import read_rows
 
 PERCENT = 100.0
 
