@@ -11,6 +11,7 @@ import typer
 from cli.options import (
     DEFAULT_RUNS,
     Config,
+    Generations,
     Json,
     Method,
     Prompts,
@@ -57,6 +58,7 @@ def plan(
     sft: Sft = None,
     prompts: Prompts = None,
     replay: Replay = None,
+    generations: Generations = None,
     rounds: Rounds = None,
     method: Method = None,
     seed: Seed = None,
@@ -69,5 +71,5 @@ def plan(
     Time, GPU hours, disk and memory of each stage: from a short calibration, or from stored measurements of the same
     model shape on the same device.
     """
-    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed)
+    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed, generations)
     show_plan(resolved, run_dir or DEFAULT_RUNS, fresh, as_json)

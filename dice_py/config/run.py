@@ -172,6 +172,7 @@ def _check_world_run(config: RunConfig) -> None:
     inputs = {
         "model.reference (--reference)": config.model.reference,
         "data.prompts (--prompts)": config.data.prompts,
+        "generate.from_files (--generations)": config.generate.from_files,
         "data.replay (--replay)": config.data.replay,
         "data.eval_prompts": config.data.eval_prompts,
         "data.eval_pairs": config.data.eval_pairs,
@@ -211,7 +212,8 @@ def _check_own_run(config: RunConfig) -> None:
     """Checks a run on the user's own model: reference, prompts, and offline pairs if it replays any."""
     inputs = {
         "model.reference (--reference)": config.model.reference,
-        "data.prompts (--prompts)": config.data.prompts,
+        "data.prompts (--prompts), or generate.from_files (--generations)": config.data.prompts
+        or config.generate.from_files,
     }
     missing = [name for name, value in inputs.items() if value is None]
     if missing:

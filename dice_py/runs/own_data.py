@@ -16,7 +16,9 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
+from dice_py.generation.given import read_given_prompts
 from dice_py.rows.file_kinds import check_file
+from dice_py.runs.given import given_content, given_files, given_reading
 from dice_py.storage.integrity import is_kept, set_aside
 from dice_py.storage.keys import digest, file_digest, seed_for, versions
 from dice_py.storage.parquet import intact_key, parquet_meta, write_parquet
@@ -53,6 +55,8 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
             if not gone:
                 check_file(Path(file))
             contents[name] = stored[name] if gone else file_digest(Path(file))
+    if _prompts_file(config) is None:
+        contents["generations"] = given_content(config, stored.get("generations"))
     columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
     held_out = [config.evaluate.prompts, config.evaluate.pairs]
     rows = [data.on_bad_row, data.max_bad_rows, data.ignored_keys]
@@ -93,11 +97,14 @@ def _is_named(file: Path, name: str, run: Run) -> bool:
     return bool(made_as == name)
 
 
-def _prompts_file(config: RunConfig) -> str:
-    """The file of the prompts. Where round 0 makes the policy, the offline pairs' prompts serve if none is named."""
-    file = config.data.prompts or config.data.replay
-    assert file is not None
-    return file
+def _prompts_file(config: RunConfig) -> str | None:
+    """The file of the prompts; None: those of the given responses serve (generate.from_files).
+
+    Where round 0 makes the policy, the offline pairs' prompts serve if neither is named.
+    """
+    if config.data.prompts is None and config.generate.from_files is not None:
+        return None
+    return config.data.prompts or config.data.replay
 
 
 def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]) -> None:
@@ -107,7 +114,7 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
         sources: the digests of the user's files, which the copies keep.
     """
     config, data = run.config, run.config.data
-    prompts_file = Path(_prompts_file(config))
+    prompts_file = _prompts_file(config)
 
     def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
         more = {} if pool is None else pools[pool]
@@ -124,7 +131,10 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
 
     pools = pool_columns(config)
     reading: dict[str, Any] = {"rule": data.bad_rows, "ignored": data.ignored_keys, "report": run.report}
-    prompts = read_prompts(prompts_file, data.prompt_column, **reading)
+    if prompts_file is None:
+        prompts = read_given_prompts(given_files(config), given_reading(run))
+    else:
+        prompts = read_prompts(Path(prompts_file), data.prompt_column, **reading)
     offline = pairs_of(data.replay, "replay") if data.replay else None
     buffers = {name: pairs_of(buffer.path, name) for name, buffer in config.replay.buffers.items()}
     rng = random.Random(seed_for(config.seed, "held out"))
@@ -139,7 +149,8 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
     before = prompts.height
     prompts = prompts.filter(~_keys(prompts).is_in(list(held)))
     if prompts.is_empty():
-        raise DataError(f"{prompts_file}: all of its {before} prompts are held out; give more, or data.eval_prompts")
+        of = prompts_file or "the given responses"
+        raise DataError(f"{of}: all of its {before} prompts are held out; give more, or data.eval_prompts")
     if offline is not None:
         offline = _not_held_out(offline, held, f"data.replay ({data.replay})")
     for name, pairs in buffers.items():

@@ -183,6 +183,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "model": config.model.model_copy(update=models),
             "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs"),
             "replay": replay.model_copy(update={"buffers": buffers}) if buffers else replay,
+            "generate": config.generate.model_copy(
+                update={"from_files": [_absolute(name) for name in config.generate.from_files or []] or None}
+            ),
             "train": absolute(config.train, "accelerate_config"),
             "evaluate": evaluate,
         }
