@@ -17,6 +17,7 @@ from dice_py.models.answer_tokens import encode_response as encode_response
 from dice_py.models.chat_template import ChatTemplate, Conversation, keep_template, template_of, turn_tokens
 from dice_py.models.control_tokens import ControlTokens
 from dice_py.models.loading import require
+from dice_py.models.own_template import set_template
 from dice_py.rows.bad_rows import BadRowRule, BadRows
 from dice_py.storage.schemas import PAIRS
 from dice_py.timing import timed
@@ -38,10 +39,12 @@ def load_tokenizer(folder: Path, config: ModelConfig, *, generates: bool = True)
         DataError: transformers cannot load it, or it lacks a chat template or an end-of-sequence token.
     """
     tokenizer = read_tokenizer(folder, config)
+    set_template(tokenizer, config)
     if not tokenizer.chat_template:
         raise DataError(
-            f"{folder}: its tokenizer has no chat template, so a prompt cannot be rendered; save one with the "
-            "tokenizer (tokenizer.chat_template = …), or use the instruction-tuned tokenizer of this model"
+            f"{folder}: its tokenizer has no chat template, so a prompt cannot be rendered; name a file with one "
+            "(model.chat_template=FILE), or set model.chat_template=none to have the prompts of a base model as plain "
+            "text"
         )
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         raise DataError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dice_py.config.prompt_settings import PromptSettings
 from dice_py.config.run import RunConfig
 from dice_py.data import prompt_key
 from dice_py.errors import DataError
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 def given_reading(run: Run) -> GivenReading:
     """How the settings of a run have the files read."""
     data = run.config.data
-    return GivenReading(data.prompt_column, data.bad_rows, data.ignored_keys, report=run.report)
+    complete = PromptSettings.of(run.config).complete
+    return GivenReading(data.prompt_column, data.bad_rows, data.ignored_keys, complete, run.report)
 
 
 def given_files(config: RunConfig) -> list[Path]:
@@ -73,12 +75,12 @@ def own_generations(
     """
     if run.config.generate.from_files is None:
         return None
-    reading = given_reading(run)
     folder = run.folder / "inputs"
     responses, asked = folder / "generations.parquet", folder / "generated-prompts.parquet"
     content = given_content(run.config, _stored_content(responses))
     held = [parquet_key(file) if file is not None else None for file in (prompts, eval_prompts, eval_pairs)]
-    rows = [reading.prompt_column, reading.rule.on_bad_row, reading.rule.max_share, sorted(reading.ignored)]
+    data = run.config.data
+    rows = [data.prompt_column, data.on_bad_row, data.max_bad_rows, data.ignored_keys]
     key = digest("given generations", content, held, rows, versions("polars"))
     kept = [is_kept(file, key, run.report) for file in (responses, asked)]  # each damaged one is set aside
     if all(kept):
@@ -93,7 +95,7 @@ def own_generations(
     if eval_prompts is not None and run.config.data.eval_prompts is None and not run.config.is_world:
         # Drawn from the same file, whose numbers they keep.
         next_id = max(next_id, int(read_parquet(eval_prompts, ["prompt_id"])["prompt_id"].max() or 0) + 1)  # type: ignore[arg-type]
-    given, answered = read_given(files, known, keys, reading, next_id=next_id)
+    given, answered = read_given(files, known, keys, given_reading(run), next_id=next_id)
     write_parquet(asked, answered, key=key, schema=PROMPTS_READ)
     write_parquet(responses, given, key=key, schema=GIVEN, meta={"content": content})
     run.report("note", text=f"given: {given.height} responses to {answered.height} prompts ({len(files)} files)")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from dice_py.evaluation.judges.registry import build_judges
 from dice_py.models.loading import require
+from dice_py.models.own_template import FILE as TEMPLATE_FILE
+from dice_py.models.own_template import with_own_template
 from dice_py.models.sources import needs_conversion, resolve_model
 from dice_py.models.template_time import FILE, with_template_time
 from dice_py.runs.given import own_generations
@@ -97,7 +99,8 @@ def prepare(run: Run) -> Inputs:
 
     policy, reference = _models(run)
     known = run.manifest.data.get("template_time")
-    models = with_template_time(config.model, policy, folder / FILE, run.report, copy=known)
+    own = with_own_template(config.model, folder / TEMPLATE_FILE)
+    models = with_template_time(own, policy, folder / FILE, run.report, copy=known)
     if models.template_time is not None:
         run.manifest.data["template_time"] = models.template_time
     run.config = config.model_copy(update={"model": models})

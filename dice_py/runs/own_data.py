@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from dice_py.config.prompt_settings import PromptSettings
 from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
@@ -40,12 +41,14 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
     """
     config, data = run.config, run.config.data
     buffers = {name: buffer.path for name, buffer in config.replay.buffers.items()}
+    variables = config.model.chat_template_kwargs
     sources = {
         "prompts": _prompts_file(config),
         "replay": data.replay,
         "eval_prompts": data.eval_prompts,
         "eval_pairs": data.eval_pairs,
         **{f"buffer {name}": path for name, path in buffers.items()},
+        "tools": data.tools if isinstance(data.tools, str) else None,
     }
     stored = _kept_sources(outputs)
     contents: dict[str, str] = {}
@@ -60,6 +63,8 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
     columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
     held_out = [config.evaluate.prompts, config.evaluate.pairs]
     rows = [data.on_bad_row, data.max_bad_rows, data.ignored_keys]
+    of_all = PromptSettings(data.system_prompt, None if isinstance(data.tools, str) else data.tools, variables)
+    rows += of_all.key_fields()
     key = digest("inputs", columns, contents, config.seed, held_out, rows, versions("polars"))
     # Every file is looked at, so that each damaged one is set aside.
     kept = {name: is_kept(file, key, run.report) and _is_named(file, name, run) for name, file in outputs.items()}
@@ -118,7 +123,7 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
 
     def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
         more = {} if pool is None else pools[pool]
-        return read_pairs(
+        read = read_pairs(
             Path(name),
             prompt_column=data.prompt_column,
             chosen_column=data.chosen_column,
@@ -128,18 +133,21 @@ def _split(run: Run, outputs: dict[str, Path], key: str, sources: dict[str, str]
             **more,
             **reading,
         )
+        return settings.of_pairs(read)
 
     pools = pool_columns(config)
+    settings = PromptSettings.of(config)
     reading: dict[str, Any] = {"rule": data.bad_rows, "ignored": data.ignored_keys, "report": run.report}
     if prompts_file is None:
         prompts = read_given_prompts(given_files(config), given_reading(run))
     else:
-        prompts = read_prompts(Path(prompts_file), data.prompt_column, **reading)
+        prompts = settings.of_prompts(read_prompts(Path(prompts_file), data.prompt_column, **reading))
     offline = pairs_of(data.replay, "replay") if data.replay else None
     buffers = {name: pairs_of(buffer.path, name) for name, buffer in config.replay.buffers.items()}
     rng = random.Random(seed_for(config.seed, "held out"))
     if data.eval_prompts:
-        eval_prompts: pl.DataFrame | None = read_prompts(Path(data.eval_prompts), data.prompt_column, **reading)
+        read = read_prompts(Path(data.eval_prompts), data.prompt_column, **reading)
+        eval_prompts: pl.DataFrame | None = settings.of_prompts(read)
     else:
         eval_prompts = _drawn(prompts, config.evaluate.prompts, rng)
     eval_pairs = pairs_of(data.eval_pairs) if data.eval_pairs else _drawn(offline, config.evaluate.pairs, rng)
