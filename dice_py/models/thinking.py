@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Delimiters = tuple[str, str]
 
 THINK: Delimiters = ("<think>", "</think>")
-_KNOWN: tuple[Delimiters, ...] = (
+KNOWN: tuple[Delimiters, ...] = (
     THINK,
     ("[THINK]", "[/THINK]"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
@@ -24,12 +24,18 @@ _KNOWN: tuple[Delimiters, ...] = (
 )
 
 
+def delimiter_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Token ids of the known delimiters that the vocabulary has as tokens."""
+    vocabulary = tokenizer.get_vocab()
+    return {name: vocabulary[name] for pair in KNOWN for name in pair if name in vocabulary}
+
+
 def find_delimiters(tokenizer: PreTrainedTokenizerBase, given: Sequence[str] | None = None) -> Delimiters:
     """`given`; else the first known pair that are tokens of the vocabulary; else <think> and </think> as text."""
     if given is not None:
         return given[0], given[1]
     vocabulary = tokenizer.get_vocab()
-    return next((pair for pair in _KNOWN if all(name in vocabulary for name in pair)), THINK)
+    return next((pair for pair in KNOWN if all(name in vocabulary for name in pair)), THINK)
 
 
 def decode_responses(
