@@ -116,6 +116,8 @@ def run_round(
         rounds=pool.rounds,
         out=base / "mine",
         seed=seed_for(config.seed, number, "mine"),
+        policy=policy,
+        thinking=config.generate.thinking,
     )
     mined = run.run_stage(number, mine_job)
     replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)

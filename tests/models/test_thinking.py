@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import polars as pl
 import pytest
 from notes import Notes
 from tiny_models import make_tokenizer
@@ -176,4 +177,7 @@ def test_the_length_of_the_answer(kind: str, prompt: str, response: str, answer:
     made = tokenizer(LLAMA3, *(names if kind == "special" else ()), plain=names if kind == "added" else ())
     asked, ids = (made(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
     # The stop token counts, as in every length; a response that only thinks has none to count.
-    assert AnswerLength(made).of(asked, [*ids, END]) == answer + 1
+    length = AnswerLength(made.backend_tokenizer)
+    assert length.of([*ids, END], is_opened=length.is_opened_by(asked)) == answer + 1
+    rows = {"prompt_id": [0, 0], "prompt_token_ids": [asked] * 2, "token_ids": [[*ids, END], ids]}
+    assert length.of_shard(pl.DataFrame(rows)).to_list() == [answer + 1, max(answer, 0)]
