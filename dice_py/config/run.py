@@ -100,7 +100,8 @@ class RunConfig(Section):
         if info.context == ONE_STAGE:
             return self
         _check_method(self)
-        if self.mine.min_responses > self.generate.samples:
+        is_sampled = self.generate.from_files is None or self.rounds.count > 1
+        if is_sampled and self.mine.min_responses > self.generate.samples:
             raise ValueError(
                 f"mine.min_responses is {self.mine.min_responses}, but generate.samples is "
                 f"{self.generate.samples}: no prompt could give a pair"
