@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Panels, Set, StageSeed, stage_config
-from cli.output import echo_note, model_folder, models_at, print_json, reading, run_job
+from cli.output import echo_note, model_folder, models_at, print_json, prompt_settings, reading, run_job
 from cli.terminal import say
 from dice_py.errors import UsageError
 
@@ -114,7 +114,8 @@ def _drawn(
     from dice_py.data import read_pairs
     from dice_py.mining.pair_sample import draw_pairs
 
-    read = read_pairs(file, **columns, **reading(resolved)).with_row_index("row")
+    pairs = prompt_settings(resolved).of_pairs(read_pairs(file, **columns, **reading(resolved)))
+    read = pairs.with_row_index("row")
     # In characters: a file has no tokens before a model is named.
     lengths = [
         pl.col(side).list.get(0).struct.field("content").str.len_chars().alias(f"{side}_tokens")

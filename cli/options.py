@@ -38,6 +38,13 @@ Sft = Annotated[
 ]
 Prompts = Annotated[Path | None, typer.Option(help="Prompts: a file, folder, pattern or hub id (docs/data.md).")]
 Replay = Annotated[Path | None, typer.Option(help="Offline pairs, likewise.")]
+Generations = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--generations",
+        help="Responses sampled elsewhere, in place of round 1's sampling: Parquet or JSONL, or patterns of files.",
+    ),
+]
 Rounds = Annotated[int | None, typer.Option(help="Rounds of generate, score, mine, replay, train.")]
 Seed = Annotated[int | None, typer.Option(help="The run's seed.")]
 RunDir = Annotated[Path | None, typer.Option(help="The run folder; default: a new one under runs/.")]
@@ -76,6 +83,7 @@ def run_config(
     rounds: int | None,
     method: str | None,
     seed: int | None,
+    generations: list[Path] | None = None,
 ) -> RunConfig:
     """The config of `dice run` and `dice plan`. They make no folder where the extra `train` is missing."""
     from dice_py.config.extras import TRAINING, require
@@ -90,6 +98,7 @@ def run_config(
             model__reference=reference,
             model__sft=sft,
             data__prompts=None if prompts is None else str(prompts),
+            generate__from_files=[str(file) for file in generations] if generations else None,
             data__replay=None if replay is None else str(replay),
             rounds=rounds,
             train__method=method,

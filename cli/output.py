@@ -12,10 +12,12 @@ from cli.terminal import say
 if TYPE_CHECKING:
     import polars as pl
 
+    from dice_py.config.prompt_settings import PromptSettings
     from dice_py.config.rounds import WarningsConfig
     from dice_py.config.run import RunConfig
     from dice_py.config.shared import ModelConfig
     from dice_py.events import Report
+    from dice_py.rows.sources import Source
     from dice_py.runs.warnings import StageWarning
     from dice_py.stages.job import Job, StageResult
 
@@ -117,6 +119,21 @@ def reading(resolved: RunConfig) -> dict[str, Any]:
     return {"rule": resolved.data.bad_rows, "ignored": resolved.data.ignored_keys, "report": echo_note}
 
 
+def prompt_settings(resolved: RunConfig) -> PromptSettings:
+    """What the config says of every prompt, to complete what was read."""
+    from dice_py.config.prompt_settings import PromptSettings
+
+    return PromptSettings.of(resolved)
+
+
+def pairs_key(resolved: RunConfig, source: Source) -> str:
+    """A key of a source of pairs by content, with what the config says of every prompt."""
+    from dice_py.storage.keys import digest
+
+    said = prompt_settings(resolved).key_fields()
+    return digest(source.digest(), said) if said else source.digest()
+
+
 def models_at(resolved: RunConfig, policy: Path, out: Path | None) -> ModelConfig:
     """The models' config, with the time that the policy's chat template prints, if it prints one.
 
@@ -129,6 +146,6 @@ def models_at(resolved: RunConfig, policy: Path, out: Path | None) -> ModelConfi
         return with_template_time(resolved.model, policy, out / FILE, echo_note)
     from datetime import datetime
 
-    if resolved.model.template_time is not None or not prints_time(policy):
+    if resolved.model.template_time is not None or not prints_time(resolved.model, policy):
         return resolved.model
     return resolved.model.model_copy(update={"template_time": datetime.now().isoformat(timespec="seconds")})

@@ -12,6 +12,7 @@ import typer
 from cli.options import (
     DEFAULT_RUNS,
     Config,
+    Generations,
     Json,
     Method,
     Prompts,
@@ -62,6 +63,7 @@ def plan(
     sft: Sft = None,
     prompts: Prompts = None,
     replay: Replay = None,
+    generations: Generations = None,
     rounds: Rounds = None,
     method: Method = None,
     seed: Seed = None,
@@ -87,7 +89,7 @@ def plan(
     Time, GPU hours, disk and memory of each stage: from a short calibration, or from stored measurements of the same
     model shape on the same device. For a cluster (devices.executor=ray, or --nodes) also what is idle.
     """
-    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed)
+    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed, generations)
     if nodes is None and gpus_per_node is not None:
         raise UsageError("--gpus-per-node is about the nodes of a cluster: name their number with --nodes")
     on_paper: Callable[[int], Cluster] | None = None

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Out, Policy, Set, StageSeed, stage_config
-from cli.output import echo_note, model_folder, models_at, print_result, reading, run_job, write_copy
+from cli.output import (
+    echo_note,
+    model_folder,
+    models_at,
+    pairs_key,
+    print_result,
+    prompt_settings,
+    reading,
+    run_job,
+    write_copy,
+)
 from cli.paths import check_buffers, check_shards
 from dice_py.errors import UsageError
 
@@ -141,7 +151,7 @@ def _replay(
     folder = model_folder(policy, resolved.model.policy_revision, "--policy")
     revision = resolved.model.reference_revision
     of_loss = None if reference is None else model_folder(reference, revision, "--reference")
-    contents = {name: source.digest() for name, source in sources.items()}
+    contents = {name: pairs_key(resolved, source) for name, source in sources.items()}
     buffers = {
         name: write_copy(
             out / ("offline.parquet" if name == "replay" else f"buffer-{name}.parquet"), frame, key=contents[name]
@@ -161,7 +171,7 @@ def _replay(
         input_keys=[
             contents,
             [file_digest(file) for file in (mined, *generations, *scores, prompts) if file],
-            resolved.data.model_dump(),
+            resolved.data.key_dump(),
             columns,
         ],
         out=out,
@@ -185,7 +195,10 @@ def _read_offline(
     from dice_py.runs.own_data import pool_columns
 
     pool = pool_columns(resolved)
+    settings = prompt_settings(resolved)
     return {
-        name: read_pairs(source, current_round=round_number, **columns, **pool[name], **reading(resolved))
+        name: settings.of_pairs(
+            read_pairs(source, current_round=round_number, **columns, **pool[name], **reading(resolved))
+        )
         for name, source in sources.items()
     }

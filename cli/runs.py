@@ -11,6 +11,7 @@ from cli.options import (
     DEFAULT_RUNS,
     Config,
     Force,
+    Generations,
     Json,
     Method,
     Prompts,
@@ -38,6 +39,7 @@ def run(
     sft: Sft = None,
     prompts: Prompts = None,
     replay: Replay = None,
+    generations: Generations = None,
     rounds: Rounds = None,
     method: Method = None,
     seed: Seed = None,
@@ -51,7 +53,7 @@ def run(
     With an SFT model, round 0 first trains the policy by DPO on the offline pairs. The world is made on first use, and
     used when no model is named.
     """
-    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed)
+    resolved = run_config(config, assign, policy, reference, sft, prompts, replay, rounds, method, seed, generations)
     if dry_run:
         show_plan(resolved, run_dir or DEFAULT_RUNS, False, as_json)
         return

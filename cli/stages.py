@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Method, Out, Policy, Reference, Set, StageSeed, stage_config
-from cli.output import echo_note, echo_warnings, model_folder, models_at, print_result, reading, run_job, write_copy
+from cli.output import (
+    echo_note,
+    echo_warnings,
+    model_folder,
+    models_at,
+    pairs_key,
+    print_result,
+    prompt_settings,
+    reading,
+    run_job,
+    write_copy,
+)
 from cli.paths import check_oracle_prompts, check_table
 from dice_py.errors import UsageError
 
@@ -46,7 +57,7 @@ def generate(
 
     resolved = stage_config(config, assign, generate__samples=samples, generate__engine=engine)
     # Before the model, which may be a long download.
-    frame = read_prompts(prompts, prompt_column, **reading(resolved))
+    frame = prompt_settings(resolved).of_prompts(read_prompts(prompts, prompt_column, **reading(resolved)))
     folder = model_folder(policy, resolved.model.policy_revision, "--policy")
     key = digest(frame.drop(PLACE).to_dict(as_series=False))
     job = GenerateJob(
@@ -186,13 +197,13 @@ def evaluate(
     # The data before the models, which may be long downloads.
     columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
     sources = [None if name is None else find_source(name, echo_note) for name in (prompts, pairs)]
-    frames = _read_held_out(sources[0], sources[1], columns, reading(resolved))
+    frames = _read_held_out(sources[0], sources[1], columns, resolved)
     if world_oracle:
         check_oracle_prompts(prompts, frames[0])
     against = model_folder(reference, resolved.model.reference_revision, "--reference")
     start_folder = model_folder(start, None, "--start")
     policy_folder = model_folder(policy, resolved.model.policy_revision, "--policy")
-    prompts_file, pairs_file = _write_held_out(frames, sources[1], out)
+    prompts_file, pairs_file = _write_held_out(frames, sources[1], out, resolved)
     job = EvaluateJob(
         config=resolved.evaluate,
         generate_config=resolved.generate,
@@ -237,18 +248,19 @@ def _benchmark(resolved: RunConfig, policy: Path, out: Path) -> dict[str, float]
 
 
 def _read_held_out(
-    prompts: Source | None, pairs: Source | None, columns: dict[str, Any], reading: dict[str, Any]
+    prompts: Source | None, pairs: Source | None, columns: dict[str, Any], resolved: RunConfig
 ) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:
     from dice_py.data import read_pairs, read_prompts
 
+    settings, rows = prompt_settings(resolved), reading(resolved)
     return (
-        None if prompts is None else read_prompts(prompts, columns["prompt_column"], **reading),
-        None if pairs is None else read_pairs(pairs, **columns, **reading),
+        None if prompts is None else settings.of_prompts(read_prompts(prompts, columns["prompt_column"], **rows)),
+        None if pairs is None else settings.of_pairs(read_pairs(pairs, **columns, **rows)),
     )
 
 
 def _write_held_out(
-    frames: tuple[pl.DataFrame | None, pl.DataFrame | None], pairs: Source | None, out: Path
+    frames: tuple[pl.DataFrame | None, pl.DataFrame | None], pairs: Source | None, out: Path, resolved: RunConfig
 ) -> tuple[StageFile | None, StageFile | None]:
     """Writes the held-out prompts and pairs as artifacts in `out`; returns them with their keys."""
     from dice_py.storage.keys import digest
@@ -260,6 +272,6 @@ def _write_held_out(
         key = digest(prompts_frame.drop(PLACE).to_dict(as_series=False))
         prompts_file = write_copy(out / "eval_prompts.parquet", prompts_frame, key=key, schema=PROMPTS_READ), key
     if pairs is not None and pairs_frame is not None:
-        key = pairs.digest()
+        key = pairs_key(resolved, pairs)
         pairs_file = write_copy(out / "eval_pairs.parquet", pairs_frame, key=key), key
     return prompts_file, pairs_file

@@ -171,11 +171,19 @@ class MiningKeywords(TypedDict, total=False):
     seed: int
 
 
+LENGTH_COLUMNS = {"tokens": "response_tokens", "chars": "response_chars", "answer_tokens": "answer_tokens"}
+"""Columns of the mined table by `mine.length`; answer_tokens is counted when pairs are mined."""
+
+
 class MineConfig(PairOptions):
     """Pair mining. A run knows its own columns and derives its seeds, so they are no options here."""
 
     min_length: int | None = _option(1, "Filters", "Shortest response to use, inclusive; an empty one has no reward.")
-    length: Literal["tokens", "chars"] = Field(default="tokens", description="the unit of lengths")
+    length: Literal["tokens", "chars", "answer_tokens"] = Field(
+        default="tokens",
+        description="the unit of lengths; answer_tokens: tokens without the thinking part (generate.thinking), 0 where "
+        "that is not closed",
+    )
     drop_duplicates: bool = Field(default=False, description="responses of a prompt with equal token ids count once")
     second_reward: Literal["logp", "ref_logp", "previous"] | None = Field(
         default=None,
@@ -201,7 +209,7 @@ class MineConfig(PairOptions):
         """
         return MiningOptions(
             **self.model_dump(include=set(PairOptions.model_fields)),
-            length_column="response_tokens" if self.length == "tokens" else "response_chars",
+            length_column=LENGTH_COLUMNS[self.length],
             duplicate_column="token_ids" if self.drop_duplicates else None,
             policy_column="round" if self.pool_rounds > 1 else None,
             second_reward_column="previous_reward" if self.second_reward == "previous" else self.second_reward,

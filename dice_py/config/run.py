@@ -100,7 +100,8 @@ class RunConfig(Section):
         if info.context == ONE_STAGE:
             return self
         _check_method(self)
-        if self.mine.min_responses > self.generate.samples:
+        is_sampled = self.generate.from_files is None or self.rounds.count > 1
+        if is_sampled and self.mine.min_responses > self.generate.samples:
             raise ValueError(
                 f"mine.min_responses is {self.mine.min_responses}, but generate.samples is "
                 f"{self.generate.samples}: no prompt could give a pair"
@@ -172,7 +173,12 @@ def _check_world_run(config: RunConfig) -> None:
     inputs = {
         "model.reference (--reference)": config.model.reference,
         "data.prompts (--prompts)": config.data.prompts,
+        "generate.from_files (--generations)": config.generate.from_files,
         "data.replay (--replay)": config.data.replay,
+        "data.system_prompt": config.data.system_prompt,
+        "data.tools": config.data.tools,
+        "model.chat_template": config.model.chat_template,
+        "model.chat_template_kwargs": config.model.chat_template_kwargs or None,
         "data.eval_prompts": config.data.eval_prompts,
         "data.eval_pairs": config.data.eval_pairs,
         "replay.buffers": config.replay.buffers or None,
@@ -211,7 +217,8 @@ def _check_own_run(config: RunConfig) -> None:
     """Checks a run on the user's own model: reference, prompts, and offline pairs if it replays any."""
     inputs = {
         "model.reference (--reference)": config.model.reference,
-        "data.prompts (--prompts)": config.data.prompts,
+        "data.prompts (--prompts), or generate.from_files (--generations)": config.data.prompts
+        or config.generate.from_files,
     }
     missing = [name for name, value in inputs.items() if value is None]
     if missing:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, LiteralString
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dice_py.rows.bad_rows import BadRowRule
+from dice_py.rows.messages import check_variables
 
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -79,6 +80,23 @@ class ModelConfig(Section):
         description="the time that a chat template prints (strftime_now), as 2026-01-31T12:00:00; none: when the "
         "run was made",
     )
+    chat_template: str | None = Field(
+        default=None,
+        description="a chat template in place of the tokenizer's: a file with a Jinja template, or none for a base "
+        "model without one, whose prompts are then plain text (docs/templates.md)",
+        json_schema_extra=ADDED,
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="variables of the chat template for every prompt, such as {enable_thinking: false}; those of a "
+        "row's column chat_template_kwargs win",
+        json_schema_extra=ADDED,
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_variables(value)
 
     @field_validator("template_time")
     @classmethod
@@ -180,6 +198,14 @@ class DataConfig(Section):
         description="a fresh slice of the shuffled prompts for each round; none: all of them each round",
     )
     max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are dropped and counted")
+    system_prompt: str | None = Field(
+        default=None, description="a system turn for prompts that have none", json_schema_extra=ADDED
+    )
+    tools: str | list[dict[str, Any]] | None = Field(
+        default=None,
+        description="tools that every prompt offers, for prompts whose row has no column tools: a JSON file, or a list",
+        json_schema_extra=ADDED,
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",
         description="when a row cannot be read or rendered: stop, or skip it; skipped rows are counted, and the first "

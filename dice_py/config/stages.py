@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -62,6 +63,41 @@ class GenerateConfig(Section):
         "has some of them (docs/running.md)"
     )
     vllm: VllmConfig = Field(default_factory=VllmConfig)
+    from_files: list[str] | None = Field(
+        default=None,
+        description="responses that were sampled elsewhere, in place of round 1's sampling: Parquet, JSONL or JSON "
+        "files, or patterns of them (docs/generations.md)",
+        json_schema_extra=ADDED,
+    )
+    thinking: list[str] | None = Field(
+        default=None,
+        description="what opens and closes the thinking part of a response; none: <think> and </think>, or another "
+        "pair that the tokenizer has as tokens",
+        json_schema_extra=ADDED,
+    )
+
+    def key_dump(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """As `Section.key_dump`, without the paths of `from_files`: what is in them is in the key of what they gave."""
+        return super().key_dump(exclude=(*exclude, "from_files"))
+
+    @field_validator("from_files", mode="before")
+    @classmethod
+    def _list_files(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("from_files")
+    @classmethod
+    def _check_files(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not all(value):
+            raise ValueError("it names no file; null: sample")
+        return value or None
+
+    @field_validator("thinking")
+    @classmethod
+    def _check_thinking(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (len(value) != 2 or not all(value) or value[0] == value[1]):
+            raise ValueError("give two different texts, such as ['<think>', '</think>']")
+        return value
 
     @field_validator("sampling_params")
     @classmethod

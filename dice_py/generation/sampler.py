@@ -109,7 +109,9 @@ class _Sampling:
         if parquet_key(file) == key:  # another process wrote it, and was killed before it could report that
             self.report("shard_complete", number=number)
             return
-        shard = ShardWriter(number, file, key, read_prompts(work.prompts, number), work.config.samples)
+        shard = ShardWriter(
+            number, file, key, read_prompts(work.prompts, number), work.config.samples, work.config.thinking
+        )
         self.open[number] = shard
         if len(shard.journal):
             self.report("advance", count=len(shard.journal), number=number, at=len(shard.journal))

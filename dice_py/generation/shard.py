@@ -22,6 +22,7 @@ import xxhash
 from dice_py.errors import DataError
 from dice_py.generation.engines.base import Request, Sample, SampleId
 from dice_py.generation.journal import Journal
+from dice_py.models.thinking import decode_responses
 from dice_py.storage.files import atomic
 from dice_py.storage.keys import digest, seed_for
 from dice_py.storage.parquet import ParquetStream
@@ -76,17 +77,27 @@ class ShardWriter:
         file: the shard's file; the journal is beside it.
         key: the shard's key. The responses of a journal with another key are dropped.
         prompts: of the shard, in order.
+        thinking: the delimiters of thinking, which the texts of responses keep; None: those of the tokenizer.
 
     Raises:
         DiskFullError: from the constructor too, since it opens the journal.
     """
 
-    def __init__(self, number: int, file: Path, key: str, prompts: list[Prompt], samples: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        file: Path,
+        key: str,
+        prompts: list[Prompt],
+        samples: int,
+        thinking: Sequence[str] | None = None,
+    ) -> None:
         self.number = number
         self.file = file
         self.key = key
         self.prompts = prompts
         self.samples = samples
+        self.thinking = thinking
         self.journal = Journal(journal_of(file), key)
         self.sampled_here = SampledHere()
 
@@ -180,7 +191,7 @@ class ShardWriter:
         samples = [self.journal.read(row) for row in rows]
         prompts = [self.prompts[row // self.samples] for row in rows]
         token_ids = [sample.token_ids for sample in samples]
-        texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        texts = decode_responses(tokenizer, token_ids, self.thinking)
         return pl.DataFrame(
             {
                 "prompt_id": [prompt_id for prompt_id, _ in prompts],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from dice_py.data import Message
 from dice_py.errors import DataError
@@ -75,6 +76,8 @@ class ChatTemplate:
 
     def __init__(self, controls: ControlTokens, time: datetime | None) -> None:
         self.controls, self.time = controls, time
+        self.in_two_parts = 0
+        """Answers whose turn was rendered apart from their prompt (models/answer_tokens.py)."""
         self._complete: set[tuple[Any, ...]] = set()  # the forms of conversations of which each turn is rendered
 
     def render(
@@ -192,6 +195,21 @@ class ChatTemplate:
                 Conversation(conversation.messages, {**conversation.options, TEMPLATE_COLUMN: left})
             ):
                 raise _not_rendered(where, f"{TEMPLATE_COLUMN}.{name}")
+
+
+_templates: WeakKeyDictionary[Any, ChatTemplate] = WeakKeyDictionary()
+
+
+def keep_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    """Makes `template` the one that `template_of` returns for a tokenizer."""
+    _templates[tokenizer] = template
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The template that was kept for a tokenizer; else one of its own, which prints the present time."""
+    if tokenizer not in _templates:
+        _templates[tokenizer] = ChatTemplate(ControlTokens.of(tokenizer, turn_tokens(tokenizer)), None)
+    return _templates[tokenizer]
 
 
 def _not_rendered(where: str, *keys: str) -> DataError:

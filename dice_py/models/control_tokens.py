@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dice_py.errors import DataError
+from dice_py.models.thinking import delimiter_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,12 +40,16 @@ class ControlTokens:
     Attributes:
         by_spelling: token ids.
         ids: those that text must not give. The token of unknown text is none of them, unless it has another part too.
+        free: special tokens that texts may spell: delimiters of thinking, which a model writes in its answers.
     """
 
     tokenizer_ref: weakref.ref[PreTrainedTokenizerBase]
     by_spelling: dict[str, int]
     ids: frozenset[int]
+    free: dict[str, int] = field(default_factory=dict)
     pattern: re.Pattern[str] = field(init=False)
+    _tokens: dict[str, int] = field(init=False)
+    _every: re.Pattern[str] = field(init=False)
     _prefixes: frozenset[str] = field(init=False)
     _suffixes: frozenset[str] = field(init=False)
     _copies: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +57,9 @@ class ControlTokens:
     def __post_init__(self) -> None:
         spellings = sorted(self.by_spelling, key=len, reverse=True)  # the longest wins, as in the tokenizer
         self.pattern = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        self._tokens = self.by_spelling | self.free
+        every = sorted(self._tokens, key=len, reverse=True)
+        self._every = re.compile("|".join(map(re.escape, every)) or r"(?!)")
         self._prefixes = frozenset(text[:end] for text in spellings for end in range(1, len(text)))
         self._suffixes = frozenset(text[start:] for text in spellings for start in range(1, len(text)))
 
@@ -70,8 +78,11 @@ class ControlTokens:
         by_spelling.pop("", None)
         unknown = tokenizer.unk_token_id
         others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *stops}
+        named = delimiter_tokens(tokenizer).items()
+        free = {name: token for name, token in named if name in by_spelling and token not in others}
+        by_spelling = {name: token for name, token in by_spelling.items() if name not in free}
         ids = set(by_spelling.values()) - ({unknown} - others)
-        return ControlTokens(weakref.ref(tokenizer), by_spelling, frozenset(ids))
+        return ControlTokens(weakref.ref(tokenizer), by_spelling, frozenset(ids), free)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -125,7 +136,7 @@ class ControlTokens:
         Raises:
             DataError: the tokenizer makes control tokens of text.
         """
-        made = [self.by_spelling[match] for match in self.pattern.findall(text)]
+        made = [self._tokens[match] for match in self._every.findall(text)]
         if guard is None:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if self._count(ids) <= sum(token in self.ids for token in made):
@@ -153,9 +164,9 @@ class ControlTokens:
         restored = text if guard is None else guard.restore(text)
         mark = _unused_mark(restored)
         if mark not in self._copies:
-            self._copies[mark] = _copy_with_sentinels(self.tokenizer, self.by_spelling, mark)
+            self._copies[mark] = _copy_with_sentinels(self.tokenizer, self._tokens, mark)
         copied, sentinels = self._copies[mark]
-        text = self.pattern.sub(lambda match: _sentinel(mark, self.by_spelling[match[0]]), text)
+        text = self._every.sub(lambda match: _sentinel(mark, self._tokens[match[0]]), text)
         if guard is not None:
             text = guard.restore(text, between=_sentinel(mark, _CUT) if cut else "")
         ids = copied(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -167,7 +178,7 @@ class ControlTokens:
         parts: list[tuple[int, bool]] = []
         mark = _unused_mark(text if guard is None else guard.restore(text))
         start = 0
-        for match in [*self.pattern.finditer(text), None]:
+        for match in [*self._every.finditer(text), None]:
             piece = text[start : match.start() if match else len(text)]
             if guard is not None:
                 piece = guard.restore(piece, between=mark if cut else "")
@@ -176,7 +187,7 @@ class ControlTokens:
                     ids = self.tokenizer(fragment, add_special_tokens=False, split_special_tokens=True)["input_ids"]
                     parts += [(token, True) for token in ids]
             if match:
-                parts.append((self.by_spelling[match[0]], False))
+                parts.append((self._tokens[match[0]], False))
                 start = match.end()
         return parts
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from dice_py.config.shared import ModelConfig
 from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
+from dice_py.models.own_template import template_source
 from dice_py.storage.files import read_sealed, write_sealed
 
 FILE = "rendered-at.json"
@@ -20,8 +21,11 @@ FILE = "rendered-at.json"
 _KEY = "template time"
 
 
-def prints_time(folder: Path) -> bool:
-    """True if a chat template of a model folder asks for the time."""
+def prints_time(models: ModelConfig, folder: Path) -> bool:
+    """True if model.chat_template, or else a chat template of a model folder, asks for the time."""
+    source = template_source(models)
+    if source is not None:
+        return "strftime_now" in source
     files = (*folder.glob("*.jinja"), *folder.glob("*/*.jinja"), *folder.glob("*chat_template*.json"))
     return any(
         b"strftime_now" in file.read_bytes() for file in (*files, folder / "tokenizer_config.json") if file.is_file()
@@ -34,7 +38,7 @@ def check_time_is_set(models: ModelConfig, folder: Path, role: str) -> None:
     Raises:
         UsageError: `role` names the model.
     """
-    if models.template_time is None and prints_time(folder):
+    if models.template_time is None and prints_time(models, folder):
         raise UsageError(
             f"{role}: the chat template of {folder} prints the time, so that its verdicts would change each day: set "
             "one with --set model.template_time=2026-01-31T12:00:00"
@@ -51,7 +55,7 @@ def with_template_time(
     Args:
         copy: the time of the first call as it was kept elsewhere, for a file that is gone or damaged.
     """
-    if models.template_time is not None or not prints_time(policy):
+    if models.template_time is not None or not prints_time(models, policy):
         return models
     stored = read_sealed(file, _KEY)
     if stored is not None:

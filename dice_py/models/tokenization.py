@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -15,8 +14,10 @@ from dice_py.config.shared import ModelConfig
 from dice_py.data import Message, file_places
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
-from dice_py.models.chat_template import ChatTemplate, Conversation, turn_tokens
-from dice_py.models.control_tokens import ControlTokens, Guard
+from dice_py.models.answer_tokens import encode_response as encode_response
+from dice_py.models.chat_template import ChatTemplate, Conversation, keep_template, template_of, turn_tokens
+from dice_py.models.control_tokens import ControlTokens
+from dice_py.models.own_template import set_template
 from dice_py.rows.bad_rows import BadRowRule, BadRows
 from dice_py.storage.schemas import PAIRS
 from dice_py.timing import timed
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _RULE = BadRowRule()
 _FEWEST_TOKENS = 8  # in an empty vocabulary, where a class adds some of its own
-_templates: WeakKeyDictionary[Any, ChatTemplate] = WeakKeyDictionary()
 
 
 def load_tokenizer(folder: Path, config: ModelConfig, *, generates: bool = True) -> PreTrainedTokenizerBase:
@@ -39,10 +39,12 @@ def load_tokenizer(folder: Path, config: ModelConfig, *, generates: bool = True)
         DataError: transformers cannot load it, or it lacks a chat template or an end-of-sequence token.
     """
     tokenizer = read_tokenizer(folder, config)
+    set_template(tokenizer, config)
     if not tokenizer.chat_template:
         raise DataError(
-            f"{folder}: its tokenizer has no chat template, so a prompt cannot be rendered; save one with the "
-            "tokenizer (tokenizer.chat_template = …), or use the instruction-tuned tokenizer of this model"
+            f"{folder}: its tokenizer has no chat template, so a prompt cannot be rendered; name a file with one "
+            "(model.chat_template=FILE), or set model.chat_template=none to have the prompts of a base model as plain "
+            "text"
         )
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         raise DataError(
@@ -58,7 +60,7 @@ def load_tokenizer(folder: Path, config: ModelConfig, *, generates: bool = True)
         stops = stop_token_ids(folder, tokenizer)
     controls = ControlTokens.of(tokenizer, {*stops, *turn_tokens(tokenizer)})
     time = None if config.template_time is None else datetime.fromisoformat(config.template_time)
-    _templates[tokenizer] = ChatTemplate(controls, time)
+    keep_template(tokenizer, ChatTemplate(controls, time))
     return tokenizer
 
 
@@ -92,12 +94,6 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
             "or tokenizer.model is missing: fetch the model again"
         )
     return tokenizer
-
-
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    if tokenizer not in _templates:
-        _templates[tokenizer] = ChatTemplate(ControlTokens.of(tokenizer, turn_tokens(tokenizer)), None)
-    return _templates[tokenizer]
 
 
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -147,7 +143,7 @@ def turn_end_note(tokenizer: PreTrainedTokenizerBase, stops: list[int], folder: 
 
     A policy that was trained on this template ends its answers with that token, and sampling runs on past it.
     """
-    template = _template_of(tokenizer)
+    template = template_of(tokenizer)
     question: list[Message] = [{"role": "user", "content": "x"}]
     answer: list[Message] = [*question, {"role": "assistant", "content": "y"}]
     try:
@@ -175,7 +171,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], w
     Raises:
         DataError: the chat template refuses the messages, or leaves out a part of them; `where` names the row.
     """
-    template = _template_of(tokenizer)
+    template = template_of(tokenizer)
     conversation = Conversation.of(messages)
     guard = template.controls.guard([conversation.messages, conversation.options])
     text = template.render(conversation, where, prompt=True)
@@ -198,7 +194,7 @@ def encode_conversation(
     Raises:
         DataError: the chat template refuses the messages, or leaves out a part of them; `where` names the row.
     """
-    template = _template_of(tokenizer)
+    template = template_of(tokenizer)
     conversation = Conversation.of([*prompt, *response])
     guard = template.controls.guard([conversation.messages, conversation.options])
     text = template.render(conversation, where)
@@ -230,7 +226,7 @@ def encode_prompts(
         DataError: the chat template refuses a prompt; the message has its place in the user's file.
     """
     places = file_places(prompts, "prompt")
-    controls = _template_of(tokenizer).controls
+    controls = template_of(tokenizer).controls
     bad = BadRows(rule, "the prompts", "prompts")
     spelled: list[tuple[str, str]] = []
     encoded = []
@@ -249,68 +245,6 @@ def encode_prompts(
             "give messages instead: the template is applied here",
         )
     return encoded
-
-
-def encode_response(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[Message],
-    response: list[Message],
-    stops: list[int],
-    where: str = "pair",
-) -> list[int]:
-    """Token ids of an offline response as the policy would have sampled it: up to and with its first stop token.
-
-    What the template writes after the stop token (a line break, for example) is cut off, since it is never sampled. A
-    stop token is appended if the template writes none. The response's tokens follow those of the prompt, as in
-    sampling. The texts give no control tokens, so a stop token that is spelled in the response does not end it.
-
-    Raises:
-        DataError: the template renders the prompt differently once a response follows, refuses the messages, or leaves
-            out a part of the response; or a stop token that is ordinary text stands in the response.
-    """
-    template = _template_of(tokenizer)
-    asked, answered = Conversation.of(prompt), Conversation.of([*prompt, *response])
-    guard = template.controls.guard([answered.messages, answered.options])
-    before = template.render(asked, where, prompt=True)
-    full = template.render(answered, where)
-    template.check_complete(answered, full, where, turns=len(response), prompt=False)
-    if full.startswith(before):
-        template.check_words(response, full[len(before) :], where)
-    if guard is not None:
-        before, full = (
-            template.render(asked, where, prompt=True, guard=guard),
-            template.render(answered, where, guard=guard),
-        )
-    if not full.startswith(before):
-        raise DataError(
-            f"{where}: the chat template renders the prompt differently once a response follows it, so the tokens of "
-            "the response cannot be separated; use a template whose generation prompt is a prefix of the conversation"
-        )
-    ids = _encode_rest(template.controls, before, full, guard, where)
-    for index, token in enumerate(ids):
-        if token in stops:
-            rest = ids[index + 1 :]
-            if token not in template.controls.ids and tokenizer.decode(rest, skip_special_tokens=True).strip():
-                raise DataError(
-                    f"{where}: the response has the stop token {tokenizer.decode([token])!r} in its text, so it would "
-                    "end there; remove it from eos_token_id in the model's generation_config.json, or from the text"
-                )
-            return ids[: index + 1]
-    return [*ids, int(tokenizer.eos_token_id)]
-
-
-def _encode_rest(controls: ControlTokens, before: str, full: str, guard: Guard | None, where: str) -> list[int]:
-    """Token ids of what follows `before` in `full`, as a model that has read the former would write them.
-
-    SentencePiece puts a space before a text: encoded alone, " Yes" would begin with two, and "Yes" after a line break
-    with one. Only where a token would reach over the border is the rest encoded alone.
-    """
-    # Tokenizers cut texts at control tokens, so that nothing before the last one matters, but that it is not the first.
-    start = max((match.start() for match in controls.pattern.finditer(before)), default=0)
-    whole, first = (controls.encode(text[start:], guard, where) for text in (full, before))
-    if whole[: len(first)] == first:
-        return whole[len(first) :]
-    return controls.encode(full[len(before) :], guard, where)
 
 
 def encode_pairs(
@@ -340,6 +274,8 @@ def encode_pairs(
     places = file_places(pairs, "pair")
     bad = BadRows(rule, "the offline pairs", "pairs")
     equal = too_long = 0
+    template = template_of(tokenizer)
+    apart = template.in_two_parts
     for row, (prompt, chosen, rejected) in enumerate(pairs.select("prompt", "chosen", "rejected").iter_rows()):
         with bad.row():
             where = places[row]
@@ -365,5 +301,12 @@ def encode_pairs(
     if too_long:
         text = f"{too_long} of {pairs.height} offline pairs left out: longer than the model's {positions:.0f} positions"
         report("note", text=text)
+    if template.in_two_parts > apart:
+        report(
+            "note",
+            text=f"the chat template renders a prompt differently once a response follows it, so "
+            f"{template.in_two_parts - apart} responses of the offline pairs are rendered apart from their prompts, as "
+            "after a neutral question",
+        )
     columns = [pl.Series(name, ids, dtype=PAIRS[name]) for name, ids in encoded.items()]
     return pairs[kept].with_columns(columns)

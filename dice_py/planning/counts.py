@@ -35,6 +35,8 @@ class Data:
     eval_pairs: int = 0
     round_zero_pairs: int = 0
     """Offline pairs that round 0 trains on, if the run has a round 0."""
+    given: int | None = None
+    """Responses that take the place of round 1's sampling, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class RoundCounts:
     prompt_tokens: int
     response_tokens: int
     lengths: list[int]
-    """Tokens of each response, drawn from `Data.lengths`."""
+    """Tokens of each response that is sampled, drawn from `Data.lengths`."""
     pool_responses: int
     """Responses that are scored and mined; with mine.pool_rounds, also those of earlier rounds."""
     pool_tokens: int
@@ -126,7 +128,8 @@ def _count_round(
     ids = data.rounds[number]
     limit = config.data.max_prompt_tokens
     kept = [data.tokens[prompt] for prompt in ids if data.tokens[prompt] <= limit]
-    responses = len(kept) * config.generate.samples
+    is_given = number == 0 and data.given is not None
+    responses = data.given if is_given and data.given is not None else len(kept) * config.generate.samples
     lengths = draw_lengths(data.lengths, responses)
     first = max(0, number + 1 - config.mine.pool_rounds)
     pooled = before[first:number]
@@ -146,7 +149,7 @@ def _count_round(
         responses=responses,
         prompt_tokens=sum(kept),
         response_tokens=sum(lengths),
-        lengths=lengths,
+        lengths=[] if is_given else lengths,
         pool_responses=responses + sum(other.responses for other in pooled),
         pool_tokens=sum(kept) + sum(lengths) + sum(other.prompt_tokens + other.response_tokens for other in pooled),
         mined=mined,

@@ -225,9 +225,12 @@ def _data(
     for frame in prompts:
         sampled = {prompt_key(messages) for messages in frame["messages"].to_list()}
         offline.append(sum(key not in sampled for key in offline_keys))
+    known = probed.prompt_tokens
+    mean = round(sum(known.values()) / max(1, len(known)))  # of the prompts of given responses, which are not tokenized
+    tokens = {number: known.get(number, mean) for frame in prompts for number in frame["prompt_id"].to_list()}
     return Data(
         rounds=[frame["prompt_id"].to_list() for frame in prompts],
-        tokens=probed.prompt_tokens,
+        tokens=tokens,
         offline=offline,
         round_zero_pairs=parquet_rows(inputs.offline) if config.has_round_zero and inputs.offline is not None else 0,
         lengths=lengths.lengths,
@@ -235,6 +238,7 @@ def _data(
         pair_tokens=costs.score.pair_tokens,
         eval_prompts=tuple(probed.eval_prompt_tokens),
         eval_pairs=0 if inputs.eval_pairs is None else parquet_rows(inputs.eval_pairs),
+        given=None if inputs.given is None else parquet_rows(inputs.given[0]),
     )
 
 

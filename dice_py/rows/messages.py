@@ -233,6 +233,22 @@ def with_row_columns(
     return [first, *messages[1:]]
 
 
+def check_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables of a chat template that the settings of a run name.
+
+    Raises:
+        ValueError: one of them is no variable of the data, or its value is not JSON.
+    """
+    taken = sorted(_RESERVED & variables.keys())
+    if taken:
+        raise ValueError(f"{taken[0]!r} is not a variable of the data; remove it")
+    try:
+        json.dumps(variables, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"{variables!r:.80} is not JSON; dates and the like are text in quotes") from None
+    return variables
+
+
 def _check_all_read(row: dict[str, Any], where: str, ignored: Collection[str]) -> None:
     """Refuses columns that are a part of the prompt, and cannot be read as one."""
     unread = dict.fromkeys(_SENSES, "cannot be used, only text;") | _PARTS

@@ -27,6 +27,8 @@ class Candidates:
     """The key of each shard with the digest of its samples, since a GPU may sample others under the same key."""
     rounds: list[int]
     """The round that sampled each shard."""
+    has_logps: list[bool]
+    """Whether each shard has the log-probabilities of sampling: given responses may lack them."""
     prompts: Path
     """The prompts of all shards, each once."""
 
@@ -42,6 +44,7 @@ def candidates(
         DataError: a prompt differs between the rounds.
     """
     generations, keys, rounds, prompts = [], [], [], []
+    has_logps: list[bool] = []
     for earlier in range(max(1, number - pool_rounds + 1), number + 1):
         name = round_name(earlier)
         generated = manifest.stage(f"{name}/generate")
@@ -49,15 +52,16 @@ def candidates(
         for shard in generated["files"]:
             generations.append(folder / shard["file"])
             keys.append(_content_key(shard["key"], generations[-1]))
+            has_logps.append((parquet_meta(generations[-1]) or {}).get("has_logps", True))
         rounds += [earlier] * len(generated["files"])
         prompts.append(folder / name / "generate" / "prompts.parquet")
     if len(prompts) == 1:
-        return Candidates(generations, keys, rounds, prompts[0])
+        return Candidates(generations, keys, rounds, has_logps, prompts[0])
     pooled = folder / round_name(number) / "mine" / "prompts.parquet"
     key = digest("pool", keys, [parquet_key(file) for file in prompts])
     if not is_kept(pooled, key, report):
         write_parquet(pooled, _same_prompts(prompts, generations), key=key, schema=PROMPTS)
-    return Candidates(generations, keys, rounds, pooled)
+    return Candidates(generations, keys, rounds, has_logps, pooled)
 
 
 def _content_key(key: str, shard: Path) -> str:

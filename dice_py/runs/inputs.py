@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dice_py.config.extras import TRAINING, require
 from dice_py.evaluation.judges.registry import build_judges
+from dice_py.models.own_template import FILE as TEMPLATE_FILE
+from dice_py.models.own_template import with_own_template
 from dice_py.models.sources import needs_conversion, resolve_model
 from dice_py.models.template_time import FILE, with_template_time
+from dice_py.runs.given import own_generations
 from dice_py.runs.measured_costs import recall_lengths
 from dice_py.runs.own_data import own_copies
 from dice_py.runs.throughput import lengths_key
@@ -47,6 +50,8 @@ class Inputs:
     eval_pairs: Path | None
     buffers: dict[str, Path] = field(default_factory=dict)
     """The named buffers of replay.buffers, as `offline`."""
+    given: tuple[Path, Path] | None = None
+    """The responses that take the place of round 1's sampling, and the prompts that they answer (runs/given.py)."""
 
 
 def _world(run: Run) -> World:
@@ -94,7 +99,8 @@ def prepare(run: Run) -> Inputs:
 
     policy, reference = _models(run)
     known = run.manifest.data.get("template_time")
-    models = with_template_time(config.model, policy, folder / FILE, run.report, copy=known)
+    own = with_own_template(config.model, folder / TEMPLATE_FILE)
+    models = with_template_time(own, policy, folder / FILE, run.report, copy=known)
     if models.template_time is not None:
         run.manifest.data["template_time"] = models.template_time
     run.config = config.model_copy(update={"model": models})
@@ -107,6 +113,7 @@ def prepare(run: Run) -> Inputs:
         eval_pairs=made("eval_pairs"),
         buffers={name: outputs[f"buffer {name}"] for name in buffers},
     )
+    inputs = replace(inputs, given=own_generations(run, inputs.prompts, inputs.eval_prompts, inputs.eval_pairs))
     _check(run, inputs, key)
     return inputs
 
@@ -155,7 +162,7 @@ def _check(run: Run, inputs: Inputs, data_key: str) -> None:
         longest_response=max(sampled.lengths, default=1) if sampled else 1,
         policy=inputs.policy,
         reference=inputs.reference,
-        prompts=[file for file in (inputs.prompts, inputs.eval_prompts) if file],
+        prompts=[file for file in (_sampled_on(run, inputs), inputs.eval_prompts) if file],
         pairs=[file for file in (inputs.offline, *inputs.buffers.values(), inputs.eval_pairs) if file],
         data_key=data_key,
         force=run.force,
@@ -168,10 +175,19 @@ def _check(run: Run, inputs: Inputs, data_key: str) -> None:
     write_sealed(stamp, {}, key)
 
 
+def _sampled_on(run: Run, inputs: Inputs) -> Path:
+    """The prompts of the rounds; those of the given responses where no round samples."""
+    return inputs.given[1] if inputs.given is not None and run.config.rounds.count == 1 else inputs.prompts
+
+
 def round_prompts(run: Run, inputs: Inputs, number: int, folder: Path) -> tuple[Path, str]:
-    """The prompts of round `number` (from 1): all of them, or the next slice of the shuffled ones, cyclically."""
-    prompts = read_parquet(inputs.prompts)
-    per_round = run.config.data.prompts_per_round
+    """The prompts of round `number` (from 1): all of them, or the next slice of the shuffled ones, cyclically.
+
+    Those of given responses are all of them.
+    """
+    given = inputs.given[1] if number == 1 and inputs.given is not None else None
+    prompts = read_parquet(given or inputs.prompts)
+    per_round = None if given else run.config.data.prompts_per_round
     if per_round is not None and per_round < prompts.height:
         order = list(range(prompts.height))
         random.Random(seed_for(run.config.seed, "prompts")).shuffle(order)

@@ -197,8 +197,8 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
     check_held_out(run, inputs)
     adopt_evaluated(run.siblings, run.folder)
     outcome = Outcome(run, inputs)
-    files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs, *inputs.buffers.values()]
-    run.list_files(*files)
+    files = [inputs.prompts, inputs.offline, inputs.eval_prompts, inputs.eval_pairs]
+    run.list_files(*files, *inputs.buffers.values(), *(inputs.given or ()))
     run.manifest.data["versions"] = versions("torch", "transformers", "trl", "vllm", "polars", "pyarrow")
     if config.has_round_zero:
         inputs = replace(inputs, policy=run_round_zero(run, inputs))

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from dice_py.config.prompt_settings import PromptSettings
 from dice_py.config.run import RunConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig
 from dice_py.data import prompt_key, read_pairs, read_prompts
 from dice_py.errors import DataError
 from dice_py.events import notes_once
+from dice_py.generation.given import read_given_prompts
 from dice_py.rows.data_sets import commit_of
 from dice_py.rows.sources import Source, find_source, is_there
+from dice_py.runs.given import given_content, given_files, given_reading
 from dice_py.storage.integrity import is_kept, set_aside
 from dice_py.storage.keys import digest, seed_for, versions
 from dice_py.storage.parquet import intact_key, parquet_meta, write_parquet
@@ -52,9 +55,14 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
             continue
         sources[name] = find_source(text, report, commit)
         contents[name] = known if known is not None and commit is not None else sources[name].digest()
+    if "prompts" not in written:
+        contents["generations"] = given_content(config, stored.get("generations"))
     columns = [data.prompt_column, data.chosen_column, data.rejected_column, *pool_columns(config).values()]
     held_out = [config.evaluate.prompts, config.evaluate.pairs]
     rows = [data.on_bad_row, data.max_bad_rows, data.ignored_keys]
+    variables = config.model.chat_template_kwargs
+    of_all = PromptSettings(data.system_prompt, None if isinstance(data.tools, str) else data.tools, variables)
+    rows += of_all.key_fields()
     key = digest("inputs", columns, contents, config.seed, held_out, rows, versions("polars"))
     # Every file is looked at, so that each damaged one is set aside.
     kept = {name: is_kept(file, key, run.report) and _is_named(file, name, run) for name, file in outputs.items()}
@@ -75,14 +83,19 @@ def own_copies(run: Run, outputs: dict[str, Path]) -> str:
 
 
 def _written(config: RunConfig) -> dict[str, str]:
-    """What the config names, by what it is for. With round 0, the offline pairs' prompts serve if none are named."""
+    """What the config names, by what it is for.
+
+    Without data.prompts, the prompts are those of the given responses (generate.from_files), which are none of these,
+    or where round 0 makes the policy those of the offline pairs.
+    """
     data = config.data
     named = {
-        "prompts": data.prompts or data.replay,
+        "prompts": data.prompts or (data.replay if config.generate.from_files is None else None),
         "replay": data.replay,
         "eval_prompts": data.eval_prompts,
         "eval_pairs": data.eval_pairs,
         **{f"buffer {name}": buffer.path for name, buffer in config.replay.buffers.items()},
+        "tools": data.tools if isinstance(data.tools, str) else None,
     }
     return {name: text for name, text in named.items() if text is not None}
 
@@ -120,7 +133,7 @@ def _split(
 
     def pairs_of(name: str, pool: str | None = None) -> pl.DataFrame:
         more = {} if pool is None else pools[pool]
-        return read_pairs(
+        read = read_pairs(
             sources[name],
             prompt_column=data.prompt_column,
             chosen_column=data.chosen_column,
@@ -130,20 +143,26 @@ def _split(
             **more,
             **reading,
         )
+        return settings.of_pairs(read)
 
     pools = pool_columns(config)
+    settings = PromptSettings.of(config)
     # Offline pairs may be read for their prompts too.
     reading: dict[str, Any] = {
         "rule": data.bad_rows,
         "ignored": data.ignored_keys,
         "report": notes_once(run.report),
     }
-    prompts = read_prompts(sources["prompts"], data.prompt_column, **reading)
+    if "prompts" in sources:
+        prompts = settings.of_prompts(read_prompts(sources["prompts"], data.prompt_column, **reading))
+    else:
+        prompts = read_given_prompts(given_files(config), given_reading(run))
     offline = pairs_of("replay", "replay") if data.replay else None
     buffers = {name: pairs_of(f"buffer {name}", name) for name in config.replay.buffers}
     rng = random.Random(seed_for(config.seed, "held out"))
     if data.eval_prompts:
-        eval_prompts: pl.DataFrame | None = read_prompts(sources["eval_prompts"], data.prompt_column, **reading)
+        read = read_prompts(sources["eval_prompts"], data.prompt_column, **reading)
+        eval_prompts: pl.DataFrame | None = settings.of_prompts(read)
     else:
         eval_prompts = _drawn(prompts, config.evaluate.prompts, rng)
     eval_pairs = pairs_of("eval_pairs") if data.eval_pairs else _drawn(offline, config.evaluate.pairs, rng)
@@ -153,9 +172,8 @@ def _split(
     before = prompts.height
     prompts = prompts.filter(~_keys(prompts).is_in(list(held)))
     if prompts.is_empty():
-        raise DataError(
-            f"{sources['prompts']}: all of its {before} prompts are held out; give more, or data.eval_prompts"
-        )
+        of = sources.get("prompts", "the given responses")
+        raise DataError(f"{of}: all of its {before} prompts are held out; give more, or data.eval_prompts")
     if offline is not None:
         offline = _not_held_out(offline, held, f"data.replay ({data.replay})")
     for name, pairs in buffers.items():

@@ -19,6 +19,7 @@ from dice_py.scoring.shards import PreviousModel
 from dice_py.stages.benchmark import BenchmarkJob, benchmark_metrics
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
+from dice_py.stages.given_generations import GivenGenerationsJob
 from dice_py.stages.inspect import InspectJob
 from dice_py.stages.job import StageFile, StageResult
 from dice_py.stages.mine import MineJob
@@ -102,22 +103,7 @@ def run_round(
     config, base = run.config, run.round_folder(number)
     prompts, prompts_key = round_prompts(run, inputs, number, base / "generate")
     run.list_files(prompts)
-    run.run_stage(
-        number,
-        GenerateJob(
-            config=config.generate,
-            models=config.model,
-            policy=policy,
-            prompts=prompts,
-            prompts_key=prompts_key,
-            out=base / "generate",
-            seed=config.seed,
-            round_number=number,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            devices=config.devices,
-            bad_rows=config.data.bad_rows,
-        ),
-    )
+    run.run_stage(number, _generate_job(run, inputs, number, policy, prompts, prompts_key))
     # In a pool of rounds, those of the earlier ones too: their responses are scored again.
     pool = candidates(run.folder, run.manifest, number, config.mine.pool_rounds, run.report)
     score_job = _score_job(run, pool, number, policy, reference, previous)
@@ -130,6 +116,8 @@ def run_round(
         rounds=pool.rounds,
         out=base / "mine",
         seed=seed_for(config.seed, number, "mine"),
+        policy=policy,
+        thinking=config.generate.thinking,
     )
     mined = run.run_stage(number, mine_job)
     replay_job = _replay_job(run, inputs, number, pool, scored, mined.files[0], policy, reference)
@@ -142,6 +130,27 @@ def run_round(
         before_training()
     run.run_stage(number, train_job)
     return train_job.target
+
+
+def _generate_job(run: Run, inputs: Inputs, number: int, policy: Path, prompts: Path, prompts_key: str) -> GenerateJob:
+    """The sampling of a round; in round 1, the given responses if there are any."""
+    config = run.config
+    fields: dict[str, Any] = {
+        "config": config.generate,
+        "models": config.model,
+        "policy": policy,
+        "prompts": prompts,
+        "prompts_key": prompts_key,
+        "out": run.round_folder(number) / "generate",
+        "seed": config.seed,
+        "round_number": number,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "devices": config.devices,
+        "bad_rows": config.data.bad_rows,
+    }
+    if number == 1 and inputs.given is not None:
+        return GivenGenerationsJob(**fields, given=inputs.given[0])
+    return GenerateJob(**fields)
 
 
 def _train_job(run: Run, number: int, policy: Path, training_set: StageFile) -> TrainJob:
@@ -178,7 +187,10 @@ def _score_job(
         out=run.round_folder(number) / "score",
         beta=config.beta,
         # Those of earlier rounds were sampled by other policies.
-        sampled=tuple(sampled_in == number for sampled_in in pool.rounds),
+        sampled=tuple(
+            sampled_in == number and has_logps
+            for sampled_in, has_logps in zip(pool.rounds, pool.has_logps, strict=True)
+        ),
         devices=config.devices,
         previous=previous,
     )

