@@ -5,6 +5,7 @@ Paths in it are absolute, so that a run can be resumed from any working director
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dice_py.config.loading import dump, load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.events import Report
+from dice_py.rows.sources import absolute_name
 from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, write_sealed_text
@@ -154,9 +156,9 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with paths that do not depend on the working directory. Ids of the Hugging Face hub stay."""
 
-    def absolute(section: Any, *names: str) -> Any:
+    def absolute(section: Any, *names: str, of: Callable[[str], str] = _absolute) -> Any:
         values = {name: getattr(section, name) for name in names}
-        return section.model_copy(update={name: _absolute(value) for name, value in values.items() if value})
+        return section.model_copy(update={name: of(value) for name, value in values.items() if value})
 
     models = {
         name: _absolute(value)
@@ -177,11 +179,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         evaluate = evaluate.model_copy(update={"judges": judges.model_copy(update=named)})
     if evaluate.command is not None:
         evaluate = evaluate.model_copy(update={"command_folder": _absolute(evaluate.command_folder or ".")})
-    buffers = {name: absolute(buffer, "path") for name, buffer in replay.buffers.items()}
+    buffers = {name: absolute(buffer, "path", of=absolute_name) for name, buffer in replay.buffers.items()}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=models),
-            "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs"),
+            "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs", of=absolute_name),
             "replay": replay.model_copy(update={"buffers": buffers}) if buffers else replay,
             "train": absolute(config.train, "accelerate_config"),
             "evaluate": evaluate,
