@@ -119,10 +119,10 @@ def find_source(written: Written, report: Report = no_report, commit: str | None
     there = _there(text)
     if there is not None:
         return _local(text, *there, report)
-    for name, config, spec in reversed(_readings(text)):
-        hub = _HUB.fullmatch(name)
-        if hub is not None and not is_data_name(Path(name)):
-            return DataSet(text, hub["id"], config, spec, commit or hub["revision"], is_local=False, report=report)
+    hub = _hub(text)
+    if hub is not None:
+        name, revision, config, spec = hub
+        return DataSet(text, name, config, spec, commit or revision, is_local=False, report=report)
     patterned = _pattern(text)
     if patterned is not None:
         name, cut = patterned
@@ -132,6 +132,13 @@ def find_source(written: Written, report: Report = no_report, commit: str | None
         return _files(text, files, Path(os.path.commonpath([file.parent for file in files])), cut, report)
     name, config, spec = _readings(text)[-1]
     return _local(text, Path(name), config, spec, report)
+
+
+def absolute_name(written: str) -> str:
+    """What the user wrote, with the path in it made absolute. An id of the hub stays, where there is no such path."""
+    if _there(written) is None and _hub(written) is not None:
+        return written
+    return str(Path(_expanded(written)).absolute())
 
 
 def is_there(written: str) -> bool:
@@ -167,8 +174,26 @@ def _there(text: str) -> tuple[Path, str | None, str | None] | None:
     return None
 
 
+def _hub(text: str) -> tuple[str, str | None, str | None, str | None] | None:
+    """Id, revision, configuration, and split or slice of a data set of the hub; None where that cannot be meant."""
+    for name, config, spec in reversed(_readings(text)):
+        hub = _HUB.fullmatch(name)
+        if hub is not None and not is_data_name(Path(name)):
+            return hub["id"], hub["revision"], config, spec
+    return None
+
+
+def _is_named_as_of_hub(path: Path) -> bool:
+    """Whether a path, as it would be written from here, could be an id of the hub too."""
+    try:
+        name = os.path.relpath(path)
+    except OSError:  # the working directory is gone
+        return False
+    return _HUB.fullmatch(name) is not None and not is_data_name(path)
+
+
 def _local(text: str, path: Path, config: str | None, spec: str | None, report: Report) -> Source:
-    if _HUB.fullmatch(str(path)) is not None and not is_data_name(path):
+    if _is_named_as_of_hub(path):
         report(
             "note",
             text=f"{text}: the local {'folder' if path.is_dir() else 'file'} {path}, and not a data set of the hub",

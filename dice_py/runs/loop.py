@@ -29,6 +29,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
+from dice_py.rows.sources import find_source
 from dice_py.runs.adoption import adopt_evaluated
 from dice_py.runs.best import Outcome
 from dice_py.runs.extrapolation import check_held_out, choose_policy
@@ -171,7 +172,7 @@ def _check_named_files(before: RunConfig, after: RunConfig) -> None:
     """A source that is gone does not matter to a run, which has its own copy; but one that was just named does.
 
     Raises:
-        DataError: a changed setting names a file that is not there.
+        DataError: a changed setting names data that is not there.
     """
 
     def files(config: RunConfig) -> dict[str, str | None]:
@@ -182,10 +183,11 @@ def _check_named_files(before: RunConfig, after: RunConfig) -> None:
 
     known = files(before)
     for name, file in files(after).items():
-        if file is not None and file != known.get(name) and not Path(file).is_file():
-            raise DataError(
-                f"--set {name}: {file} does not exist (or is not a file); without it the run keeps its copy"
-            )
+        if file is not None and file != known.get(name):
+            try:
+                find_source(file)
+            except DataError as error:
+                raise DataError(f"--set {name}: {error}; without it the run keeps its copy") from None
 
 
 def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Paths in it are absolute, so that a run can be resumed from any working director
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, DiceError, UsageError
 from dice_py.events import Report
 from dice_py.models.own_template import NO_TEMPLATE, is_template_text
+from dice_py.rows.sources import absolute_name
 from dice_py.runs.reasons import changes, field_values, listed
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, write_sealed_text
@@ -155,9 +157,9 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with paths that do not depend on the working directory. Ids of the Hugging Face hub stay."""
 
-    def absolute(section: Any, *names: str) -> Any:
+    def absolute(section: Any, *names: str, of: Callable[[str], str] = _absolute) -> Any:
         values = {name: getattr(section, name) for name in names}
-        return section.model_copy(update={name: _absolute(value) for name, value in values.items() if value})
+        return section.model_copy(update={name: of(value) for name, value in values.items() if value})
 
     models = {
         name: _absolute(value)
@@ -167,7 +169,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     template = config.model.chat_template
     if template is not None and template != NO_TEMPLATE and not is_template_text(template):
         models["chat_template"] = _absolute(template)
-    tools = ["tools"] if isinstance(config.data.tools, str) else []
+    data = absolute(config.data, "tools") if isinstance(config.data.tools, str) else config.data
     replay, evaluate = config.replay, config.evaluate
     judges = evaluate.judges
     named: dict[str, Any] = {}
@@ -182,11 +184,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         evaluate = evaluate.model_copy(update={"judges": judges.model_copy(update=named)})
     if evaluate.command is not None:
         evaluate = evaluate.model_copy(update={"command_folder": _absolute(evaluate.command_folder or ".")})
-    buffers = {name: absolute(buffer, "path") for name, buffer in replay.buffers.items()}
+    buffers = {name: absolute(buffer, "path", of=absolute_name) for name, buffer in replay.buffers.items()}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=models),
-            "data": absolute(config.data, "prompts", "replay", "eval_prompts", "eval_pairs", *tools),
+            "data": absolute(data, "prompts", "replay", "eval_prompts", "eval_pairs", of=absolute_name),
             "replay": replay.model_copy(update={"buffers": buffers}) if buffers else replay,
             "generate": config.generate.model_copy(
                 update={"from_files": [_absolute(name) for name in config.generate.from_files or []] or None}

@@ -36,10 +36,10 @@ def test_samples_limit_the_responses_that_are_sampled_only() -> None:
 @pytest.mark.usefixtures("empty_folder")
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("none-*.jsonl", "no file matches"), ("none.jsonl", "does not exist"), ("text.csv", "unknown file type '.csv'")],
+    [("none-*.jsonl", "no file matches"), ("none.jsonl", "does not exist"), ("text.txt", "unknown file type '.txt'")],
 )
 def test_files_that_cannot_be_read(refused: Callable[..., str], name: str, said: str) -> None:
-    Path("text.csv").write_text("prompt,response\n")
+    Path("text.txt").write_text("prompt,response\n")
     options = ["--policy", "p", "--reference", "r", "--set", "replay.gamma=0"]
     assert said in refused(3, "run", *options, "--generations", name)
 

@@ -70,7 +70,7 @@ def texts(count: int) -> list[dict[str, Any]]:
          "finish_reason": ["stop", "eos", "max_tokens"]}
         for n in range(count)
     ]  # fmt: skip
-    more = {"messages": [{"role": "user", "content": "why 0?"}], "response": "That has a </s> in it.", "logp": -9.5}
+    more = {"prompt": [{"role": "user", "content": "why 0?"}], "response": "That has a </s> in it.", "logp": -9.5}
     return [*rows, more]
 
 

@@ -18,6 +18,7 @@ from dice_py.config.loading import resolve
 from dice_py.errors import DataError
 from dice_py.runs.folder import Run
 from dice_py.runs.own_data import own_copies
+from dice_py.runs.stored_config import with_absolute_paths
 
 HUB_PAIRS = "an-owner/pairs:train_prefs[:20]"
 
@@ -170,6 +171,28 @@ def test_a_run_stays_with_the_commit_of_the_hub(
     Hub(cloned, commits, monkeypatch)
     assert copies.make(**{**data, "replay": "an-owner/pairs:train_prefs[:10]"}) != key
     assert copies.said("the data of the run is read again: replay changed")
+
+
+def test_names_that_do_not_depend_on_the_working_folder(
+    prompts: Path, cloned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(prompts.parent)
+    buffers = {"hub": {"path": HUB_PAIRS}, "split": {"path": "cloned:test_prefs[:3]"}}
+    data = {"prompts": "prompts/*.jsonl", "replay": "cloned:train_prefs", "eval_prompts": "o/n@v1:c:s[:10%]"}
+    data["eval_pairs"] = "prompts/absent.jsonl"
+    models = {"policy": "/p", "reference": "/r"}
+    config = resolve([], [], {"model": models, "data": data, "replay": {"buffers": buffers}})
+    stored = with_absolute_paths(config)
+    assert stored.data.prompts == f"{prompts}/*.jsonl"
+    assert stored.data.replay == f"{cloned}:train_prefs"
+    assert stored.data.eval_prompts == data["eval_prompts"]
+    assert stored.data.eval_pairs == f"{prompts}/absent.jsonl"
+    assert {name: buffer.path for name, buffer in stored.replay.buffers.items()} == {
+        "hub": HUB_PAIRS,
+        "split": f"{cloned}:test_prefs[:3]",
+    }
+    monkeypatch.chdir("/")
+    assert with_absolute_paths(stored) == stored
 
 
 def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(
