@@ -145,6 +145,15 @@ def test_without_figures_there_is_a_reason(nvml, gpus: Any, init: Exception | No
     assert fake.open == 0
 
 
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # the import fails
+    with GpuMonitor() as monitor:
+        wait_for(lambda: monitor.problem is not None)
+    problem = "no GPU seen: pynvml is not installed; add it with: pip install 'dice-align[train]'"
+    assert monitor.problem == problem
+    assert monitor.take() == []
+
+
 def test_on_this_machine() -> None:
     """The real NVML: figures where there is a GPU, else the reason."""
     with GpuMonitor() as monitor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 import tomllib
@@ -36,13 +35,12 @@ def names(requirements: list[str]) -> set[str]:
 
 def imported() -> set[str]:
     """Top-level modules that the package and the command line import, anywhere in a file."""
-    found: set[str] = set()
-    for file in [*(ROOT / "dice_py").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                found.add(node.module.partition(".")[0])
+    files = [*(ROOT / "dice_py").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
+    lines = (
+        re.findall(r"^ *(?:from|import) (\w+)[\w.]*(?: import .+)?(?: as \w+)?$", file.read_text("utf-8"), re.MULTILINE)
+        for file in files
+    )
+    found = {name for names in lines for name in names}
     return found - set(sys.stdlib_module_names) - {"dice_py", "cli"}
 
 

@@ -89,7 +89,7 @@ def test_two_rounds(name: str, tmp_path: Path) -> None:
 
     def dice(*arguments: str) -> str:
         command = [str(python), "-m", "cli.main", *arguments, "--json"]
-        called = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        called = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
         assert called.returncode == 0, called.stderr
         return called.stdout
 

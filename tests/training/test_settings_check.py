@@ -93,6 +93,8 @@ def test_trackers(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(policy, report_to=["tensorboard"])
     with pytest.raises(UsageError, match=r"'wandb', which is not installed; add it with: pip install wandb"):
         check(policy, report_to=["tensorboard", "wandb"])
+    with pytest.raises(UsageError, match=r"'trackio', .* add it with: pip install 'dice-align\[tracking\]'"):
+        check(policy, report_to=["trackio"])
     with pytest.raises(UsageError, match="name the trackers"):
         check(policy, report_to=["all"])
 
