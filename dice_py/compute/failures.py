@@ -17,6 +17,7 @@ from dice_py.errors import (
     InterruptedRunError,
     JudgeError,
     OutOfMemoryError,
+    StoppedTrainingError,
     UsageError,
 )
 from dice_py.storage.files import is_disk_full, path_error
@@ -40,6 +41,7 @@ _KINDS = (
     OutOfMemoryError,
     DiskFullError,
     InterruptedRunError,
+    StoppedTrainingError,
     JudgeError,
 )
 
