@@ -306,6 +306,14 @@ def _check_strategy(trainer: DPOTrainer, strategy: str, config: TrainConfig) -> 
         )
 
 
+def _check_complete(trainer: PairTrainer) -> None:
+    """Raises StoppedTrainingError, on every rank, after a training that was asked to stop."""
+    done, steps = trainer.state.global_step, trainer.state.max_steps
+    if done < steps:
+        trainer.accelerator.wait_for_everyone()  # The first rank that ends ends the others: the stamp is written now.
+        raise StoppedTrainingError(f"interrupted; the training has written its checkpoint of step {done} of {steps}")
+
+
 def train_rank(
     config: TrainConfig,
     models: ModelConfig,
@@ -361,12 +369,7 @@ def train_rank(
     if checkpoint is not None:
         trainer.packing = read_json(checkpoint / PACKING_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < trainer.state.max_steps:
-        trainer.accelerator.wait_for_everyone()  # The first rank that ends ends the others: the stamp is written now.
-        raise StoppedTrainingError(
-            f"interrupted; the training has written its checkpoint of step {trainer.state.global_step} of "
-            f"{trainer.state.max_steps}"
-        )
+    _check_complete(trainer)
     step0: Step0 | None = callback.step0
     if step0 is None:  # A resumed training did not measure again.
         stored = read_sealed(folder / STEP0_FILE, key)
