@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo ablation evidence-real test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest test-newest \
 	lint format docs bench bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real \
-	bench-winrate bench-audit bench-report bench-methods bench-cluster gpu-kit lock clean
+	bench-winrate bench-audit bench-report bench-methods bench-cluster bench-encodings bench-stream-run gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -122,6 +122,12 @@ bench-quick: setup ## criterion's benches with few samples: that they build and 
 
 bench-stream: setup ## mining of 200,000,000 rows of Parquet: seconds and peak memory (minutes, 3 GB of disk)
 	$(BIN)/python benches/stream.py $(BENCH_ARGS)
+
+bench-encodings: setup ## Parquet's encodings and compressions on token ids, text and rewards (minutes)
+	$(BIN)/python benches/encodings.py $(BENCH_ARGS)
+
+bench-stream-run: setup ## a run's own mine and replay stages on a round of 200,000,000 rows (minutes, 25 GB of disk)
+	$(BIN)/python benches/stream_run.py $(BENCH_ARGS)
 
 bench-peers: setup ## mining against Polars, DuckDB and NumPy: table, json and plot in benches/results/ (BENCH_ARGS adds options)
 	$(BIN)/python benches/peers.py $(BENCH_ARGS)

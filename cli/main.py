@@ -37,7 +37,7 @@ from cli.terminal import prepare_streams, say
 from cli.winrate import WinrateCommand, winrate
 from dice_py.compute.interrupts import settle, stopped_by_signals
 from dice_py.config.extras import missing_module
-from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, UsageError
+from dice_py.errors import DiceError, InterruptedRunError, OutOfMemoryError, StoppedTrainingError, UsageError
 
 # Typer has Click's errors, under a path that depends on its version.
 _WRONG_CALL: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -70,6 +70,8 @@ class _Commands(TyperGroup):
             raise InterruptedRunError(
                 "interrupted; completed shards are kept: repeat the command to continue"
             ) from None
+        except StoppedTrainingError as stopped:
+            raise InterruptedRunError(f"{stopped}: repeat the command to continue") from None
         except UnicodeEncodeError as error:
             if not isinstance(error.object, str) or not "\ud800" <= error.object[error.start] <= "\udfff":
                 raise

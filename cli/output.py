@@ -59,6 +59,7 @@ def run_job(job: Job, folder: Path, limits: WarningsConfig | None = None) -> Sta
     """
     from cli.progress import Display
     from dice_py.compute.stage_process import run_in_subprocess
+    from dice_py.config.rounds import GRACE_SECONDS
     from dice_py.stages.registry import stage_of
     from dice_py.storage.files import remove_leftovers
 
@@ -67,7 +68,13 @@ def run_job(job: Job, folder: Path, limits: WarningsConfig | None = None) -> Sta
     stage = stage_of(job)
     with Display() as display:
         display("stage", stage=stage.name, status="running")
-        result: StageResult = run_in_subprocess(job.run, log=folder / "worker.log", remedy=stage.remedy, report=display)
+        result: StageResult = run_in_subprocess(
+            job.run,
+            log=folder / "worker.log",
+            remedy=stage.remedy,
+            report=display,
+            grace=GRACE_SECONDS if stage.stops_when_asked else None,
+        )
     if limits is not None:
         from dice_py.runs.warnings import stage_warnings
 

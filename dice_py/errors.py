@@ -39,6 +39,10 @@ class InterruptedRunError(DiceError):
     exit_code = 5
 
 
+class StoppedTrainingError(InterruptedRunError):
+    """A training was asked to stop, and has written a checkpoint of its last step, if it made one (exit code 5)."""
+
+
 class DiskFullError(DiceError):
     """The disk is full. Completed files are kept, and `dice resume` continues (exit code 5)."""
 

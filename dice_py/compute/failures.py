@@ -18,6 +18,7 @@ from dice_py.errors import (
     InterruptedRunError,
     JudgeError,
     OutOfMemoryError,
+    StoppedTrainingError,
     UsageError,
 )
 from dice_py.storage.files import is_disk_full, path_error
@@ -41,6 +42,7 @@ _KINDS = (
     OutOfMemoryError,
     DiskFullError,
     InterruptedRunError,
+    StoppedTrainingError,
     JudgeError,
 )
 

@@ -15,11 +15,13 @@ the rest. Groups of devices send more events (compute/dispatch.py).
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dice_py.compute.failures import Failure
+from dice_py.compute.interrupts import asked_by_signals
 from dice_py.compute.worker import Work, Worker
 
 if TYPE_CHECKING:
@@ -83,9 +85,13 @@ class WarmPool:
             worker.stop()
 
 
-def _forward_events(worker: Worker, report: Report) -> tuple[str, dict[str, Any]] | None:
+def _forward_events(worker: Worker, report: Report, is_asked: Callable[[], bool]) -> tuple[str, dict[str, Any]] | None:
     """Reports all events but the last, and returns that one; None: the worker ended without it."""
+    told = False
     while not worker.ended:
+        if is_asked() and not told:
+            worker.ask_to_stop()
+            told = True
         received = worker.receive(1.0)
         if received is None:
             continue
@@ -105,6 +111,7 @@ def run_in_subprocess(
     warm: Worker | None = None,
     name: str | None = None,
     keep: Callable[[Worker], None] | None = None,
+    grace: float | None = None,
 ) -> Any:
     """Calls `work(report=…)` in a spawned process and returns its value.
 
@@ -117,20 +124,37 @@ def run_in_subprocess(
             one is started.
         name: of the work, in the event `process`.
         keep: gets the process after a result, with all that it holds, instead of its end.
+        grace: seconds that the work has to stop in after SIGTERM or SIGUSR1, when it is asked to (compute/stopping.py).
+            None: it does not look, and is ended at once.
 
     Raises:
         DiceError: as raised by `work`; OutOfMemoryError (4) when torch or the kernel reports it.
         RuntimeError: a bug, with the traceback of the worker.
     """
+    asked = contextlib.nullcontext(lambda: False) if grace is None else asked_by_signals(grace)
+    with asked as is_asked:
+        return _run(work, log, remedy, report, warm, name, keep, is_asked)
+
+
+def _run(
+    work: Work,
+    log: Path,
+    remedy: str,
+    report: Report,
+    warm: Worker | None,
+    name: str | None,
+    keep: Callable[[Worker], None] | None,
+    is_asked: Callable[[], bool],
+) -> Any:
     worker, kept = warm or Worker(), False
     try:
         worker.submit(work, log=log, name=name, stays=keep is not None)
-        outcome = _forward_events(worker, report)
+        outcome = _forward_events(worker, report, is_asked)
         if outcome is None and worker is warm and not worker.started:
             worker.stop()
             worker = Worker()
             worker.submit(work, log=log, name=name, stays=keep is not None)
-            outcome = _forward_events(worker, report)
+            outcome = _forward_events(worker, report, is_asked)
         if keep is not None and outcome is not None and outcome[0] == "result":
             keep(worker)
             kept = True

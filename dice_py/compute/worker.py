@@ -37,6 +37,7 @@ from dice_py.compute.failures import Failure, failure_fields
 from dice_py.compute.interrupts import children_ignore_interrupts, ignore_interrupts
 from dice_py.compute.log_tail import log_tail
 from dice_py.compute.startup import importing, keep_imported, leave_out_foreign
+from dice_py.compute.stopping import StopRequest, ask_to_stop
 from dice_py.errors import DiceError, UsageError
 from dice_py.storage.files import make_folder
 from dice_py.timing import timed, timed_seconds
@@ -85,7 +86,11 @@ def _read_parent(parent: Connection) -> None:
     # The parent holds the other end for as long as it lives: the read fails only when it has ended.
     with contextlib.suppress(EOFError, OSError):
         while True:
-            _from_parent.put(parent.recv())
+            message = parent.recv()
+            if isinstance(message, StopRequest):
+                ask_to_stop()
+            else:
+                _from_parent.put(message)
     os._exit(1)
 
 
@@ -222,7 +227,8 @@ class Worker:
         self._environment = dict(os.environ)
         self._since = time.monotonic()
         # Its first start lets signals through, in some versions of Python.
-        multiprocessing.resource_tracker.ensure_running()
+        with children_ignore_interrupts():
+            multiprocessing.resource_tracker.ensure_running()
         with worker_environment(), children_ignore_interrupts():
             self._process.start()
         child_events.close()
@@ -290,6 +296,10 @@ class Worker:
     def reply(self, value: Any) -> None:
         """Replies to what it requested (`request`)."""
         self._send(value)
+
+    def ask_to_stop(self) -> None:
+        """Asks its work to stop at the next good place, where the work looks (compute/stopping.py)."""
+        self._send(StopRequest())
 
     def _send(self, value: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which `receive` notices

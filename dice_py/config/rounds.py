@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dice_py.config.shared import Positive, Section
+from dice_py.config.shared import ADDED, Positive, Section
+
+GRACE_SECONDS = 20.0
+"""Slurm kills 30 s after SIGTERM (its KillWait), and the end of the processes takes some of them."""
 
 Limit = Annotated[float, Field(ge=0.0)]
 ROUND_METRICS = (
@@ -49,6 +52,13 @@ class RoundsConfig(Section):
         "implicit_reward_accuracy_initial_reference, or command.NAME, a number of evaluate.command of which more is "
         "better (for keep alone: it has no interval). none: oracle_win_rate on the synthetic world, else "
         "implicit_reward_accuracy_initial_reference",
+    )
+
+    grace_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=GRACE_SECONDS,
+        json_schema_extra=ADDED,
+        description="seconds after SIGTERM or SIGUSR1 in which a training ends its step and writes a checkpoint; then, "
+        "or at a second signal, it is ended at once, and goes on from its last checkpoint",
     )
 
     @field_validator("metric")

@@ -293,8 +293,13 @@ def _mined_pairs(pairs: pl.DataFrame, summary: _native.MineSummary, options: Min
         dropped_pairs=dropped_pairs,
         prompts=summary.prompts,
         rows=summary.rows,
-        curve=pl.DataFrame(
-            {"alpha": summary.curve_alpha, "mean_length_gap": summary.curve_gap, "exact": summary.curve_exact},
-            schema={"alpha": pl.Float64, "mean_length_gap": pl.Float64, "exact": pl.Boolean},
-        ),
+        curve=curve_of(summary),
+    )
+
+
+def curve_of(summary: _native.MineSummary) -> pl.DataFrame:
+    """The curve of `MinedPairs`."""
+    return pl.DataFrame(
+        {"alpha": summary.curve_alpha, "mean_length_gap": summary.curve_gap, "exact": summary.curve_exact},
+        schema={"alpha": pl.Float64, "mean_length_gap": pl.Float64, "exact": pl.Boolean},
     )

@@ -39,6 +39,7 @@ from dice_py.mining.labels import (
     quantile,
 )
 from dice_py.mining.options import native_keywords
+from dice_py.mining.pairs import curve_of
 from dice_py.mining.parquet_input import ScoredFiles
 from dice_py.mining.segments import Segment, SegmentReader, read_segments
 from dice_py.storage.files import TEMPORARY, atomic, make_folder
@@ -61,6 +62,8 @@ class StreamMiner:
     ) -> None:
         self.files, self.options, self.report = files, options, report
         self.reader = SegmentReader(files, columns, options, segment_rows, report)
+        self.curve = pl.DataFrame()
+        """That of `MinedPairs`, after mining."""
 
     def mine(self, out: Path, key: str) -> dict[str, Any]:
         """Writes the pairs to `out`, and returns the dict of `MinedPairs.summary`.
@@ -96,6 +99,7 @@ class StreamMiner:
                 totals.add(pairs)
                 writer.write(pairs)
         mined = miner.summary()
+        self.curve = curve_of(mined)
         dropped = {"tied": mined.tied_pairs, "below_min_margin": count - totals.pairs, "below_quantile": 0}
         return self._finish(mined, unfiltered, totals, dropped, out, key)
 

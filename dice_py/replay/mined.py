@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import polars as pl
@@ -200,11 +201,15 @@ def check_mined(mined: pl.DataFrame, place: Path | str = "the mined pairs") -> N
 
 def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path], logps: list[str]) -> pl.DataFrame:
     """The rows of both kinds of shards that the pairs name, with their number in `row`."""
-    needed = pl.concat([mined[side].cast(pl.UInt64) for side in ("chosen_row", "rejected_row")]).unique()
+    needed = pl.concat([mined[side].cast(pl.UInt64) for side in ("chosen_row", "rejected_row")]).unique().sort()
+    ends = list(itertools.accumulate(map(parquet_rows, generations)))
+    cuts = [
+        0,
+        *needed.search_sorted(pl.Series(ends, dtype=pl.UInt64), side="left").to_list(),
+    ]  # a round may have tens of thousands of shards
     parts, first = [], 0
-    for sampled, scored in zip(generations, scores, strict=True):
-        last = first + parquet_rows(sampled)
-        here = needed.filter((needed >= first) & (needed < last)) - first
+    for number, (sampled, scored) in enumerate(zip(generations, scores, strict=True)):
+        here = needed[cuts[number] : cuts[number + 1]] - first
         if len(here):
             part = read_parquet(sampled, [*_SAMPLED, *present(sampled, "response_tokens", "response_chars")])[here]
             values = read_parquet(scored, [*logps, *present(scored, "reward")])[here]
@@ -213,7 +218,7 @@ def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path], logp
             for name in logps:
                 _check_logps(part[name], scored, here)
             parts.append(part.rename({"prompt_id": "sampled_prompt_id"}))
-        first = last
+        first = ends[number]
     if not parts:
         return pl.DataFrame(schema={"row": pl.UInt64})
     return pl.concat(parts, how="diagonal_relaxed")

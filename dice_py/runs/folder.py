@@ -265,7 +265,13 @@ class Run:
             self._warm.prepare(REGISTRY[following].imports)
         keep = partial(self._warm.keep, stage.imports) if stays else None
         result: StageResult = run_in_subprocess(
-            job.run, log=folder / "worker.log", remedy=stage.remedy, report=self.report, warm=warm, keep=keep
+            job.run,
+            log=folder / "worker.log",
+            remedy=stage.remedy,
+            report=self.report,
+            warm=warm,
+            keep=keep,
+            grace=self.config.rounds.grace_seconds if stage.stops_when_asked else None,
         )
         return result
 

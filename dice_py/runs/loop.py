@@ -26,7 +26,7 @@ from dice_py.compute.gpu_monitor import GpuMonitor, usable_gpus
 from dice_py.compute.interrupts import stopped_by_signals
 from dice_py.config.loading import reassigned
 from dice_py.config.run import RunConfig
-from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, UsageError
+from dice_py.errors import DamagedError, DataError, DiceError, InterruptedRunError, StoppedTrainingError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.identity import model_identity
 from dice_py.rows.sources import find_source
@@ -78,7 +78,7 @@ def run(
 
     Raises:
         UsageError: the folder holds a run of another config, or another process works in it.
-        InterruptedRunError: Ctrl-C or SIGTERM; `dice resume` continues.
+        InterruptedRunError: Ctrl-C, SIGTERM or SIGUSR1; `dice resume` continues.
         DiceError: raised by a stage.
     """
     config = with_absolute_paths(config)
@@ -115,6 +115,10 @@ def _run(
             raise InterruptedRunError(
                 f"interrupted; completed shards are kept. Continue with: dice resume {folder}"
             ) from None
+        except StoppedTrainingError as stopped:
+            run.report("interrupted")
+            _write_profile_of_stopped(folder)
+            raise InterruptedRunError(f"{stopped}. Continue with: dice resume {folder}") from None
         except BaseException as error:
             with contextlib.suppress(OSError):
                 run.report("failed", text=f"{type(error).__name__}: {error}"[:2000])

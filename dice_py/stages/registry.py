@@ -37,6 +37,8 @@ class Stage:
     """The stage whose process is started while this one works; None: no process is started."""
     may_fail: bool = False
     """Whether a run goes on when the stage fails: no other stage reads what it makes."""
+    stops_when_asked: bool = False
+    """Whether it stops by itself, at a place from which it goes on, when it is asked to (compute/stopping.py)."""
 
     @property
     def has_process(self) -> bool:
@@ -78,6 +80,7 @@ _TABLE = (
         "lower train.packed_tokens (on padded rows: train.per_device_train_batch_size), set "
         "train.gradient_checkpointing=true or train.lora.r=16, or add GPUs",
         "evaluate",
+        stops_when_asked=True,
     ),
     Stage("extrapolate", ChooseAlphaJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "evaluate"),
     Stage(

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.storage.digests import DIGEST_NAME, NO_DIGEST, embed_digest, file_state
+from dice_py.storage.encodings import writer_options
 from dice_py.storage.files import KEY_NAME, atomic
 from dice_py.storage.schemas import fit
 
@@ -45,7 +46,8 @@ def write_parquet(
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
     with atomic(path) as temporary:
         # The Arrow schema would declare Polars' large_string and large_list; without it, any reader gets plain types.
-        with pq.ParquetWriter(temporary.absolute(), table.schema, compression="zstd", store_schema=False) as writer:
+        options = writer_options(table.schema)
+        with pq.ParquetWriter(temporary.absolute(), table.schema, store_schema=False, **options) as writer:
             writer.write_table(table)
             writer.add_key_value_metadata(_footer_of(key, meta))
         embed_digest(temporary)
@@ -85,7 +87,8 @@ class ParquetStream:
         """Appends rows; all parts have the columns of the first."""
         if self._writer is None:
             path = self._path.absolute()
-            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False)
+            options = writer_options(table.schema)
+            self._writer = pq.ParquetWriter(path, table.schema, store_schema=False, **options)
         self._writer.write_table(table)
 
     def describe(self, key: str, meta: Any) -> None:

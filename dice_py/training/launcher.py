@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dice_py.compute.allocator import allocator_settings
 from dice_py.compute.failures import Failure, failure_fields
+from dice_py.compute.stopping import StopRequest, ask_to_stop, is_asked_to_stop
 from dice_py.compute.worker import Work
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class _Rank:
     pid: int = 0
     outcome: tuple[str, dict[str, Any]] | None = None
     disconnected: bool = False
+    is_asked: bool = False  # to stop
 
 
 class CommandLauncher:
@@ -238,6 +240,8 @@ class _Stage:
                     self._receive(next(rank for rank in self._ranks if rank.connection is source))
             if ended and not ready:
                 break
+            if is_asked_to_stop():
+                self._ask_to_stop()
             if self._failed and deadline is None:
                 deadline = time.monotonic() + _GRACE
         code = self._launcher.poll()
@@ -247,6 +251,13 @@ class _Stage:
         if len(done) < self._count or code != 0:
             raise self._error()
         return next(rank.outcome[1]["value"] for rank in done if rank.number == 0 and rank.outcome)
+
+    def _ask_to_stop(self) -> None:
+        for rank in self._ranks:
+            if rank.number >= 0 and not (rank.is_asked or rank.disconnected):  # it has received its work
+                rank.is_asked = True
+                with contextlib.suppress(OSError):  # It has ended; the next `recv` fails.
+                    rank.connection.send(StopRequest())
 
     def _accept(self) -> None:
         accepted, _ = self._server.accept()
@@ -311,9 +322,10 @@ class _Stage:
 
 
 def _exit_with_stage(stage: Connection) -> None:
-    # The stage sends nothing more, so `recv` returns only when the connection ends.
     with contextlib.suppress(EOFError, OSError):
-        stage.recv()
+        while True:
+            if isinstance(stage.recv(), StopRequest):
+                ask_to_stop()
     os._exit(1)
 
 

@@ -38,7 +38,7 @@ import polars as pl
 from dice_py.config.loss import loss_terms
 from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
-from dice_py.errors import UsageError
+from dice_py.errors import StoppedTrainingError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import load_model, placement
 from dice_py.models.tokenization import load_tokenizer
@@ -50,6 +50,7 @@ from dice_py.training.pair_terms import TRAINER_COLUMNS, load_pairs
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.schedule import training_steps, warmup_steps
 from dice_py.training.step0 import Step0, check_step0, measure_step0
+from dice_py.training.stopping import StopVote
 from dice_py.training.update_timer import update_timer
 
 if TYPE_CHECKING:
@@ -65,15 +66,18 @@ def _callback(trainer: PairTrainer, config: TrainConfig, out: Path, stamp: dict[
     from transformers import TrainerCallback
 
     class StageCallback(TrainerCallback):  # type: ignore[misc]
-        """Checks step 0, reports progress, keeps the log, and stamps complete checkpoints."""
+        """Checks step 0, reports progress, keeps the log, stamps complete checkpoints, and stops when asked to."""
 
         step0: Step0 | None = None
+        is_asked_to_stop = StopVote()
         log = TrainingLog(out, stamp["key"], report)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
                 self.log.begin(state.log_history)
             trainer.count_tokens_on(state.log_history)
+            if self.is_asked_to_stop():
+                raise StoppedTrainingError(f"interrupted before step {state.global_step + 1} of the training")
             if state.global_step:
                 return
             self.step0 = measure_step0(trainer, config.step0_pairs)
@@ -83,6 +87,8 @@ def _callback(trainer: PairTrainer, config: TrainConfig, out: Path, stamp: dict[
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             report("progress", stage="train", done=state.global_step, total=state.max_steps, unit="steps")
+            if state.global_step < state.max_steps and self.is_asked_to_stop():
+                control.should_save = control.should_training_stop = True
             # The loss is logged as the mean since the last entry. With one at each checkpoint and at the end, a resumed
             # training logs the same means as one that was not stopped, and every training has a final loss.
             control.should_log |= control.should_save or state.global_step >= state.max_steps
@@ -300,6 +306,14 @@ def _check_strategy(trainer: DPOTrainer, strategy: str, config: TrainConfig) -> 
         )
 
 
+def _check_complete(trainer: PairTrainer) -> None:
+    """Raises StoppedTrainingError, on every rank, after a training that was asked to stop."""
+    done, steps = trainer.state.global_step, trainer.state.max_steps
+    if done < steps:
+        trainer.accelerator.wait_for_everyone()  # The first rank that ends ends the others: the stamp is written now.
+        raise StoppedTrainingError(f"interrupted; the training has written its checkpoint of step {done} of {steps}")
+
+
 def train_rank(
     config: TrainConfig,
     models: ModelConfig,
@@ -336,6 +350,7 @@ def train_rank(
     Raises:
         DataError: on every rank, for a loss at step 0 that is not ln 2, or weights that are not finite.
         UsageError: a batch, a device or a strategy that cannot be used.
+        StoppedTrainingError: on every rank, after the same step, if one was asked to stop (compute/stopping.py).
     """
     import torch
 
@@ -354,6 +369,7 @@ def train_rank(
     if checkpoint is not None:
         trainer.packing = read_json(checkpoint / PACKING_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _check_complete(trainer)
     step0: Step0 | None = callback.step0
     if step0 is None:  # A resumed training did not measure again.
         stored = read_sealed(folder / STEP0_FILE, key)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP, once and again, at one process and at a whole terminal."""
+"""Ctrl-C, SIGHUP, SIGTERM and SIGUSR1, once and again, at one process and at a whole terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from processes import gone, has_text, wait_for
 
 from dice_py.compute.interrupts import stopped_by_signals
 
-ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 MAIN = """\
 import sys, time
@@ -29,6 +29,10 @@ if __name__ == "__main__":
     def work():
         if how == "worker":
             run_in_subprocess(interrupted_works.Lingering(folder), log=folder / "log", remedy="", report=report)
+        if how.startswith("asked"):
+            _, seconds, grace = how.split()
+            stopping = interrupted_works.Stopping(folder, float(seconds))
+            run_in_subprocess(stopping, log=folder / "log", remedy="", report=report, grace=float(grace))
         try:
             (folder / "pids").write_text("0")
             time.sleep(600)
@@ -72,8 +76,8 @@ def test_a_stage_that_is_stopped(started, number: signal.Signals) -> None:
     assert all(gone(pid) for pid in workers)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_the_signal_of_a_terminal_reaches_all_of_its_processes(started, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_the_signal_of_a_terminal_or_a_job_step_that_reaches_all_processes(started, number: signal.Signals) -> None:
     process, workers = started("worker")
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
@@ -92,6 +96,48 @@ def test_a_second_signal_does_not_wait(started, tmp_path: Path, first: signal.Si
     assert process.returncode == 5
     assert said.startswith("error: interrupted again: stopped at once; completed files are kept")
     assert len(said.splitlines()) == 1
+
+
+STOPPED = "error: interrupted; its checkpoint is written: repeat the command to continue\n"
+INTERRUPTED = "error: interrupted; completed shards are kept: repeat the command to continue\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_work_that_can_stop_is_asked_to(started, tmp_path: Path, number: signal.Signals) -> None:
+    process, workers = started("asked 0.2 60")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (5, STOPPED)
+    assert (tmp_path / "asked").exists()
+    assert all(gone(pid) for pid in workers)
+
+
+def test_ctrl_c_does_not_ask(started, tmp_path: Path) -> None:
+    process, workers = started("asked 0 60")
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (5, INTERRUPTED)
+    assert not (tmp_path / "asked").exists()
+    assert all(gone(pid) for pid in workers)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, None])
+def test_a_second_signal_or_the_end_of_the_time_ends_it(started, tmp_path: Path, second: signal.Signals | None) -> None:
+    process, workers = started(f"asked 600 {600 if second else 1.5}")
+    process.send_signal(signal.SIGUSR1)
+    assert wait_for(lambda: has_text(tmp_path / "asked"))
+    if second is not None:
+        process.send_signal(second)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (5, INTERRUPTED)
+    assert all(gone(pid) for pid in workers)
+
+
+def test_a_signal_through_a_shell_that_becomes_the_program(started, tmp_path: Path) -> None:
+    process, _ = started("asked 0 60", "sh", "-c", 'exec "$0" "$@"')
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (5, STOPPED)
 
 
 def test_nohup_is_left_alone(started) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -286,6 +287,48 @@ def test_a_run_that_was_killed_in_every_stage_ends_as_an_unkilled_one(complete_r
     assert read_json(folder / metrics) == read_json(complete_run / metrics)
     assert not list(folder.rglob(".*.tmp"))
     assert run_status(folder)["state"] == "finished"
+
+
+PREEMPTED = """
+import os, signal
+from cli.main import main
+from dice_py.runs.folder import Run
+
+tell = Run.report
+
+def report(self, kind, /, **fields):
+    tell(self, kind, **fields)
+    if (kind, fields.get("stage"), fields.get("done")) == ("progress", "train", 2):
+        os.killpg(0, signal.SIGUSR1)
+
+Run.report = report
+main()
+"""
+"""`dice …`, whose whole process group gets SIGUSR1, as Slurm sends it to a job step, after the second training step."""
+
+
+@pytest.mark.long
+def test_a_signal_ahead_of_a_preemption_loses_no_step_of_training(copy: Path, tmp_path: Path) -> None:
+    asked = ["resume", str(copy), "--set", "train.num_train_epochs=20", "--set", "train.save_steps=1000"]
+    with (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PREEMPTED, *asked],
+            stdout=subprocess.DEVNULL, stderr=err, env=child_environment(), start_new_session=True,
+        )  # fmt: skip
+    assert process.wait(300) == 5
+    assert session_ends(process.pid)
+    said = (tmp_path / "err").read_text().strip().splitlines()[-1]
+    sentence = r"error: interrupted; the training has written its checkpoint of step (\d+) of (\d+)\. Continue with: "
+    found = re.fullmatch(sentence + re.escape(f"dice resume {copy}"), said)
+    assert found is not None, said
+    step, steps = map(int, found.groups())
+    assert 2 <= step < steps
+    assert run_status(copy)["state"] == "stopped"
+
+    events = Events()
+    loop.resume(copy, events)
+    done = [f["done"] for event, f in events.events if event == "progress" and f["stage"] == "train"]
+    assert done == list(range(step + 1, steps + 1))
 
 
 def test_sigterm_ends_a_run_that_can_go_on(config: RunConfig, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from tokenizers.models import WordLevel
 from dice_py import mine_pairs
 from dice_py.config.mining import MineConfig
 from dice_py.errors import DataError
+from dice_py.mining.segments import SEGMENT_BYTES
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined, gather_mined
 from dice_py.runs.candidates import Candidates, candidates
 from dice_py.stages.mine import MineJob
 from dice_py.storage.files import Manifest, read_json
-from dice_py.storage.parquet import parquet_key, read_parquet, write_parquet
+from dice_py.storage.parquet import parquet_key, parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import GENERATIONS, MINED, PROMPTS, SCORES
 
 SAMPLES, SHARDS = 3, 2
@@ -83,8 +84,11 @@ def pool_of(run: Path, number: int = 2, pool_rounds: int = 2) -> Candidates:
     return candidates(run, Manifest(run / "manifest.json"), number, pool_rounds)
 
 
-def mine_job(run: Path, config: MineConfig, pool: Candidates, scores: list[Path], seed: int = 5) -> MineJob:
+def mine_job(
+    run: Path, config: MineConfig, pool: Candidates, scores: list[Path], seed: int = 5, **further: Any
+) -> MineJob:
     return MineJob(
+        **further,
         config=config,
         generations=pool.generations,
         scores=scores,
@@ -245,6 +249,65 @@ def test_the_stage_mines_as_the_miner_does(run: Path, options: dict[str, Any]) -
     assert_frame_equal(pairs, stored, check_exact=True)
     assert found["pairs"] == pairs.height
     assert found.get("pooled_rounds") == ([1, 2] if "pool_rounds" in options else None)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"debias": "none", "pairing": "max_random"},
+        {"debias": "per_token", "pairing": "max_sweet_spot", "drop_duplicates": True},
+        {"debias": "bucket", "length": "chars"},
+        {"debias": "matched", "length_tolerance": 1, "pool_rounds": 2},
+        {"pool_rounds": 2, "chosen_from": "newest", "rejected_from": "oldest", "drop_duplicates": True},
+        {
+            "pool_rounds": 2, "pairing": "top_bottom", "pairs_per_prompt": 3, "win_rates": True, "soft_labels": True,
+            "difficulty_quantile": 0.5, "second_reward": "ref_logp", "min_margin": 0.1,
+        },
+        {"pairing": "all_pairs", "min_margin_quantile": 0.3},
+    ],
+)  # fmt: skip
+def test_a_stream_of_shards_is_mined_as_their_frame(run: Path, options: dict[str, Any], rows: int) -> None:
+    """Segments of few rows cut shards, and prompts of the pool are in two shards."""
+    config = MineConfig(**options)
+    pool = pool_of(run, 2, config.pool_rounds)
+    scores = make_scores(run / "scores", pool)
+    made = []
+    for out, memory_gib in ((run / "whole", 1.0), (run / "streamed", rows * SEGMENT_BYTES / 2**30)):
+        job = replace(mine_job(run, config, pool, scores, memory_gib=memory_gib), out=out)
+        counts = job.run().counts
+        mined = out / "mined.parquet"
+        summary = read_json(out / "mining.json")
+        assert [file.name for file in sorted(out.iterdir())] == ["mined.parquet", "mining.json"]
+        made.append((counts, summary, read_parquet(mined), parquet_key(mined), parquet_meta(mined)))
+    whole_run, streamed = made
+    assert_frame_equal(streamed[2], whole_run[2], check_exact=True)
+    assert streamed[:2] == whole_run[:2]
+    assert streamed[3:] == whole_run[3:]
+
+
+def test_a_prompt_may_straddle_shards_of_a_stream(run: Path) -> None:
+    pool = pool_of(run, pool_rounds=1)
+    first, second = pool.generations
+    rows = pl.concat([read_parquet(first), read_parquet(second)])
+    for file, part in ((first, rows[:4]), (second, rows[4:])):  # the second prompt's rows are 3, 4 and 5
+        write_parquet(file, part, key=str(parquet_key(file)), schema=GENERATIONS)
+    scores = make_scores(run / "scores", pool)
+    pairs = []
+    for memory_gib in (1.0, SEGMENT_BYTES / 2**30):
+        mine_job(run, MineConfig(), pool, scores, memory_gib=memory_gib).run()
+        pairs.append(read_parquet(run / "out/mined.parquet"))
+    assert {3, 4, 5} > {pairs[0]["chosen_row"][1], pairs[0]["rejected_row"][1]}
+    assert_frame_equal(*pairs, check_exact=True)
+
+
+def test_a_stream_without_a_pair_says_why(run: Path) -> None:
+    pool = pool_of(run)
+    job = mine_job(run, MineConfig(min_margin=1e6), pool, make_scores(run / "scores", pool), memory_gib=1e-9)
+    with pytest.raises(DataError, match=r"no pair is left of 24 responses"):
+        job.run()
+    assert list((run / "out").iterdir()) == []
 
 
 def test_the_seed_of_the_run_is_the_draws(run: Path) -> None:

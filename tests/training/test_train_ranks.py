@@ -32,10 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ScoreConfig
 from dice_py.config.training import LoraConfig, TrainConfig
-from dice_py.errors import DataError, OutOfMemoryError
+from dice_py.errors import DataError, OutOfMemoryError, StoppedTrainingError
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages import train as stage
 from dice_py.storage.files import read_json
+from dice_py.training import launcher
 from dice_py.training.checkpoints import is_trained
 from dice_py.training.parallelism import ProcessLayout
 
@@ -172,6 +173,29 @@ def test_fsdp2(run: Stage, alone: Stage) -> None:
     assert counts["step0_max_abs_difference"] < 1e-4
     assert (run.model / "config.json").read_text() == (alone.model / "config.json").read_text()
     assert run.steps() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", ["forked", pytest.param("sharded", marks=pytest.mark.long)])
+def test_ranks_that_are_asked_to_stop_write_a_checkpoint_of_one_step(
+    run: Stage, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    request.getfixturevalue(kind)
+    long = {**TWO, "max_steps": 20}
+    asked: set[int] = set()
+    monkeypatch.setattr(launcher, "is_asked_to_stop", lambda: bool(asked))
+    run.on_step = lambda step: asked.add(step) if step == 3 else None
+    with pytest.raises(StoppedTrainingError, match=r"has written its checkpoint of step \d+ of 20"):
+        run(**long)
+    stopped = max(run.steps())
+    assert 3 <= stopped < 20
+    assert is_trained(run.out / f"checkpoints/checkpoint-{stopped}", run.job(**long).key())
+    asked.clear()
+    run(**long)
+    assert run.steps() == list(range(stopped + 1, 21))
+    undisturbed = Stage(run.policy, run.pairs, tmp_path / "undisturbed")
+    undisturbed.folder.mkdir()
+    undisturbed(**long)
+    assert max_abs_diff(run.weights(), undisturbed.weights()) == 0
 
 
 @pytest.mark.usefixtures("sharded")

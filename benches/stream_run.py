@@ -1,0 +1,132 @@
+"""The mine and replay stages of a run on a round of many rows: seconds, and peak resident memory of the process.
+
+`make bench-stream-run` (BENCH_ARGS="--rows 2e7" for a short run). The round's shards are synthetic: 16 responses to a
+prompt, their lengths and rewards drawn from a seed, their tokens and text short. Each step runs in a process of its
+own: `MineJob`; and what `ReplayJob` does with the mined pairs, which is to gather their rows from the shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from dice_py.config.mining import MineConfig
+from dice_py.replay.mined import gather_mined
+from dice_py.stages.mine import MineJob
+from dice_py.storage.parquet import read_parquet, write_parquet
+from dice_py.storage.schemas import GENERATIONS, PROMPTS, SCORES
+
+SHARD = 1 << 18
+RESPONSES = 16
+
+
+def write_round(folder: Path, rows: int, seed: int) -> None:
+    """Shards as the stages write them, and the prompts."""
+    random = np.random.default_rng(seed)
+    for number, start in enumerate(range(0, rows, SHARD)):
+        count = min(SHARD, rows - start)
+        row = np.arange(start, start + count)
+        length = np.clip(random.lognormal(5.5, 0.8, count), 10, 2000).astype(np.uint32)
+        reward = random.standard_normal(count, dtype=np.float32) + length.astype(np.float32) * np.float32(0.002)
+        tokens = pl.Series(random.integers(0, 32_000, count, dtype=np.int32)).reshape((count, 1)).arr.to_list()
+        sampled = pl.DataFrame(
+            {
+                "prompt_id": (row // RESPONSES).astype(np.uint32),
+                "sample_id": (row % RESPONSES).astype(np.uint16),
+                "prompt_token_ids": pl.Series(row // RESPONSES % 32_000, dtype=pl.Int32)
+                .reshape((count, 1))
+                .arr.to_list(),
+                "token_ids": tokens,
+                "response": pl.Series(row.astype(np.int64)).cast(pl.String),
+                "response_tokens": length,
+                "response_chars": length * 4,
+            }
+        ).with_columns(pl.lit("stop").alias("finish_reason"), pl.lit(None, pl.Float32).alias("sampled_logp"))
+        scored = pl.DataFrame({"logp": -reward - 20, "ref_logp": -reward - 30, "reward": reward})
+        write_parquet(folder / f"generations-{number:05d}.parquet", sampled, key="g", schema=GENERATIONS)
+        write_parquet(folder / f"scores-{number:05d}.parquet", scored, key="s", schema=SCORES)
+    ids = pl.int_range(-(-rows // RESPONSES), eager=True)
+    turns = pl.concat_list(pl.struct(role=pl.lit("user"), content=pl.col("prompt_id").cast(pl.String)))
+    prompts = pl.DataFrame({"prompt_id": ids}).with_columns(messages=turns)
+    write_parquet(folder / "prompts.parquet", prompts, key="p", schema=PROMPTS)
+
+
+def shards(folder: Path) -> tuple[list[Path], list[Path]]:
+    return sorted(folder.glob("generations-*.parquet")), sorted(folder.glob("scores-*.parquet"))
+
+
+def mine(folder: Path) -> dict[str, Any]:
+    generations, scores = shards(folder)
+    job = MineJob(
+        config=MineConfig(),
+        generations=generations,
+        scores=scores,
+        score_keys=[str(number) for number in range(len(scores))],
+        rounds=[1] * len(scores),
+        out=folder / "mine",
+        seed=0,
+    )
+    counts = job.run().counts
+    return {name: counts[name] for name in ("rows", "pairs", "alpha")}
+
+
+def gather(folder: Path) -> dict[str, Any]:
+    generations, scores = shards(folder)
+    prompts = read_parquet(folder / "prompts.parquet", ["prompt_id", "messages"])
+    found = gather_mined(read_parquet(folder / "mine/mined.parquet"), generations, scores, prompts)
+    return {"pairs": found.height}
+
+
+STEPS = {"mine": mine, "gather": gather}
+
+
+def measure(step: str, folder: Path) -> dict[str, Any]:
+    """Runs a step in a process of its own."""
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, __file__, "--step", step, "--folder", str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    printed = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"{step} ended with status {os.waitstatus_to_exitcode(status)}")
+    seconds = time.perf_counter() - start
+    return {**json.loads(printed), "seconds": round(seconds, 1), "peak_resident_gib": usage.ru_maxrss / 2**20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=lambda text: int(float(text)), default=200_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None, help="folder for the temporary files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--only", choices=STEPS, default=None)
+    parser.add_argument("--step", choices=STEPS, default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        print(json.dumps(STEPS[args.step](args.folder)))
+        return
+    result: dict[str, Any] = {"command": "make bench-stream-run", "rows": args.rows, "cores": os.cpu_count()}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        write_round(Path(folder), args.rows, args.seed)
+        result["bytes_of_shards"] = sum(file.stat().st_size for file in Path(folder).iterdir())
+        for step in [args.only] if args.only else STEPS:
+            result[step] = measure(step, Path(folder))
+            print(json.dumps({step: result[step]}))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "stream-run.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
