@@ -117,7 +117,11 @@ def main() -> None:
     if args.step:
         print(json.dumps(STEPS[args.step](args.folder)))
         return
-    result: dict[str, Any] = {"command": "make bench-stream-run", "rows": args.rows, "cores": os.cpu_count()}
+    result: dict[str, Any] = {
+        "command": " ".join(["make bench-stream-run", *sys.argv[1:]]),
+        "rows": args.rows,
+        "cores": os.cpu_count(),
+    }
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_round(Path(folder), args.rows, args.seed)
         result["bytes_of_shards"] = sum(file.stat().st_size for file in Path(folder).iterdir())

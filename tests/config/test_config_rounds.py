@@ -32,7 +32,8 @@ def test_a_number_stands_for_the_count_and_leaves_the_rest(yaml_file: Any) -> No
 def test_a_stored_config_with_a_number(tmp_path: Path) -> None:
     config = resolve([], ["rounds=3"])
     stored = config.model_dump(mode="json")
-    assert stored["rounds"] == {"count": 3, "keep": "last", "stop_when": "none", "metric": None}
+    known = {"count": 3, "keep": "last", "stop_when": "none", "metric": None, "grace_seconds": 20.0}
+    assert stored["rounds"] == known
     older = RunConfig.model_validate(stored | {"rounds": 3})
     assert older == config
     assert settings(older) == settings(config)

@@ -42,9 +42,13 @@ class Job:
 
     def start(self, code: str = "") -> subprocess.Popen[bytes]:
         environment = {
-            **os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "PLACE": str(self.folder), "RUN": str(self.run),
-            "CODE": code, "SLURM_JOB_ID": "17",
-        }  # fmt: skip
+            **os.environ,
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "PLACE": str(self.folder),
+            "RUN": str(self.run),
+            "CODE": code,
+            "SLURM_JOB_ID": "17",
+        }
         (self.folder / "ready").unlink(missing_ok=True)
         process = subprocess.Popen([self.folder / "job"], env=environment, process_group=0)
         self.processes.append(process)
