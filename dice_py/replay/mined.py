@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -102,9 +103,34 @@ def gather_mined(
         DataError: the files do not belong together: shards of other numbers of rows, a row or prompt that is not there,
             a row of another prompt; or a column or value that cannot be used.
     """
+    return gather_from(mined, Shards.of(generations, scores), prompts, reference=reference)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a round, or of a pool of rounds, which were checked to belong together."""
+
+    generations: list[Path]
+    scores: list[Path]
+    ends: list[int]
+    """For each shard the number of rows up to its end."""
+
+    @staticmethod
+    def of(generations: list[Path], scores: list[Path]) -> Shards:
+        """Checks the shards.
+
+        Raises:
+            DataError: they do not belong together.
+        """
+        check_row_aligned(generations, scores)
+        return Shards(generations, scores, list(itertools.accumulate(map(parquet_rows, generations))))
+
+
+def gather_from(mined: pl.DataFrame, shards: Shards, prompts: pl.DataFrame, *, reference: bool = False) -> pl.DataFrame:
+    """As `gather_mined`, for some of the mined pairs at a time: only shards that have rows of theirs are read."""
     check_mined(mined)
-    check_row_aligned(generations, scores)
-    rows = _rows(mined, generations, scores, ["logp", "ref_logp"] if reference else ["logp"])
+    generations, scores = shards.generations, shards.scores
+    rows = _rows(mined, shards, ["logp", "ref_logp"] if reference else ["logp"])
     check_same_responses(mined, rows, generations, scores)
     answer = pl.concat_list(pl.struct(role=pl.lit("assistant"), content="response"))
 
@@ -199,16 +225,16 @@ def check_mined(mined: pl.DataFrame, place: Path | str = "the mined pairs") -> N
         raise DataError(f"{place}: row {at} names response {mined['chosen_row'][at]} as chosen and as rejected")
 
 
-def _rows(mined: pl.DataFrame, generations: list[Path], scores: list[Path], logps: list[str]) -> pl.DataFrame:
+def _rows(mined: pl.DataFrame, shards: Shards, logps: list[str]) -> pl.DataFrame:
     """The rows of both kinds of shards that the pairs name, with their number in `row`."""
     needed = pl.concat([mined[side].cast(pl.UInt64) for side in ("chosen_row", "rejected_row")]).unique().sort()
-    ends = list(itertools.accumulate(map(parquet_rows, generations)))
+    ends = shards.ends
     cuts = [
         0,
         *needed.search_sorted(pl.Series(ends, dtype=pl.UInt64), side="left").to_list(),
     ]  # a round may have tens of thousands of shards
     parts, first = [], 0
-    for number, (sampled, scored) in enumerate(zip(generations, scores, strict=True)):
+    for number, (sampled, scored) in enumerate(zip(shards.generations, shards.scores, strict=True)):
         here = needed[cuts[number] : cuts[number + 1]] - first
         if len(here):
             part = read_parquet(sampled, [*_SAMPLED, *present(sampled, "response_tokens", "response_chars")])[here]

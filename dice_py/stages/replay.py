@@ -6,6 +6,8 @@ the rows; here the chosen pairs become a training set, with token ids and refere
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,6 @@ import polars as pl
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import BufferConfig, ReplayConfig, RoundsBufferConfig, ScoreConfig
-from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
@@ -25,16 +26,17 @@ from dice_py.models.sizes import model_size
 from dice_py.models.token_ids import check_token_ids
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import check_mined, gather_mined, have_equal_answers, mined_alpha
+from dice_py.replay.gathered import GatheredPairs, Prompts
+from dice_py.replay.mined import Shards, check_mined, mined_alpha
 from dice_py.replay.mix import OFFLINE_BUFFER, ROUNDS_BUFFER, BufferMix, OfflineBuffer, mix_buffers
 from dice_py.rows.bad_rows import BadRowRule
 from dice_py.stages.job import Job, StageResult, model_key_fields
 from dice_py.stages.pair_logps import PairLogps, ReferenceScores
+from dice_py.storage.files import atomic
 from dice_py.storage.integrity import check_intact, is_kept
 from dice_py.storage.keys import versions
-from dice_py.storage.lookup import look_up
-from dice_py.storage.parquet import parquet_meta, read_parquet, write_parquet
-from dice_py.storage.schemas import PAIRS, TRAINING_LABELS, training_schema
+from dice_py.storage.parquet import ParquetStream, parquet_meta, read_parquet
+from dice_py.storage.schemas import PAIRS, TRAINING_LABELS, fit, training_schema
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,24 @@ class ReplayJob(Job):
         logps = self._logps(report)
         tokens = _PairTokens(self, report)
         pools = _pools(self.config, self.offline, self.buffers, self.rounds_buffer, self.round_number, tokens)
-        mined, gathered, prompts = self._mined(report)
+        with GatheredPairs(self.out) as gathered:
+            return self._write(file, key, pools, tokens, logps, gathered, report)
+
+    def _write(
+        self,
+        file: Path,
+        key: str,
+        pools: list[OfflineBuffer],
+        tokens: _PairTokens,
+        logps: PairLogps,
+        gathered: GatheredPairs,
+        report: Report,
+    ) -> StageResult:
+        """Gathers the mined pairs, draws, and writes the training set part by part: mined pairs, then replayed ones."""
+        keys = self._gather(gathered, pools, report)
         gamma, total = self._share(pools, report)
         mix = mix_buffers(
-            _prompt_keys(mined, prompts),
+            keys,
             pools,
             gamma=gamma,
             seed=self.seed,
@@ -132,14 +148,9 @@ class ReplayJob(Job):
             total=total,
             on_shortfall=self.config.on_shortfall,
         )
-        parts = []
-        if mix.mined:
-            parts.append(logps.of_mined(gathered[mix.mined_rows]))
         drawn = _with_tokens(pools, mix, tokens)
         replayed = sum(part.height for part in drawn)
-        if replayed:
-            parts.append(logps.of_replayed(pl.concat(drawn, rechunk=True, how="diagonal_relaxed")))
-        if not parts:
+        if not (mix.mined or replayed):
             raise DataError(
                 "the training set is empty: no pair was mined and none replayed; lower replay.gamma, or give offline "
                 "pairs on prompts that are not mined"
@@ -149,43 +160,48 @@ class ReplayJob(Job):
         summary = mix.summary() | (
             {"replay": replayed, "left_out": mix.replay - replayed} if replayed < mix.replay else {}
         )
-        training = pl.concat(parts, how="diagonal_relaxed")
-        for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            check_token_ids(training, column, "the training set", model_size(self.policy).vocabulary or None)
         alpha = None if self.mined is None else mined_alpha(self.mined)
         summary |= {} if alpha is None else {"mined_alpha": alpha}
-        write_parquet(file, training, key=key, schema=training_schema(training), meta=summary)
+        mined = (logps.of_mined(part) for part in gathered.take(mix.mined_rows))
+        last = [logps.of_replayed(pl.concat(drawn, rechunk=True, how="diagonal_relaxed"))] if replayed else []
+        vocabulary = model_size(self.policy).vocabulary or None
+        with atomic(file) as temporary, ParquetStream(temporary) as stream:
+            for part in _alike(mined, last):
+                for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+                    check_token_ids(part, column, "the training set", vocabulary)
+                stream.write(part)
+            stream.describe(key, summary)
         return StageResult([(file, key)], summary)
 
     def _buffer_files(self) -> list[Path]:
         buffer = self.rounds_buffer
         return [] if buffer is None else [buffer.path(number) for number in buffer.rounds(self.round_number)]
 
-    def _mined(self, report: Report) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-        """The mined pairs, the same as rows of a training set, and their prompts; empty where nothing was mined.
+    def _gather(self, gathered: GatheredPairs, pools: list[OfflineBuffer], report: Report) -> pl.DataFrame:
+        """Gathers the mined pairs, without those of equal answers; returns the prompts' keys, in the column `key`.
 
-        Pairs of equal answers are left out.
+        The key is that of a pair's prompt where a buffer has it, else "": it only has to tell what must not be drawn.
         """
+        none = pl.DataFrame(schema={"key": pl.String})
         if self.mined is None or self.prompts is None:
-            empty = pl.DataFrame(schema={"prompt_id": pl.UInt32})
-            return empty, empty, empty
+            return none
         mined = read_parquet(self.mined)
         check_mined(mined, self.mined)
-        prompts = read_parquet(self.prompts, ["prompt_id", "messages"])
-        _check_prompts(prompts, self.prompts)
-        prompts = prompts.filter(pl.col("prompt_id").is_in(mined["prompt_id"].unique().implode()))
+        prompts = Prompts(self.prompts)
         if mined.is_empty():
-            return mined, mined, prompts
-        takes_reference = self.reference_scores == "ref_logp"
-        gathered = gather_mined(mined, self.generations, self.scores, prompts, reference=takes_reference)
-        equal = have_equal_answers(gathered)
+            return none
+        shards = Shards.of(self.generations, self.scores)
+        equal = gathered.gather(mined, shards, prompts, reference=self.reference_scores == "ref_logp")
         if equal.any():
             report(
                 "note",
                 text=f"{equal.sum()} of {mined.height} mined pairs left out: chosen and rejected are the same answer "
                 "(mine.drop_duplicates counts such responses once)",
             )
-        return mined.filter(~equal), gathered.filter(~equal), prompts
+        keys = prompts.keys({key for pool in pools for key in pool.pairs["key"]})
+        numbers = mined.filter(~equal)["prompt_id"]
+        known = numbers.replace_strict(list(keys), list(keys.values()), default="", return_dtype=pl.String)
+        return known.alias("key").to_frame()
 
     def _share(self, pools: list[OfflineBuffer], report: Report) -> tuple[float, int | None]:
         """gamma and the total of the mix."""
@@ -218,24 +234,14 @@ class ReplayJob(Job):
         )
 
 
-def _prompt_keys(mined: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
-    """The key of each mined pair's prompt, in the column `key`."""
-    if "messages" not in prompts.columns:
-        return pl.DataFrame(schema={"key": pl.String})
-    keys = prompts.select("prompt_id", key=pl.col("messages").map_elements(_message_key, return_dtype=pl.String))
-    return look_up(mined.select("prompt_id"), keys, "prompt_id", who="the mined pairs", where="the file of prompts")
-
-
-def _check_prompts(prompts: pl.DataFrame, file: Path) -> None:
-    """Raises DataError if a file is no prompts artifact."""
-    ids, messages = prompts["prompt_id"].dtype, prompts["messages"].dtype
-    turns = messages.inner if isinstance(messages, pl.List) else None
-    fields = {field.name for field in turns.fields} if isinstance(turns, pl.Struct) else set()
-    if not (ids.is_integer() and {"role", "content"} <= fields):
-        raise DataError(
-            f"{file}: prompt_id is {ids} and messages is {messages}, but integers and lists of messages are needed: "
-            "give the prompts.parquet that dice generate wrote"
-        )
+def _alike(mined: Iterator[pl.DataFrame], others: list[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """The parts of a training set with the same columns, in their order: null where a part has none."""
+    first = next(mined, None)
+    parts = itertools.chain([] if first is None else [first], mined, others)
+    kinds = pl.concat([part.clear() for part in (first, *others) if part is not None], how="diagonal_relaxed")
+    schema = training_schema(kinds)
+    for part in parts:
+        yield fit(pl.concat([kinds, part], how="diagonal_relaxed"), schema)
 
 
 def _pools(
@@ -344,7 +350,3 @@ def _shortfall_note(mix: BufferMix, gamma: float) -> str:
         f"too few pairs for a share of {gamma}: short of {mix.shortfall['replay']} offline{of} and "
         f"{mix.shortfall['mined']} mined ones; the share reached is {mix.reached_share:.3f}{hint}"
     )
-
-
-def _message_key(messages: pl.Series) -> str:
-    return prompt_key(messages.to_list())

@@ -179,9 +179,9 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
     Raises:
         DataError: the file is absent, cannot be read, or lacks one of `columns`.
     """
-    with _opened(path, columns) as file:
+    with opened_parquet(path, columns) as file:
         table = file.read(columns)
-        return _frame(table if columns is None else table.select(columns))
+        return table_frame(table if columns is None else table.select(columns))
 
 
 def parquet_batches(path: Path, rows: int = 8192) -> Iterator[pl.DataFrame]:
@@ -190,13 +190,13 @@ def parquet_batches(path: Path, rows: int = 8192) -> Iterator[pl.DataFrame]:
     Raises:
         DataError: the file is absent or cannot be read.
     """
-    with _opened(path, None) as file:
+    with opened_parquet(path, None) as file:
         for batch in file.iter_batches(rows):
-            yield _frame(pa.Table.from_batches([batch]))
+            yield table_frame(pa.Table.from_batches([batch]))
 
 
 @contextlib.contextmanager
-def _opened(path: Path, columns: list[str] | None) -> Iterator[pq.ParquetFile]:
+def opened_parquet(path: Path, columns: list[str] | None) -> Iterator[pq.ParquetFile]:
     """An open file, whose errors of reading name it."""
     if not path.is_file():
         raise DataError(f"{path} does not exist")
@@ -221,6 +221,6 @@ def _opened(path: Path, columns: list[str] | None) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).strip()}") from None
 
 
-def _frame(table: pa.Table) -> pl.DataFrame:
+def table_frame(table: pa.Table) -> pl.DataFrame:
     table.validate(full=True)  # text that is not UTF-8
     return pl.DataFrame(pl.from_arrow(table.replace_schema_metadata(None)))

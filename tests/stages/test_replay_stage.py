@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 from tiny_round import make_round
@@ -17,11 +18,12 @@ from dice_py.config.stages import ReplayConfig, ScoreConfig
 from dice_py.data import Pair, pairs_frame
 from dice_py.errors import DataError, UsageError
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
+from dice_py.replay import gathered
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.replay.mined import append_mined
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.replay import ReplayJob
-from dice_py.storage.parquet import parquet_meta, write_parquet
+from dice_py.storage.parquet import parquet_meta, read_parquet, write_parquet
 from dice_py.storage.schemas import PAIRS, TRAINING_SET
 
 
@@ -231,3 +233,36 @@ def test_dice_replay_with_several_buffers(
     assert training_set["source"].to_list() == ["replay"] * 4 + ["replay:uf"] * 12
     numbers = [int(messages[0]["content"].split()[1]) for messages in training_set["prompt"].to_list()]
     assert all(n % 2 for n in numbers[:4])
+
+
+def test_pairs_that_are_gathered_one_at_a_time_are_the_same(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this_round = make_round(tmp_path / "1")
+    # One offline pair is on a prompt that was mined, which must not be drawn.
+    offline = offline_pairs(tmp_path, "q", 6, weight=pl.Series([1.0] * 6))
+    inputs = {**this_round, "offline": offline}
+    config = ReplayConfig(gamma=0.5)
+    expected, counts, _ = run(config, llama, tmp_path / "whole", **inputs)
+    monkeypatch.setattr(gathered, "AT_ONCE", 1)
+    prompts = read_parquet(this_round["prompts"])
+    with pq.ParquetWriter(this_round["prompts"], prompts.to_arrow(compat_level=pl.CompatLevel.oldest()).schema) as file:
+        for row in prompts.iter_slices(1):  # a row group for each prompt
+            file.write_table(row.to_arrow(compat_level=pl.CompatLevel.oldest()))
+    found, again, _ = run(config, llama, tmp_path / "parts", **inputs)
+    assert_frame_equal(found, expected)
+    assert again == counts
+    assert expected["source"].to_list() == ["mined"] * 2 + ["replay"] * 2
+    assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == ["training_set.parquet"]
+
+
+def test_a_prompt_that_is_not_there_when_pairs_are_gathered_one_at_a_time(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathered, "AT_ONCE", 1)
+    this_round = make_round(tmp_path / "1")
+    prompts = read_parquet(this_round["prompts"])
+    write_parquet(this_round["prompts"], prompts[:3], key="p")
+    with pytest.raises(DataError, match="the mined pairs name prompt_id 3, which the file of prompts does not have"):
+        run(ReplayConfig(gamma=0.0), llama, tmp_path / "out", **this_round)
+    assert not list((tmp_path / "out").iterdir())
