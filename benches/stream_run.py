@@ -1,8 +1,8 @@
 """The mine and replay stages of a run on a round of many rows: seconds, and peak resident memory of the process.
 
 `make bench-stream-run` (BENCH_ARGS="--rows 2e7" for a short run). The round's shards are synthetic: 16 responses to a
-prompt, their lengths and rewards drawn from a seed, their tokens and text short. Each step runs in a process of its
-own: `MineJob`; and what `ReplayJob` does with the mined pairs, which is to gather their rows from the shards.
+prompt, their lengths and rewards drawn from a seed, their tokens and text short. Each stage runs in a process of its
+own: `MineJob`, and `ReplayJob` without offline pairs, which makes the training set of all mined ones.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from shapes import write_model
 
 from dice_py.config.mining import MineConfig
-from dice_py.replay.mined import gather_mined
+from dice_py.config.shared import ModelConfig
+from dice_py.config.stages import ReplayConfig, ScoreConfig
 from dice_py.stages.mine import MineJob
-from dice_py.storage.parquet import read_parquet, write_parquet
+from dice_py.stages.replay import ReplayJob
+from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import GENERATIONS, PROMPTS, SCORES
 
 SHARD = 1 << 18
@@ -80,14 +83,27 @@ def mine(folder: Path) -> dict[str, Any]:
     return {name: counts[name] for name in ("rows", "pairs", "alpha")}
 
 
-def gather(folder: Path) -> dict[str, Any]:
+def replay(folder: Path) -> dict[str, Any]:
     generations, scores = shards(folder)
-    prompts = read_parquet(folder / "prompts.parquet", ["prompt_id", "messages"])
-    found = gather_mined(read_parquet(folder / "mine/mined.parquet"), generations, scores, prompts)
-    return {"pairs": found.height}
+    job = ReplayJob(
+        config=ReplayConfig(gamma=0.0),
+        score_config=ScoreConfig(),
+        models=ModelConfig(device="cpu", dtype="float32"),
+        policy=folder / "policy",
+        mined=folder / "mine/mined.parquet",
+        generations=generations,
+        scores=scores,
+        prompts=folder / "prompts.parquet",
+        offline=None,
+        input_keys="mined",
+        out=folder / "replay",
+        seed=0,
+    )
+    result = job.run()
+    return {"pairs": result.counts["mined"], "bytes": result.files[0][0].stat().st_size}
 
 
-STEPS = {"mine": mine, "gather": gather}
+STEPS = {"mine": mine, "replay": replay}
 
 
 def measure(step: str, folder: Path) -> dict[str, Any]:
@@ -123,8 +139,9 @@ def main() -> None:
         "cores": os.cpu_count(),
     }
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        write_model(Path(folder) / "policy", "tiny", "float32")
         write_round(Path(folder), args.rows, args.seed)
-        result["bytes_of_shards"] = sum(file.stat().st_size for file in Path(folder).iterdir())
+        result["bytes_of_shards"] = sum(file.stat().st_size for file in Path(folder).glob("*.parquet"))
         for step in [args.only] if args.only else STEPS:
             result[step] = measure(step, Path(folder))
             print(json.dumps({step: result[step]}))
