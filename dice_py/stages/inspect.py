@@ -28,6 +28,7 @@ from dice_py.mining.ranking import ranking_scores
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
 from dice_py.stages.inspected_pairs import SIDES, draw_round, fitted, mined_pairs, replayed_pairs
+from dice_py.stages.inspected_shards import sample_of_shards
 from dice_py.stages.job import Job, StageFile, StageResult, model_key_fields
 from dice_py.stages.mine import MineJob
 from dice_py.stages.token_credit import with_credit
@@ -47,7 +48,8 @@ _FORM = 1
 class InspectJob(Job):
     """Writes `out/distributions.json` (mining/distributions.py) and, if `config.pairs` is not 0, `out/pairs.parquet`.
 
-    The pairs (INSPECTED_PAIRS) are a stratified sample: mining/pair_sample.py has the rule. Of mined pairs rewards are
+    The pairs (INSPECTED_PAIRS) are a stratified sample: mining/pair_sample.py has the rule. Of a round that is mined as
+    a stream, both files are about some of its shards (stages/inspected_shards.py). Of mined pairs rewards are
     those of their scores; of replayed ones they are the sums of the credits, and null without credits.
 
     The counts are `pairs`, `sources` (pairs by source), `tokens` that both models were run over, and of the mined pairs
@@ -123,16 +125,20 @@ class InspectJob(Job):
         made: list[StageFile] = [(file, key) for file in files]
         if self.config.pairs and all(kept) and not _has_failed(self.pairs_file):
             return StageResult(made, dict(parquet_meta(self.pairs_file)))
-        mine = self.mine
-        check_intact([self.mined[0], self.training_set[0], self.prompts, *mine.generations, *mine.scores])
-        options = mine.config.options(mine.seed)
-        scored, mined = mine.frame(options), read_parquet(self.mined[0])
+        every = self.mine
+        check_intact([self.mined[0], self.training_set[0], self.prompts, *every.generations, *every.scores])
+        options = every.config.options(every.seed)
+        mine, mined = sample_of_shards(every, read_parquet(self.mined[0]), self.seed)
+        if mine is not every:
+            shards = f"{len(mine.generations)} of {len(every.generations)} shards"
+            report("note", text=f"the round is large: its pairs to read are of {shards}")
+        scored = mine.frame(options)
         alpha = self._alpha()
         write_sealed(self.distributions_file, mining_distributions(scored, mined, options, alpha), key)
         if not self.config.pairs:
             return StageResult(made, {"pairs": 0})
         rewards = scored[options.reward_column]
-        pairs = self._pairs(mined, rewards, ranking_scores(scored, options, alpha))
+        pairs = self._pairs(mine, mined, rewards, ranking_scores(scored, options, alpha))
         del scored
         pairs, counts = self._with_credit(pairs, report)
         counts = {"pairs": pairs.height, "sources": _counted(pairs["source"]), **counts}
@@ -155,17 +161,17 @@ class InspectJob(Job):
         alpha: float | None = summary.get("alpha")
         return alpha
 
-    def _pairs(self, mined: pl.DataFrame, rewards: pl.Series, ranking: pl.Series) -> pl.DataFrame:
-        """The sample, with token ids and without credits."""
+    def _pairs(self, mine: MineJob, mined: pl.DataFrame, rewards: pl.Series, ranking: pl.Series) -> pl.DataFrame:
+        """The sample of the pairs of some shards, with token ids and without credits."""
         from_mined, from_replay = draw_round(
-            mined, self.mine.generations, self.training_set[0], self.config.pairs, self.seed
+            mined, mine.generations, self.training_set[0], self.config.pairs, self.seed
         )
         parts = [
             mined_pairs(
                 mined,
                 from_mined,
-                generations=self.mine.generations,
-                scores=self.mine.scores,
+                generations=mine.generations,
+                scores=mine.scores,
                 prompts=self.prompts,
                 rewards=rewards,
                 ranking=ranking,

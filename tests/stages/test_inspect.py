@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from tiny_sets import CPU, draw_ids
 
 from dice_py.config.mining import MineConfig
@@ -19,6 +20,7 @@ from dice_py.config.rounds import WarningsConfig
 from dice_py.config.stages import ReplayConfig, ScoreConfig
 from dice_py.data import pairs_frame
 from dice_py.errors import DamagedError, DataError
+from dice_py.mining.files import ROW_BYTES
 from dice_py.models.token_pieces import TokenPieces
 from dice_py.models.tokenization import read_tokenizer
 from dice_py.runs.warnings import stage_warnings
@@ -29,7 +31,7 @@ from dice_py.stages.mine import MineJob
 from dice_py.stages.replay import ReplayJob
 from dice_py.stages.score import ScoreJob
 from dice_py.storage.files import read_sealed
-from dice_py.storage.parquet import read_parquet, write_parquet
+from dice_py.storage.parquet import parquet_rows, read_parquet, write_parquet
 from dice_py.storage.schemas import GENERATIONS, INSPECTED_PAIRS, PROMPTS
 
 PROMPTS_OF_A_ROUND, SAMPLES, SHARDS, BETA, OFFLINE = 12, 4, 2, 0.5, 9
@@ -365,3 +367,21 @@ def test_mining_of_another_key_is_damage(made: InspectJob, tmp_path: Path) -> No
     mine = replace(made.mine, seed=1)
     with pytest.raises(DamagedError, match=r"mining\.json is damaged, or not of the pairs in"):
         replace(made, mine=mine, out=tmp_path).run()
+
+
+def test_of_a_round_that_is_streamed_some_shards_are_looked_at(
+    made: InspectJob, pairs: pl.DataFrame, tmp_path: Path
+) -> None:
+    rows = [parquet_rows(file) for file in made.mine.generations]
+    # Memory for the rows of one of the two shards.
+    mine = replace(made.mine, memory_gib=max(rows) * ROW_BYTES / 2**30)
+    notes: list[str] = []
+    job = replace(made, mine=mine, out=tmp_path, config=ReportConfig(token_credit=False))
+    job.run(lambda event, **fields: notes.append(fields["text"]))
+    assert notes == ["the round is large: its pairs to read are of 1 of 2 shards"]
+    sample = read_parquet(job.pairs_file).filter(pl.col("source") == "mined")
+    assert 0 < sample.height < pairs.filter(pl.col("source") == "mined").height
+    known = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "margin", "labels", "candidates"]
+    assert sample.select(known).join(pairs.select(known), on=known[:3], how="anti").is_empty()
+    same = pairs.select(known).join(sample.select(known[:3]), on=known[:3], how="semi")
+    assert_frame_equal(sample.select(known), same, check_row_order=False)
