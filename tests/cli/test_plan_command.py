@@ -19,6 +19,7 @@ from dice_py.config.loading import resolve
 from dice_py.config.run import RunConfig
 from dice_py.planning import plan as plan_module
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
+from dice_py.planning.machine import Cluster
 from dice_py.planning.plan import plan
 from dice_py.runs.measured_costs import recall_costs
 from dice_py.runs.throughput import costs_key
@@ -52,6 +53,7 @@ def made_plan(**changes: Any) -> dict[str, Any]:
         "method": "dpo",
         "labels": [],
         "not_estimated": [],
+        "cluster": None,
         "stages": stages,
         **changes,
     }  # fmt: skip
@@ -104,6 +106,29 @@ def test_what_is_not_estimated_is_said(dice, faked) -> None:
     faked["found"]["not_estimated"] = ["evaluate.judges.openai", "evaluate.command"]
     _, out, _ = dice("plan")
     assert "not in the estimate, since nothing is known of them: evaluate.judges.openai, evaluate.command" in out
+
+
+def test_a_cluster_that_need_not_be_there(dice, faked) -> None:
+    faked["found"]["cluster"] = {
+        "nodes": 8, "gpus": 64, "node_hours": 72.0, "reserved_gpu_hours": 576.0, "idle_gpu_hours": 69.0,
+        "idle_share": 0.12, "idle_by_stage": {"round-01/train": 60.0, "round-01/generate": 6.0, "round-01/mine": 0.03},
+        "network_bytes": 2**40, "filesystem_bytes": 3 * 2**30, "assumed_network_gb_per_s": 50.0,
+        "assumed_filesystem_gb_per_s": 5.0,
+    }  # fmt: skip
+    code, out, _ = dice("plan", "--nodes", 8, "--gpus-per-node", 4, "--filesystem", 5)
+    assert code == 0
+    assert (
+        "\ncluster: 8 node(s), 64 GPUs, 72 node hours; of 576 GPU hours 12 % are idle (round-01/train 60, "
+        "round-01/generate 6, round-01/mine 0.03)\n"
+        "between nodes 1,024.0 GiB, over the file system 3.0 GiB; assumed: 50 GB/s a node, 5 GB/s for all "
+        "(--network, --filesystem)\n"
+    ) in out
+    assert faked["given"][2]["on_paper"](1) == Cluster(8, 4, 50.0, 5.0)
+    dice("plan", "--nodes", 2)
+    assert faked["given"][2]["on_paper"](3) == Cluster(2, 3)
+    dice("plan")
+    assert faked["given"][2]["on_paper"] is None
+    assert dice("plan", "--gpus-per-node", 8)[0] == 2
 
 
 def test_a_run_that_may_end_early_is_planned_to_its_end(dice, faked) -> None:
