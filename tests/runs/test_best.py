@@ -174,9 +174,8 @@ def test_a_worse_last_round_ends_nothing_early(
     metrics = loop.resume(folder, events, assignments=["rounds=2"])
     assert list(metrics) == ["round-01"]
     assert len(of(events, "ended_early")) == 1
-    assert Manifest(folder / "manifest.json").data["config"]["rounds"] == {
-        "count": 2, "keep": "best", "stop_when": "worse", "metric": None,
-    }  # fmt: skip
+    kept = {"count": 2, "keep": "best", "stop_when": "worse", "metric": None}
+    assert kept.items() <= Manifest(folder / "manifest.json").data["config"]["rounds"].items()
 
 
 def test_too_few_held_out_pairs(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
