@@ -75,6 +75,7 @@ class Run:
                 self.report,
                 "is damaged: not as it was written. Files that are whole are kept, by the keys that they carry",
             )
+        if not self.manifest.data["stages"]:
             restore_removed(self.manifest)
 
     def close(self) -> None:

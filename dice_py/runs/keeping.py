@@ -57,6 +57,8 @@ class _Rounds:
 
     def __init__(self, folder: Path, manifest: Manifest, config: RunConfig, through: int) -> None:
         self.folder, self.manifest, self.config, self.through = folder, manifest, config, through
+        # How many rounds before the policy that a round starts from the oldest model of its scores is.
+        self.depth = int(config.reward_reference == "previous") + int(config.mine.second_reward == "previous")
         self.is_last = through >= config.rounds.count
         stages = stage_names(config)
         self._again = [
@@ -67,13 +69,11 @@ class _Rounds:
 
     def models_needed(self) -> set[int]:
         """The rounds whose policy the next round, or a stage that failed, reads."""
-        # How many rounds before the policy that a round starts from the oldest model of its scores is.
-        depth = int(self.config.reward_reference == "previous") + int(self.config.mine.second_reward == "previous")
         needed = {self.through}
         if not self.is_last:
-            needed |= {self.through - back for back in range(depth + 1)}
+            needed |= {self.through - back for back in range(self.depth + 1)}
         for number in self._again:
-            needed |= {number - back for back in range(depth + 2)}
+            needed |= {number - back for back in range(self.depth + 2)}
         return needed
 
     def samples_needed(self) -> set[int]:
@@ -110,14 +110,15 @@ def removable(folder: Path, manifest: Manifest, config: RunConfig, keep: Keep, t
             for place in rounds.models_of(number):
                 files = tuple(sorted(path.name for path in (folder / place).glob(_WEIGHTS) if path.is_file()))
                 if files:
-                    yield Removable("models", place, keep.models_by, files)
+                    yield Removable("models", place, keep.models_by, files, number + rounds.depth + 1)
     if not keep.samples:
+        pool = config.mine.pool_rounds
         for stage, needed in (("generate", rounds.samples_needed()), ("score", rounds.scores_needed())):
             for number in range(1, through + 1):
                 name = f"{round_name(number)}/{stage}"
                 files = tuple(_shards(folder, manifest, name)) if number not in needed else ()
                 if files:
-                    yield Removable("samples", Path(name), keep.samples_by, files)
+                    yield Removable("samples", Path(name), keep.samples_by, files, number + pool - 1)
 
 
 def _kept(manifest: Manifest, keep: Keep, through: int) -> set[int]:

@@ -24,6 +24,7 @@ Kind = Literal["models", "samples", "checkpoints", "leftovers"]
 KINDS: tuple[Kind, ...] = ("models", "samples", "checkpoints", "leftovers")
 
 _REMOVED = "removed"
+_ROUND = re.compile(r"round-(\d+)/")
 _SET_ASIDE = re.compile(rf".+{re.escape(DAMAGED)}(-\d+)?")
 
 
@@ -37,6 +38,8 @@ class Removable:
     by: str
     files: tuple[str, ...] = ()
     """Names in the folder."""
+    read_until: int = 0
+    """The last round of which a stage reads them."""
 
 
 def size_of(folder: Path, item: Removable) -> int:
@@ -91,18 +94,24 @@ def _record_of(folder: Path, manifest: Manifest, item: Removable) -> Removed | N
     place = folder / item.place
     earlier = removed_in(place)
     files = {} if earlier is None else dict(earlier.files)
-    identity, entry = None, None
+    identity = None
     if item.kind == "models":
         if damaged_in(place):
             return None
         identity = model_identity(place)
-    else:
-        entry = manifest.stage(str(item.place))
     for name in item.files:
         if name not in files or item.kind == "models":
             files[name] = _file_of(place / name)
     by = item.by if earlier is None or files.keys() != earlier.files.keys() else earlier.by
-    return Removed(by=by, files=files, identity=identity, entry=entry)
+    of_rounds = range(_round_of(str(item.place)), item.read_until + 1)
+    entries = {name: entry for name, entry in manifest.data["stages"].items() if _round_of(name) in of_rounds}
+    entries = {name: entry for name, entry in entries.items() if entry.get("status") == "done"}
+    return Removed(by=by, files=files, identity=identity, entries=entries)
+
+
+def _round_of(name: str) -> int:
+    found = _ROUND.match(name)
+    return -1 if found is None else int(found[1])
 
 
 def _file_of(file: Path) -> dict[str, Any]:
@@ -135,12 +144,12 @@ def forget_stage(manifest: Manifest, name: str) -> None:
 
 
 def restore_removed(manifest: Manifest) -> None:
-    """Brings the stages whose files were removed back into a manifest that was lost, from their records."""
+    """Brings stages that read what was removed back into a manifest that was lost: they cannot be done again."""
     folder = manifest.path.parent
     for place, record in removals(folder):
         name = str(place.relative_to(folder))
-        if record.entry is not None:
-            manifest.data["stages"].setdefault(name, record.entry)
+        for stage, entry in record.entries.items():
+            manifest.data["stages"].setdefault(stage, entry)
         known = {"by": record.by, "bytes": record.bytes, "files": list(record.files)}
         manifest.data.setdefault(_REMOVED, {}).setdefault(name, known)
 

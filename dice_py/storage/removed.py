@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ class Removed:
     """By name in the folder: `bytes`, and of a Parquet file its `key` and `meta`."""
     identity: str | None = None
     """Of a model (models/identity.py)."""
-    entry: dict[str, Any] | None = None
-    """Of a stage: what the manifest says of it, should the manifest be lost."""
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By stage, what the manifest says of those that have read the files, should the manifest be lost."""
 
     @property
     def bytes(self) -> int:
