@@ -223,7 +223,9 @@ def _clean(folder: Path, models: KeepModels | None, samples: bool | None, dry_ru
             f"no round is known to be complete with the settings of {folder}, so that a resume may need all models and "
             "samples: they are kept. Resume the run, and clean it then"
         )
-    items = [*removable(folder, manifest, config, keep, through), *_checkpoints(folder, manifest), *leftovers(folder)]
+    items = [*removable(folder, manifest, config, keep, through), *_checkpoints(folder, manifest)]
+    complete = {item.place for item in items if not item.files}
+    items += [item for item in leftovers(folder) if complete.isdisjoint(item.place.parents)]
     sizes = {item.place: size_of(folder, item) for item in items}
     removed = items if dry_run else remove(folder, manifest, items)
     bytes_by_kind = {kind: sum(sizes[item.place] for item in removed if item.kind == kind) for kind in KINDS}

@@ -124,7 +124,7 @@ def test_models_and_samples_go_when_no_round_reads_them(
 
     # More rounds need what has gone: the reference of round 5 is the policy that round 4 started from.
     with pytest.raises(AssertionError, match="reference"):
-        loop.resume(folder, assignments=["rounds=5", "mine.pool_rounds=1"])
+        loop.resume(folder, assignments=["rounds=5"])
 
 
 @pytest.mark.parametrize(("keep", "second", "left"), [("all", False, [1, 2, 3]), (2, False, [2, 3]), (1, True, [3])])
