@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from cli.ablate import ablate
 from cli.audit import audit
+from cli.clean import clean
 from cli.demo import demo
 from cli.evidence import evidence
 from cli.extrapolate import extrapolate
@@ -96,7 +97,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (run, resume, status):
+for command in (run, resume, status, clean):
     app.command()(command)
 app.command(cls=ReportCommand)(report)
 for shown in (samples, plan, demo, ablate, evidence):

@@ -213,6 +213,9 @@ def check_table(path: Path, option: str, columns: Iterable[str], made_by: str) -
     import pyarrow.parquet as pq
 
     if not path.is_file():
+        from dice_py.storage.removed import check_not_removed
+
+        check_not_removed(path)
         raise DataError(f"{path} does not exist")
     try:
         present = pq.read_schema(path.absolute()).names

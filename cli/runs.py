@@ -142,7 +142,7 @@ def status(
     if as_json:
         print_json(values)
         return
-    from cli.tables import print_table, profile_lines, profile_table, status_table
+    from cli.tables import print_table, profile_lines, profile_table, size, status_table
 
     if not profile:
         print_table(status_table(values))
@@ -159,6 +159,8 @@ def status(
             say(f"ended after round {values['ended_after']} (rounds.stop_when=worse); to go on: {goes_on}")
         if values["policy"] is not None:
             say(f"new policy: {values['policy']}")
+        for item in values["removed"]:
+            say(f"removed: {item['place']} ({size(item['bytes'])}, by {item['by']})")
         return
     if values["rounds"]:
         print_table(profile_table(values))
@@ -186,6 +188,8 @@ def _verify(folder: Path, as_json: bool) -> None:
         )
     if not as_json:
         say(f"nothing is damaged: {found['files']} files ({found['bytes']:,} bytes) were read")
+        for item in found["removed"]:
+            say(f"removed by {item['by']}: {item['place']}")
 
 
 def _list_runs(as_json: bool) -> None:

@@ -27,6 +27,10 @@ class DamagedError(DataError):
     """An artifact of this program that is not as it was written (exit code 3). A run makes it again."""
 
 
+class RemovedError(DataError):
+    """An artifact that was removed to free its space, and is needed after all (exit code 3)."""
+
+
 class OutOfMemoryError(DiceError):
     """The device or the host ran out of memory (exit code 4)."""
 

@@ -18,6 +18,7 @@ from dice_py.errors import (
     InterruptedRunError,
     JudgeError,
     OutOfMemoryError,
+    RemovedError,
     StoppedTrainingError,
     UsageError,
 )
@@ -39,6 +40,7 @@ _KINDS = (
     UsageError,
     DataError,
     DamagedError,
+    RemovedError,
     OutOfMemoryError,
     DiskFullError,
     InterruptedRunError,

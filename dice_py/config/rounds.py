@@ -15,6 +15,9 @@ from dice_py.config.shared import ADDED, Positive, Section
 GRACE_SECONDS = 20.0
 """Slurm kills 30 s after SIGTERM (its KillWait), and the end of the processes takes some of them."""
 
+KeepModels = Literal["all", "best"] | Positive
+"""Which models of a run are kept: all, the best one, or those of the last rounds; the last round's always."""
+
 Limit = Annotated[float, Field(ge=0.0)]
 ROUND_METRICS = (
     "oracle_win_rate",
@@ -61,6 +64,20 @@ class RoundsConfig(Section):
         "or at a second signal, it is ended at once, and goes on from its last checkpoint",
     )
 
+    keep_models: KeepModels = Field(
+        default="all",
+        json_schema_extra=ADDED,
+        description="models that are kept of the rounds: all; best: of older rounds only the best by the metric; or a "
+        "number: those of so many last rounds. The last round's, the best one's, the start's, and those that a later "
+        "stage reads are always kept. Of the others the weights are removed when a round ends",
+    )
+    keep_samples: bool = Field(
+        default=True,
+        json_schema_extra=ADDED,
+        description="whether generations and scores are kept; false: they are removed when a round ends, unless "
+        "mine.pool_rounds still needs them. Pairs, training sets and metrics stay",
+    )
+
     @field_validator("metric")
     @classmethod
     def _check_metric(cls, value: str | None) -> str | None:
@@ -85,7 +102,7 @@ class RoundsConfig(Section):
     @property
     def are_compared(self) -> bool:
         """Whether rounds are compared by a metric."""
-        return self.keep == "best" or self.stop_when == "worse" or self.metric is not None
+        return "best" in (self.keep, self.keep_models) or self.stop_when == "worse" or self.metric is not None
 
 
 class WarningsConfig(Section):

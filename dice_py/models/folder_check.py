@@ -13,6 +13,7 @@ from typing import Any
 
 from dice_py.errors import DataError
 from dice_py.models.weight_files import check_is_weights, first_few, is_lfs_pointer, read_header, weight_files
+from dice_py.storage.removed import check_not_removed
 
 _QUANTIZED = ("quantization_config", "compression_config")
 _QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
@@ -38,7 +39,9 @@ def check_model_folder(folder: Path, *, role: str, scores: bool = False) -> None
     Raises:
         DataError: a file is missing, cut off, no JSON object, or a link to nothing; the model is quantized, of the
             other kind, or an adapter that was not merged.
+        RemovedError: its weights were removed to free their space.
     """
+    check_not_removed(folder)
     try:
         _check(folder, scores)
     except DataError as error:

@@ -15,6 +15,7 @@ from dice_py.errors import DataError
 from dice_py.models.weight_files import weight_files
 from dice_py.models.weight_records import file_content, tensor_records
 from dice_py.storage.keys import digest
+from dice_py.storage.removed import was_removed
 
 MERGED_STAMP = "merged.json"
 """The stamp of a folder that an adapter was merged into; its `start` is the identity of the base model."""
@@ -33,11 +34,15 @@ def model_identity(folder: Path) -> str:
     """A digest of a model's content: weights, config.json, generation_config.json, tokenizer, chat template, and code.
 
     Weights count tensor by tensor, so that another sharding is the same model. pytorch_model*.bin, and what is no
-    complete model, counts by its bytes: whether a model can be used is models/checkpoint.py's to say.
+    complete model, counts by its bytes: whether a model can be used is models/checkpoint.py's to say. Of a model whose
+    weights were removed to free their space, it is what it was.
 
     Raises:
         DataError: a file cannot be read.
     """
+    removed = was_removed(folder)
+    if removed is not None and removed.identity is not None:
+        return removed.identity
     configs = [[name, _config(folder / name)] for name in _CONFIGS if (folder / name).is_file()]
     contents = [
         [str(file.relative_to(folder)), file_content(file)]

@@ -17,6 +17,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DiceError, UsageError
 from dice_py.runs.best import StoredOutcome, stored_outcome
 from dice_py.runs.folder import check_plain, is_running, round_name, stage_names
+from dice_py.runs.removal import removed_list, removed_text
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.stages.benchmark import benchmark_metrics
 from dice_py.storage.digests import file_state
@@ -67,6 +68,8 @@ class StoredRun:
     """The stages of each round that the config asks for."""
     problems: list[str] = field(default_factory=list)
     """What cannot be shown, and why, as sentences."""
+    removed: list[str] = field(default_factory=list)
+    """What was removed to free its space, as sentences."""
 
     def pairs(self) -> pl.DataFrame | None:
         """The pairs to read of all rounds (storage.schemas.INSPECTED_PAIRS); None where there are none.
@@ -115,6 +118,7 @@ def read_run(folder: Path, name: str) -> StoredRun:
             planned.setdefault(stage.split("/")[0], []).append(stage.split("/")[1])
     run = StoredRun(folder, name, manifest.data, config, [], outcome, _state(folder, manifest, planned), planned)
     run.problems.extend(problems)
+    run.removed.extend(map(removed_text, removed_list(folder)))
     run.rounds.extend(_read_round(run, each) for each in names)
     return run
 

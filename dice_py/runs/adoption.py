@@ -17,6 +17,7 @@ from typing import Any
 from dice_py.stages.job import Job
 from dice_py.storage.files import Manifest, atomic, make_folder
 from dice_py.storage.integrity import MODEL_STAMP
+from dice_py.storage.removed import was_removed
 
 _OF_ONE_RUN = {"worker.log"}
 _WRITTEN_IN_PLACE = (".jsonl", ".log")
@@ -48,6 +49,8 @@ def adopted_stage(siblings: Sequence[Path], folder: Path, name: str, job: Job) -
         if entry is None or entry.get("key") != key or not is_done(entry):
             continue
         with contextlib.suppress(FileNotFoundError):  # the other run's file is gone: this one makes it
+            if any(was_removed(sibling / made["file"]) for made in entry["files"]):
+                continue
             for made in entry["files"]:
                 _link(sibling / made["file"], folder / made["file"])
             _link_others(sibling / name, folder / name)

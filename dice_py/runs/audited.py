@@ -12,6 +12,7 @@ from dice_py.runs.folder import check_plain, round_name
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.storage.files import Manifest
 from dice_py.storage.parquet import parquet_key
+from dice_py.storage.removed import check_not_removed
 from dice_py.synthetic.world import World
 
 
@@ -37,7 +38,7 @@ def audited_round(folder: Path, number: int | None) -> AuditedRound:
 
     Raises:
         UsageError: the folder holds no run, or the run has not made that round.
-        DataError: its manifest is damaged, or a model is gone.
+        DataError: its manifest is damaged, or a model is gone (RemovedError: to free its space).
     """
     if not (folder / CONFIG_FILE).is_file() and not has_config(folder):
         raise UsageError(f"--run: {folder} holds no run (no {CONFIG_FILE}); `dice status` lists those under runs/")
@@ -58,6 +59,7 @@ def audited_round(folder: Path, number: int | None) -> AuditedRound:
         raise UsageError(f"--round {number}: {folder} has {made} alone so far")
     previous = policies[number - 1] if number and config.reward_reference == "previous" else reference
     for role, model in (("policy", policies[number]), ("previous", previous), ("initial", reference)):
+        check_not_removed(model)
         if not model.is_dir():
             raise DataError(f"the {role} of round {number}, {model}, is gone; `dice resume {folder}` makes it again")
     models = config.model.model_copy(update={"template_time": _template_time(config, manifest.data)})

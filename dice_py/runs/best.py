@@ -92,10 +92,8 @@ class Outcome:
 
     def _best(self) -> str:
         """The round whose policy is kept; of equal ones the earlier."""
-        measured = [name for name in self._policies if name in self._comparisons]
-        if self._rounds.keep == "last" or not measured:
-            return list(self._policies)[-1]
-        return max(measured, key=lambda name: float(self._comparisons[name]["value"]))
+        best = best_round(self._comparisons) if self._rounds.keep == "best" else None
+        return list(self._policies)[-1] if best is None else best
 
     def _note_number(self, number: int, metric: str, metrics: dict[str, Any]) -> None:
         """Keeps a round's number of the user's benchmark, which has no value of the start and no interval."""
@@ -141,8 +139,14 @@ class Outcome:
             "policy": str(self._policies[best].relative_to(self._run.folder)),
             "comparisons": self._comparisons,
             "ended_after": ended_after,
+            "through": len(self._policies),
         }
         self._run.manifest.save()
+
+
+def best_round(comparisons: dict[str, dict[str, Any]]) -> str | None:
+    """The best of the rounds that were compared, of equal ones the earlier; None where none was."""
+    return max(comparisons, key=lambda name: float(comparisons[name]["value"]), default=None)
 
 
 def comparison_text(comparison: dict[str, Any]) -> str:
@@ -180,6 +184,8 @@ class StoredOutcome:
     """By round, where rounds are compared."""
     ended_after: int | None
     """The round that ended the run before the rounds that were asked for."""
+    through: int | None = None
+    """How many rounds the run has gone through; None: an earlier version did not say."""
 
 
 def stored_outcome(data: dict[str, Any]) -> StoredOutcome | None:
@@ -188,10 +194,12 @@ def stored_outcome(data: dict[str, Any]) -> StoredOutcome | None:
     if not isinstance(outcome, dict) or not isinstance(config, dict):
         return None
     policy, comparisons = outcome.get("policy"), outcome.get("comparisons")
-    ended = outcome.get("ended_after")
+    ended, through = outcome.get("ended_after"), outcome.get("through")
     if not isinstance(policy, str) or not isinstance(comparisons, dict) or not isinstance(ended, int | None):
         return None
-    return StoredOutcome(Path(policy), comparisons, ended) if outcome.get("settings") == config.get("rounds") else None
+    if outcome.get("settings") != config.get("rounds"):
+        return None
+    return StoredOutcome(Path(policy), comparisons, ended, through if isinstance(through, int) else None)
 
 
 def new_policy(folder: Path, data: dict[str, Any], config: RunConfig) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -15,6 +16,7 @@ from dice_py.storage.files import Manifest
 from dice_py.storage.integrity import is_kept
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import parquet_key, parquet_meta, read_parquet, write_parquet
+from dice_py.storage.removed import check_not_removed, was_removed
 from dice_py.storage.schemas import PROMPTS
 
 
@@ -52,7 +54,7 @@ def candidates(
         for shard in generated["files"]:
             generations.append(folder / shard["file"])
             keys.append(_content_key(shard["key"], generations[-1]))
-            has_logps.append((parquet_meta(generations[-1]) or {}).get("has_logps", True))
+            has_logps.append(_meta(generations[-1]).get("has_logps", True))
         rounds += [earlier] * len(generated["files"])
         prompts.append(folder / name / "generate" / "prompts.parquet")
     if len(prompts) == 1:
@@ -66,12 +68,21 @@ def candidates(
 
 def _content_key(key: str, shard: Path) -> str:
     """`key` with the digest of the samples; `key` alone where an earlier version, which wrote no digest, sampled."""
-    samples = (parquet_meta(shard) or {}).get("samples")
+    samples = _meta(shard).get("samples")
     return key if samples is None else f"{key} {samples}"
+
+
+def _meta(shard: Path) -> dict[str, Any]:
+    """What a shard says of itself, or said before it was removed."""
+    removed = was_removed(shard)
+    meta = parquet_meta(shard) if removed is None else removed.files[shard.name].get("meta")
+    return meta if isinstance(meta, dict) else {}
 
 
 def _same_prompts(prompts: Iterable[Path], generations: list[Path]) -> pl.DataFrame:
     """The prompts of several rounds, each once. A pair's two responses must answer the same tokens."""
+    for shard in generations:
+        check_not_removed(shard)
     pooled = pl.concat([read_parquet(file, PROMPTS.names()) for file in prompts], how="vertical_relaxed").unique(
         maintain_order=True
     )

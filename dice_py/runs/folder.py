@@ -24,6 +24,7 @@ from dice_py.events import Report, no_report
 from dice_py.runs.adoption import adopted_stage, is_done
 from dice_py.runs.progress import ProgressFile
 from dice_py.runs.reasons import changes, field_values, listed
+from dice_py.runs.removal import forget_stage, restore_removed
 from dice_py.runs.warnings import stage_warnings
 from dice_py.stages.job import FAILURE, Job, StageFile, StageResult
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES, ROUND_ZERO_STAGES, stage_of
@@ -31,6 +32,7 @@ from dice_py.storage.digests import file_state, stored_digest
 from dice_py.storage.files import Manifest, is_disk_full
 from dice_py.storage.integrity import MODEL_STAMP, set_aside
 from dice_py.storage.lock import exclusive_lock, is_locked
+from dice_py.storage.removed import removed_in
 
 _ENDING = (DamagedError, DiskFullError, InterruptedRunError)
 """Errors that end a stage which may fail, too: they are not of its work, and the next stage would meet them."""
@@ -73,6 +75,8 @@ class Run:
                 self.report,
                 "is damaged: not as it was written. Files that are whole are kept, by the keys that they carry",
             )
+        if not self.manifest.data["stages"]:
+            restore_removed(self.manifest)
 
     def close(self) -> None:
         """Ends the process that was started ahead, if one is left. No stage runs any more."""
@@ -152,6 +156,7 @@ class Run:
         self.report_gpus(None)
         started = time.time()
         values = field_values(fields)
+        forget_stage(self.manifest, name)
         self.manifest.record(
             name,
             key=key,
@@ -208,8 +213,10 @@ class Run:
 
     def _warn(self, number: int, stage: str, job: Job, result: StageResult) -> None:
         """Reports the warnings about a stage, each once, and keeps them in the manifest, for the report."""
-        warnings = [asdict(warning) for warning in stage_warnings(stage, job, result, self.config.warnings)]
         name = f"{round_name(number)}/{stage}"
+        warnings = (self.manifest.stage(name) or {}).get("warnings", [])
+        if removed_in(self.folder / name) is None:  # else those of the time when the files were there
+            warnings = [asdict(warning) for warning in stage_warnings(stage, job, result, self.config.warnings)]
         for warning in warnings:
             if (name, warning["text"]) not in self._warned:
                 self._warned.add((name, warning["text"]))

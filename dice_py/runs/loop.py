@@ -35,6 +35,7 @@ from dice_py.runs.best import Outcome
 from dice_py.runs.extrapolation import check_held_out, choose_policy
 from dice_py.runs.folder import Run, end_torn_line, locked, round_name
 from dice_py.runs.inputs import check_judges, prepare
+from dice_py.runs.keeping import drop
 from dice_py.runs.profile import write_profile
 from dice_py.runs.round import evaluate_round, evaluation_of, previous_model, run_round, run_round_zero
 from dice_py.runs.stored_config import (
@@ -233,6 +234,8 @@ def _rounds(run: Run, after_round: AfterRound | None) -> dict[str, Any]:
         write_profile(run.folder)
         if not run.in_process:  # beside other runs, on other threads than a run of its own has
             _remember(run)
+        if drop(run, number):
+            show()
         if ends:
             break
     run.report("finished", **outcome.finish(), report=str(run.folder / "report.html"))

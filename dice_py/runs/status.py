@@ -11,6 +11,7 @@ from dice_py.runs.best import new_policy, stored_outcome
 from dice_py.runs.folder import check_plain, is_running, stage_names
 from dice_py.runs.profile import profile
 from dice_py.runs.progress import read_progress
+from dice_py.runs.removal import removed_list
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.storage.files import Manifest
 
@@ -24,7 +25,7 @@ def run_status(folder: Path) -> dict[str, Any]:
     `state` is "running" while a process works in the folder, "finished" when every stage is done, else "stopped"
     (`dice resume` continues it). An entry has `stage`, `status`, `seconds` and `counts`, and `started` (seconds since
     the epoch) and `key`, None before it begins. `progress` is that of the running stage, None if there is none
-    (runs/progress.py).
+    (runs/progress.py). `removed` is what was removed to free its space (runs/removal.py).
 
     Raises:
         UsageError: the folder holds no run.
@@ -63,6 +64,7 @@ def run_status(folder: Path) -> dict[str, Any]:
         "done": done,
         "policy": str(new_policy(folder, manifest.data, config)) if state == "finished" else None,
         "ended_after": ended_after,
+        "removed": removed_list(folder),
         "progress": None if progress is None else progress.values(),
         "entries": entries,
     }
@@ -93,5 +95,7 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
             status = run_status(config.parent)
         except (DiceError, OSError):  # one broken folder must not hide the others
             status = {"run": str(config.parent), "state": "unreadable", "stages": 0, "done": 0}
-        statuses.append({name: value for name, value in status.items() if name not in ("entries", "progress")})
+        statuses.append(
+            {name: value for name, value in status.items() if name not in ("entries", "progress", "removed")}
+        )
     return statuses

@@ -80,6 +80,8 @@ def store_config(folder: Path, config: RunConfig, manifest: Manifest, report: Re
             if changed:
                 report("note", text=f"settings changed: {listed(changed)}")
                 manifest.data["config_before"] = before.model_dump(mode="json")
+                # Of the settings before: until the run has gone through its rounds, a resume may need all of them.
+                manifest.data.pop("outcome", None)
     # The copy first: after a kill in between, the file is the config before.
     manifest.data["config"] = config.model_dump(mode="json")
     manifest.save()

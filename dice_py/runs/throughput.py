@@ -35,6 +35,7 @@ from dice_py.runs.measured_costs import (
     remember_costs,
     remember_lengths,
 )
+from dice_py.runs.removal import has_samples
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.keys import digest, versions
@@ -137,15 +138,14 @@ def remember_run(folder: Path) -> bool:
     if engine is None:
         return False
     key = costs_key(config, policy, engine)
-    known = recall_costs(key)
-    if known is not None and known.source != "run":
+    if (known := recall_costs(key)) is not None and known.source != "run":
         return False
     costs = _costs(config, folder, manifest, rounds)
     if costs is None:
         return False
     remember_costs(key, costs)
     prompts = policy.parents[1] / "prompts.parquet" if config.is_world else folder / "inputs" / "prompts.parquet"
-    if prompts.is_file():
+    if prompts.is_file() and "round-01" in rounds:
         responses = _responses(folder, manifest, "round-01")
         remember_lengths(lengths_key(config, policy, prompts), response_lengths(config, responses))
     return True
@@ -199,7 +199,7 @@ def _complete_rounds(config: RunConfig, manifest: Manifest, events: list[Event])
 
     def is_complete(name: str) -> bool:
         entries = [manifest.stage(f"{name}/{stage}") or {} for stage in ROUND_STAGES]
-        done = all(entry.get("status") == "done" for entry in entries)
+        done = all(entry.get("status") == "done" for entry in entries) and has_samples(manifest, name)
         return done and entries[0]["counts"]["responses"] >= _MIN_RESPONSES
 
     return {name: stages for name, stages in rounds.items() if is_complete(name)}

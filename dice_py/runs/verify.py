@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dice_py.errors import DiceError, UsageError
+from dice_py.runs.removal import removed_list
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.stages.registry import ROUND_STAGES, ROUND_ZERO_STAGES
 from dice_py.storage.digests import file_state, stored_digest
 from dice_py.storage.files import TEMPORARY, Manifest
 from dice_py.storage.integrity import DAMAGED, MODEL_STAMP, damaged_in, read_stamp
+from dice_py.storage.removed import RECORD, removed_in, was_removed
 from dice_py.synthetic.world import WORLD_STAMP
 
 _STAMPS = (MODEL_STAMP, WORLD_STAMP)
@@ -33,6 +35,7 @@ _SEALED = {
     "choice.json",
     "step0.json",
     "rendered-at.json",
+    RECORD,
 }
 _TABLES = re.compile(
     r"(prompts|offline|eval_prompts|eval_pairs|buffer-.+|training_set|mined|pairs|values|pair-logps-.+"
@@ -49,7 +52,8 @@ def verify_run(folder: Path) -> dict[str, Any]:
     Returns:
         `run`; `files` and `bytes` that were read; `damaged`, paths of files that are not as they were written, or
         not those that the manifest lists;
-        `missing`, paths that the manifest or a stamp lists and that are not there.
+        `missing`, paths that the manifest or a stamp lists and that are not there; `removed`, what was removed to free
+        its space, which is neither (runs/removal.py).
 
     Raises:
         UsageError: the folder holds no run.
@@ -61,8 +65,11 @@ def verify_run(folder: Path) -> dict[str, Any]:
     for path in _artifacts(folder):
         stamp = next((name for name in _STAMPS if (path / name).exists()), None)
         if stamp is not None:
-            read += [path / stamp, *(path / name for name in (read_stamp(path, stamp) or {}).get("files", {}))]
+            files = [path / stamp, *(path / name for name in (read_stamp(path, stamp) or {}).get("files", {}))]
+            read += [file for file in files if not _was_removed(path, file)]
             bad += damaged_in(path, stamp)
+            if (path / RECORD).exists() and removed_in(path) is None:
+                bad.append(path / RECORD)
         else:
             read.append(path)
             state = file_state(path)
@@ -80,7 +87,13 @@ def verify_run(folder: Path) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in read if path.is_file()),
         "damaged": [str(path) for path in bad if path.exists()],
         "missing": [str(path) for path in bad if not path.exists()],
+        "removed": removed_list(folder),
     }
+
+
+def _was_removed(model: Path, file: Path) -> bool:
+    record = removed_in(model)
+    return record is not None and file.name in record.files and not file.exists()
 
 
 def _artifacts(folder: Path) -> Iterator[Path]:
@@ -134,6 +147,8 @@ def _listed_and_other(folder: Path) -> list[Path]:
     for name, digest in listed.items():
         path = folder / name
         path = path / MODEL_STAMP if path.is_dir() else path
+        if was_removed(path) is not None:
+            continue
         if not path.exists() or digest not in (None, stored_digest(path)):
             absent.append(path)
     return absent

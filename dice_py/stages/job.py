@@ -18,6 +18,7 @@ from dice_py.models.own_template import template_key
 from dice_py.storage.files import read_sealed
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import intact_key
+from dice_py.storage.removed import was_removed
 from dice_py.training.checkpoints import is_trained
 
 StageFile = tuple[Path, str]
@@ -69,15 +70,20 @@ class Job(ABC):
     def incomplete(self, files: Sequence[StageFile]) -> list[Path]:
         """Those files and model folders of an earlier run of this job that are missing or not as they were written.
 
-        It reads all of them.
+        It reads all of them. Those that were removed to free their space are not missing.
         """
-        return [file for file, key in files if not _is_intact(file, key)]
+        return [file for file, key in files if not (_is_intact(file, key) or _was_removed(file, key))]
 
 
 def _is_intact(file: Path, key: str) -> bool:
     if file.suffix == ".json":
         return read_sealed(file, key) is not None
     return intact_key(file) == key if file.suffix == ".parquet" else is_trained(file, key)
+
+
+def _was_removed(file: Path, key: str) -> bool:
+    removed = was_removed(file)
+    return removed is not None and file.name in removed.files and removed.files[file.name].get("key") == key
 
 
 def model_key_fields(models: ModelConfig) -> dict[str, Any]:

@@ -118,6 +118,8 @@ class TrainJob(Job):
         if not keep_model(self.target, key, report):
             check_intact([self.training_set, self.policy])
             self._train(key, report)
+        # Also of a training by other settings that was stopped, where this model was there already.
+        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         stamp = read_stamp(self.target)
         if stamp is None:
             raise DamagedError(f"{self.target / MODEL_STAMP} is damaged: it is not as it was written")
@@ -173,7 +175,6 @@ class TrainJob(Job):
             self._launch(layout, work, report)
             if not is_trained(self.target, key):
                 raise RuntimeError(f"every process of the training succeeded, but {self.target} is not complete")
-        shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _launch_over_nodes(self, layout: ProcessLayout, file: Path, work: Work, report: Report) -> None:
         environment = accelerate_environment(file)

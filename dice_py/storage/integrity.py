@@ -17,6 +17,7 @@ from dice_py.events import Report
 from dice_py.storage.digests import content_digest, file_state
 from dice_py.storage.files import TEMPORARY, fsync, read_sealed, write_sealed
 from dice_py.storage.parquet import parquet_key
+from dice_py.storage.removed import check_not_removed, removed_in
 
 MODEL_STAMP = "dice.json"
 """The stamp of a model folder, a checkpoint and a converted model."""
@@ -90,7 +91,7 @@ def read_stamp(folder: Path, name: str = MODEL_STAMP) -> dict[str, Any] | None:
 def damaged_in(folder: Path, name: str = MODEL_STAMP) -> list[Path]:
     """The files of a stamped folder that are missing or not as they were written; the stamp itself if that is one.
 
-    It reads all files.
+    It reads all files. One that was removed to free its space (storage/removed.py) is not missing.
 
     Raises:
         OSError: one is there and may not be read, which is no damage.
@@ -100,7 +101,13 @@ def damaged_in(folder: Path, name: str = MODEL_STAMP) -> list[Path]:
         return [folder / name]
     files = {folder / path: digest for path, digest in stamp.get("files", {}).items()}
     found = _digests(list(files))
-    return [path for (path, digest), actual in zip(files.items(), found, strict=True) if digest != actual]
+    removed = removed_in(folder)
+    gone = set() if removed is None else {folder / path for path in removed.files}
+    return [
+        path
+        for (path, digest), actual in zip(files.items(), found, strict=True)
+        if digest != actual and not (actual is None and path in gone)
+    ]
 
 
 def check_intact(paths: Iterable[Path | None]) -> None:
@@ -108,10 +115,12 @@ def check_intact(paths: Iterable[Path | None]) -> None:
 
     Raises:
         DamagedError: one is not as it was written.
+        RemovedError: one was removed to free its space.
     """
     for path in paths:
         if path is None:
             continue
+        check_not_removed(path)
         damaged: list[Path] = []
         if path.is_dir():
             damaged = damaged_in(path) if (path / MODEL_STAMP).exists() else []

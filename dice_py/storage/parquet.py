@@ -20,6 +20,7 @@ from dice_py.errors import DataError, OutOfMemoryError
 from dice_py.storage.digests import DIGEST_NAME, NO_DIGEST, embed_digest, file_state
 from dice_py.storage.encodings import writer_options
 from dice_py.storage.files import KEY_NAME, atomic
+from dice_py.storage.removed import check_not_removed
 from dice_py.storage.schemas import fit
 
 UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError, pl.exceptions.PolarsError, pl.exceptions.PanicException)
@@ -199,6 +200,7 @@ def parquet_batches(path: Path, rows: int = 8192) -> Iterator[pl.DataFrame]:
 def opened_parquet(path: Path, columns: list[str] | None) -> Iterator[pq.ParquetFile]:
     """An open file, whose errors of reading name it."""
     if not path.is_file():
+        check_not_removed(path)
         raise DataError(f"{path} does not exist")
     # Not with Polars: a damaged file makes it panic, or end the process (an allocation of exbibytes).
     try:

@@ -23,8 +23,8 @@ from cli.main import main
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 COMMANDS = (
-    "run", "resume", "status", "report", "samples", "plan", "demo", "ablate", "evidence", "generate", "score", "mine",
-    "replay", "train", "evaluate", "extrapolate", "audit", "inspect", "winrate", "world", "doctor", "judge",
+    "run", "resume", "status", "clean", "report", "samples", "plan", "demo", "ablate", "evidence", "generate", "score",
+    "mine", "replay", "train", "evaluate", "extrapolate", "audit", "inspect", "winrate", "world", "doctor", "judge",
 )  # fmt: skip
 GROUPS = {"judge": ("oracle", "reward-model", "implicit", "openai", "function")}
 """Commands that only have further commands."""

@@ -33,6 +33,7 @@ def test_a_stored_config_with_a_number(tmp_path: Path) -> None:
     config = resolve([], ["rounds=3"])
     stored = config.model_dump(mode="json")
     known = {"count": 3, "keep": "last", "stop_when": "none", "metric": None, "grace_seconds": 20.0}
+    known |= {"keep_models": "all", "keep_samples": True}
     assert stored["rounds"] == known
     older = RunConfig.model_validate(stored | {"rounds": 3})
     assert older == config

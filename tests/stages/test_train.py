@@ -232,6 +232,9 @@ def test_resume_from_a_checkpoint_gives_the_same_weights(
     weights = (uninterrupted if lora else trained[0]).weights()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.weights().items())
     assert not checkpoints.exists()
+    (checkpoints / "checkpoint-2").mkdir(parents=True)  # of other settings, by which a training was begun meanwhile
+    assert run(save_steps=2, lora=lora) == counts
+    assert not checkpoints.exists()
 
 
 def test_incomplete_and_foreign_checkpoints_are_not_resumed_from(run: Stage) -> None:

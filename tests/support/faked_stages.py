@@ -35,12 +35,16 @@ def no_evaluation(job: EvaluateJob) -> StageResult:
 
 
 def faked_stages(
-    monkeypatch: pytest.MonkeyPatch, evaluation: Callable[[EvaluateJob], StageResult] = no_evaluation
+    monkeypatch: pytest.MonkeyPatch,
+    evaluation: Callable[[EvaluateJob], StageResult] = no_evaluation,
+    *,
+    weights: bool = False,
 ) -> list[tuple[Any, ...]]:
     """Makes the loop run stages that need no model; returns (stage, models that it was given), as they are called.
 
     Args:
         evaluation: does the work of an evaluation.
+        weights: trained models have a file of weights, of their own.
     """
     given: list[tuple[Any, ...]] = []
 
@@ -58,10 +62,12 @@ def faked_stages(
             return StageResult([(file, key)], {"responses": len(rows), "prompts": 3, "cut_off": len(CUT_OFF)})
         if isinstance(job, ScoreJob):
             given.append(("score", job.policy, job.reference))
-            file = job.out / "scores-00000.parquet"
             rows = [(0.0, 0.0, 0.1 * (n % 5)) for n in range(3 * SAMPLES)]
-            write_parquet(file, pl.DataFrame(rows, schema=SCORES, orient="row"), key=job.shard_keys()[0])
-            return StageResult([(file, job.shard_keys()[0])], {})
+            frame, made = pl.DataFrame(rows, schema=SCORES, orient="row"), []
+            for number, key in enumerate(job.shard_keys()):
+                file = write_parquet(job.out / f"scores-{number:05d}.parquet", frame, key=key)
+                made.append((file, key))
+            return StageResult(made, {})
         if isinstance(job, ReplayJob):
             file = job.out / "training_set.parquet"
             write_parquet(file, pl.DataFrame({"none": [0]}), key=job.key())
@@ -72,6 +78,9 @@ def faked_stages(
             return StageResult([(file, job.key()) for file in (job.distributions_file, job.pairs_file)], {})
         if isinstance(job, TrainJob):
             given.append(("train", job.policy))
+            if weights:
+                job.target.mkdir(parents=True, exist_ok=True)
+                (job.target / "model.safetensors").write_bytes(job.key().encode() * 100)
             write_stamp(job.target, {"key": job.key(), "counts": {}})
             return StageResult([(job.target, job.key())], {})
         if isinstance(job, EvaluateJob):

@@ -20,6 +20,7 @@ from dice_py.stages.benchmark import benchmark_metrics
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import read_json
 from dice_py.storage.integrity import read_stamp
+from dice_py.storage.removed import was_removed
 
 Entry = dict[str, Any]
 
@@ -175,6 +176,12 @@ def metrics_of(run: RunFacts, name: str) -> tuple[list[dict[str, str]], list[str
 def identity_of(model: Path) -> str:
     """The identity of a model folder."""
     return model_identity(model)
+
+
+def removed_text_of(model: Path) -> str | None:
+    """That a model cannot be loaded, since its weights were removed to free their space; None where they were not."""
+    removed = was_removed(model)
+    return None if removed is None else safe(f"It cannot be loaded: its weights were removed by {removed.by}.")
 
 
 def made_with(run: RunFacts) -> str:

@@ -111,6 +111,7 @@ def model_card(run: RunFacts, name: str, model: Path) -> str:
         metrics=rows,
         notes=notes,
         not_evaluated="This model was not evaluated: the round has no evaluation, or went on with another model.",
+        removed=facts.removed_text_of(model),
         made_with=facts.made_with(run),
         what_may_change=_OURS,
     )

@@ -15,7 +15,8 @@ _COUNTED = ("generate", "score", "inspect", "replay", "train")
 
 
 def overview(run: StoredRun) -> dict[str, Any]:
-    """What the template shows of one run: `name`, `state`, `outcome`, `warnings`, `problems`, `rounds`."""
+    """What the template shows of one run: `name`, `state`, `outcome`, `warnings`, `problems`, `removed`,
+    `rounds`."""
     return {
         "name": run.name,
         "state": _state(run),
@@ -23,6 +24,7 @@ def overview(run: StoredRun) -> dict[str, Any]:
         "outcome": _outcome(run),
         "warnings": [warning for each in run.rounds for warning in _warnings(each)],
         "problems": list(dict.fromkeys(run.problems)),
+        "removed": run.removed,
         "rounds": [_round(run, name) for name in _round_names(run)],
     }
 
