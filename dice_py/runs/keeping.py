@@ -96,11 +96,7 @@ class _Rounds:
 
 
 def removable(folder: Path, manifest: Manifest, config: RunConfig, keep: Keep, through: int) -> Iterator[Removable]:
-    """The models and samples of the rounds 1 to `through`, which are complete, that need not be kept.
-
-    Raises:
-        UsageError: the best model is to be kept, and the rounds were not compared.
-    """
+    """The models and samples of the rounds 1 to `through`, which are complete, that need not be kept."""
     if not through:
         return
     rounds = _Rounds(folder, manifest, config, through)
@@ -122,22 +118,19 @@ def removable(folder: Path, manifest: Manifest, config: RunConfig, keep: Keep, t
 
 
 def _kept(manifest: Manifest, keep: Keep, through: int) -> set[int]:
-    """The rounds whose models are asked for: the last ones, the best one, and the new policy."""
+    """The rounds whose models are asked for: the last ones, the best one, and the new policy.
+
+    All, where the best is asked for and is not known, as after a benchmark that failed.
+    """
     last = keep.models if isinstance(keep.models, int) else 1
     kept = set(range(through - last + 1, through + 1))
     outcome = stored_outcome(manifest.data)
+    best = None if outcome is None else best_round(outcome.comparisons)
+    if best is None and keep.models == "best":
+        return set(range(1, through + 1))
     if outcome is not None:
         kept.add(_number(outcome.policy.parts[0]))
-    best = None if outcome is None else best_round(outcome.comparisons)
-    if best is not None:
-        kept.add(_number(best))
-    elif keep.models == "best":
-        raise UsageError(
-            f"{keep.models_by}: the rounds of this run were not compared, so that none is known to be the best: give "
-            "the number of rounds whose models are kept, or compare them first (dice resume RUN --set "
-            "rounds.keep_models=best, which makes nothing again)"
-        )
-    return kept
+    return kept if best is None else kept | {_number(best)}
 
 
 def _number(name: str) -> int:
@@ -189,7 +182,8 @@ def clean(
         of each; `kept`: None, or why models and samples were all kept.
 
     Raises:
-        UsageError: the folder holds no run, or a process works in it, or it has links.
+        UsageError: the folder holds no run, or a process works in it, or it has links; or the best model is to be kept,
+            and the rounds were not compared.
         DataError: its manifest is damaged.
     """
     if not (folder / CONFIG_FILE).is_file() and not has_config(folder):
@@ -215,6 +209,8 @@ def _clean(folder: Path, models: KeepModels | None, samples: bool | None, dry_ru
         keep.models_by if models is None else f"dice clean --keep-models {models}",
         keep.samples_by if samples is None else "dice clean --no-samples",
     )
+    if models == "best":
+        _check_compared(folder, manifest)
     through = _complete_rounds(manifest, config)
     asked = keep.models != "all" or not keep.samples
     kept = None
@@ -237,6 +233,16 @@ def _clean(folder: Path, models: KeepModels | None, samples: bool | None, dry_ru
         "removed": [{"place": str(item.place), "kind": item.kind, "bytes": sizes[item.place]} for item in removed],
         "kept": kept,
     }
+
+
+def _check_compared(folder: Path, manifest: Manifest) -> None:
+    outcome = stored_outcome(manifest.data)
+    if outcome is None or not outcome.comparisons:
+        raise UsageError(
+            f"--keep-models best: the rounds of {folder} were not compared, so that none is known to be the best. Give "
+            "the number of rounds whose models are kept; or compare them, for which nothing is made again: dice resume "
+            f"{folder} --set rounds.keep_models=best"
+        )
 
 
 def _complete_rounds(manifest: Manifest, config: RunConfig) -> int:

@@ -22,6 +22,7 @@ from dice_py.evaluation.metrics import bootstrap_ci95
 from dice_py.evaluation.values import ItemValues, change
 from dice_py.reporting.html import write_report
 from dice_py.runs import best, loop
+from dice_py.runs.keeping import clean
 from dice_py.runs.status import list_runs, run_status
 from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.job import StageResult
@@ -163,7 +164,12 @@ def test_what_is_within_the_interval_is_not_worse(
 def test_the_best_model_is_kept(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked_stages(monkeypatch, evaluated(GOOD, better(GOOD, 5), BAD, BAD), weights=True)
     folder = tmp_path / "run"
-    run(with_rounds(config, count=4, keep_models="best"), folder)
+    run(with_rounds(config, count=4), folder)
+    with pytest.raises(UsageError, match=r"were not compared.*--set rounds.keep_models=best"):
+        clean(folder, models="best")
+    events = Events()
+    loop.resume(folder, events, assignments=["rounds.keep_models=best"])
+    assert {status for _, status in events.stages()} == {"kept"}
     assert [path.parts[-4] for path in sorted(folder.glob("round-*/train/model/*.safetensors"))] == [
         "round-02", "round-04",
     ]  # fmt: skip
