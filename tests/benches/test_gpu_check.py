@@ -46,7 +46,10 @@ def test_limits_fit_the_nine_minutes_up_to_the_tests_on_the_gpu() -> None:
     assert sum(parts.PARTS[name].seconds for name in needed) < kit.parse([]).budget == 540
 
 
-@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long] if name == "scoring" else []) for name in CHEAP],
+)
 def test_a_dry_run_of_a_part(name: str, tmp_path: Path) -> None:
     dry_run(name, tmp_path)
 

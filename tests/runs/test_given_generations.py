@@ -110,6 +110,7 @@ def test_text_alone_makes_a_round_and_its_prompts_are_the_runs(small: RunConfig,
     assert run_status(folder)["state"] == "finished"
 
 
+@pytest.mark.long
 def test_the_second_round_samples(small: RunConfig, tmp_path: Path) -> None:
     source = write(tmp_path / "texts.jsonl", texts(8))
     config = reassigned(without_prompts(small, source), ["rounds.count=2", "evaluate.pairs=0", "evaluate.prompts=0"])
@@ -120,6 +121,7 @@ def test_the_second_round_samples(small: RunConfig, tmp_path: Path) -> None:
     assert stages["round-02/generate"]["counts"]["responses"] == 8 * config.generate.samples
 
 
+@pytest.mark.long
 def test_changed_responses_are_taken_again(small: RunConfig, tmp_path: Path) -> None:
     source = write(tmp_path / "texts.jsonl", texts(6))
     config = reassigned(without_prompts(small, source), ["evaluate.pairs=0", "evaluate.prompts=0"])

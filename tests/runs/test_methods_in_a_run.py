@@ -88,7 +88,9 @@ def check_columns(name: str, config: RunConfig, folder: Path) -> None:
         assert difference > 0.01
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in ("rdpo", "spa") else name for name in RUNS]
+)
 def test_two_rounds(tmp_path: Path, name: str) -> None:
     config = resolve([], [*SMALL, *RUNS[name]])
     folder = tmp_path / "run"

@@ -16,7 +16,7 @@ from dice_py.runs import loop
 from dice_py.runs.status import run_status
 from dice_py.storage.files import read_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.vllm
