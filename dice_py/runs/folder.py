@@ -24,7 +24,7 @@ from dice_py.events import Report, no_report
 from dice_py.runs.adoption import adopted_stage, is_done
 from dice_py.runs.progress import ProgressFile
 from dice_py.runs.reasons import changes, field_values, listed
-from dice_py.runs.removal import forget_stage, restore_removed
+from dice_py.runs.removal import forget_stage, known_entry, restore_removed
 from dice_py.runs.warnings import stage_warnings
 from dice_py.stages.job import FAILURE, Job, StageFile, StageResult
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES, ROUND_ZERO_STAGES, stage_of
@@ -137,7 +137,7 @@ class Run:
         stage = stage_of(job)
         fields = job.key_fields()
         name, key = f"{round_name(number)}/{stage.name}", job.key()
-        entry = self.manifest.stage(name)
+        entry = known_entry(self.manifest, name, key)
         if entry is not None and entry.get("key") == key and is_done(entry):
             files = self._files(entry)
             incomplete = job.incomplete(files)
@@ -156,7 +156,6 @@ class Run:
         self.report_gpus(None)
         started = time.time()
         values = field_values(fields)
-        forget_stage(self.manifest, name)
         self.manifest.record(
             name,
             key=key,
@@ -179,6 +178,7 @@ class Run:
             # Without files it is not complete, so that a resume does it again.
             result = StageResult([], {FAILURE: f"{type(error).__name__}: {error}"[:2000]})
         self.report_gpus(name)
+        forget_stage(self.manifest, name)
         seconds = time.time() - started
         named = self._named(result.files)
         self.manifest.record(name, status="done", seconds=seconds, files=named, counts=result.counts)

@@ -74,7 +74,7 @@ def remove(folder: Path, manifest: Manifest, items: Iterable[Removable]) -> list
     listed = manifest.data.get(_REMOVED)
     listed = listed if isinstance(listed, dict) else {}
     for item, record in recorded:
-        listed[str(item.place)] = {"by": record.by, "bytes": record.bytes, "files": list(record.files)}
+        listed[str(item.place)] = _listed(record)
     if recorded:
         manifest.data[_REMOVED] = listed
         manifest.save()
@@ -133,8 +133,25 @@ def leftovers(folder: Path) -> Iterator[Removable]:
                     pending.append(Path(entry.path))
 
 
+def known_entry(manifest: Manifest, name: str, key: str) -> dict[str, Any] | None:
+    """The manifest's entry of a stage; that of a record, if the stage was done under the key before files were removed.
+
+    A stage that cannot be done again, since what it read is gone, so outlives the loss of the manifest, and other
+    settings that were tried.
+    """
+    entry = manifest.stage(name)
+    if entry is not None and entry.get("key") == key and entry.get("status") == "done":
+        return entry
+    for _, record in removals(manifest.path.parent):
+        earlier = record.entries.get(name)
+        if earlier is not None and earlier.get("key") == key:
+            manifest.record(name, **earlier)
+            return earlier
+    return entry
+
+
 def forget_stage(manifest: Manifest, name: str) -> None:
-    """Drops the records of a stage that is about to be made again. Its manifest's entry is saved by the caller."""
+    """Drops the records of a stage that was made again. The manifest is saved by the caller."""
     forget_removed(manifest.path.parent / name)
     listed = manifest.data.get(_REMOVED)
     if isinstance(listed, dict):
@@ -144,14 +161,16 @@ def forget_stage(manifest: Manifest, name: str) -> None:
 
 
 def restore_removed(manifest: Manifest) -> None:
-    """Brings stages that read what was removed back into a manifest that was lost: they cannot be done again."""
+    """Lists what was removed in a manifest that was lost."""
     folder = manifest.path.parent
-    for place, record in removals(folder):
-        name = str(place.relative_to(folder))
-        for stage, entry in record.entries.items():
-            manifest.data["stages"].setdefault(stage, entry)
-        known = {"by": record.by, "bytes": record.bytes, "files": list(record.files)}
-        manifest.data.setdefault(_REMOVED, {}).setdefault(name, known)
+    listed = {str(place.relative_to(folder)): _listed(record) for place, record in removals(folder)}
+    if listed:
+        manifest.data[_REMOVED] = listed
+
+
+def _listed(record: Removed) -> dict[str, Any]:
+    """What the manifest says of a record."""
+    return {"by": record.by, "bytes": record.bytes, "files": list(record.files)}
 
 
 def has_samples(manifest: Manifest, name: str) -> bool:

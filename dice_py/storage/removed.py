@@ -19,6 +19,8 @@ from dice_py.storage.files import fsync, read_sealed, write_sealed
 
 RECORD = "removed.json"
 """The record in a folder of which files were removed."""
+_PLACES = ("round-*/*", "round-*/*/model", "round-*/*/*/model")
+"""Where a run may have one. To search all of its folders would take seconds."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def forget_removed(folder: Path) -> None:
 
 def removals(folder: Path) -> Iterator[tuple[Path, Removed]]:
     """The folders of a run with such a record, in order of their paths, and the records."""
-    for file in sorted(folder.glob(f"round-*/**/{RECORD}")):
+    files = [file for place in _PLACES for file in folder.glob(f"{place}/{RECORD}")]
+    for file in sorted(files):
         found = removed_in(file.parent)
         if found is not None:
             yield file.parent, found

@@ -19,6 +19,7 @@ from dice_py.errors import InterruptedRunError, UsageError
 from dice_py.models.identity import model_identity
 from dice_py.reporting.cards.write import write_cards
 from dice_py.reporting.html import write_report
+from dice_py.runs.keeping import clean
 from dice_py.runs.loop import resume, run
 from dice_py.runs.status import kept_policy, run_status
 from dice_py.runs.verify import verify_run
@@ -66,6 +67,19 @@ def policy_of(folder: Path, number: int) -> Path:
     base = folder / f"round-{number:02d}"
     alpha = read_json(base / "extrapolate" / "choice.json")["alpha"]
     return base / "extrapolate" / f"alpha-{alpha!r}" / "model" if alpha else base / "train" / "model"
+
+
+def test_both_models_of_an_older_round_need_not_be_kept(
+    complete: tuple[Path, Events, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = copy_of(complete[0], tmp_path)
+    older = sorted(folder.glob("round-01/**/model/model.safetensors"))
+    found = clean(folder, models=1)
+    assert [folder / item["place"] / "model.safetensors" for item in found["removed"]] == older[::-1]
+    assert not any(file.exists() for file in older)
+    events = Events()
+    assert resume(folder, events) == complete[2]
+    assert {status for _, status in events.stages()} == {"kept"}
 
 
 def test_the_best_of_each_round_is_where_the_next_one_starts(

@@ -163,6 +163,8 @@ def test_what_needs_a_removed_file_says_so(three: Path) -> None:
     clean(three, samples=False)
     with pytest.raises(RemovedError, match=r"round-01/generate/generations-00000.parquet was removed .*--no-samples.*"):
         loop.resume(three, assignments=["mine.alpha=0"])
+    # The settings from before are as good as they were.
+    assert resumed(three, "mine.alpha=auto")[0] == {"kept"}
     # The remedy of the message.
     for stage in ("generate", "score"):
         for number in (1, 2, 3):

@@ -63,6 +63,11 @@ def test_a_cleaned_run_is_as_finished_as_before(cleaned: Path, whole: Path, dice
     assert {Path(name).name[:5] for name in gone} == {"model", "gener", "score"}
     assert not [name for name in left.keys() & before.keys() if left[name] != before[name]]
 
+    # Settings that cannot be tried any more leave those of before as good as they were.
+    with pytest.raises(RemovedError, match=r"round-01/generate/generations-00000.parquet was removed"):
+        loop.resume(cleaned, assignments=["score.allow_same_model=true"])
+    assert set(stages(cleaned, "score.allow_same_model=false").values()) == {"kept"}
+
     # Without its manifest as well: what the stages have read is not there to be read again.
     (cleaned / "manifest.json").unlink()
     kept = stages(cleaned)
