@@ -15,6 +15,7 @@ written.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
@@ -99,14 +100,15 @@ class ReplayBuffer:
         """
         return is_kept(self.path(round_number), self._key(round_number, key, self.keys(round_number)), report)
 
-    def append(self, round_number: int, pairs: pl.DataFrame, key: str) -> int:
+    def append(self, round_number: int, pairs: pl.DataFrame | Iterable[pl.DataFrame], key: str) -> int:
         """Appends the pairs of a round; returns the number of pairs written, which the capacity limits.
 
         Args:
             round_number: 0 or more. Rounds must be appended in ascending order, because the earlier rounds decide
                 which pairs are written.
             pairs: any columns except `round`, `index` and `priority`, the same in every round. The order of the rows
-                must be fixed, because it decides the priorities.
+                must be fixed, because it decides the priorities. Of several frames, one after the other, only the rows
+                that are written stay in memory.
             key: identifies what `pairs` was made from. A round that was appended with the same key, after the same
                 earlier rounds, is not written again; with another key its file is replaced.
 
@@ -116,38 +118,54 @@ class ReplayBuffer:
         """
         if round_number < 0:
             raise UsageError(f"the round is {round_number}, but must be zero or more")
-        reserved = [name for name in pairs.columns if name in _RESERVED]
-        if reserved:
-            raise UsageError(f"column '{reserved[0]}' is reserved by the replay buffer: rename it")
         path = self.path(round_number)
         full_key = self._key(round_number, key, self.keys(round_number))
         if intact_key(path) == full_key:
             return parquet_rows(path)
         earlier = [self.path(number) for number in self.rounds(round_number)]
-        indices = range(pairs.height)
-        frame = pairs.with_columns(
-            pl.lit(round_number, dtype=pl.UInt32).alias("round"),
-            pl.Series("index", indices, dtype=pl.UInt32),
-            pl.Series("priority", [priority(self.seed, round_number, i) for i in indices], dtype=pl.UInt64),
-        )
-        if earlier:
-            schema = pl.scan_parquet(earlier[0], glob=False).collect_schema()
-            if dict(schema) != dict(frame.schema):
-                raise DataError(
-                    f"the pairs of round {round_number} have columns {_columns(frame.schema)}, but those of "
-                    f"{earlier[0]} have {_columns(schema)}: every round must have the same columns"
-                )
-        sampled = self._sampled(earlier, frame.select(_BY_PRIORITY))
-        kept = frame.join(sampled, on=["round", "index"], how="semi", maintain_order="left")
+        kept: pl.DataFrame | None = None
+        count = 0
+        for part in [pairs] if isinstance(pairs, pl.DataFrame) else pairs:
+            frame = self._numbered(round_number, part, count)
+            count += part.height
+            self._check_columns(round_number, frame.schema, earlier)
+            frame = frame if kept is None else pl.concat([kept, frame])
+            # What is not among the least priorities so far never will be.
+            sampled = self._sampled(earlier, frame.select(_BY_PRIORITY))
+            kept = frame.join(sampled, on=["round", "index"], how="semi", maintain_order="left")
+        if kept is None:
+            raise DataError(f"round {round_number} has no pairs to append")
         meta = {
             "appended_from": key,
             "capacity": self.capacity,
             "seed": self.seed,
-            "appended": pairs.height,
+            "appended": count,
             "written": kept.height,
         }
         write_parquet(path, kept, key=full_key, meta=meta)
         return kept.height
+
+    def _numbered(self, round_number: int, pairs: pl.DataFrame, first: int) -> pl.DataFrame:
+        """Pairs with the columns of the buffer; `first`: the index of the first."""
+        reserved = [name for name in pairs.columns if name in _RESERVED]
+        if reserved:
+            raise UsageError(f"column '{reserved[0]}' is reserved by the replay buffer: rename it")
+        indices = range(first, first + pairs.height)
+        return pairs.with_columns(
+            pl.lit(round_number, dtype=pl.UInt32).alias("round"),
+            pl.Series("index", indices, dtype=pl.UInt32),
+            pl.Series("priority", [priority(self.seed, round_number, i) for i in indices], dtype=pl.UInt64),
+        )
+
+    def _check_columns(self, round_number: int, schema: pl.Schema, earlier: list[Path]) -> None:
+        if not earlier:
+            return
+        known = pl.scan_parquet(earlier[0], glob=False).collect_schema()
+        if dict(known) != dict(schema):
+            raise DataError(
+                f"the pairs of round {round_number} have columns {_columns(schema)}, but those of {earlier[0]} have "
+                f"{_columns(known)}: every round must have the same columns"
+            )
 
     def read(self, before: int | None = None) -> pl.DataFrame:
         """The pairs of the buffer, sorted by round and index; with `before`, as it was before that round.

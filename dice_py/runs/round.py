@@ -10,8 +10,8 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
 from dice_py.config.training import TRACKED, TrainConfig
 from dice_py.evaluation.judges.registry import build_judges
+from dice_py.replay.appended import append_mined
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import append_mined
 from dice_py.runs.candidates import Candidates, candidates
 from dice_py.runs.folder import Run
 from dice_py.runs.inputs import Inputs, round_prompts

@@ -13,9 +13,9 @@ from tiny_round import make_round
 
 from dice_py.data import prompt_key
 from dice_py.errors import DataError, UsageError
-from dice_py.replay import mined as replay_mined
+from dice_py.replay import appended as replay_appended
+from dice_py.replay.appended import BUFFER, append_mined
 from dice_py.replay.buffer import ReplayBuffer, priority
-from dice_py.replay.mined import BUFFER, append_mined
 from dice_py.storage.parquet import parquet_key, parquet_meta, write_parquet
 
 SIZES = {1: 30, 2: 50, 3: 20, 4: 40}
@@ -250,8 +250,18 @@ def test_appended_round_is_not_gathered_again(tmp_path: Path, monkeypatch: pytes
     def never(*_: Any) -> None:
         raise AssertionError("gathered again")
 
-    monkeypatch.setattr(replay_mined, "gather_mined", never)
+    monkeypatch.setattr(replay_appended, "gather_from", never)
     append_mined(buffer, 1, **round_files)
     assert parquet_key(buffer.path(1)) == stored
     with pytest.raises(AssertionError, match="gathered again"):
         append_mined(buffer, 1, **(round_files | {"key": "another"}))
+
+
+def test_pairs_in_parts_are_appended_as_at_once(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"pair": range(100)})
+    whole, parts = (ReplayBuffer(tmp_path / name, 20, 3) for name in ("whole", "parts"))
+    for buffer in (whole, parts):
+        buffer.append(1, frame[:30], "first")
+    assert whole.append(2, frame, "second") == parts.append(2, frame.iter_slices(7), "second")
+    assert whole.path(2).read_bytes() == parts.path(2).read_bytes()
+    assert parquet_meta(parts.path(2))["appended"] == 100

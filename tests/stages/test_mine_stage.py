@@ -18,8 +18,9 @@ from dice_py import mine_pairs
 from dice_py.config.mining import MineConfig
 from dice_py.errors import DataError
 from dice_py.mining.segments import SEGMENT_BYTES
+from dice_py.replay.appended import append_mined
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import append_mined, gather_mined
+from dice_py.replay.mined import gather_mined
 from dice_py.runs.candidates import Candidates, candidates
 from dice_py.stages.mine import MineJob
 from dice_py.storage.files import Manifest, read_json

@@ -14,8 +14,8 @@ from tiny_sets import CPU, token_pairs
 from dice_py.config.stages import ReplayConfig, ScoreConfig
 from dice_py.data import pairs_frame
 from dice_py.errors import DataError
+from dice_py.replay.appended import append_mined
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import append_mined
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.replay import ReplayJob
 from dice_py.storage.parquet import parquet_meta, write_parquet

@@ -19,8 +19,8 @@ from dice_py.data import Pair, pairs_frame
 from dice_py.errors import DataError, UsageError
 from dice_py.models.tokenization import encode_pairs, load_tokenizer, stop_token_ids
 from dice_py.replay import gathered
+from dice_py.replay.appended import append_mined
 from dice_py.replay.buffer import ReplayBuffer
-from dice_py.replay.mined import append_mined
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages.replay import ReplayJob
 from dice_py.storage.parquet import parquet_meta, read_parquet, write_parquet
