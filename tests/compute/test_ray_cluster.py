@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import ray_work
-from places import child_environment
 
 pytest.importorskip("ray", reason="Ray is not installed")
 from ray.cluster_utils import Cluster
+from raylets import NODE, two_nodes
 
 from dice_py.compute import ray_executor
 from dice_py.compute.dispatch import dispatch_shards, open_executor
@@ -24,22 +24,12 @@ from dice_py.errors import DataError, InterruptedRunError, UsageError
 
 pytestmark = pytest.mark.slow
 CPU = ModelConfig(device="cpu", dtype="float32")
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without cores, and two nodes with one each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])  # of the processes that Ray starts
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        for _ in range(2):
-            cluster.add_node(**NODE)
-        cluster.wait_for_nodes()
+    with two_nodes() as cluster:
         yield cluster
-        cluster.shutdown()
 
 
 class Dispatch:

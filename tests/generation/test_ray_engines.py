@@ -16,7 +16,7 @@ from vllm_config import PLAIN, changed_config
 from dice_py.config.shared import DevicesConfig
 
 pytest.importorskip("ray", reason="Ray is not installed")
-from ray.cluster_utils import Cluster
+from raylets import two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -55,17 +55,9 @@ def test_without_an_address_a_cluster_of_this_machine_is_started(llama: Path, tm
 @pytest.mark.usefixtures("_raylets")
 def test_vllm_on_two_nodes_samples_the_tokens_of_one_machine(llama: Path, tmp_path: Path) -> None:
     config = changed_config(PLAIN, vllm={"kv_cache_gib": 0.1})
-    objects = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **objects})
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, **objects)
-        cluster.wait_for_nodes()
-        devices = DevicesConfig(executor="ray", ray_address=cluster.address)
-        ray = Stage(llama, tmp_path / "ray")
-        ray(config, prompts=questions(8), devices=devices)
-    finally:
-        cluster.shutdown()
+    ray = Stage(llama, tmp_path / "ray")
+    with two_nodes() as cluster:
+        ray(config, prompts=questions(8), devices=DevicesConfig(executor="ray", ray_address=cluster.address))
     local = Stage(llama, tmp_path / "local")
     local(config, models=CPU, prompts=questions(8), devices=DevicesConfig(cpu_processes=2))
     assert samples(ray).equals(samples(local))

@@ -28,6 +28,7 @@ from dice_py.runs.event_log import read_events
 
 pytest.importorskip("ray", reason="Ray is not installed")
 from ray.cluster_utils import Cluster
+from raylets import two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 SHARDS = ("round-01/generate/generations-*.parquet", "round-01/score/scores-*.parquet")
@@ -35,17 +36,8 @@ SHARDS = ("round-01/generate/generations-*.parquet", "round-01/score/scores-*.pa
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without cores, and two nodes with one each."""
-    objects = {"object_store_memory": 80 * 2**20}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **objects})
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, **objects)
-        cluster.wait_for_nodes()
+    with two_nodes() as cluster:
         yield cluster
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

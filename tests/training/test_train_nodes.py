@@ -103,18 +103,10 @@ def test_an_error_of_a_rank_on_another_node_is_raised(run: Stage, llama: Path) -
 def ray_address() -> Iterator[str]:
     """A Ray cluster of two nodes with one core each."""
     pytest.importorskip("ray", reason="Ray is not installed")
-    from ray.cluster_utils import Cluster
+    from raylets import two_nodes
 
-    objects = {"object_store_memory": 80 * 2**20}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **objects})
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, **objects)
-        cluster.wait_for_nodes()
+    with two_nodes() as cluster:
         yield cluster.address
-        cluster.shutdown()
 
 
 @pytest.mark.slow
