@@ -23,6 +23,7 @@ from dice_py.rows.forms import Taken, prompt_column, prompt_of
 from dice_py.rows.messages import read_messages
 from dice_py.rows.row import Row
 from dice_py.rows.sources import read_rows
+from dice_py.rows.values import whole, written
 from dice_py.storage.schemas import PLACE
 
 _COLUMNS: dict[str, Any] = {
@@ -131,7 +132,7 @@ def read_given(
                 if prompt_id == next_id:
                     messages_of[prompt_id] = (messages, row.place)
                     next_id += 1
-            asked = _token_ids(row.columns.get("prompt_token_ids"), row.where, "prompt_token_ids")
+            asked = _token_ids(written(row.columns.get("prompt_token_ids")), row.where, "prompt_token_ids")
             found += [(prompt_id, *response[:2], asked, *response[2:], row.where) for response in responses]
     bad.finish(reading.report)
     reading.taken.finish(reading.report)
@@ -168,7 +169,7 @@ def _prompt(row: Row, reading: GivenReading) -> list[Message]:
 
 
 def _given_id(row: Row, reading: GivenReading, known: int) -> int:
-    value = row.columns.get("prompt_id")
+    value = whole(written(row.columns.get("prompt_id")))
     if value is None:
         raise DataError(
             f"{row.where}: no prompt: neither a column {reading.prompt_column!r} nor prompt_id; its columns are "
@@ -188,14 +189,15 @@ _Response = tuple[str | None, list[int] | None, float | None, str | None]
 def _responses(row: Row) -> list[_Response]:
     """Text, token ids, log-probability and finish reason of each response of a row."""
     columns, where = row.columns, row.where
-    by_ids, by_text = _first(columns, _IDS), _first(columns, _TEXT)
+    by_ids = _first(columns, _IDS)
+    by_text = next((name for name in _TEXT if columns.get(name) is not None), None)  # an empty text is a response
     name = by_ids or by_text
     if name is None:
         raise DataError(
             f"{where}: no response: neither 'response' (text) nor 'token_ids'; its columns are {', '.join(columns)}. "
             "Rename the column of the responses to one of these"
         )
-    value = columns[name]
+    value = written(columns[name]) if by_ids else columns[name]
     is_list = _is_list_of_lists(value) if by_ids else isinstance(value, list) and not _is_turns(value)
     values = value if is_list else [value]
     if not values:
@@ -213,7 +215,7 @@ def _responses(row: Row) -> list[_Response]:
 
 
 def _first(columns: dict[str, Any], names: Sequence[str]) -> str | None:
-    return next((name for name in names if columns.get(name) is not None), None)
+    return next((name for name in names if written(columns.get(name)) is not None), None)
 
 
 def _is_list_of_lists(value: Any) -> bool:
@@ -231,7 +233,7 @@ def _beside(
     name = _first(columns, names)
     if name is None:
         return [None] * count
-    value = columns[name]
+    value = written(columns[name])
     if not is_list:
         return [value]
     if not isinstance(value, list) or len(value) != count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from decimal import Decimal
 from typing import Any
@@ -11,13 +12,27 @@ from dice_py.errors import DataError
 from dice_py.rows.row import Cell
 
 
-def _written(value: Any) -> Any:
-    """The number that a cell of a CSV file writes; other values as they are."""
+def written(value: Any) -> Any:
+    """What a cell of a CSV file writes: a number, a list as JSON, or nothing (None); other values as they are."""
     if isinstance(value, Cell):
-        for kind in (int, float):
-            with contextlib.suppress(ValueError):
+        if not value.strip():
+            return None
+        for kind in (int, float, _list):
+            with contextlib.suppress(ValueError, RecursionError):
                 return kind(value)
     return value
+
+
+def _list(text: str) -> list[Any]:
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise ValueError("no list")
+    return value
+
+
+def whole(value: Any) -> Any:
+    """A whole number that Pandas or a database has written as another kind of number; other values as they are."""
+    return int(value) if isinstance(value, float | Decimal) and _is_finite(value) and value == int(value) else value
 
 
 def weight(value: Any, where: str, column: str) -> float:
@@ -26,7 +41,7 @@ def weight(value: Any, where: str, column: str) -> float:
     Raises:
         DataError: it is no finite number ≥ 0.
     """
-    value = _written(value)
+    value = written(value)
     if not _is_finite(value) or value < 0:
         raise DataError(f"{where}: {column!r} must be a finite number ≥ 0, got {value!r:.80}")
     return float(value)
@@ -38,7 +53,7 @@ def finite_number(value: Any, where: str, column: str) -> float:
     Raises:
         DataError: it is no number, or is not finite.
     """
-    value = _written(value)
+    value = written(value)
     if not _is_finite(value):
         raise DataError(f"{where}: {column!r} must be a finite number, got {value!r:.80}")
     return float(value)
@@ -50,9 +65,7 @@ def round_number(value: Any, where: str, column: str, current_round: int | None)
     Raises:
         DataError: it is no whole number, or is above `current_round`.
     """
-    value = _written(value)
-    if isinstance(value, float | Decimal) and _is_finite(value) and value == int(value):
-        value = int(value)  # as Pandas and databases write whole numbers
+    value = whole(written(value))
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**62:
         raise DataError(f"{where}: {column!r} must be a whole number, got {value!r:.80}")
     if current_round is not None and value > current_round:

@@ -98,3 +98,23 @@ def test_prompts_of_the_files_need_to_be_there(tmp_path: Path) -> None:
     notes = Notes()
     prompts = read_given_prompts([file], GivenReading(rule=BadRowRule("skip", 0.5), report=notes))
     assert [messages[0]["content"] for messages in prompts["messages"].to_list()] == ["a"]
+
+
+def test_cells_of_a_csv_file_and_numbers_of_pandas(tmp_path: Path) -> None:
+    file = tmp_path / "given.csv"
+    file.write_text(
+        "prompt_id,response,token_ids,sampled_logp,finish_reason\n"
+        '1,7,,-2.5,stop\n2,,"[5, 6]",,\n0,"",,,length\n0,"[1]",,-1,\n'
+    )
+    given, _ = read_given([file], PROMPTS, (), GivenReading(), next_id=3)
+    assert given.select("prompt_id", "response", "token_ids", "sampled_logp", "finish_reason").rows() == [
+        (0, "", None, None, "length"),
+        (0, "[1]", None, -1.0, None),
+        (1, "7", None, -2.5, "stop"),
+        (2, None, [5, 6], None, None),
+    ]
+    file.write_text("prompt_id,response\n1.5,a\n")
+    with pytest.raises(DataError, match=r"line 2: prompt_id is 1\.5, which is no prompt of the run"):
+        read_given([file], PROMPTS, (), GivenReading(), next_id=3)
+    given, _ = read(tmp_path, {"prompt_id": 2.0, "response": "a"})
+    assert given["prompt_id"].to_list() == [2]
