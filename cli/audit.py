@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cli.options import Config, Json, Set, StageSeed, stage_config
-from cli.output import echo_note, model_folder, models_at, print_json, reading, run_job
+from cli.output import echo_note, model_folder, models_at, print_json, prompt_settings, reading, run_job
 from dice_py.errors import UsageError
 
 if TYPE_CHECKING:
@@ -168,13 +168,14 @@ def _beta(value: float) -> float:
 
 
 def _read(file: Path, columns: AuditColumns, resolved: RunConfig) -> tuple[pl.DataFrame, str]:
-    """The rows of a user's file, and the key of their content."""
+    """The rows of a user's file, with what the config says of every prompt, and the key of their content."""
     from dice_py.evaluation.audit.reading import read_audit
     from dice_py.rows.sources import find_source
     from dice_py.storage.keys import digest
 
-    source = find_source(file, echo_note)
-    return read_audit(source, columns, **reading(resolved)), digest(source.digest(), columns.__dict__)
+    source, settings = find_source(file, echo_note), prompt_settings(resolved)
+    rows = settings.of_rows(read_audit(source, columns, **reading(resolved)))
+    return rows, digest(source.digest(), columns.__dict__, *settings.key_fields())
 
 
 def _of_models(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Json, Panels, Set, StageSeed, stage_config
-from cli.output import model_folder, print_result, reading, run_job
+from cli.output import model_folder, print_result, prompt_settings, reading, run_job
 from dice_py.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -238,10 +238,10 @@ def _matched(
     for side in (ours, theirs):
         if out is not None and os.path.realpath(side) == os.path.realpath(out):
             raise UsageError(f"--out is {out}, which holds the responses and would be replaced: give another file")
+    columns = {"prompt_column": prompt_column, "response_column": response_column}
+    settings = prompt_settings(resolved)
     sets = [
-        read_response_set(
-            path, option, name, prompt_column=prompt_column, response_column=response_column, **reading(resolved)
-        )
+        read_response_set(path, option, name, settings=settings, **columns, **reading(resolved))
         for path, option, name in ((ours, "OURS", names[0]), (theirs, "THEIRS", names[1]))
     ]
     return match(sets[0], sets[1]), (sets[0].name, sets[1].name)

@@ -77,6 +77,13 @@ class PromptSettings:
         completed = pairs_frame([{**row, "prompt": self.complete(row["prompt"])} for row in rows])  # type: ignore[typeddict-item]
         return completed.with_columns(pairs.drop(completed.columns))
 
+    def of_rows(self, rows: pl.DataFrame, column: str = "prompt") -> pl.DataFrame:
+        """Any rows with complete prompts in a column of messages."""
+        if not self:
+            return rows
+        completed = prompts_frame([self.complete(messages) for messages in rows[column].to_list()])
+        return rows.with_columns(completed["messages"].alias(column))
+
 
 def _with_options(message: Message, options: dict[str, Any]) -> Message:
     """A turn with the options of its conversation, and with its own fields."""

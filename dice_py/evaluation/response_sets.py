@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from dice_py.config.prompt_settings import PromptSettings
 from dice_py.data import read_responses
 from dice_py.errors import DataError, UsageError
 from dice_py.rows.messages import prompt_key
@@ -47,13 +48,16 @@ class Matched:
     """`only_ours` and `only_theirs`: responses that have no counterpart."""
 
 
-def read_response_set(path: Path, option: str, name: str | None, **reading: Any) -> ResponseSet:
+def read_response_set(
+    path: Path, option: str, name: str | None, *, settings: PromptSettings | None = None, **reading: Any
+) -> ResponseSet:
     """Reads the responses of one model.
 
     Args:
         path: a file, a shard, or a folder of shards.
         option: how errors name it.
         name: the model's; None: the one `generator` of the file, else the name of the file or folder.
+        settings: what is said of every prompt. The prompts of shards have theirs already.
         reading: keywords of `read_responses`.
 
     Raises:
@@ -69,6 +73,10 @@ def read_response_set(path: Path, option: str, name: str | None, **reading: Any)
     if _is_shard(path, reading.get("prompt_column", "prompt")):
         return ResponseSet(name or path.stem, _of_shards([path], option))
     rows = read_responses(path, **reading)
+    if settings:
+        rows = settings.of_rows(rows, "messages")
+        keys = [prompt_key(messages) for messages in rows["messages"].to_list()]
+        rows = rows.with_columns(pl.Series("key", keys, dtype=pl.String))
     generators = rows["generator"].drop_nulls().unique().sort().to_list()
     if len(generators) > 1:
         raise DataError(

@@ -77,6 +77,18 @@ def test_nothing_is_written_without_out(dice: Dice, pairs: Path, models: tuple[A
     assert contents(empty_folder) == {}
 
 
+def test_a_system_prompt_of_the_settings_is_as_one_of_the_rows(
+    dice: Dice, models: tuple[Any, ...], tmp_path: Path
+) -> None:
+    plain = jsonl(tmp_path / "plain.jsonl", *rows(12))
+    with_system = jsonl(tmp_path / "with-system.jsonl", *rows(12, system="Be brief."))
+    found = [
+        json.loads(dice("audit", file, *models, "--json", *more)[1])["choices"]
+        for file, more in ((plain, ()), (plain, ("--set", "data.system_prompt=Be brief.")), (with_system, ()))
+    ]
+    assert found[1] == found[2] != found[0]
+
+
 def test_the_form_of_the_verdict_is_that_of_mining(dice: Dice, pairs: Path, models: tuple[Any, ...]) -> None:
     for debias, main in (("none", "sum"), ("linear", "penalized"), ("per_token", "per token")):
         code, text, _ = dice("audit", pairs, *models, "--json", "--set", f"mine.debias={debias}")

@@ -12,6 +12,7 @@ from command_line import jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dice_py.config.prompt_settings import PromptSettings
 from dice_py.data import prompts_frame
 from dice_py.errors import DataError, UsageError
 from dice_py.evaluation.response_sets import Matched, ResponseSet, match, prompt_text, read_response_set
@@ -172,3 +173,15 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"2 generators \(one, two"):
         read_response_set(mixed, "OURS", None)
+
+
+def test_what_settings_say_of_every_prompt_is_as_if_the_file_said_it(tmp_path: Path) -> None:
+    plain = jsonl(tmp_path / "plain.jsonl", {"prompt": "one", "response": "1"})
+    complete = jsonl(tmp_path / "complete.jsonl", {"prompt": "one", "response": "2", "system": "Be brief."})
+    settings = PromptSettings("Be brief.")
+    ours, theirs = (read_response_set(file, "OURS", None, settings=settings) for file in (plain, complete))
+    assert ours.rows["key"].to_list() == theirs.rows["key"].to_list()
+    matched = match(ours, theirs)
+    assert [turn["role"] for turn in matched.prompts["messages"][0].to_list()] == ["system", "user"]
+    with pytest.raises(DataError, match="no prompt in common"):
+        match(read_response_set(plain, "OURS", None), theirs)
