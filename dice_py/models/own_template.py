@@ -95,9 +95,14 @@ def with_own_template(models: ModelConfig, file: Path) -> ModelConfig:
     try:
         source = template_source(models)
     except DataError:
-        stored = read_sealed(file, _KEY)
-        if stored is None:
+        if read_sealed(file, _KEY) is None:
             raise
-        return models.model_copy(update={"chat_template": stored["text"]})
+        return with_kept_template(models, file)
     write_sealed(file, {"text": source}, _KEY)
     return models.model_copy(update={"chat_template": source})
+
+
+def with_kept_template(models: ModelConfig, file: Path) -> ModelConfig:
+    """The config with the template's text as a run's copy has it; as it is where there is no copy."""
+    stored = None if models.chat_template is None else read_sealed(file, _KEY)
+    return models if stored is None else models.model_copy(update={"chat_template": stored["text"]})

@@ -91,6 +91,14 @@ class Estimator:
         prompt_tokens = counts.prompt_tokens * prompts / max(1, counts.prompts)
         decoding = self._decoding(counts.lengths[: prompts * config.generate.samples], prompt_tokens)
         encoding = self.tokenizer + self.encode * (counts.prompts + counts.prompts_too_long)
+        if not counts.lengths:  # given responses: no model is loaded, and text is tokenized
+            return Estimate(
+                work=encoding + self.encode * counts.responses,
+                tokens=0,
+                disk=costs.bytes_per_response * counts.responses,
+                memory=machine.base_memory,
+                counts=counts.sampled("given"),
+            )
         formula = generate_memory(
             self.policy, config, machine.engine, machine.dtype, self._longest_prompt(), machine.gpu_bytes
         )
@@ -101,15 +109,7 @@ class Estimator:
             disk=costs.bytes_per_response * counts.responses,
             memory=self._memory(formula, costs.peak_bytes, groups),
             devices=machine.gpus if groups > 1 else max(1, machine.gpus // max(1, machine.groups)),
-            counts={
-                "shards": counts.shards,
-                "prompts": counts.prompts,
-                "prompts_too_long": counts.prompts_too_long,
-                "responses": counts.responses,
-                "prompt_tokens": counts.prompt_tokens,
-                "response_tokens": counts.response_tokens,
-                "engine": machine.engine,
-            },
+            counts=counts.sampled(machine.engine),
         )
 
     def score(self, counts: RoundCounts, number: int) -> Estimate:

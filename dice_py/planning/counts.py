@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,11 @@ class RoundCounts:
     replay_tokens: int
     """Tokens of the replayed pairs' sequences, which are scored."""
     steps: int
+
+    def sampled(self, engine: str) -> dict[str, Any]:
+        """The counts of the generate stage."""
+        names = ("shards", "prompts", "prompts_too_long", "responses", "prompt_tokens", "response_tokens")
+        return {**{name: getattr(self, name) for name in names}, "engine": engine}
 
 
 def share_within(max_length: int | None, prompts: Sequence[int], lengths: Sequence[int]) -> float:

@@ -38,6 +38,7 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
             `transient_disk_bytes`, further bytes while it works. A stage that lacks something other than
             memory and disk has `lacking`: `setting`, `needed`, `available`, `text`, `remedy`. A stage that can do with
             less memory than its peak has `least_memory_bytes`, and `remedy`, a function of the memory that is free.
+            One that ends a round may have `freed_disk_bytes`.
 
     Returns:
         `stage`, `what` ("memory", "disk" or "data"), `setting`, `needed`, `available` (bytes; for "data" a count),
@@ -74,9 +75,10 @@ def first_failure(stages: Mapping[str, dict[str, Any]], room: Room) -> dict[str,
                 "available": room.disk,
                 "text": f"up to {name} the run needs {gib(needed)} of disk, and {gib(room.disk)} are free",
                 "remedy": "free some space, put the run on a larger disk (--run-dir)"
-                + (", or set train.save_steps=null" if saves else ", or lower rounds"),
+                + (", or set train.save_steps=null" if saves else ", or lower rounds")
+                + ("" if name.startswith("round-01/") else ", or keep fewer models (rounds.keep_models=1)"),
             }
-        written += stage["disk_bytes"]
+        written += stage["disk_bytes"] - stage.get("freed_disk_bytes", 0)
     return None
 
 
@@ -85,5 +87,5 @@ def peak_disk(stages: Mapping[str, dict[str, Any]]) -> int:
     written = peak = 0
     for stage in stages.values():
         peak = max(peak, written + stage["disk_bytes"] + stage["transient_disk_bytes"])
-        written += stage["disk_bytes"]
+        written += stage["disk_bytes"] - stage.get("freed_disk_bytes", 0)
     return peak

@@ -40,6 +40,7 @@ from dice_py.planning.costs import Estimator
 from dice_py.planning.counts import Data, count_rounds
 from dice_py.planning.decoding import draw_lengths
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
+from dice_py.planning.freed import add_freed
 from dice_py.planning.machine import Cluster, Machine
 from dice_py.planning.pair_costs import mining_labels
 from dice_py.planning.response_lengths import calibrated_lengths
@@ -54,7 +55,8 @@ from dice_py.runs.measured_costs import (
     remember_costs,
     remember_lengths,
 )
-from dice_py.runs.throughput import costs_key, lengths_key, run_engine
+from dice_py.runs.measured_lengths import lengths_key
+from dice_py.runs.throughput import costs_key, run_engine
 from dice_py.stages.preflight import PreflightJob
 from dice_py.storage.parquet import parquet_rows, read_parquet
 
@@ -80,7 +82,8 @@ def plan(
     Returns:
         `stages`: by stage ("round-01/generate", …) `seconds`, `startup_seconds` (waiting for its process, and loading),
         `work_seconds`, `gpu_hours`, `tokens`, `disk_bytes` (that stay), `transient_disk_bytes` (further ones while it
-        works), `peak_memory_bytes` (of one GPU, or of the host), and its counts. For the run: `total_seconds`,
+        works), `freed_disk_bytes` (of a round's last stage: by rounds.keep_models and rounds.keep_samples),
+        `peak_memory_bytes` (of one GPU, or of the host), and its counts. For the run: `total_seconds`,
         `gpu_hours`, `cpu_hours` (without a GPU: its cores times its wall clock), `disk_bytes` and `peak_memory_bytes`
         at their peak, `fits`, and `first_failure` (planning/feasibility.py), the first in order of work; `method`, the
         training method, the `labels` that mining adds, and `not_estimated`, parts of an evaluation that take time too.
@@ -98,6 +101,7 @@ def plan(
     counts = count_rounds(config, data, machine.processes)
     estimator = Estimator(config, costs, machine, measured.policy, measured.reference, data)
     stages = estimator.estimate(counts, measured.check_seconds)
+    add_freed(stages, config)
     room = _room(folder, probed)
     failure = first_failure(stages, room)
     for stage in stages.values():

@@ -15,7 +15,7 @@ import polars as pl
 
 from dice_py.config.run import RunConfig
 from dice_py.runs.measured_costs import ResponseLengths
-from dice_py.runs.throughput import response_lengths, usable_responses
+from dice_py.runs.measured_lengths import response_lengths, usable_responses
 
 
 def calibrated_lengths(config: RunConfig, responses: pl.DataFrame, cut_at: int | None) -> ResponseLengths:

@@ -20,8 +20,8 @@ from dice_py.models.sources import needs_conversion, resolve_model
 from dice_py.models.template_time import FILE, with_template_time
 from dice_py.runs.given import own_generations
 from dice_py.runs.measured_costs import recall_lengths
+from dice_py.runs.measured_lengths import lengths_key
 from dice_py.runs.own_data import own_copies
-from dice_py.runs.throughput import lengths_key
 from dice_py.stages.convert import ConvertJob
 from dice_py.stages.preflight import PreflightJob
 from dice_py.stages.world import WorldJob

@@ -1,9 +1,6 @@
 """What of a run may be removed: by `rounds.keep_models` and `rounds.keep_samples`, or by `dice clean`.
 
-Nothing goes that a later stage of the run reads, or a stage that a resume does again because it failed. Let M_t be the
-policy that round t ended with. Round t+1 samples from M_t. Its reference is M_{t−1} (`reward_reference: previous`), and
-with `mine.second_reward: previous` it scores one model before that. The start of the run is no round's to remove: every
-evaluation compares with it.
+Nothing goes that a later stage of the run reads, or a stage that a resume does again (runs/needed.py).
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.runs.best import best_round, stored_outcome
 from dice_py.runs.folder import Run, check_plain, is_running, locked, round_name, stage_names
+from dice_py.runs.needed import Needed
 from dice_py.runs.removal import KINDS, Removable, leftovers, remove, size_of
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.stages.evaluate import FAILURES
@@ -52,69 +50,43 @@ class Keep:
         )
 
 
-class _Rounds:
-    """The rounds of a run that are complete, and what those to come need of them."""
-
-    def __init__(self, folder: Path, manifest: Manifest, config: RunConfig, through: int) -> None:
-        self.folder, self.manifest, self.config, self.through = folder, manifest, config, through
-        # How many rounds before the policy that a round starts from the oldest model of its scores is.
-        self.depth = int(config.reward_reference == "previous") + int(config.mine.second_reward == "previous")
-        self.is_last = through >= config.rounds.count
-        stages = stage_names(config)
-        self._again = [
-            number
-            for number in range(1, through + 1)
-            if any(_is_done_again(manifest, name) for name in stages if name.startswith(f"{round_name(number)}/"))
-        ]
-
-    def models_needed(self) -> set[int]:
-        """The rounds whose policy the next round, or a stage that failed, reads."""
-        needed = {self.through}
-        if not self.is_last:
-            needed |= {self.through - back for back in range(self.depth + 1)}
-        for number in self._again:
-            needed |= {number - back for back in range(self.depth + 2)}
-        return needed
-
-    def samples_needed(self) -> set[int]:
-        """The rounds whose generations the next round's pool has, or a stage that failed reads."""
-        pool = self.config.mine.pool_rounds
-        needed = set() if self.is_last else {self.through + 1 - back for back in range(pool)}
-        for number in self._again:
-            needed |= {number - back for back in range(pool)}
-        return needed
-
-    def scores_needed(self) -> set[int]:
-        """The rounds whose scores a stage that failed reads."""
-        return set(self._again)
-
-    def models_of(self, number: int) -> list[Path]:
-        """The folders of a round's models, relative to the run: the trained one, and one extrapolated from it."""
-        entry = self.manifest.stage(f"{round_name(number)}/extrapolate") or {}
-        made = [Path(file["file"]) for file in entry.get("files", []) if not file["file"].endswith(".json")]
-        return [Path(round_name(number)) / "train" / "model", *made]
-
-
 def removable(folder: Path, manifest: Manifest, config: RunConfig, keep: Keep, through: int) -> Iterator[Removable]:
     """The models and samples of the rounds 1 to `through`, which are complete, that need not be kept."""
     if not through:
         return
-    rounds = _Rounds(folder, manifest, config, through)
+    needed = Needed(config, through, _done_again(manifest, config, through))
     if keep.models != "all":
-        kept = rounds.models_needed() | _kept(manifest, keep, through)
+        kept = needed.models() | _kept(manifest, keep, through)
         for number in sorted(set(range(1, through + 1)) - kept):
-            for place in rounds.models_of(number):
+            for place in _models_of(manifest, number):
                 files = tuple(sorted(path.name for path in (folder / place).glob(_WEIGHTS) if path.is_file()))
                 if files:
-                    yield Removable("models", place, keep.models_by, files, number + rounds.depth + 1)
+                    yield Removable("models", place, keep.models_by, files, number + needed.depth + 1)
     if not keep.samples:
         pool = config.mine.pool_rounds
-        for stage, needed in (("generate", rounds.samples_needed()), ("score", rounds.scores_needed())):
+        for stage, kept in (("generate", needed.samples()), ("score", needed.scores())):
             for number in range(1, through + 1):
                 name = f"{round_name(number)}/{stage}"
-                files = tuple(_shards(folder, manifest, name)) if number not in needed else ()
+                files = tuple(_shards(folder, manifest, name)) if number not in kept else ()
                 if files:
                     yield Removable("samples", Path(name), keep.samples_by, files, number + pool - 1)
+
+
+def _models_of(manifest: Manifest, number: int) -> list[Path]:
+    """The folders of a round's models, relative to the run: the trained one, and one extrapolated from it."""
+    entry = manifest.stage(f"{round_name(number)}/extrapolate") or {}
+    made = [Path(file["file"]) for file in entry.get("files", []) if not file["file"].endswith(".json")]
+    return [Path(round_name(number)) / "train" / "model", *made]
+
+
+def _done_again(manifest: Manifest, config: RunConfig, through: int) -> tuple[int, ...]:
+    """The complete rounds of which a resume does a stage again."""
+    stages = stage_names(config)
+    return tuple(
+        number
+        for number in range(1, through + 1)
+        if any(_is_done_again(manifest, name) for name in stages if name.startswith(f"{round_name(number)}/"))
+    )
 
 
 def _kept(manifest: Manifest, keep: Keep, through: int) -> set[int]:

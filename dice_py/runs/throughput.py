@@ -21,13 +21,13 @@ from dice_py.config.loading import load_resolved
 from dice_py.config.run import RunConfig
 from dice_py.generation.engines.factory import auto_engine
 from dice_py.generation.engines.vllm_on_cpu import Workload
-from dice_py.models.identity import model_identity
+from dice_py.models.own_template import FILE as TEMPLATE_FILE
+from dice_py.models.own_template import with_kept_template
 from dice_py.models.sizes import model_size
 from dice_py.runs.event_log import Event, read_events
 from dice_py.runs.measured_costs import (
     EvaluateCosts,
     GenerateCosts,
-    ResponseLengths,
     ScoreCosts,
     StageCosts,
     TrainCosts,
@@ -35,13 +35,13 @@ from dice_py.runs.measured_costs import (
     remember_costs,
     remember_lengths,
 )
+from dice_py.runs.measured_lengths import lengths_key, response_lengths
 from dice_py.runs.removal import has_samples
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.keys import digest, versions
-from dice_py.storage.parquet import parquet_key, read_parquet
+from dice_py.storage.parquet import read_parquet
 
-_MAX_LENGTHS = 8192  # response lengths that are kept
 _MIN_RESPONSES = 256  # a round with fewer has costs that are not worth keeping
 _WITH_PROCESS = tuple(stage for stage in ROUND_STAGES if REGISTRY[stage].has_process)
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -83,41 +83,6 @@ def costs_key(config: RunConfig, policy: Path, engine: str) -> str:
     return f"{model_size(policy).shape}, {config.model.dtype}, {device_text(config)}, {digest(settings)}"
 
 
-def lengths_key(config: RunConfig, policy: Path, prompts: Path) -> str:
-    """The key of response lengths: the policy, the prompts, the sampling, and which responses are usable."""
-    generate = config.generate
-    usable = [config.mine.min_responses, config.mine.min_length]
-    sampling: list[Any] = [
-        generate.temperature, generate.top_p, generate.top_k, generate.max_new_tokens, generate.samples, usable,
-    ]  # fmt: skip
-    if generate.sampling_params:
-        sampling.append(generate.sampling_params)
-    return digest(model_identity(policy), parquet_key(prompts), sampling)
-
-
-def usable_responses(config: RunConfig) -> pl.Expr:
-    """Whether mining can use a response: it was not cut off, and is neither too short nor too long."""
-    usable = (pl.col("finish_reason") == "stop") & (pl.col("response_tokens") >= (config.mine.min_length or 0))
-    if config.mine.max_length is not None and config.mine.length == "tokens":
-        usable &= pl.col("response_tokens") <= config.mine.max_length
-    return usable
-
-
-def response_lengths(config: RunConfig, responses: pl.DataFrame) -> ResponseLengths:
-    """The lengths of responses, and the shares of usable prompts and cut-off responses.
-
-    Args:
-        responses: `prompt_id`, `response_tokens`, `finish_reason`.
-    """
-    by_prompt = responses.group_by("prompt_id").agg(usable_responses(config).sum().alias("usable"))
-    step = max(1, responses.height // _MAX_LENGTHS)
-    return ResponseLengths(
-        lengths=responses["response_tokens"].gather_every(step)[:_MAX_LENGTHS].to_list(),
-        usable=float((by_prompt["usable"] >= config.mine.min_responses).mean()),  # type: ignore[arg-type]
-        cut_off=float((responses["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
-    )
-
-
 # --- from a run ---------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +112,8 @@ def remember_run(folder: Path) -> bool:
     prompts = policy.parents[1] / "prompts.parquet" if config.is_world else folder / "inputs" / "prompts.parquet"
     if prompts.is_file() and "round-01" in rounds:
         responses = _responses(folder, manifest, "round-01")
+        models = with_kept_template(config.model, folder / "inputs" / TEMPLATE_FILE)
+        config = config.model_copy(update={"model": models})
         remember_lengths(lengths_key(config, policy, prompts), response_lengths(config, responses))
     return True
 

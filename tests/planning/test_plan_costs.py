@@ -52,6 +52,15 @@ def test_estimates_by_hand() -> None:
     assert evaluate["work_seconds"] == pytest.approx(0.5 + draws + 12 * 0.1 + 0.03 + 0.2 + 0.06 + 0.25 + 0.54)
 
 
+def test_given_responses_are_tokenized_and_load_no_model() -> None:
+    config, run_data = small()
+    generate = estimated(config, replace(run_data, given=6))["round-01/generate"]
+    # The tokenizer, 4 prompts and 6 responses.
+    assert generate["work_seconds"] == pytest.approx(0.2 + (4 + 6) * 0.01)
+    assert (generate["startup_seconds"], generate["tokens"], generate["engine"]) == (0.0, 0, "given")
+    assert (generate["responses"], generate["disk_bytes"], generate["peak_memory_bytes"]) == (6, 60, 1000)
+
+
 def test_without_credit_no_model_is_run_to_inspect() -> None:
     config, run_data = small("report.token_credit=false", "report.pairs=3")
     inspect = estimated(config, run_data)["round-01/inspect"]

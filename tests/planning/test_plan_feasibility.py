@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from plan_data import estimated, small
+from plan_data import OWN, estimated, small
 
+from dice_py.config.loading import resolve
 from dice_py.planning.feasibility import Room, first_failure, peak_disk
+from dice_py.planning.freed import add_freed
 
 
 def entries() -> dict[str, dict[str, Any]]:
@@ -45,6 +47,46 @@ def test_the_first_stage_that_would_fail(disk: int, memory: int, want: tuple[Any
         assert found["remedy"]
         assert want[0] in found["text"]
     assert peak_disk(entries()) == 90
+
+
+def freed(*assignments: str) -> tuple[list[int], int]:
+    """Bytes that end with each of five rounds of 1 (generate), 2 (score) and 4 bytes (train), and the peak."""
+    stages = {
+        f"round-{number:02d}/{stage}": {"disk_bytes": size, "transient_disk_bytes": 0, "peak_memory_bytes": 0}
+        for number in range(1, 6)
+        for stage, size in (("generate", 1), ("score", 2), ("train", 4), ("evaluate", 0))
+    }
+    add_freed(stages, resolve([], [*OWN, "rounds=5", *assignments]))
+    assert all("freed_disk_bytes" not in stage for name, stage in stages.items() if not name.endswith("/evaluate"))
+    return [stages[f"round-{number:02d}/evaluate"]["freed_disk_bytes"] for number in range(1, 6)], peak_disk(stages)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "bytes_by_round", "peak"),
+    [
+        ([], [0, 0, 0, 0, 0], 35),
+        # A round starts from the policy of the one before, whose reference is one round older.
+        (["rounds.keep_models=1"], [0, 0, 4, 4, 8], 27),
+        (["rounds.keep_models=3"], [0, 0, 0, 4, 4], 31),
+        (["rounds.keep_models=1", "reward_reference=initial"], [0, 4, 4, 4, 4], 23),
+        # The first round stands for the best.
+        (["rounds.keep_models=best", "reward_reference=initial"], [0, 0, 4, 4, 4], 27),
+        (["rounds.keep_samples=false"], [3, 3, 3, 3, 3], 23),
+        (["rounds.keep_samples=false", "mine.pool_rounds=3"], [2, 2, 3, 3, 5], 25),
+    ],
+)
+def test_what_rounds_free_is_there_for_the_next(assignments: list[str], bytes_by_round: list[int], peak: int) -> None:
+    assert freed(*assignments) == (bytes_by_round, peak)
+
+
+def test_a_run_fits_by_keeping_fewer_models() -> None:
+    stages = entries()
+    found = first_failure(stages, Room(80, 80, "memory"))
+    assert found is not None
+    assert "rounds.keep_models=1" in found["remedy"]
+    stages["round-01/train"] |= {"freed_disk_bytes": 20}
+    assert first_failure(stages, Room(70, 80, "memory")) is None
+    assert peak_disk(stages) == 70
 
 
 def test_training_can_do_with_less_than_its_peak() -> None:

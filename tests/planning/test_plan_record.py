@@ -22,7 +22,8 @@ from dice_py.planning.plan import plan
 from dice_py.runs.inputs import Inputs
 from dice_py.runs.measured_costs import COSTS as COSTS_KIND
 from dice_py.runs.measured_costs import EvaluateCosts, recall_costs, remember_costs
-from dice_py.runs.throughput import costs_key, lengths_key, remember_run
+from dice_py.runs.measured_lengths import lengths_key
+from dice_py.runs.throughput import costs_key, remember_run
 from dice_py.storage.cache import remember
 from dice_py.storage.files import Manifest, read_json, write_json, write_sealed
 from dice_py.storage.parquet import write_parquet

@@ -26,8 +26,9 @@ from dice_py.reporting.html import write_report
 from dice_py.runs import folder as run_folder
 from dice_py.runs import loop
 from dice_py.runs.measured_costs import ResponseLengths, remember_costs, remember_lengths
+from dice_py.runs.measured_lengths import lengths_key
 from dice_py.runs.status import run_status
-from dice_py.runs.throughput import costs_key, lengths_key
+from dice_py.runs.throughput import costs_key
 from dice_py.scoring.pairs import score_pairs
 from dice_py.storage.files import read_json
 
