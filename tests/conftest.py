@@ -23,7 +23,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS":
 Dice = Callable[..., tuple[int, str, str]]
 
 
-LONGEST = ("test_embedded_default", "test_own_run", "test_second_round", "test_train_ranks", "test_engine_vllm")
+LONGEST = ("test_embedded_default", "test_own_run", "test_second_round", "test_train_ranks", "test_vllm_resume")
 """Files that are started first, so that none of them is left over when the others are done."""
 
 

@@ -133,6 +133,7 @@ def test_a_run_of_an_ablation_is_the_run_of_its_config(
     assert models[0] == models[1]
 
 
+@pytest.mark.long
 def test_a_second_call_makes_nothing_again(ablation: Ablation, made: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(made, tmp_path / "out")
     stages = {one.name: _stages(copy / one.folder.relative_to(made)) for one in ablation.planned(made)}
@@ -161,6 +162,7 @@ def test_a_folder_of_something_else_is_refused(ablation: Ablation, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.long
 def test_a_run_that_fails_does_not_end_the_others(ablation: Ablation, made: Path, tmp_path: Path) -> None:
     out = shutil.copytree(made, tmp_path / "out")
     broken = out / "runs/length/seed-1"

@@ -31,6 +31,7 @@ from dice_py.evaluation.judges.served.template import render
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
@@ -275,7 +276,6 @@ def _kept(cache: Path) -> int:
         return 0
 
 
-@pytest.mark.long
 def test_its_death_in_the_middle(server: JudgeServer, dice: Dice, tmp_path: Path, cache_folder: Path) -> None:
     """The last test of the file: it kills the server, and starts it again."""
     ours, theirs = _files(tmp_path, 101)

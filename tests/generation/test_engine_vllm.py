@@ -278,6 +278,7 @@ def seen(folders: dict[str, Path], out: Path, events: list[tuple[str, dict[str, 
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measured with vLLM's CPU build, and a GPU is here")
 class TestOnTheCpu:
