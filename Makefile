@@ -124,7 +124,7 @@ bench-stream: setup ## mining of 200,000,000 rows of Parquet: seconds and peak m
 	$(BIN)/python benches/stream.py $(BENCH_ARGS)
 
 bench-encodings: setup ## Parquet's encodings and compressions on token ids, text and rewards (minutes)
-	$(BIN)/python benches/encodings.py $(BENCH_ARGS)
+	$(BIN)/python benches/column_encodings.py $(BENCH_ARGS)
 
 bench-stream-run: setup ## a run's own mine and replay stages on a round of 200,000,000 rows (minutes, 25 GB of disk)
 	$(BIN)/python benches/stream_run.py $(BENCH_ARGS)

@@ -112,13 +112,14 @@ def estimate(gpus: int, sampling: float, network: float, filesystem: float, run_
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampling", type=float, default=8000.0, help="tokens per second of one GPU (assumed)")
     parser.add_argument("--network", type=float, default=NETWORK, help="GB/s between a node and the others (assumed)")
     parser.add_argument("--filesystem", type=float, default=FILESYSTEM, help="GB/s of the shared file system (assumed)")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
     run_data = data()
     found = [estimate(gpus, options.sampling, options.network, options.filesystem, run_data) for gpus in options.gpus]
     first = found[0]
@@ -141,7 +142,8 @@ def main() -> None:
         )
     assumed = {name: getattr(options, name) for name in ("sampling", "network", "filesystem")}
     results = {"assumed": assumed, "prompts": PROMPTS, "samples": SAMPLES, "rows": found}
-    (RESULTS / "cluster.json").write_text(json.dumps(results, indent=2) + "\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "cluster.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

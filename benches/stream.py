@@ -9,16 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from peak_memory import run_measured
 
 GROUP = 1_000_000
 RESPONSES = 16
@@ -45,22 +44,14 @@ def write_scored(path: Path, rows: int, order: str, seed: int) -> None:
 def measure(scored: Path, out: Path, memory_gib: float) -> dict[str, Any]:
     """Runs `dice mine` in a process of its own."""
     command = [sys.executable, "-m", "cli.main", "mine", str(scored), "-o", str(out), "--memory", str(memory_gib)]
-    start = time.perf_counter()
-    child = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    printed = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"dice mine ended with status {os.waitstatus_to_exitcode(status)}")
-    summary = json.loads(printed)
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
+    done = run_measured([*command, "--json"])
+    summary = json.loads(done.printed)
     return {
         "rows": summary["rows"],
         "pairs": summary["pairs"],
         "alpha": summary["alpha"],
-        "seconds": time.perf_counter() - start,
-        "peak_resident_gib": usage.ru_maxrss * unit / 2**30,
+        "seconds": done.seconds,
+        "peak_resident_gib": done.peak_resident_gib,
     }
 
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+from peak_memory import run_measured
 from shapes import write_model
 
 from dice_py.config.mining import MineConfig
@@ -108,20 +107,12 @@ STEPS = {"mine": mine, "replay": replay}
 
 def measure(step: str, folder: Path) -> dict[str, Any]:
     """Runs a step in a process of its own."""
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, __file__, "--step", step, "--folder", str(folder)], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    printed = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{step} ended with status {os.waitstatus_to_exitcode(status)}")
-    seconds = time.perf_counter() - start
-    return {**json.loads(printed), "seconds": round(seconds, 1), "peak_resident_gib": usage.ru_maxrss / 2**20}
+    done = run_measured([sys.executable, __file__, "--step", step, "--folder", str(folder)])
+    seconds, peak = round(done.seconds, 1), round(done.peak_resident_gib, 2)
+    return {**json.loads(done.printed), "seconds": seconds, "peak_resident_gib": peak}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=lambda text: int(float(text)), default=200_000_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -129,12 +120,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--only", choices=STEPS, default=None)
     parser.add_argument("--step", choices=STEPS, default=None, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.step:
         print(json.dumps(STEPS[args.step](args.folder)))
         return
     result: dict[str, Any] = {
-        "command": " ".join(["make bench-stream-run", *sys.argv[1:]]),
+        "command": f"make bench-stream-run BENCH_ARGS='--rows {args.rows}'",
         "rows": args.rows,
         "cores": os.cpu_count(),
     }

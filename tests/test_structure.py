@@ -11,6 +11,7 @@ import functools
 import graphlib
 import io
 import re
+import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,6 +199,13 @@ def test_functions_and_files_are_short() -> None:
 def test_few_files_at_the_top_and_empty_inits() -> None:
     assert len(files_at_the_top(ROOT)) <= FILES_AT_THE_TOP
     assert filled_inits(ROOT) == []
+
+
+def test_no_script_has_the_name_of_a_module_of_python() -> None:
+    """Their folders are on PYTHONPATH of processes that tests and the GPU check start, before Python's own library."""
+    folders = ("benches", "benches/gpu", "tests/support")
+    names = {file.stem for folder in folders for file in (ROOT / folder).glob("*.py")}
+    assert names & sys.stdlib_module_names == set()
 
 
 # --- the checks find what they look for ------------------------------------------------------------------------
