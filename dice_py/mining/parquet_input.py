@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError, DiceError, OutOfMemoryError
@@ -104,21 +106,40 @@ class ScoredFiles:
                         f"{field.type}: cast one of them"
                     )
             try:
-                # To save memory, little is read ahead and buffers are not kept.
-                for batch in part.fragment.to_batches(
-                    schema=schema,
-                    columns=columns,
-                    batch_size=batch_rows,
-                    batch_readahead=1,
-                    fragment_readahead=1,
-                    fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=False),
-                ):
-                    batch.validate(full=True)  # text that is not UTF-8
-                    yield batch
+                yield from _one_ahead(_read(part, schema, batch_rows))
             except UNREADABLE as error:
                 if isinstance(error, MemoryError):  # pyarrow's is an ArrowException too
                     raise _no_memory(part.file) from None
                 raise DataError(f"{part.file} cannot be read: {error}") from None
+
+
+def _read(part: _Fragment, schema: pa.Schema, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """The batches of one file, with columns and types of `schema`.
+
+    Not by the scanner of the data set: whatever it is told, it reads up to 1 GiB ahead of who takes the batches.
+    """
+    physical = set(part.fragment.physical_schema.names)
+    names = [name for name in schema.names if name in physical]
+    with pq.ParquetFile(Path(part.file).absolute(), pre_buffer=False) as file:
+        for batch in file.iter_batches(batch_rows, columns=names):
+            columns = [
+                batch.column(field.name).cast(field.type)
+                if field.name in physical
+                else pa.repeat(pa.scalar(part.partition[field.name], field.type), batch.num_rows)
+                for field in schema
+            ]
+            complete = pa.RecordBatch.from_arrays(columns, schema=schema)
+            complete.validate(full=True)  # text that is not UTF-8
+            yield complete
+
+
+def _one_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same, each read while the one before it is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(next, batches, None)
+        while (batch := pending.result()) is not None:
+            pending = reader.submit(next, batches, None)
+            yield batch
 
 
 def columns_to_read(files: ScoredFiles, *options: MiningOptions) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 import dice_py
 from dice_py.errors import DataError, UsageError
 from dice_py.mining.files import mine_files
+from dice_py.mining.parquet_input import ScoredFiles
 from dice_py.storage.files import TEMPORARY
 from dice_py.storage.parquet import parquet_meta
 
@@ -305,3 +308,15 @@ def test_the_footer_has_the_penalty_per_token(memory: float, tmp_path: Path) -> 
     assert per_token(alpha=0.25)[0] == 0.25
     assert per_token(debias="none")[0] is None
     assert per_token(length_column="response_chars")[0] is None
+
+
+def test_little_is_read_ahead_of_who_takes_the_batches(tmp_path: Path) -> None:
+    rows, group = 1 << 21, 1 << 14
+    values = np.random.default_rng(0).standard_normal(rows, dtype=np.float32)
+    pl.DataFrame({"reward": values}).write_parquet(tmp_path / "scored.parquet", row_group_size=group)
+    before = pa.total_allocated_bytes()
+    batches = ScoredFiles([str(tmp_path / "scored.parquet")]).batches(["reward"], group)
+    next(batches)
+    time.sleep(0.3)  # a reader that went on would be through by now
+    assert pa.total_allocated_bytes() - before < 8 * group * values.itemsize
+    assert 1 + sum(1 for _ in batches) == rows // group
