@@ -199,7 +199,7 @@ class ReplayJob(Job):
                 "(mine.drop_duplicates counts such responses once)",
             )
         keys = prompts.keys({key for pool in pools for key in pool.pairs["key"]})
-        numbers = mined.filter(~equal)["prompt_id"]
+        numbers = mined["prompt_id"].filter(~equal)
         known = numbers.replace_strict(list(keys), list(keys.values()), default="", return_dtype=pl.String)
         return known.alias("key").to_frame()
 
