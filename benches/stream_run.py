@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 from peak_memory import run_measured
-from shapes import write_model
 
 from dice_py.config.mining import MineConfig
 from dice_py.config.shared import ModelConfig
 from dice_py.config.stages import ReplayConfig, ScoreConfig
 from dice_py.stages.mine import MineJob
-from dice_py.stages.replay import ReplayJob
 from dice_py.storage.parquet import write_parquet
 from dice_py.storage.schemas import GENERATIONS, PROMPTS, SCORES
 
@@ -83,6 +81,8 @@ def mine(folder: Path) -> dict[str, Any]:
 
 
 def replay(folder: Path) -> dict[str, Any]:
+    from dice_py.stages.replay import ReplayJob  # it imports torch, which the process that mines in a run does not
+
     generations, scores = shards(folder)
     job = ReplayJob(
         config=ReplayConfig(gamma=0.0),
@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         "cores": os.cpu_count(),
     }
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        from shapes import write_model
+
         write_model(Path(folder) / "policy", "tiny", "float32")
         write_round(Path(folder), args.rows, args.seed)
         result["bytes_of_shards"] = sum(file.stat().st_size for file in Path(folder).glob("*.parquet"))
