@@ -118,14 +118,13 @@ def _read(part: _Fragment, schema: pa.Schema, batch_rows: int) -> Iterator[pa.Re
 
     Not by the scanner of the data set: whatever it is told, it reads up to 1 GiB ahead of who takes the batches.
     """
-    physical = set(part.fragment.physical_schema.names)
-    names = [name for name in schema.names if name in physical]
+    names = [name for name in schema.names if name not in part.partition]
     with pq.ParquetFile(Path(part.file).absolute(), pre_buffer=False) as file:
         for batch in file.iter_batches(batch_rows, columns=names):
             columns = [
-                batch.column(field.name).cast(field.type)
-                if field.name in physical
-                else pa.repeat(pa.scalar(part.partition[field.name], field.type), batch.num_rows)
+                pa.repeat(pa.scalar(part.partition[field.name], field.type), batch.num_rows)
+                if field.name in part.partition
+                else batch.column(field.name).cast(field.type)
                 for field in schema
             ]
             complete = pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -91,7 +91,7 @@ class Estimator:
         prompt_tokens = counts.prompt_tokens * prompts / max(1, counts.prompts)
         decoding = self._decoding(counts.lengths[: prompts * config.generate.samples], prompt_tokens)
         encoding = self.tokenizer + self.encode * (counts.prompts + counts.prompts_too_long)
-        if not counts.lengths:  # given responses: no model is loaded, and text is tokenized
+        if counts.responses and not counts.lengths:  # given responses: no model is loaded, and text is tokenized
             return Estimate(
                 work=encoding + self.encode * counts.responses,
                 tokens=0,

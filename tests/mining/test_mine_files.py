@@ -320,3 +320,14 @@ def test_little_is_read_ahead_of_who_takes_the_batches(tmp_path: Path) -> None:
     time.sleep(0.3)  # a reader that went on would be through by now
     assert pa.total_allocated_bytes() - before < 8 * group * values.itemsize
     assert 1 + sum(1 for _ in batches) == rows // group
+
+
+@pytest.mark.parametrize("columns", [["reward", "round"], ["round"]])
+def test_a_folders_name_wins_over_a_column(tmp_path: Path, columns: list[str]) -> None:
+    (tmp_path / "round=1").mkdir()
+    frame = pl.DataFrame({"reward": [0.5, 1.5], "round": pl.Series([5, 6], dtype=pl.Int32)})
+    frame.write_parquet(tmp_path / "round=1" / "scored.parquet")
+    batches = list(ScoredFiles([str(tmp_path)]).batches(columns))
+    found = pa.Table.from_batches(batches)
+    assert found.column_names == columns
+    assert found["round"].to_pylist() == [1, 1]
