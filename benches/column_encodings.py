@@ -163,12 +163,12 @@ def ways(kind: str) -> Iterator[tuple[str, str, int | None]]:
             yield encoding, compression, level
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benches/results")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     documents = texts()
     columns: dict[str, tuple[str, pl.Series]] = {}
     for name, encode in (("SmolLM2", smollm2()), ("BPE of 32,000", trained_bpe(documents))):

@@ -13,7 +13,7 @@ from pathlib import Path
 _EVERY = 0.02  # seconds between two looks at a process
 
 
-def peak_resident_bytes(pid: int | str = "self") -> int | None:
+def peak_resident_bytes(pid: int) -> int | None:
     """The most bytes that a living process has had in memory; None: it has ended, or the system does not say."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -17,7 +17,7 @@ def test_both_stages_are_measured(tmp_path: Path) -> None:
     results = json.loads((out / "stream-run.json").read_text())
     assert (results["rows"], results["mine"]["rows"], results["mine"]["pairs"]) == (1600, 1600, 100)
     assert 95 <= results["replay"]["pairs"] <= 100  # without those of equal answers: each is one of 32,000 tokens
-    for step in ("mine", "replay"):
-        assert results[step]["seconds"] > 0
-        assert 0 < results[step]["peak_resident_gib"] < 0.7  # without what the bench itself has in memory
+    assert min(results[step]["seconds"] for step in ("mine", "replay")) > 0
+    # The process that mines has neither torch nor what the bench itself has in memory; the other has torch.
+    assert 0 < results["mine"]["peak_resident_gib"] < 0.4 < results["replay"]["peak_resident_gib"]
     assert list(tmp_path.iterdir()) == [out]
