@@ -22,7 +22,7 @@ from dice_py.config.mining import MiningOptions
 from dice_py.errors import DataError, DiceError, OutOfMemoryError
 from dice_py.mining.columns import CHARACTERS, arrow_frame, hash_duplicates, refuse_twice, wanted_columns
 from dice_py.rows.file_kinds import is_url, other_format
-from dice_py.storage.parquet import UNREADABLE, refuse_foreign
+from dice_py.storage.parquet import UNREADABLE, complete_batches, refuse_foreign
 
 BATCH_ROWS = 1 << 18
 """Rows of a batch, at most."""
@@ -120,7 +120,7 @@ def _read(part: _Fragment, schema: pa.Schema, batch_rows: int) -> Iterator[pa.Re
     """
     names = [name for name in schema.names if name not in part.partition]
     with pq.ParquetFile(Path(part.file).absolute(), pre_buffer=False) as file:
-        for batch in file.iter_batches(batch_rows, columns=names):
+        for batch in complete_batches(file, batch_rows, names):
             columns = [
                 pa.repeat(pa.scalar(part.partition[field.name], field.type), batch.num_rows)
                 if field.name in part.partition

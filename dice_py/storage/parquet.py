@@ -182,6 +182,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
     """
     with opened_parquet(path, columns) as file:
         table = file.read(columns)
+        _check_rows(file, table.num_rows)
         return table_frame(table if columns is None else table.select(columns))
 
 
@@ -192,8 +193,26 @@ def parquet_batches(path: Path, rows: int = 8192) -> Iterator[pl.DataFrame]:
         DataError: the file is absent or cannot be read.
     """
     with opened_parquet(path, None) as file:
-        for batch in file.iter_batches(rows):
+        for batch in complete_batches(file, rows):
             yield table_frame(pa.Table.from_batches([batch]))
+
+
+def complete_batches(file: pq.ParquetFile, rows: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The batches of a file, at most `rows` rows each. pyarrow alone would end early where a page is damaged.
+
+    Raises:
+        ArrowException: other errors of reading, or fewer or more rows than the footer names.
+    """
+    read = 0
+    for batch in file.iter_batches(rows, columns=columns):
+        read += batch.num_rows
+        yield batch
+    _check_rows(file, read)
+
+
+def _check_rows(file: pq.ParquetFile, read: int) -> None:
+    if read != file.metadata.num_rows:
+        raise pa.ArrowInvalid(f"it is damaged: its footer names {file.metadata.num_rows} rows, and {read} can be read")
 
 
 @contextlib.contextmanager
