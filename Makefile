@@ -71,8 +71,8 @@ test-rust: setup ## Rust's tests
 test-python: setup ## Python's tests but the longest, a file in one of TEST_JOBS processes
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-test-slow: setup ## the tests that `make test` leaves out, since each takes about a minute or more
-	$(PYTEST) -m long $(PYTEST_ARGS)
+test-slow: setup ## the tests that `make test` leaves out, and its properties on all of their examples (most of an hour)
+	DICE_EXAMPLES=all $(PYTEST) -m "long or hypothesis" $(PYTEST_ARGS)
 
 test-kills: setup ## kills small runs at 100 random moments, and compares each with an undisturbed run (KILLS, KILLS_SEED)
 	DICE_KILLS=$(or $(KILLS),100) DICE_KILLS_SEED=$(or $(KILLS_SEED),0) $(BIN)/python -m pytest \

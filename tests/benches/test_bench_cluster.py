@@ -22,6 +22,7 @@ def test_where_it_stops_to_scale(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.count("GPUs: ") == 3
 
 
+@pytest.mark.long
 def test_what_is_assumed_matters(tmp_path: Path) -> None:
     def hours(*options: str) -> float:
         cluster.main([f"--out={tmp_path}", "--gpus", "64", *options])

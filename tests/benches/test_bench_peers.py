@@ -128,6 +128,7 @@ def run(out: Path, *more: str) -> int:
     return peers.main([*small, *more])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_results_hold_what_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

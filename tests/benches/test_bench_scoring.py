@@ -21,6 +21,7 @@ import torch
 SMALL = ["--prompts=3", "--samples=4", "--prompt-median=20", "--response-median=12", "--longest=60", "--repeats=1"]
 
 
+@pytest.mark.long
 def test_all_ways_agree_and_results_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DICE_CACHE", str(tmp_path / "cache"))
     asked: list[list[str]] = []

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dice_py import mine_pairs
 from dice_py.errors import DiceError
+from examples import examples
 
 small = st.integers(0, 3)
 text = st.sampled_from(["", "a", "b", "length", "stop", "\x1b[31m", "é"])
@@ -82,7 +83,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(table=tables(), group_rows=st.integers(1, 5), options=st.data())
 def test_any_schema_ends_in_a_documented_exit_code(
     dice: Any, tmp_path_factory: pytest.TempPathFactory, table: pa.Table, group_rows: int, options: st.DataObject

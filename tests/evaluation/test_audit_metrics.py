@@ -25,6 +25,7 @@ from dice_py.evaluation.audit.best_of_k import (
 from dice_py.evaluation.audit.data import comparisons_of_scores
 from dice_py.evaluation.audit.preferences import agreement, brier
 from dice_py.evaluation.resampling import Resamples, by_group, interval, ratio
+from examples import examples
 
 SETS = st.lists(
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=6), min_size=1, max_size=6
@@ -53,7 +54,7 @@ def test_comparisons_of_scores_are_all_pairs_that_differ(sets: list[list[tuple[i
     assert all(total == pytest.approx(1.0) or total == 0.0 for total in of_prompt)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SETS)
 def test_accuracy_of_scored_sets_is_the_mean_over_prompts(sets: list[list[tuple[int, int]]]) -> None:
     prompt, rewards, score = flat(sets)
@@ -78,7 +79,7 @@ def test_accuracy_of_scored_sets_is_the_mean_over_prompts(sets: list[list[tuple[
 LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3)), min_size=1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LENGTHS)
 def test_accuracy_of_pairs_and_of_slices(rows: list[tuple[int, int, int, int]]) -> None:
     data = pairs([row[0] for row in rows], [row[1] for row in rows])
@@ -124,7 +125,7 @@ def best_of_subsets(rows: list[tuple[int, int]], most: int) -> list[float]:
     return curve
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SETS)
 def test_curves_are_those_of_all_subsets(sets: list[list[tuple[int, int]]]) -> None:
     prompt, rewards, score = flat(sets)
@@ -171,7 +172,7 @@ def test_prompts_with_fewer_responses_are_left_out() -> None:
     assert (found.prompts, found.end_score.value) == (2, 1.0)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SETS)
 def test_roc_auc_counts_pairs_of_right_and_wrong(sets: list[list[tuple[int, int]]]) -> None:
     prompt, rewards, score = flat([[(r, s % 2) for r, s in rows] for rows in sets])
@@ -203,6 +204,7 @@ def test_roc_auc_counts_pairs_of_right_and_wrong(sets: list[list[tuple[int, int]
         assert min(drawn) <= found.ci95[1] + 1e-9
 
 
+@pytest.mark.long
 def test_the_interval_of_the_area_is_of_weighted_areas() -> None:
     rng = np.random.default_rng(3)
     prompt = np.repeat(np.arange(40), 5)
@@ -214,7 +216,7 @@ def test_the_interval_of_the_area_is_of_weighted_areas() -> None:
     assert roc_auc(data, rewards, resamples).ci95 == pytest.approx(np.percentile(areas, [2.5, 97.5]), abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SETS)
 def test_pearson_within_prompts(sets: list[list[tuple[int, int]]]) -> None:
     prompt, rewards, score = flat(sets)
@@ -233,6 +235,7 @@ def test_equal_numbers_with_rounding_define_no_correlation() -> None:
     assert found.value == pytest.approx(1.0)
 
 
+@pytest.mark.long
 def test_intervals_cover_the_truth_where_a_prompts_pairs_agree() -> None:
     """Four pairs a prompt, which are right or wrong together: 60 prompts say as much as 60 pairs, not as 240."""
     rng, truth, inside, width = random.Random(0), 0.7, 0, []

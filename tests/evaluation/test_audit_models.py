@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from dice_py.evaluation.audit.data import AuditData
 from dice_py.evaluation.audit.models import Battles, Standings, battles_of, model_figures, standings, strengths
 from dice_py.evaluation.resampling import Resamples
+from examples import examples
 
 SETS = st.lists(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=5), min_size=1, max_size=6
@@ -65,7 +66,7 @@ def totals(battles: Battles, won: np.ndarray, weights: np.ndarray | None = None)
     return wins[None], games[None]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SETS)
 def test_strengths_are_those_of_a_plain_fit(sets: list[list[tuple[int, int]]]) -> None:
     """The maximum of the likelihood with the penalty ½·‖s‖², found by SciPy."""

@@ -267,8 +267,8 @@ def test_rows_stay_within_the_budget(llama: Path) -> None:
     [
         (make_llama, True, True),
         (lambda folder: make_other(folder, mistral), True, False),
-        (lambda folder: make_other(folder, gemma2), True, False),
-        (lambda folder: make_other(folder, gpt2), True, True),
+        pytest.param(lambda folder: make_other(folder, gemma2), True, False, marks=pytest.mark.long),
+        pytest.param(lambda folder: make_other(folder, gpt2), True, True, marks=pytest.mark.long),
         (lambda folder: make_other(folder, mamba), False, False),
     ],
     ids=["llama", "mistral sliding", "gemma2", "gpt2", "mamba"],

@@ -96,6 +96,7 @@ def test_the_stage_passes_them_on(tmp_path: Path) -> None:
     assert int(read_parquet(file)["token_ids"].explode().max()) < KNOWN.size  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")

@@ -147,6 +147,7 @@ def seen(folder: Path) -> Seen:
     return result
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

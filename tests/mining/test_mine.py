@@ -23,6 +23,7 @@ from mine_data import PAIRINGS, frame, moved_prompts, small
 import dice_py
 from dice_py import mine_pairs
 from dice_py.errors import DataError
+from examples import examples
 
 SCHEMA = {
     "prompt_id": pl.UInt32,
@@ -108,7 +109,7 @@ def test_of_two_penalties_as_good_the_lower() -> None:
 
 @pytest.mark.parametrize("debias", ["none", "linear", "bucket"])
 @pytest.mark.parametrize("scale", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_rows_and_chunks_may_move(debias: Any, scale: bool, data: st.DataObject) -> None:
     rows = data.draw(

@@ -72,7 +72,7 @@ def large(
     return frame[np.argsort(ranks, kind="stable")]
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 16))])
 def test_every_order_id_length_and_reward(seed: int) -> None:
     """A Latin square: each order with each kind of id and of length, and so on."""
     frame = large(
@@ -96,7 +96,7 @@ def test_shuffled_many() -> None:
     check(large(60_000, 20, order="shuffled", ids="signed", unit=2**20), search=False)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["ascending", *(pytest.param(order, marks=pytest.mark.long) for order in ORDERS[1:])])
 def test_a_sample_that_misleads(order: str) -> None:
     """Prompts at one end of the ids, or few of them, decide where the gap crosses zero."""
     count = 12_000

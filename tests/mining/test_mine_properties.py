@@ -23,6 +23,7 @@ from mine_oracle import splitmix64
 
 from dice_py import MinedPairs, mine_pairs
 from dice_py.errors import DataError
+from examples import examples
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -61,7 +62,7 @@ def exact_options(seed: int) -> dict[str, Any]:
     return options
 
 
-@settings(RELAXED, max_examples=150)
+@settings(RELAXED, max_examples=examples(150))
 @given(frame=frames(), seed=st.integers(0, 10**6))
 @example(frame=ANY_PENALTY, seed=146)
 def test_against_the_oracle(frame: pl.DataFrame, seed: int) -> None:
@@ -99,7 +100,7 @@ def cut(frame: pl.DataFrame, cuts: list[int]) -> pl.DataFrame:
     return pl.concat([frame[a:b] for a, b in pairwise(edges)], rechunk=False)
 
 
-@settings(RELAXED, max_examples=60)
+@settings(RELAXED, max_examples=examples(60))
 @given(frame=frames(), seed=st.integers(0, 10**6), data=st.data())
 def test_rows_may_move(frame: pl.DataFrame, seed: int, data: st.DataObject) -> None:
     # Which of two equal texts or of two equal rewards is taken does depend on the order of a prompt's own rows.
@@ -111,7 +112,7 @@ def test_rows_may_move(frame: pl.DataFrame, seed: int, data: st.DataObject) -> N
     assert_same_content(one, grouped)
 
 
-@settings(RELAXED, max_examples=60)
+@settings(RELAXED, max_examples=examples(60))
 @given(frame=frames(), seed=st.integers(0, 10**6), data=st.data())
 def test_kinds_chunks_and_slices_agree(frame: pl.DataFrame, seed: int, data: st.DataObject) -> None:
     options = exact_options(seed)
@@ -200,7 +201,7 @@ any_length = st.one_of(st.integers(0, 2**32 - 1), st.integers(0, 40), st.integer
 
 
 @pytest.mark.parametrize("width", ["f32", "f64"])
-@settings(RELAXED, max_examples=400)
+@settings(RELAXED, max_examples=examples(400))
 @given(data=st.data())
 def test_alpha_is_exact_for_any_floats(width: str, data: st.DataObject) -> None:
     """Against rational arithmetic: rewards and lengths over their full ranges, and to the last bit."""
@@ -261,7 +262,7 @@ def test_prompt_ids_of_any_type(dtype: Any, frame: pl.DataFrame, seed: int) -> N
         assert coded_pairs.pairs.with_columns(text).equals(plain.pairs.with_columns(text))
 
 
-@settings(RELAXED, max_examples=40)
+@settings(RELAXED, max_examples=examples(40))
 @given(frame=frames(), seed=st.integers(0, 10**6))
 def test_widths_of_rewards_and_lengths(frame: pl.DataFrame, seed: int) -> None:
     """These rewards are the same numbers in float32, and the lengths in any integer type."""
@@ -273,7 +274,7 @@ def test_widths_of_rewards_and_lengths(frame: pl.DataFrame, seed: int) -> None:
         assert_same_summary(mined, expected)
 
 
-@settings(RELAXED, max_examples=40)
+@settings(RELAXED, max_examples=examples(40))
 @given(frame=frames(), seed=st.integers(0, 10**6), data=st.data())
 def test_a_negative_length_is_refused(frame: pl.DataFrame, seed: int, data: st.DataObject) -> None:
     """Whatever else is wrong with its row, and it names the first of them."""
@@ -283,7 +284,7 @@ def test_a_negative_length_is_refused(frame: pl.DataFrame, seed: int, data: st.D
         mine_pairs(frame.with_columns(response_tokens=bad), **exact_options(seed))
 
 
-@settings(RELAXED, max_examples=30)
+@settings(RELAXED, max_examples=examples(30))
 @given(frame=frames(), pairing=st.sampled_from(PAIRINGS))
 def test_equal_lengths_need_no_penalty(frame: pl.DataFrame, pairing: str) -> None:
     level = frame.with_columns(response_tokens=pl.lit(5))
@@ -293,7 +294,7 @@ def test_equal_lengths_need_no_penalty(frame: pl.DataFrame, pairing: str) -> Non
     assert not (mined.pairs["margin"] == 0).any()
 
 
-@settings(RELAXED, max_examples=30)
+@settings(RELAXED, max_examples=examples(30))
 @given(frame=frames(), reward=st.sampled_from([0.0, -0.0, 1.5, -3e38]))
 def test_constant_rewards_are_no_preference(frame: pl.DataFrame, reward: float) -> None:
     level = frame.with_columns(reward=pl.lit(reward)).filter(pl.col("response_tokens") > 0)
@@ -313,7 +314,7 @@ def test_constant_rewards_are_no_preference(frame: pl.DataFrame, reward: float) 
         assert math.isnan(mined.reward_length_correlation_before)
 
 
-@settings(RELAXED, max_examples=30)
+@settings(RELAXED, max_examples=examples(30))
 @given(frame=frames(), seed=st.integers(0, 10**6))
 def test_one_response_a_prompt_gives_no_pair(frame: pl.DataFrame, seed: int) -> None:
     alone = frame.with_columns(prompt_id=pl.int_range(pl.len()))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from dice_py import mine_pairs
 from dice_py.errors import DataError, DiceError
+from examples import examples
 
 small_integers = st.integers(-3, 9)
 # As an Arrow type writes it, and what it holds. Most values are small, so that prompts have several rows.
@@ -120,7 +121,7 @@ OPTIONS: list[dict[str, Any]] = [
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
-@settings(RELAXED, max_examples=250)
+@settings(RELAXED, max_examples=examples(250))
 @given(made=tables(), options=st.sampled_from(OPTIONS), kind=st.sampled_from(["table", "reader", "batch", "polars"]))
 def test_any_types(made: tuple[pa.Table, dict[str, str]], options: dict[str, Any], kind: str) -> None:
     table, named = made

@@ -16,6 +16,7 @@ from dice_py.errors import DataError
 from dice_py.models.chat_template import turn_tokens
 from dice_py.models.control_tokens import ControlTokens
 from dice_py.models.tokenization import encode_prompt, encode_response
+from examples import examples
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -89,7 +90,7 @@ TEXTS = st.lists(
 
 
 @pytest.mark.parametrize("name", ["byte level", "trimmed", "in Python"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(question=TEXTS, answer=TEXTS)
 def test_no_text_gives_a_control_token_and_none_is_lost(name: str, question: str, answer: str) -> None:
     tokenizer = TOKENIZERS[name]
@@ -104,7 +105,7 @@ def test_no_text_gives_a_control_token_and_none_is_lost(name: str, question: str
     assert tokenizer.decode(response) == f"{kept(answer)}<|im_end|>"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(text=TEXTS)
 def test_text_that_spells_nothing_has_the_ids_that_it_always_had(text: str) -> None:
     tokenizer = TOKENIZERS["byte level"]

@@ -11,6 +11,7 @@ from tiny_families import SHAPE, build
 
 from dice_py.models.flops import Work, device_name, matmul_rate, shape_of
 from dice_py.models.packing import Batch, Packer, seen_keys
+from examples import examples
 
 # Weights of a layer of SHAPE: queries and output 32 × 32 each, keys and values (one head of 16) 32 × 16 each.
 ATTENTION = 2 * 32 * 32 + 2 * 32 * 16
@@ -95,7 +96,7 @@ def count_pairs(batch: Batch) -> int:
 _TOKENS = st.lists(st.integers(0, 9), min_size=1, max_size=9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(_TOKENS, min_size=1, max_size=4), st.data(), st.integers(1, 80))
 def test_seen_keys_are_counted(few: list[list[int]], data: st.DataObject, budget: int) -> None:
     rows = data.draw(st.lists(st.tuples(st.sampled_from(few), _TOKENS), min_size=1, max_size=12))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dice_py.models.packing import Batch, Group, Packer, batches_by_budget, group_rows
+from examples import examples
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def group_sizes(rows: Rows) -> dict[tuple[int, ...], int]:
 BUDGETS = st.integers(1, 120)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(some_rows(), BUDGETS)
 def test_every_row_once_and_within_the_budget(rows: Rows, budget: int) -> None:
     batches = drain(rows.packer(), budget)
@@ -73,7 +74,7 @@ def test_every_row_once_and_within_the_budget(rows: Rows, budget: int) -> None:
         assert len(set(prompts)) == len(prompts)  # once for all of its responses in the batch
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(some_rows(), BUDGETS)
 def test_only_groups_larger_than_a_batch_are_cut(rows: Rows, budget: int) -> None:
     sizes = group_sizes(rows)
@@ -87,7 +88,7 @@ def test_only_groups_larger_than_a_batch_are_cut(rows: Rows, budget: int) -> Non
         assert cut or len(batch.tokens) + sizes[tuple(following.groups[0].prompt)] > budget
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(some_rows(minimum=1))
 def test_with_room_for_all_each_prompt_appears_once(rows: Rows) -> None:
     (batch,) = drain(rows.packer(), 10_000)
@@ -95,7 +96,7 @@ def test_with_room_for_all_each_prompt_appears_once(rows: Rows) -> None:
     assert batch.unshared_tokens == sum(rows.size(row) for row in range(len(rows.prompts)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(some_rows(minimum=1), BUDGETS)
 def test_a_batch_holds_each_row_as_it_is_alone(rows: Rows, budget: int) -> None:
     for batch in drain(rows.packer(), budget):
@@ -124,7 +125,7 @@ def test_a_batch_holds_each_row_as_it_is_alone(rows: Rows, budget: int) -> None:
         }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(some_rows(), st.lists(st.tuples(BUDGETS, st.booleans()), max_size=20))
 def test_put_back_undoes_next_batch(rows: Rows, steps: list[tuple[int, bool]]) -> None:
     """Also when the budget changes between batches."""
@@ -141,7 +142,7 @@ def test_put_back_undoes_next_batch(rows: Rows, steps: list[tuple[int, bool]]) -
     assert [contents(batch) for batch in drain(packer, 40)] == [contents(batch) for batch in drain(other, 40)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(some_rows(minimum=1), BUDGETS)
 def test_the_group_of_the_longest_response_comes_first(rows: Rows, budget: int) -> None:
     first = drain(rows.packer(), budget)[0].groups[0]
@@ -182,7 +183,7 @@ def test_nothing_to_pack(budget: int) -> None:
     assert list(batches_by_budget([], budget)) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
 def test_batches_by_budget(lengths: list[int], budget: int) -> None:
     batches = list(batches_by_budget(lengths, budget))

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from dice_py.models.token_pieces import TokenPieces
+from examples import examples
 
 BYTES = make_tokenizer()
 PIECES = TokenPieces(BYTES)
@@ -48,13 +49,13 @@ def test_a_character_that_is_never_finished() -> None:
     assert assert_cover([*encoded("漢")[:1], *encoded("b"), *encoded("漢")]) == ["\ufffd", "b", "漢"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(st.integers(0, 261), max_size=60))
 def test_any_tokens(ids: list[int]) -> None:
     assert_cover(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text_has_a_piece_for_each_character(text: str) -> None:
     texts = assert_cover(encoded(text))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dice_py import mix_replay, sample_replay
 from dice_py.errors import DataError, UsageError
+from examples import examples
 
 
 def mined(rows: int = 10) -> pl.DataFrame:
@@ -133,7 +134,7 @@ def test_gamma_of_one_replays_only() -> None:
     assert (mix.mined, mix.replay, mix.reached_share) == (0, 10, 1.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(gamma=st.floats(0, 1), total=st.integers(0, 40), seed=st.integers(0, 2**64 - 1))
 def test_total(gamma: float, total: int, seed: int) -> None:
     mix = mix_replay(mined(40), offline(100, first=20), gamma=gamma, seed=seed, total=total)

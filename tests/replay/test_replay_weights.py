@@ -23,6 +23,7 @@ from dice_py.replay.weights import (
     proportional_counts,
     replay_weights,
 )
+from examples import examples
 
 MARGINS = [0.0, -3.0, 0.25, 1.0, 7.5, 1e-30]
 ROUNDS = [1, 5, 3, 5, 2, 4]
@@ -128,7 +129,7 @@ def test_invalid_columns(options: dict[str, Any], error: type[Exception], messag
         replay_weights(pairs, **options)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(lengths=st.lists(st.integers(0, 20), max_size=40), buckets=st.integers(1, 7))
 def test_length_buckets(lengths: list[int], buckets: int) -> None:
     computed = length_buckets(pl.Series(lengths, dtype=pl.UInt32), buckets)
@@ -139,7 +140,7 @@ def test_length_buckets(lengths: list[int], buckets: int) -> None:
         assert set(computed.value_counts()["count"]) == {n // buckets}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     total=st.integers(0, 200), shares=st.lists(st.one_of(st.integers(0, 9), st.floats(0, 1)), min_size=1, max_size=6)
 )
@@ -165,7 +166,7 @@ def test_earlier_counts_win_ties() -> None:
     assert equal_counts(9, [10, 10, 1, 10]) == [3, 3, 1, 2]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(total=st.integers(0, 60), available=st.lists(st.integers(0, 12), max_size=6))
 def test_equal_counts(total: int, available: list[int]) -> None:
     # One row at a time, from the stratum with the fewest drawn rows that has rows left; the first wins ties.
@@ -176,7 +177,7 @@ def test_equal_counts(total: int, available: list[int]) -> None:
     assert equal_counts(total, available) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(total=st.integers(0, 60), available=st.lists(st.integers(0, 12), max_size=6))
 @pytest.mark.parametrize("allocation", ["proportional", "equal"])
 def test_no_count_exceeds_its_stratum(allocation: Any, total: int, available: list[int]) -> None:

@@ -15,6 +15,7 @@ from dice_py.data import read_pairs, read_prompts
 from dice_py.errors import DataError
 from dice_py.rows.bad_rows import BadRowRule
 from dice_py.rows.sources import read_rows
+from examples import examples
 
 TURNS = [{"role": "user", "content": 'Say "hi", please'}, {"role": "assistant", "content": "hi\n"}]
 TURNS += [{"role": "user", "content": "Again."}]
@@ -79,7 +80,7 @@ def test_a_bad_row_can_be_left_out_and_a_byte_order_mark_is_none_of_the_header(t
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5), tab=st.booleans())
 def test_what_python_writes_is_read(tmp_path_factory: Any, rows: list[tuple[str, str]], tab: bool) -> None:
     path = tmp_path_factory.getbasetemp() / ("fuzz.tsv" if tab else "fuzz.csv")

@@ -18,6 +18,7 @@ from dice_py.errors import DataError
 from dice_py.models.tokenization import encode_pairs, encode_prompts
 from dice_py.rows.bad_rows import BadRowRule
 from dice_py.rows.sources import find_source
+from examples import examples
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(
@@ -58,7 +59,7 @@ TOKENIZER = make_tokenizer()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(lines=st.lists(LINES, max_size=4), column=st.sampled_from(["prompt", "messages", "system"]))
 def test_any_rows_are_read_or_refused(tmp_path_factory: Any, kind: str, lines: list[str], column: str) -> None:
     path = tmp_path_factory.getbasetemp() / f"fuzz.{kind}"
@@ -66,7 +67,7 @@ def test_any_rows_are_read_or_refused(tmp_path_factory: Any, kind: str, lines: l
     _read_all(path, column)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=3))
 def test_any_json_list_is_read_or_refused(tmp_path_factory: Any, rows: list[Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.json"
@@ -74,7 +75,7 @@ def test_any_json_list_is_read_or_refused(tmp_path_factory: Any, rows: list[Any]
     _read_all(path, "prompt")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     data=st.binary(max_size=40) | st.text('prompt\n\r",{}[]:ab\0', max_size=40).map(str.encode), packed=st.booleans()
 )
@@ -90,7 +91,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: Any, kind: str, data: b
 WRITTEN = st.text("a./:@[]%*?+-0123456789", max_size=14) | st.text(max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(before=st.sampled_from(["{}/", "{}/rows.jsonl", "{}:", "an-owner/"]), text=WRITTEN)
 def test_whatever_is_written_is_found_or_refused(tmp_path_factory: Any, before: str, text: str) -> None:
     folder = tmp_path_factory.getbasetemp() / "written"

@@ -18,6 +18,7 @@ from dice_py.errors import DataError
 from dice_py.rows.slices import bounds
 from dice_py.rows.sources import find_source, is_there
 from dice_py.storage.keys import file_digest
+from examples import examples
 
 
 def jsonl(path: Path, *prompts: str) -> Path:
@@ -114,7 +115,7 @@ def test_a_slice_reads_no_further_than_it_must(tmp_path: Path) -> None:
 ENDS = st.none() | st.integers(-130, 130)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(total=st.integers(1, 120), start=ENDS, stop=ENDS, percent=st.booleans())
 def test_slices_are_those_of_datasets(total: int, start: int | None, stop: int | None, percent: bool) -> None:
     sign = "%" if percent else ""

@@ -22,7 +22,7 @@ from dice_py.storage.files import read_json, read_sealed, write_sealed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline_stages")]
 
-NESTED = "[" * 100_000
+NESTED = "[" * 10_000
 DIGITS = '{"a": ' + "9" * 6000 + "}"
 
 
@@ -48,7 +48,9 @@ def resume(folder: Path, *assignments: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2]", "{}", "5", NESTED, DIGITS], ids=["list", "object", "number", "deep", "long"]
+    "text",
+    [*(pytest.param(text, marks=pytest.mark.long) for text in ("[1, 2]", "{}", DIGITS)), "5", NESTED],
+    ids=["list", "object", "long", "number", "deep"],
 )
 @pytest.mark.parametrize("name", ["mine/mining.json", "evaluate/metrics.json"])
 def test_a_file_of_a_later_round_does_not_end_the_report(copy: Path, finished: Path, name: str, text: str) -> None:
@@ -59,7 +61,7 @@ def test_a_file_of_a_later_round_does_not_end_the_report(copy: Path, finished: P
     assert_same_results(copy, finished)
 
 
-@pytest.mark.parametrize("text", [NESTED, DIGITS], ids=["deep", "long"])
+@pytest.mark.parametrize("text", [NESTED, pytest.param(DIGITS, marks=pytest.mark.long)], ids=["deep", "long"])
 @pytest.mark.parametrize(
     "name", ["events.jsonl", "manifest.json", "config.yaml", "profile.json", "inputs/checked.json"]
 )

@@ -89,7 +89,8 @@ def check_columns(name: str, config: RunConfig, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in ("rdpo", "spa", "sppo") else name for name in RUNS]
+    "name",
+    [name if name in ("cream", "all of TRL") else pytest.param(name, marks=pytest.mark.long) for name in RUNS],
 )
 def test_two_rounds(tmp_path: Path, name: str) -> None:
     config = resolve([], [*SMALL, *RUNS[name]])

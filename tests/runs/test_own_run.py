@@ -244,11 +244,18 @@ KILLS = [
 """Stage, event, at which of these events of the stage, and what must then be there."""
 
 
-def test_a_run_that_was_killed_in_every_stage_ends_as_an_unkilled_one(complete_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kills",
+    [[KILLS[0], KILLS[-1]], pytest.param(KILLS, marks=pytest.mark.long)],
+    ids=["sampling and training", "every stage"],
+)
+def test_a_run_that_was_killed_ends_as_an_unkilled_one(
+    complete_run: Path, tmp_path: Path, kills: list[tuple[str, str, int, str]]
+) -> None:
     folder = tmp_path / "killed"
     asked = ["run", "-c", str(complete_run / "config.yaml"), "--run-dir", str(folder)]
     written: dict[Path, int] = {}
-    for stage, event, number, name in KILLS:
+    for stage, event, number, name in kills:
         command = [sys.executable, "-c", KILLED, f"round-01/{stage}", event, str(number), *asked]
         with (tmp_path / "output").open("wb") as output:
             process = subprocess.Popen(

@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from dice_py.errors import DataError
 from dice_py.models.loading import load_model
 from dice_py.scoring.lm_head import LogitHead
+from examples import examples
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
 
@@ -78,7 +79,7 @@ def test_models_from_folders(tmp_path: Path, make: Callable[[Path], Path]) -> No
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 20), st.lists(st.integers(1, 24), min_size=1, max_size=4)), min_size=1, max_size=5

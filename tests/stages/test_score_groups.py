@@ -46,6 +46,7 @@ def test_two_processes_give_the_files_of_one(run: Stage, tmp_path: Path) -> None
     assert left == {"gate.json", *(file.name for file in run.files)}
 
 
+@pytest.mark.long
 def test_error_of_a_shard_comes_from_its_process(run: Stage) -> None:
     run.frames[1] = pl.DataFrame({"prompt_token_ids": [[7]], "token_ids": [[999]]}, schema=run.frames[1].schema)
     run.write()

@@ -79,6 +79,7 @@ def prepared(folder: Path, report: Events) -> Inputs:
         return prepare(run)
 
 
+@pytest.mark.long
 def test_a_run_does_not_depend_on_the_cache(cache: Path, tmp_path: Path) -> None:
     inputs = prepared(tmp_path / "run", Events())
     own = tmp_path / "run/inputs/world"

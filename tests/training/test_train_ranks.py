@@ -198,6 +198,7 @@ def test_ranks_that_are_asked_to_stop_write_a_checkpoint_of_one_step(
     assert max_abs_diff(run.weights(), undisturbed.weights()) == 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("sharded")
 def test_fsdp2_with_activation_checkpointing_and_accumulation(run: Stage, tmp_path: Path) -> None:
     run(gradient_checkpointing=True, batch_size=8, **TWO)
@@ -207,6 +208,7 @@ def test_fsdp2_with_activation_checkpointing_and_accumulation(run: Stage, tmp_pa
     assert max_abs_diff(run.weights(), one.weights()) < NEAR
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("sharded")
 def test_fsdp2_of_tied_embeddings(tmp_path: Path) -> None:
     policy = make_qwen2(tmp_path / "qwen2")
@@ -283,6 +285,7 @@ def test_fsdp2_resumes_from_a_checkpoint(run: Stage, alone: Stage) -> None:
     assert not checkpoints.exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("sharded")
 def test_one_process_ignores_a_checkpoint_in_shards(run: Stage, alone: Stage) -> None:
     run.interrupt(at=3, save_steps=2, **TWO)
@@ -324,6 +327,7 @@ def test_offset_that_leaves_the_loss_at_ln_2_stops_at_step_0(run: Stage) -> None
     assert not run.model.exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("sharded")
 def test_rank_without_a_share_takes_part_in_step_0(run: Stage) -> None:
     counts = run(step0_pairs=1, max_steps=1, **TWO)
