@@ -114,7 +114,8 @@ class Browser {
   address() {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => {
-      if (location.hash !== addressOf(this.current)) location.hash = addressOf(this.current);
+      // Not by location.hash, of which an event comes later: a reader who has moved on by then would be taken back.
+      if (location.hash !== addressOf(this.current)) history.pushState(null, "", addressOf(this.current));
     }, SETTLED);
   }
 
@@ -124,7 +125,7 @@ class Browser {
     clearTimeout(this.timer);
     const key = decoded(location.hash.slice(PREFIX.length));
     const pair = this.byAddress.get(key);
-    if (pair && pair === this.current) return true; // the address followed the reader
+    if (pair && pair === this.current) return true;
     if (pair) this.select(pair, false);
     else if (this.current === null) this.select(this.matches[0], false);
     if (!pair) this.notice(`This page has no pair ${oneLine(key, 80)}.`);

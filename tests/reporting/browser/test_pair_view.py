@@ -258,6 +258,25 @@ def test_a_link_shows_its_pair(plain: Path, open_page: OpenPage) -> None:
 # --- flags --------------------------------------------------------------------------------------------------------
 
 
+MOVES_AS_THE_ADDRESS_FOLLOWS = """() => {
+    const real = window.setTimeout;
+    let follow;
+    window.setTimeout = (work) => { follow = work; return 0; };
+    const press = () => document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "j", bubbles: true}));
+    press(); follow(); press();
+    window.setTimeout = real;
+}"""
+
+
+def test_a_key_that_comes_as_the_address_follows_is_not_taken_back(plain: Path, open_page: OpenPage) -> None:
+    page = open_page(plain)
+    ids = listed(page)
+    page.evaluate(MOVES_AS_THE_ADDRESS_FOLLOWS)
+    hash_becomes(page, ids[1])
+    page.keyboard.press("j")
+    assert current(page) == ids[3]
+
+
 def test_flags_are_kept_and_exported(plain: Path, open_page: OpenPage, tmp_path: Path) -> None:
     page = open_page(plain, accept_downloads=True, permissions=["clipboard-read", "clipboard-write"])
     ids = listed(page)
