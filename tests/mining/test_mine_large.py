@@ -92,6 +92,7 @@ def test_every_order_id_length_and_reward(seed: int) -> None:
     assert abs(mined.mean_length_gap_after) * 50 < abs(mined.mean_length_gap_before)
 
 
+@pytest.mark.long
 def test_shuffled_many() -> None:
     check(large(60_000, 20, order="shuffled", ids="signed", unit=2**20), search=False)
 

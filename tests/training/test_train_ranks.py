@@ -222,6 +222,7 @@ def test_fsdp2_of_tied_embeddings(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(two.model).lm_head.weight.isfinite().all()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("sharded")
 def test_fsdp2_in_bfloat16_saves_the_stored_type(llama: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy"
@@ -294,6 +295,7 @@ def test_one_process_ignores_a_checkpoint_in_shards(run: Stage, alone: Stage) ->
     assert max_abs_diff(run.weights(), alone.weights()) == 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_one_process_resumes_from_a_checkpoint_of_ddp(run: Stage, alone: Stage) -> None:
     run.interrupt(at=5, save_steps=2, **TWO)
@@ -318,6 +320,7 @@ def test_wrong_reference_in_the_share_of_one_rank_stops_at_step_0(
     assert not run.model.exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_offset_that_leaves_the_loss_at_ln_2_stops_at_step_0(run: Stage) -> None:
     columns = ["ref_chosen_logps", "ref_rejected_logps"]
@@ -334,6 +337,7 @@ def test_rank_without_a_share_takes_part_in_step_0(run: Stage) -> None:
     assert counts["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("sharded")
 def test_weights_that_are_not_finite_are_not_saved(run: Stage) -> None:
     with pytest.raises(DataError, match="weights that are not finite"):
