@@ -71,7 +71,7 @@ test-rust: setup ## Rust's tests
 test-python: setup ## Python's tests but the longest, a file in one of TEST_JOBS processes
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-test-slow: setup ## the tests that `make test` leaves out, and its properties on all of their examples (most of an hour)
+test-slow: setup ## the tests that `make test` leaves out, and its properties on all of their examples
 	DICE_EXAMPLES=all $(PYTEST) -m "long or hypothesis" $(PYTEST_ARGS)
 
 test-kills: setup ## kills small runs at 100 random moments, and compares each with an undisturbed run (KILLS, KILLS_SEED)

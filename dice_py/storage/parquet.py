@@ -212,7 +212,8 @@ def complete_batches(file: pq.ParquetFile, rows: int, columns: list[str] | None 
 
 def _check_rows(file: pq.ParquetFile, read: int) -> None:
     if read != file.metadata.num_rows:
-        raise pa.ArrowInvalid(f"it is damaged: its footer names {file.metadata.num_rows} rows, and {read} can be read")
+        named = file.metadata.num_rows
+        raise pa.ArrowInvalid(f"it is damaged: its footer names {named} rows, and {read} can be read; make it again")
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from dice_py import mine_pairs
 from dice_py.errors import DiceError
-from examples import examples
 
 small = st.integers(0, 3)
 text = st.sampled_from(["", "a", "b", "length", "stop", "\x1b[31m", "é"])

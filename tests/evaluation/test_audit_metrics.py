@@ -11,6 +11,7 @@ import pytest
 from audit_data import pairs, scored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
@@ -25,7 +26,6 @@ from dice_py.evaluation.audit.best_of_k import (
 from dice_py.evaluation.audit.data import comparisons_of_scores
 from dice_py.evaluation.audit.preferences import agreement, brier
 from dice_py.evaluation.resampling import Resamples, by_group, interval, ratio
-from examples import examples
 
 SETS = st.lists(
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=6), min_size=1, max_size=6

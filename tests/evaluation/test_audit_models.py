@@ -9,13 +9,13 @@ import pytest
 from audit_data import pairs, scored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from dice_py.evaluation.audit.data import AuditData
 from dice_py.evaluation.audit.models import Battles, Standings, battles_of, model_figures, standings, strengths
 from dice_py.evaluation.resampling import Resamples
-from examples import examples
 
 SETS = st.lists(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=5), min_size=1, max_size=6

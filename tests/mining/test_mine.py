@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mine_data import PAIRINGS, frame, moved_prompts, small
+from property_examples import examples
 
 import dice_py
 from dice_py import mine_pairs
 from dice_py.errors import DataError
-from examples import examples
 
 SCHEMA = {
     "prompt_id": pl.UInt32,

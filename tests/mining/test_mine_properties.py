@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mine_data import PAIRINGS, check, moved_prompts, random_frame, random_options, shuffled
 from mine_oracle import splitmix64
+from property_examples import examples
 
 from dice_py import MinedPairs, mine_pairs
 from dice_py.errors import DataError
-from examples import examples
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 

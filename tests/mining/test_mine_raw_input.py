@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from dice_py import mine_pairs
 from dice_py.errors import DataError, DiceError
-from examples import examples
 
 small_integers = st.integers(-3, 9)
 # As an Arrow type writes it, and what it holds. Most values are small, so that prompts have several rows.

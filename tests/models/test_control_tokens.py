@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from tiny_models import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
@@ -16,7 +17,6 @@ from dice_py.errors import DataError
 from dice_py.models.chat_template import turn_tokens
 from dice_py.models.control_tokens import ControlTokens
 from dice_py.models.tokenization import encode_prompt, encode_response
-from examples import examples
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -7,11 +7,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from tiny_families import SHAPE, build
 
 from dice_py.models.flops import Work, device_name, matmul_rate, shape_of
 from dice_py.models.packing import Batch, Packer, seen_keys
-from examples import examples
 
 # Weights of a layer of SHAPE: queries and output 32 × 32 each, keys and values (one head of 16) 32 × 16 each.
 ATTENTION = 2 * 32 * 32 + 2 * 32 * 16

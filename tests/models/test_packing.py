@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from dice_py.models.packing import Batch, Group, Packer, batches_by_budget, group_rows
-from examples import examples
 
 
 @dataclass(frozen=True)

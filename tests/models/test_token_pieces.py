@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from tiny_models import make_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from dice_py.models.token_pieces import TokenPieces
-from examples import examples
 
 BYTES = make_tokenizer()
 PIECES = TokenPieces(BYTES)

@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from dice_py import mix_replay, sample_replay
 from dice_py.errors import DataError, UsageError
-from examples import examples
 
 
 def mined(rows: int = 10) -> pl.DataFrame:

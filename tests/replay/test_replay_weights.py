@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from dice_py import sample_replay
 from dice_py.errors import DataError, UsageError
@@ -23,7 +24,6 @@ from dice_py.replay.weights import (
     proportional_counts,
     replay_weights,
 )
-from examples import examples
 
 MARGINS = [0.0, -3.0, 0.25, 1.0, 7.5, 1e-30]
 ROUNDS = [1, 5, 3, 5, 2, 4]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from dice_py.data import read_pairs, read_prompts
 from dice_py.errors import DataError
 from dice_py.rows.bad_rows import BadRowRule
 from dice_py.rows.sources import read_rows
-from examples import examples
 
 TURNS = [{"role": "user", "content": 'Say "hi", please'}, {"role": "assistant", "content": "hi\n"}]
 TURNS += [{"role": "user", "content": "Again."}]

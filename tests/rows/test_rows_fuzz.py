@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from tiny_models import make_tokenizer
 
 from dice_py.data import read_pairs, read_prompts
@@ -18,7 +19,6 @@ from dice_py.errors import DataError
 from dice_py.models.tokenization import encode_pairs, encode_prompts
 from dice_py.rows.bad_rows import BadRowRule
 from dice_py.rows.sources import find_source
-from examples import examples
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(

@@ -12,13 +12,13 @@ from datasets import ReadInstruction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from notes import Notes
+from property_examples import examples
 
 from dice_py.data import read_pairs, read_prompts
 from dice_py.errors import DataError
 from dice_py.rows.slices import bounds
 from dice_py.rows.sources import find_source, is_there
 from dice_py.storage.keys import file_digest
-from examples import examples
 
 
 def jsonl(path: Path, *prompts: str) -> Path:

@@ -22,7 +22,7 @@ from dice_py.storage.files import read_json, read_sealed, write_sealed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline_stages")]
 
-NESTED = "[" * 10_000
+NESTED = "[" * 100_000
 DIGITS = '{"a": ' + "9" * 6000 + "}"
 
 

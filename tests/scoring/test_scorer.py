@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logp_oracle import SAME, max_abs_diff, mixed, plain, scorer, shared
+from property_examples import examples
 from tiny_families import NOT_PACKED, PACKED, build
 from tiny_models import make_llama, make_mistral, make_qwen2
 from tiny_sets import CPU, LAST, draw_ids
@@ -23,7 +24,6 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from dice_py.errors import DataError
 from dice_py.models.loading import load_model
 from dice_py.scoring.lm_head import LogitHead
-from examples import examples
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
 

@@ -255,9 +255,6 @@ def test_a_link_shows_its_pair(plain: Path, open_page: OpenPage) -> None:
     assert 0 <= page.locator("#pair-name").bounding_box()["y"] < 300  # type: ignore[index]
 
 
-# --- flags --------------------------------------------------------------------------------------------------------
-
-
 MOVES_AS_THE_ADDRESS_FOLLOWS = """() => {
     const real = window.setTimeout;
     let follow;
@@ -275,6 +272,9 @@ def test_a_key_that_comes_as_the_address_follows_is_not_taken_back(plain: Path, 
     hash_becomes(page, ids[1])
     page.keyboard.press("j")
     assert current(page) == ids[3]
+
+
+# --- flags --------------------------------------------------------------------------------------------------------
 
 
 def test_flags_are_kept_and_exported(plain: Path, open_page: OpenPage, tmp_path: Path) -> None:
