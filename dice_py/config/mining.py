@@ -110,7 +110,7 @@ class PairOptions(Section):
     soft_labels: bool = _option(False, "Labels", "Add a column soft_label: sigmoid(margin / `label_scale`).")
     label_scale: float = _option(1.0, "Labels", "Scale of win rates and soft labels, in units of reward.")
     difficulty_quantile: float | None = _option(
-        None, "Labels", "Add a column difficulty: hard below this quantile of the margins, else easy."
+        None, "Labels", "Add a column difficulty: hard below this quantile of the margins (1: all), else easy."
     )
 
 

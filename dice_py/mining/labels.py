@@ -36,6 +36,11 @@ def drop_below(pairs: pl.DataFrame, least: float) -> pl.DataFrame:
     return pairs.filter(pl.col("margin").cast(pl.Float64) >= least)
 
 
+def least_easy_margin(margins: pl.Series, share: float) -> float:
+    """The margin from which pairs are easy: the quantile `share` of all margins; of a share of 1, none is."""
+    return math.inf if share == 1 else quantile(margins, share)
+
+
 def add_difficulty(pairs: pl.DataFrame, least_easy: float) -> pl.DataFrame:
     """Adds `difficulty`: "hard" for margins below `least_easy`, else "easy"."""
     hard = pl.when(pl.col("margin").cast(pl.Float64) < least_easy).then(pl.lit("hard")).otherwise(pl.lit("easy"))

@@ -28,6 +28,7 @@ from dice_py.mining.labels import (
     apply_margin_options,
     drop_below,
     finite,
+    least_easy_margin,
     margin_quantiles,
     quantile,
 )
@@ -210,7 +211,8 @@ def mine_pairs(frame: Frame, options: MiningOptions | None = None, **keywords: U
     - `win_rates`: SPPO's P of chosen and rejected (Wu et al., arXiv 2405.00675): the mean of
       sigmoid((s_i - s_j) / label_scale) over the prompt's usable responses j.
     - `soft_labels`: sigmoid(margin / label_scale).
-    - `difficulty_quantile`: "hard" for pairs with a margin below that quantile, else "easy" (MPO, arXiv 2403.19443).
+    - `difficulty_quantile`: "hard" for pairs with a margin below that quantile (1: for all), else "easy" (MPO, arXiv
+      2403.19443).
     - `second_reward_column`: `consistency`, (tau + 1) / 2 with Kendall's tau of the reward and a second reward over the
       prompt's responses (CREAM, arXiv 2410.12735). Ties count for neither side; null for fewer than two responses.
 
@@ -274,7 +276,7 @@ def _mined_pairs(pairs: pl.DataFrame, summary: _native.MineSummary, options: Min
         dropped_pairs["below_quantile"] = pairs.height - kept.height
         pairs = kept
     if options.difficulty_quantile is not None:
-        pairs = add_difficulty(pairs, quantile(pairs["margin"], options.difficulty_quantile))
+        pairs = add_difficulty(pairs, least_easy_margin(pairs["margin"], options.difficulty_quantile))
     gap = summary.mean_length_gap_after
     if pairs.height != count:
         longer = pl.col("chosen_length").cast(pl.Int64) - pl.col("rejected_length").cast(pl.Int64)

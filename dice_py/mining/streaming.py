@@ -35,6 +35,7 @@ from dice_py.mining.labels import (
     apply_margin_options,
     drop_below,
     finite,
+    least_easy_margin,
     margin_quantiles,
     quantile,
 )
@@ -157,7 +158,7 @@ class StreamMiner:
                     least = quantile(margins, least)
                     margins = margins.filter(margins.cast(pl.Float64) >= least)
                 if least_easy is not None:
-                    least_easy = quantile(margins, least_easy)
+                    least_easy = least_easy_margin(margins, least_easy)
                 final = _Totals()
                 for batch in source.iter_batches():
                     pairs = arrow_frame(pa.Table.from_batches([batch]))

@@ -275,7 +275,7 @@ def test_soft_labels(who: Any) -> None:
 
 def test_difficulty(who: Any) -> None:
     data = frame([0.0, 1.0, 0.0, 2.0, 0.0, 3.0, 0.0, 4.0], [5] * 8, prompt_id=[1, 1, 2, 2, 3, 3, 4, 4])
-    labels = {0.0: "easy " * 4, 0.5: "hard hard easy easy", 1.0: "hard hard hard easy"}
+    labels = {0.0: "easy " * 4, 0.5: "hard hard easy easy", 0.99: "hard hard hard easy", 1.0: "hard " * 4}
     for quantile, words in labels.items():
         mined = who(data, difficulty_quantile=quantile)
         assert mined.pairs["difficulty"].to_list() == words.split()

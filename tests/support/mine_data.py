@@ -119,7 +119,7 @@ def random_options(seed: int) -> dict[str, Any]:
         "win_rates": pick([True, False]),
         "soft_labels": pick([True, False]),
         "label_scale": pick([0.5, 1.0, 4.0]),
-        "difficulty_quantile": maybe(0.25, 0.5),
+        "difficulty_quantile": maybe(0.25, 0.5, 1.0),
     }
     if pick([True, True, False]):
         ends = ["any", "newest", "oldest"]

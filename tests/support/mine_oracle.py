@@ -333,7 +333,8 @@ def expected(frame: pl.DataFrame, **options: Any) -> dict[str, Any]:
         label = 1 / (1 + (-margin / o["label_scale"]).exp())
         pairs = pairs.with_columns(soft_label=label.cast(pl.Float32))
     if o["difficulty_quantile"] is not None:
-        hard = margin < margin.quantile(o["difficulty_quantile"], interpolation="linear")
+        share = o["difficulty_quantile"]
+        hard = margin < (float("inf") if share == 1 else margin.quantile(share, interpolation="linear"))
         label = pl.when(hard).then(pl.lit("hard")).otherwise(pl.lit("easy"))
         pairs = pairs.with_columns(difficulty=label.cast(pl.Enum(["easy", "hard"])))
     consistency = None
