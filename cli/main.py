@@ -29,6 +29,7 @@ from cli.mine import MineCommand, mine
 from cli.options import Config, Json, Panels, Set
 from cli.output import print_json, print_result, run_job
 from cli.plan import plan
+from cli.reinforce import reinforce
 from cli.replay import replay
 from cli.report import ReportCommand, report
 from cli.runs import resume, run, status
@@ -105,7 +106,7 @@ for shown in (samples, plan, demo, ablate, evidence):
 app.command(cls=Panels)(generate)
 app.command(cls=Panels)(score)
 app.command(cls=MineCommand)(mine)
-for stage in (replay, train, evaluate, extrapolate, audit):
+for stage in (replay, train, reinforce, evaluate, extrapolate, audit):
     app.command(cls=Panels)(stage)
 app.command(cls=InspectCommand)(inspect)
 app.command(cls=WinrateCommand)(winrate)

@@ -23,7 +23,8 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")
 Policy = Annotated[str, typer.Option(help="The policy: a model folder, a GGUF file or a Hugging Face id.")]
 Reference = Annotated[str, typer.Option(help="The model that the policy's DPO training started from.")]
 Method = Annotated[
-    str | None, typer.Option("--method", help="Training method: dpo, rdpo, sppo, cream, spa or soft (train.method).")
+    str | None,
+    typer.Option("--method", help="Training method: dpo, rdpo, sppo, cream, spa, soft or mpo (train.method)."),
 ]
 StageSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The seed.")]
 

@@ -35,6 +35,7 @@ _WRITTEN = {
     "score": ("scores-*.parquet", "ref-logps-*.parquet", "previous-logps-*.parquet"),
     "replay": ("offline.parquet", "buffer-*.parquet", "training_set.parquet"),
     "train": ("model", "model/*", "adapter", "adapter/*", "checkpoints", "checkpoints/*"),
+    "reinforce": ("model", "model/*", "adapter", "adapter/*", "checkpoints", "checkpoints/*"),
     "extrapolate": ("model", "model/*"),
     "audit": ("audit.json", "pairs.parquet", "responses.parquet"),
     "evaluate": (

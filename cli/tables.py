@@ -17,7 +17,8 @@ _HIGHLIGHTS = {
     "mine": ("pairs", "alpha"),
     "replay": ("mined", "replay", "reached_share"),
     "inspect": ("pairs", "tokens", "failure", "credit_failure"),
-    "train": ("pairs", "steps", "step0_loss", "final_loss"),
+    "train": ("pairs", "steps", "step0_loss", "final_loss", "skipped"),
+    "reinforce": ("hard_prompts", "steps", "first_reward", "final_reward", "final_kl", "final_tokens", "skipped"),
     "extrapolate": ("alpha", "metric"),
     "benchmark": ("metrics",),
     "evaluate": (

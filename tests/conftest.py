@@ -9,9 +9,12 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -99,6 +102,46 @@ def pairs(llama: Path) -> pl.DataFrame:
     from tiny_sets import scored_pairs
 
     return scored_pairs(llama, 8)
+
+
+# --- several processes of a training --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """The process that forks ranks: its socket, and its id."""
+    from places import SUPPORT, child_environment
+
+    socket = tmp_path_factory.mktemp("f") / "s"
+    process = subprocess.Popen(
+        [sys.executable, str(SUPPORT / "fork_ranks.py"), str(socket)],
+        env=child_environment(OMP_NUM_THREADS="1"),
+    )
+    try:
+        while not Path(f"{socket}.ready").exists():
+            assert process.poll() is None, "the process that forks ranks has ended"
+            time.sleep(0.05)
+        yield str(socket), process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def forked(forker: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Makes ranks forks. Returns the process id of their parent."""
+    from places import SUPPORT
+
+    from dice_py.training import ranks
+
+    launch = ranks.launch
+
+    def from_fork(command: list[str], *rest: Any, **named: Any) -> Any:
+        assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+        return launch([sys.executable, str(SUPPORT / "fork_ranks.py"), forker[0], *command[3:]], *rest, **named)
+
+    monkeypatch.setattr(ranks, "launch", from_fork)
+    return forker[1]
 
 
 # --- the command line ----------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ FACADE = "dice_py/__init__.py"
 """It lists the public names and imports them when they are asked for: no dependency of the files below it."""
 NATIVE = "_native"
 """The compiled module. Its name is private to users of the package, not to the package."""
-HOOKS_OF_TRL = {"_compute_loss", "_prepare_dataset", "_precompute_ref_logps"}
-"""Methods of TRL's trainer that training/trainer.py overrides: their names are TRL's, and its private ones."""
+HOOKS_OF_TRL = {"_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "_tokenize_prompts"}
+"""Methods of TRL's trainers that training/ and reinforcement/ override: their names are TRL's, and its private ones."""
 FUNCTION_LINES, FILE_LINES, FILES_AT_THE_TOP = 60, 400, 8
 LONG_FUNCTIONS = {
     "tests/generation/test_engine_vllm.py:sample_and_score": "all that one process with vLLM does, in order",

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from dice_py.config.shared import ADDED, Probability, Section
 
-MethodName: TypeAlias = Literal["dpo", "rdpo", "sppo", "cream", "spa", "soft"]
+MethodName: TypeAlias = Literal["dpo", "rdpo", "sppo", "cream", "spa", "soft", "mpo"]
 LossType: TypeAlias = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -24,6 +24,7 @@ MINING_LABELS: dict[str, dict[str, Any]] = {
     "soft": {"soft_labels": True},
     "spa": {"difficulty_quantile": 0.1},
     "cream": {"second_reward": "previous"},
+    "mpo": {"difficulty_quantile": 0.5},
 }
 """Settings of `mine` that a method switches on, where they are off."""
 
@@ -172,8 +173,8 @@ def _check_method(train: LossConfig, types: set[LossType]) -> None:
     method = train.method
     if method != "rdpo" and train.length_weight != "auto":
         raise ValueError(f"length_weight is for method rdpo, but method is {method}: set method=rdpo or leave it out")
-    if (method != "dpo" or train.weight_column is not None) and types & _SORTED:
-        setting = f"method {method}" if method != "dpo" else "weight_column"
+    if (method not in ("dpo", "mpo") or train.weight_column is not None) and types & _SORTED:
+        setting = f"method {method}" if method not in ("dpo", "mpo") else "weight_column"
         raise ValueError(
             f"{setting} says something of each pair, but the loss {', '.join(sorted(types & _SORTED))} sorts the "
             "responses of a batch, so that pairs are lost: use another loss type"

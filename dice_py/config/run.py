@@ -89,7 +89,9 @@ class RunConfig(Section):
         method = train.get("method") if isinstance(train, Mapping) else None
         if not isinstance(method, str) or not isinstance(mine, Mapping):
             return values
-        labels = {name: value for name, value in MINING_LABELS.get(method, {}).items() if not mine.get(name)}
+        # A quantile of 0 is set, and is no False.
+        off = {name for name, value in mine.items() if value is None or value is False}
+        labels = {name: on for name, on in MINING_LABELS.get(method, {}).items() if name not in mine or name in off}
         changed = {**values, "mine": {**mine, **labels}} if labels else dict(values)
         if method == "spa":
             changed.setdefault("reward_reference", "initial")
@@ -143,6 +145,8 @@ def _check_method(config: RunConfig) -> None:
             "train.method is spa, whose rewards are against the first reference, but reward_reference is "
             f"{config.reward_reference}: set reward_reference=initial"
         )
+    if train.method == "mpo":
+        _check_mpo(config)
     if train.weight_column is not None and train.weight_column not in WEIGHT_COLUMNS:
         raise ValueError(
             f"train.weight_column is {train.weight_column!r}, which no stage of a run writes; it may be one of "
@@ -152,6 +156,23 @@ def _check_method(config: RunConfig) -> None:
     if needed is not None and not getattr(mine, needed):
         raise ValueError(
             f"train.weight_column is {train.weight_column!r}, a label that mining adds with mine.{needed}: set it"
+        )
+
+
+def _check_mpo(config: RunConfig) -> None:
+    """Checks that stage 2 of train.method=mpo has its reward."""
+    reward = config.train.mpo.reward
+    if reward == "implicit" and config.mine.debias == "bucket":
+        raise ValueError(
+            "train.method is mpo, whose reward has the length penalty of mining, but mine.debias is bucket, which has "
+            "none for new responses: set mine.debias=linear, per_token or none, or name a judge in train.mpo.reward"
+        )
+    if reward == "oracle" and not config.is_world:
+        raise ValueError("train.mpo.reward is oracle, which judges only the synthetic world: name another reward")
+    if reward not in ("implicit", "oracle") and getattr(config.evaluate.judges, reward) is None:
+        raise ValueError(
+            f"train.mpo.reward is {reward}, but the section evaluate.judges.{reward} is not set: set it, or "
+            "train.mpo.reward=implicit"
         )
 
 

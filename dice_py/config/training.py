@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dice_py.config.loss import LossConfig
+from dice_py.config.mpo import MpoConfig
 from dice_py.config.passthrough import PassedOptions, passed_options, refuse_own
 from dice_py.config.shared import ADDED, Positive, Probability, Section
 
@@ -82,6 +83,7 @@ class TrainConfig(LossConfig):
         default=False, description="recompute activations in the backward pass instead of storing them"
     )
     max_length: Positive | None = Field(default=None, description="longer pairs are dropped and counted")
+    mpo: MpoConfig = Field(default_factory=MpoConfig, json_schema_extra=ADDED)
     save_steps: Positive | None = Field(
         default=100, description="optimizer steps between checkpoints, from which a resume continues"
     )
@@ -129,9 +131,25 @@ class TrainConfig(LossConfig):
             return self.packed_tokens
         return 4096 if cuda else 512
 
+    def of_reinforcement(self, steps: int | None = None) -> TrainConfig:
+        """The settings of the second stage of method=mpo: batches are of responses, and so many steps are made."""
+        mpo = self.mpo
+        return self.model_copy(
+            update={
+                "batch_size": mpo.batch_size,
+                "per_device_train_batch_size": mpo.per_device_train_batch_size,
+                "max_steps": steps,
+                "learning_rate": self.learning_rate if mpo.learning_rate is None else mpo.learning_rate,
+                "trainer_args": mpo.trainer_args,
+            }
+        )
+
     def key_fields(self) -> dict[str, Any]:
-        """The settings that decide the trained weights: all but how work is spread over processes, and who is told."""
-        kept = self.key_dump(exclude=("processes", "strategy", "nodes", "accelerate_config", "report_to"))
+        """The settings that decide the trained weights: all but how work is spread over processes, and who is told.
+
+        Those of `mpo` decide the weights of its second stage, and none of the first.
+        """
+        kept = self.key_dump(exclude=("processes", "strategy", "nodes", "accelerate_config", "report_to", "mpo"))
         return kept | {"report_to": []}  # as keys had it before, for a training without trackers
 
     @field_validator("trainer_args")

@@ -19,6 +19,7 @@ from dice_py.planning.decoding import decode_steps, draw_lengths
 from dice_py.planning.estimate import Estimate
 from dice_py.planning.machine import Machine
 from dice_py.planning.pair_costs import pair_passes, replay_shortage
+from dice_py.planning.reinforcement import reinforce
 from dice_py.planning.timeline import Task, shared_speed, timeline
 from dice_py.runs.measured_costs import StageCosts
 
@@ -27,7 +28,7 @@ _MINING_JSON = 2**14  # bytes of mining.json, mostly the curve
 _DISTRIBUTIONS_JSON = 2**15  # bytes of distributions.json
 _MININGS = 6  # of the same rewards by the stage inspect, under other settings
 _CREDIT_BYTES = 16  # of a token's credit, compressed
-_SAME_IMPORTS = {"extrapolate": "evaluate", "inspect": "replay"}
+_SAME_IMPORTS = {"extrapolate": "evaluate", "inspect": "replay", "reinforce": "train"}
 """Stages whose processes import what those of other stages do, and start in the same time."""
 
 
@@ -53,13 +54,15 @@ class Estimator:
 
     # --- parts that stages share
 
-    def _decoding(self, lengths: list[int], prompt_tokens: float) -> float:
+    def decoding(self, lengths: list[int], prompt_tokens: float) -> float:
+        """Seconds to sample responses of these lengths to prompts of so many tokens in all."""
         costs = self.costs.generate
         steps = decode_steps(lengths, max(1, costs.rows), costs.continuous)
         prefill = costs.per_prompt_token * prompt_tokens
         return prefill + costs.per_step * steps + costs.per_token * sum(lengths) + costs.per_response * len(lengths)
 
-    def _scoring(self, tokens: float, responses: float) -> float:
+    def scoring(self, tokens: float, responses: float) -> float:
+        """Seconds of a forward of one model over so many tokens."""
         return self.costs.score.per_token * tokens + self.costs.score.per_response * responses
 
     def _memory(self, formula: int, measured: int, copies: int) -> int:
@@ -76,7 +79,8 @@ class Estimator:
         """Seconds until the processes of several groups are ready; they are not started ahead."""
         return self.costs.startup["generate"] if groups > 1 else 0.0
 
-    def _longest_prompt(self) -> int:
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that is not left out."""
         longest = max((self.data.tokens[number] for ids in self.data.rounds for number in ids), default=1)
         return min(longest, self.config.data.max_prompt_tokens)
 
@@ -89,7 +93,7 @@ class Estimator:
         shards = math.ceil(counts.shards / groups)
         prompts = min(counts.prompts, shards * config.generate.shard_prompts)
         prompt_tokens = counts.prompt_tokens * prompts / max(1, counts.prompts)
-        decoding = self._decoding(counts.lengths[: prompts * config.generate.samples], prompt_tokens)
+        decoding = self.decoding(counts.lengths[: prompts * config.generate.samples], prompt_tokens)
         encoding = self.tokenizer + self.encode * (counts.prompts + counts.prompts_too_long)
         if counts.responses and not counts.lengths:  # given responses: no model is loaded, and text is tokenized
             return Estimate(
@@ -100,7 +104,7 @@ class Estimator:
                 counts=counts.sampled("given"),
             )
         formula = generate_memory(
-            self.policy, config, machine.engine, machine.dtype, self._longest_prompt(), machine.gpu_bytes
+            self.policy, config, machine.engine, machine.dtype, self.longest_prompt(), machine.gpu_bytes
         )
         return Estimate(
             work=encoding + costs.warm_up + decoding + self._group_startup(groups),
@@ -128,9 +132,9 @@ class Estimator:
         groups = self._groups(counts.shards)
         formula = score_memory([self.policy, self.reference], config, self.machine.dtype, self.machine.cuda)
         work = costs.warm_up + costs.fixed + self._group_startup(groups) * ((2 if policy_tokens else 1) + earlier)
-        work += self._scoring(gate, 0)
+        work += self.scoring(gate, 0)
         tokens = all_tokens * (1 + earlier) + policy_tokens
-        work += self._scoring(tokens / groups, counts.pool_responses * (1 + earlier) / groups)
+        work += self.scoring(tokens / groups, counts.pool_responses * (1 + earlier) / groups)
         return Estimate(
             work=work,
             load=costs.load * ((2 if gate or policy_tokens else 1) + earlier),
@@ -162,7 +166,7 @@ class Estimator:
         total = counts.replay + mined
         passes, tokens, sequences = pair_passes(self.config, counts, mined, number)
         if tokens:
-            work += self._scoring(tokens, sequences)
+            work += self.scoring(tokens, sequences)
             load = costs.load * passes
         return Estimate(
             work=work,
@@ -187,7 +191,7 @@ class Estimator:
         tokens = counts.pair_tokens * pairs
         formula = score_memory([self.policy, self.reference], config, self.machine.dtype, self.machine.cuda)
         return Estimate(
-            work=work + self.tokenizer + costs.warm_up + 2 * self._scoring(tokens, 2 * pairs),
+            work=work + self.tokenizer + costs.warm_up + 2 * self.scoring(tokens, 2 * pairs),
             load=2 * costs.load,
             tokens=round(2 * tokens),
             disk=disk + _CREDIT_BYTES * tokens,
@@ -200,9 +204,12 @@ class Estimator:
         """Optimizer steps, each by its tokens; checkpoints; the model at the end. `config`: if not the run's."""
         config, costs, machine = config or self.config, self.costs.train, self.machine
         train = config.train
-        batch = min(train.batch_size, counts.pairs) if counts.pairs else train.batch_size
+        pairs = counts.trained
+        if not pairs and counts.hard_prompts:  # skipped: all of them are the second stage's
+            return Estimate(memory=machine.base_memory, counts={"pairs": 0, "steps": 0, "checkpoints": 0})
+        batch = min(train.batch_size, pairs) if pairs else train.batch_size
         step = costs.per_token * counts.pair_tokens * batch + costs.per_update
-        checked = min(train.step0_pairs, counts.pairs) * counts.pair_tokens
+        checked = min(train.step0_pairs, pairs) * counts.pair_tokens
         saves = 0
         if train.save_steps is not None:
             saves = counts.steps // train.save_steps + (counts.steps % train.save_steps > 0)
@@ -222,17 +229,17 @@ class Estimator:
             tokens=round(counts.pair_tokens * batch * counts.steps),
             disk=self.policy.stored_bytes,
             transient=(costs.checkpoint_bytes or checkpoint_bytes(self.policy, train)) * kept,
-            **self._training_memory(train),
+            **self.training_memory(train),
             devices=machine.processes if machine.cuda else 0,
-            counts={"pairs": counts.pairs, "steps": counts.steps, "checkpoints": saves},
+            counts={"pairs": pairs, "steps": counts.steps, "checkpoints": saves},
             lacking=lacking,
         )
 
-    def _training_memory(self, train: TrainConfig) -> dict[str, Any]:
+    def training_memory(self, train: TrainConfig) -> dict[str, Any]:
         """The fields of an estimate that are about the memory of training."""
         machine = self.machine
         needs = TrainingMemory(
-            self.policy, train, machine.dtype, self._longest_prompt(), max(self.data.lengths, default=1),
+            self.policy, train, machine.dtype, self.longest_prompt(), max(self.data.lengths, default=1),
             machine.processes, machine.shards, machine.cuda,
         )  # fmt: skip
         copies = 1 if machine.cuda else machine.processes
@@ -279,7 +286,7 @@ class Estimator:
         if pairs:
             models, tokens = self._add_pairs(stage, number, pairs, sampled=scored > 0)
             scored += tokens
-        stage.work += self._scoring(scored, 2 * models * pairs) + (scoring.warm_up if scored or pairs else 0.0)
+        stage.work += self.scoring(scored, 2 * models * pairs) + (scoring.warm_up if scored or pairs else 0.0)
         stage.tokens += round(scored)
         formula = score_memory([self.policy, self.reference], config, machine.dtype, machine.cuda)
         measured = scoring.peak_bytes
@@ -307,7 +314,7 @@ class Estimator:
         config, costs = self.config, self.costs.generate
         responses = len(prompts) * config.evaluate.samples
         lengths = draw_lengths(self.data.lengths, responses)
-        each = self.tokenizer + self.encode * len(prompts) + self._decoding(lengths, sum(prompts))
+        each = self.tokenizer + self.encode * len(prompts) + self.decoding(lengths, sum(prompts))
         intervals = 16 if config.is_world else 12
         stage.work += costs.warm_up + draws * each + self.machine.bootstrap_seconds * intervals
         stage.load += draws * costs.load
@@ -375,6 +382,8 @@ class Estimator:
         yield "replay", self.replay(counts, number)
         yield "inspect", self.inspect(counts)
         yield "train", self.train(counts)
+        if self.config.train.method == "mpo":
+            yield "reinforce", reinforce(self, counts)
         if self.config.extrapolate.tried:
             yield "extrapolate", self.extrapolate(number)
             yield "evaluate", self.evaluate(number, draws=0)  # the samples are there

@@ -65,6 +65,10 @@ class RoundCounts:
     replay_tokens: int
     """Tokens of the replayed pairs' sequences, which are scored."""
     steps: int
+    trained: int
+    """The pairs that DPO trains on: all but the hard ones of train.method=mpo."""
+    hard_prompts: int = 0
+    """Prompts of its second stage."""
 
     def sampled(self, engine: str) -> dict[str, Any]:
         """The counts of the generate stage."""
@@ -124,6 +128,7 @@ def count_round_zero(config: RunConfig, data: Data, processes: int = 1) -> Round
         pair_tokens=pair_tokens,
         replay_tokens=round(pairs * pair_tokens),
         steps=training_steps(config.train, pairs, processes),
+        trained=pairs,
     )
 
 
@@ -148,6 +153,8 @@ def _count_round(
     mined_tokens, replay_tokens = 2 * (mean_prompt + mean_response), 2 * prompt + chosen + rejected
     total = mined_used + replay
     pairs = round(total * share_within(config.train.max_length, kept, data.lengths))
+    hard = hard_share(config)
+    trained = pairs - round(pairs * mined_used / max(1, total) * hard) if hard < 1 else 0
     return RoundCounts(
         prompts=len(kept),
         prompts_too_long=len(ids) - len(kept),
@@ -164,8 +171,15 @@ def _count_round(
         pairs=pairs,
         pair_tokens=(mined_used * mined_tokens + replay * replay_tokens) / max(1, total),
         replay_tokens=round(replay * replay_tokens),
-        steps=training_steps(config.train, pairs, processes),
+        steps=training_steps(config.train, trained, processes) if trained or not pairs else 0,
+        trained=trained,
+        hard_prompts=round(hard * mined_used / config.most_pairs_per_prompt()),
     )
+
+
+def hard_share(config: RunConfig) -> float:
+    """The share of the mined prompts that train.method=mpo leaves to its second stage; 0 with other methods."""
+    return (config.mine.difficulty_quantile or 0.0) if config.train.method == "mpo" else 0.0
 
 
 def _replay_counts(config: RunConfig, mined: int, offline: int, before: Sequence[RoundCounts]) -> tuple[int, int, int]:

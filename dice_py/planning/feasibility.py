@@ -16,6 +16,8 @@ _SETTINGS = {
     "replay": "score.token_budget",
     "inspect": "report.token_credit",
     "train": "train.lora",
+    "reinforce": "train.lora",
+    "extrapolate": "generate.token_budget",
     "evaluate": "generate.token_budget",
 }
 

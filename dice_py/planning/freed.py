@@ -6,8 +6,8 @@ from typing import Any
 
 from dice_py.config.run import RunConfig
 from dice_py.runs.needed import Needed
+from dice_py.runs.round_models import MODEL_STAGES
 
-_MODELS = ("train", "extrapolate")
 _SAMPLES = ("generate", "score")
 
 
@@ -35,7 +35,7 @@ def _removed(config: RunConfig, through: int) -> set[str]:
     if keep.keep_models != "all":
         last = keep.keep_models if isinstance(keep.keep_models, int) else 1
         kept = needed.models() | set(range(through - last + 1, through + 1)) | ({1} if keep.are_compared else set())
-        removed |= {f"round-{number:02d}/{stage}" for number in rounds if number not in kept for stage in _MODELS}
+        removed |= {f"round-{number:02d}/{stage}" for number in rounds if number not in kept for stage in MODEL_STAGES}
     if not keep.keep_samples:
         for stage, samples in zip(_SAMPLES, (needed.samples(), needed.scores()), strict=True):
             removed |= {f"round-{number:02d}/{stage}" for number in rounds if number not in samples}

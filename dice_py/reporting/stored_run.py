@@ -18,8 +18,10 @@ from dice_py.errors import DiceError, UsageError
 from dice_py.runs.best import StoredOutcome, stored_outcome
 from dice_py.runs.folder import check_plain, is_running, round_name, stage_names
 from dice_py.runs.removal import removed_list, removed_text
+from dice_py.runs.round_models import TRAINING_STAGES, training_stages
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.stages.benchmark import benchmark_metrics
+from dice_py.stages.job import SKIPPED
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.integrity import check_intact
@@ -43,6 +45,8 @@ class StoredRound:
     distributions: dict[str, Any] | None
     log: list[dict[str, Any]]
     """Entries of the trainer's log."""
+    reinforcement_log: list[dict[str, Any]] = field(default_factory=list)
+    """The same of stage 2 of train.method=mpo."""
 
     @property
     def number(self) -> int:
@@ -172,11 +176,9 @@ def _read_round(run: StoredRun, name: str) -> StoredRound:
     benchmark = stored("benchmark", "benchmark.json")
     if metrics is not None and benchmark is not None and isinstance(benchmark.get("metrics"), dict):
         metrics |= benchmark_metrics(benchmark)
-    try:
-        log = read_training_log(run.folder / name / "train")
-    except OSError:
-        log = []
-    if not log and "train" in is_done:
+    asked = TRAINING_STAGES if run.config is None else training_stages(run.config)
+    log, reinforcement_log = (_log(run.folder / name / stage) if stage in asked else [] for stage in TRAINING_STAGES)
+    if not log and "train" in is_done and SKIPPED not in stages["train"].get("counts", {}):
         run.problems.append(
             f"{name} has no log of its training: an earlier version made it, or the file cannot be read"
         )
@@ -186,7 +188,14 @@ def _read_round(run: StoredRun, name: str) -> StoredRound:
             f"inspect is still to come (dice resume {run.folder})"
         )
     mining = stored("mine", "mining.json")
-    return StoredRound(name, stages, metrics, mining, stored("inspect", "distributions.json"), log)
+    return StoredRound(name, stages, metrics, mining, stored("inspect", "distributions.json"), log, reinforcement_log)
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return read_training_log(folder)
+    except OSError:
+        return []
 
 
 def _again(folder: Path, what: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from dice_py.config.run import RunConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.runs.folder import check_plain, round_name
+from dice_py.runs.round_models import model_stages, models_of_round
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.storage.files import Manifest
 from dice_py.storage.parquet import parquet_key
@@ -90,16 +91,15 @@ def _start(folder: Path, config: RunConfig, data: dict[str, Any]) -> tuple[Path,
 
 
 def _policy_of(folder: Path, manifest: Manifest, config: RunConfig, number: int) -> Path | None:
-    """The new policy of a round; None while it has none."""
-    stage = "extrapolate" if config.extrapolate.tried else "train"
-    entry = manifest.stage(f"{round_name(number)}/{stage}") or {}
-    if entry.get("status") != "done":
+    """The new policy of a round; None while it has none, or if the run has fewer rounds."""
+    if number > config.rounds.count:
         return None
-    trained = folder / round_name(number) / "train" / "model"
-    if stage == "train":
-        return trained
-    made = [folder / named["file"] for named in entry["files"] if not named["file"].endswith(".json")]
-    return made[0] if made else trained
+    name = round_name(number)
+    stages = model_stages(config)
+    if any((manifest.stage(f"{name}/{stage}") or {}).get("status") != "done" for stage in stages):
+        return None
+    models = models_of_round(manifest.data["stages"], name, stages)
+    return folder / models[-1] if models else None
 
 
 def _template_time(config: RunConfig, data: dict[str, Any]) -> str | None:

@@ -316,6 +316,8 @@ def stage_names(config: RunConfig, rounds: int | None = None) -> list[str]:
     last = config.rounds.count if rounds is None else rounds
     names = [f"{round_name(0)}/{stage}" for stage in ROUND_ZERO_STAGES] if config.has_round_zero else []
     stages = [*ROUND_STAGES]
+    if config.train.method == "mpo":
+        stages.insert(stages.index("train") + 1, "reinforce")
     if config.extrapolate.tried:
         stages.insert(stages.index("evaluate"), "extrapolate")
     if config.evaluate.command is not None:

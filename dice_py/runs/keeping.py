@@ -17,6 +17,7 @@ from dice_py.runs.best import best_round, stored_outcome
 from dice_py.runs.folder import Run, check_plain, is_running, locked, round_name, stage_names
 from dice_py.runs.needed import Needed
 from dice_py.runs.removal import KINDS, Removable, leftovers, remove, size_of
+from dice_py.runs.round_models import TRAINING_STAGES, models_of_round
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.stages.evaluate import FAILURES
 from dice_py.stages.inspect import CREDIT_FAILURE
@@ -58,7 +59,7 @@ def removable(folder: Path, manifest: Manifest, config: RunConfig, keep: Keep, t
     if keep.models != "all":
         kept = needed.models() | _kept(manifest, keep, through)
         for number in sorted(set(range(1, through + 1)) - kept):
-            for place in _models_of(manifest, number):
+            for place in models_of_round(manifest.data["stages"], round_name(number)):
                 files = tuple(sorted(path.name for path in (folder / place).glob(_WEIGHTS) if path.is_file()))
                 if files:
                     yield Removable("models", place, keep.models_by, files, number + needed.depth + 1)
@@ -70,13 +71,6 @@ def removable(folder: Path, manifest: Manifest, config: RunConfig, keep: Keep, t
                 files = tuple(_shards(folder, manifest, name)) if number not in kept else ()
                 if files:
                     yield Removable("samples", Path(name), keep.samples_by, files, number + pool - 1)
-
-
-def _models_of(manifest: Manifest, number: int) -> list[Path]:
-    """The folders of a round's models, relative to the run: the trained one, and one extrapolated from it."""
-    entry = manifest.stage(f"{round_name(number)}/extrapolate") or {}
-    made = [Path(file["file"]) for file in entry.get("files", []) if not file["file"].endswith(".json")]
-    return [Path(round_name(number)) / "train" / "model", *made]
 
 
 def _done_again(manifest: Manifest, config: RunConfig, through: int) -> tuple[int, ...]:
@@ -232,7 +226,7 @@ def _complete_rounds(manifest: Manifest, config: RunConfig) -> int:
 
 def _checkpoints(folder: Path, manifest: Manifest) -> Iterator[Removable]:
     """The checkpoints of trainings that are done."""
-    for place in sorted(folder.glob("round-*/train/checkpoints")):
+    for place in sorted(each for stage in TRAINING_STAGES for each in folder.glob(f"round-*/{stage}/checkpoints")):
         name = str(place.parent.relative_to(folder))
         if (manifest.stage(name) or {}).get("status") == "done":
             yield Removable("checkpoints", place.relative_to(folder), "dice clean")

@@ -12,6 +12,7 @@ from typing import Any
 
 from dice_py.runs.event_log import Event, EventTail
 from dice_py.runs.progress import Progress, read_progress
+from dice_py.runs.round_models import TRAINING_STAGES
 from dice_py.runs.status import run_status
 from dice_py.training.log import Entry, read_training_log
 
@@ -82,7 +83,7 @@ class Watch:
     def _log(self, status: dict[str, Any]) -> tuple[str | None, list[Entry]]:
         """The log of the last training that has begun."""
         begun = [entry for entry in status["entries"] if entry["status"] != "to do"]
-        for entry in reversed([each for each in begun if each["stage"].endswith("/train")]):
+        for entry in reversed([each for each in begun if each["stage"].partition("/")[2] in TRAINING_STAGES]):
             key = entry["key"]
             log = read_training_log(self._folder / entry["stage"], key if entry["status"] != "done" else None)
             if log:

@@ -10,6 +10,7 @@ from dice_py.config.run import RunConfig
 from dice_py.config.stages import ReplayConfig
 from dice_py.config.training import TRACKED, TrainConfig
 from dice_py.evaluation.judges.registry import build_judges
+from dice_py.reinforcement.rewards import ImplicitRewards, JudgeRewards, LengthPenalty, RewardSource
 from dice_py.replay.appended import append_mined
 from dice_py.replay.buffer import ReplayBuffer
 from dice_py.runs.candidates import Candidates, candidates
@@ -21,8 +22,9 @@ from dice_py.stages.evaluate import EvaluateJob
 from dice_py.stages.generate import GenerateJob
 from dice_py.stages.given_generations import GivenGenerationsJob
 from dice_py.stages.inspect import InspectJob
-from dice_py.stages.job import StageFile, StageResult
+from dice_py.stages.job import SKIPPED, StageFile, StageResult
 from dice_py.stages.mine import MineJob
+from dice_py.stages.reinforce import ReinforceJob
 from dice_py.stages.replay import ReplayJob
 from dice_py.stages.score import ScoreJob
 from dice_py.stages.train import TrainJob
@@ -128,8 +130,14 @@ def run_round(
     train_job = _train_job(run, number, policy, replayed.files[0])
     if not run.is_recorded(number, train_job):
         before_training()
-    run.run_stage(number, train_job)
-    return train_job.target
+    if config.train.method != "mpo":
+        run.run_stage(number, train_job)
+        return train_job.target
+    trained = run.run_stage(number, train_job, following="reinforce")
+    start = policy if SKIPPED in trained.counts else train_job.target
+    reinforce_job = _reinforce_job(run, number, start, replayed.files[0], mined, policy, reference)
+    reinforced = run.run_stage(number, reinforce_job)
+    return start if SKIPPED in reinforced.counts else reinforce_job.target
 
 
 def _generate_job(run: Run, inputs: Inputs, number: int, policy: Path, prompts: Path, prompts_key: str) -> GenerateJob:
@@ -165,6 +173,46 @@ def _train_job(run: Run, number: int, policy: Path, training_set: StageFile) -> 
         beta=config.beta,
         seed=seed_for(config.seed, number, "train"),
         devices=config.devices,
+        may_skip=config.train.method == "mpo",
+    )
+
+
+def _reinforce_job(
+    run: Run,
+    number: int,
+    start: Path,
+    training_set: StageFile,
+    mined: StageResult,
+    policy: Path,
+    reference: Path,
+) -> ReinforceJob:
+    """Stage 2 of MPO.
+
+    Args:
+        start: the policy of stage 1.
+        mined: the result of mining, for the penalty that it found.
+        policy, reference: of the round's reward.
+    """
+    config = run.config
+    rewards: RewardSource
+    if config.train.mpo.reward == "implicit":
+        penalty = LengthPenalty.of(config.mine, mined.counts["alpha"], policy, config.generate.thinking)
+        rewards = ImplicitRewards(policy, reference, config.score, config.model, config.beta, penalty)
+    else:
+        judges = build_judges(config.evaluate.judges, config.model, config.is_world)
+        rewards = JudgeRewards(next(judge for judge in judges if judge.name == config.train.mpo.reward))
+    return ReinforceJob(
+        config=_told_by_trl(config.train),
+        generate=config.generate,
+        models=config.model,
+        policy=start,
+        training_set=training_set[0],
+        training_set_key=training_set[1],
+        rewards=rewards,
+        out=run.round_folder(number) / "reinforce",
+        seed=seed_for(config.seed, number, "reinforce"),
+        devices=config.devices,
+        may_skip=True,
     )
 
 

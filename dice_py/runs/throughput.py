@@ -37,6 +37,7 @@ from dice_py.runs.measured_costs import (
 )
 from dice_py.runs.measured_lengths import lengths_key, response_lengths
 from dice_py.runs.removal import has_samples
+from dice_py.stages.job import SKIPPED
 from dice_py.stages.registry import REGISTRY, ROUND_STAGES
 from dice_py.storage.files import Manifest, read_json
 from dice_py.storage.keys import digest, versions
@@ -167,6 +168,7 @@ def _complete_rounds(config: RunConfig, manifest: Manifest, events: list[Event])
     def is_complete(name: str) -> bool:
         entries = [manifest.stage(f"{name}/{stage}") or {} for stage in ROUND_STAGES]
         done = all(entry.get("status") == "done" for entry in entries) and has_samples(manifest, name)
+        done = done and all(SKIPPED not in entry["counts"] for entry in entries)
         return done and entries[0]["counts"]["responses"] >= _MIN_RESPONSES
 
     return {name: stages for name, stages in rounds.items() if is_complete(name)}

@@ -14,6 +14,7 @@ from typing import Any
 
 from dice_py.errors import DiceError, UsageError
 from dice_py.runs.removal import removed_list
+from dice_py.runs.round_models import MODEL_STAGES
 from dice_py.runs.stored_config import CONFIG_FILE, has_config, stored_config
 from dice_py.stages.registry import ROUND_STAGES, ROUND_ZERO_STAGES
 from dice_py.storage.digests import file_state, stored_digest
@@ -33,6 +34,7 @@ _SEALED = {
     "distributions.json",
     "metrics.json",
     "choice.json",
+    "skipped.json",
     "step0.json",
     "rendered-at.json",
     RECORD,
@@ -43,7 +45,7 @@ _TABLES = re.compile(
     r"-\d+|round-\d+)\.parquet"
 )
 _PLACES = ("inputs", "buffer", "evaluate")
-_OF_A_ROUND = frozenset((*ROUND_STAGES, *ROUND_ZERO_STAGES, "extrapolate"))
+_OF_A_ROUND = frozenset((*ROUND_STAGES, *ROUND_ZERO_STAGES, *MODEL_STAGES))
 
 
 def verify_run(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from dice_py.config.shared import ModelConfig
 from dice_py.events import Report, no_report
 from dice_py.models.own_template import template_key
-from dice_py.storage.files import read_sealed
+from dice_py.storage.files import read_sealed, write_sealed
 from dice_py.storage.keys import digest
 from dice_py.storage.parquet import intact_key
 from dice_py.storage.removed import was_removed
@@ -23,6 +23,9 @@ from dice_py.training.checkpoints import is_trained
 
 StageFile = tuple[Path, str]
 """A file, or a model folder, that a stage has written, and its key."""
+
+SKIPPED = "skipped"
+"""The count that says why a stage had nothing to do."""
 
 FAILURE = "failure"
 """The count that says why a stage has no result, where a run goes on without it."""
@@ -84,6 +87,14 @@ def _is_intact(file: Path, key: str) -> bool:
 def _was_removed(file: Path, key: str) -> bool:
     removed = was_removed(file)
     return removed is not None and file.name in removed.files and removed.files[file.name].get("key") == key
+
+
+def skip(out: Path, key: str, why: str, report: Report) -> StageResult:
+    """The result of a stage that has nothing to do: a file that says why, and the count `skipped`."""
+    report("note", text=f"{out.parent.name}/{out.name} is skipped: {why}")
+    file = out / "skipped.json"
+    write_sealed(file, {SKIPPED: why}, key)
+    return StageResult([(file, key)], {SKIPPED: why})
 
 
 def model_key_fields(models: ModelConfig) -> dict[str, Any]:

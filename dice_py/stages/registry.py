@@ -17,6 +17,7 @@ from dice_py.stages.job import Job
 from dice_py.stages.judge import JudgeJob
 from dice_py.stages.mine import MineJob
 from dice_py.stages.preflight import PreflightJob
+from dice_py.stages.reinforce import ReinforceJob
 from dice_py.stages.replay import ReplayJob
 from dice_py.stages.score import ScoreJob
 from dice_py.stages.train import TrainJob
@@ -82,6 +83,15 @@ _TABLE = (
         "evaluate",
         stops_when_asked=True,
     ),
+    Stage(
+        "reinforce",
+        ReinforceJob,
+        ("dice_py.stages.reinforce", "dice_py.reinforcement.trainer", "dice_py.scoring.scorer", "datasets"),
+        "lower train.mpo.per_device_train_batch_size, generate.token_budget or score.token_budget, set "
+        "train.gradient_checkpointing=true or train.lora.r=16, or add GPUs",
+        "evaluate",
+        stops_when_asked=True,
+    ),
     Stage("extrapolate", ChooseAlphaJob, _EVALUATION, "lower generate.token_budget and score.token_budget", "evaluate"),
     Stage(
         "judge",
@@ -100,7 +110,8 @@ REGISTRY = {stage.name: stage for stage in _TABLE}
 ROUND_STAGES = ("generate", "score", "mine", "replay", "inspect", "train", "evaluate")
 """The stages of a round, in order of work.
 
-Where a run extrapolates, "extrapolate" comes before "evaluate"; with evaluate.command, "benchmark" comes last.
+With train.method=mpo, "reinforce" comes after "train". Where a run extrapolates, "extrapolate" comes before "evaluate";
+with evaluate.command, "benchmark" comes last.
 """
 
 ROUND_ZERO_STAGES = ("replay", "train")

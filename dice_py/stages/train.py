@@ -7,24 +7,20 @@ the chosen tokens. Before the first step the policy must give the responses the 
 scorer and trainer.
 
 Training is done by one or several processes, each of which calls `train_rank` (training/trainer.py): this process if
-there is one, else ranks that this process launches (training/launcher.py), as training/parallelism.py lays them out.
+there is one, else ranks that it starts (training/ranks.py), as training/parallelism.py lays them out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from dice_py.compute.devices import Group, device_in_group, only_these_gpus
-from dice_py.compute.worker import Work
+from dice_py.compute.devices import device_in_group
 from dice_py.config.extras import TRAINING, require
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
@@ -34,17 +30,16 @@ from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
 from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.sizes import model_size
-from dice_py.stages.job import Job, StageResult, model_key_fields
+from dice_py.reinforcement.prompts import hard_prompts
+from dice_py.stages.job import Job, StageResult, model_key_fields, skip
 from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
 from dice_py.storage.keys import versions
 from dice_py.training.checkpoints import ADAPTER, checkpoint_stamp, is_trained, keep_model, last_checkpoint
-from dice_py.training.launcher import launch, launch_by
 from dice_py.training.pair_terms import label_note, load_pairs
-from dice_py.training.parallelism import ProcessLayout, accelerate_environment, lay_out, write_accelerate_config
-from dice_py.training.ray_launcher import launch_on_ray
+from dice_py.training.parallelism import lay_out
+from dice_py.training.ranks import run_ranks
 from dice_py.training.schedule import setting_notes, training_steps
 from dice_py.training.settings_check import check_training_settings
-from dice_py.training.slurm import start_by_srun, this_host
 from dice_py.training.trainer import train_rank
 
 
@@ -86,6 +81,8 @@ class TrainJob(Job):
     """GPUs to use; None: train.processes "auto" is one."""
     time_updates: bool = False
     """Whether each optimizer step's update is timed and reported (training/update_timer.py). For `dice plan`."""
+    may_skip: bool = False
+    """Whether a training set whose mined prompts are all hard leaves the policy as it is, with a note (method=mpo)."""
 
     def key_fields(self) -> dict[str, Any]:
         """The training set, the config, the policy, the seed and versions; not the processes."""
@@ -115,6 +112,8 @@ class TrainJob(Job):
     def run(self, report: Report = no_report) -> StageResult:
         """Trains, or returns the counts of the model that is there."""
         key = self.key()
+        if self.may_skip and not hard_prompts(self.training_set)[1].easy:
+            return skip(self.out, key, "every prompt is hard: stage 2 begins with the policy of the round", report)
         if not keep_model(self.target, key, report):
             check_intact([self.training_set, self.policy])
             self._train(key, report)
@@ -168,59 +167,6 @@ class TrainJob(Job):
             checkpoint=checkpoint,
             time_updates=self.time_updates,
         )
-        if layout.strategy == "none":
-            with only_these_gpus(Group(1, layout.gpus)) if layout.gpus else contextlib.nullcontext():
-                work(report=report)
-        else:
-            self._launch(layout, work, report)
-            if not is_trained(self.target, key):
-                raise RuntimeError(f"every process of the training succeeded, but {self.target} is not complete")
-
-    def _launch_over_nodes(self, layout: ProcessLayout, file: Path, work: Work, report: Report) -> None:
-        environment = accelerate_environment(file)
-        each = layout.processes // layout.nodes
-        what = f"{layout.nodes} nodes with {each} process{'es' if each > 1 else ''} each ({layout.strategy}, {file})"
-        report("note", text=f"training runs on {what}, started by {'Ray Train' if layout.by == 'ray' else 'srun'}")
-        if layout.by == "ray":
-            assert self.devices is not None
-            launch_on_ray(
-                layout,
-                work,
-                devices=self.devices,
-                environment=environment,
-                folder=self.out,
-                needs=[self.policy],
-                report=report,
-            )
-            return
-        if "OMP_NUM_THREADS" not in os.environ:
-            environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // each))
-        module = "dice_py.training.launcher"
-        launch_by(
-            lambda address, secret: start_by_srun(layout, environment, address, secret, module=module),
-            layout.processes,
-            work,
-            host=this_host(),
-            report=report,
-        )
-
-    def _launch(self, layout: ProcessLayout, work: Work, report: Report) -> None:
-        """Trains in ranks, which `accelerate launch` starts; over several nodes, Ray Train, or torchrun by srun."""
-        file = write_accelerate_config(layout, self.config, self.out)
-        if layout.nodes > 1:
-            self._launch_over_nodes(layout, file, work, report)
-            return
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--module"]
-        environment: dict[str, str] = {}
-        if layout.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(layout.gpus)
-        if "OMP_NUM_THREADS" not in os.environ:
-            environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // layout.processes))
-        report("note", text=f"training runs in {layout.processes} processes ({layout.strategy}, {file})")
-        launch(
-            [*command, "dice_py.training.launcher"],
-            layout.processes,
-            work,
-            environment=environment,
-            report=report,
-        )
+        run_ranks(layout, work, self.config, out=self.out, devices=self.devices, needs=[self.policy], report=report)
+        if layout.strategy != "none" and not is_trained(self.target, key):
+            raise RuntimeError(f"every process of the training succeeded, but {self.target} is not complete")

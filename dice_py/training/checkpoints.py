@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
@@ -22,8 +22,18 @@ from dice_py.training.lora import adapter_weights, save_adapter
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.update import check_update, start_weights
 
-if TYPE_CHECKING:
-    from dice_py.training.pair_trainer import PairTrainer
+
+class SavableTrainer(Protocol):
+    """What is saved of a trainer of TRL's, and who is told of it."""
+
+    accelerator: Any
+    model: Any
+    model_wrapped: Any
+    state: Any
+    processing_class: Any
+    report: Report
+    packing: list[Any]
+
 
 ADAPTER = "adapter"
 """The folder of the adapter that was merged into the trained model, beside it."""
@@ -104,7 +114,7 @@ def stored_dtype(policy: Path, models: ModelConfig) -> Any:
 
 
 def save_model(
-    trainer: PairTrainer,
+    trainer: SavableTrainer,
     *,
     config: TrainConfig,
     models: ModelConfig,
@@ -147,7 +157,7 @@ def save_model(
 
 
 def _save(
-    trainer: PairTrainer,
+    trainer: SavableTrainer,
     weights: dict[str, Any] | None,
     config: TrainConfig,
     models: ModelConfig,

@@ -58,6 +58,13 @@ def load_pairs(path: Path, config: TrainConfig, beta: float, vocabulary: int | N
     pairs, too_long = load_training_set(path, config.max_length, vocabulary, further=further)
     for name in method.labels:
         _check_label(pairs, name, path)
+    if method.keeps is not None:
+        pairs = pairs.filter(method.keeps)
+        if pairs.is_empty():
+            raise DataError(
+                f"{path}: train.method={method.name} leaves no pair to train on: all of them are hard; lower "
+                "mine.difficulty_quantile and mine again"
+            )
     meta = parquet_meta(path)
     alpha = meta.get("mined_alpha") if isinstance(meta, dict) else None
     terms = method.terms(pairs, Settings(config, beta, alpha))

@@ -33,6 +33,9 @@ def check_training_settings(config: TrainConfig, policy: Path, *, section: str =
         UsageError: the message names the setting, what is missing, and the remedy.
     """
     check_trainer_args(config.trainer_args, section)
+    if config.method == "mpo":
+        kind = "GRPOConfig" if config.mpo.trainer == "grpo" else "RLOOConfig"
+        check_trainer_args(config.mpo.trainer_args, f"{section}.mpo", kind)
     _check_trackers(config.report_to, section)
     optimizer = _check_optimizer(config, section)
     _check_scheduler(config, optimizer, section)
@@ -40,26 +43,27 @@ def check_training_settings(config: TrainConfig, policy: Path, *, section: str =
         _check_adapters(config.lora, policy, section, remote_code)
 
 
-def check_trainer_args(options: dict[str, Any], section: str = "train") -> None:
-    """Checks further options of DPOConfig, by making one of them, and their values by its annotations.
+def check_trainer_args(options: dict[str, Any], section: str = "train", kind: str = "DPOConfig") -> None:
+    """Checks further options of a config of TRL's, by making one of them, and their values by its annotations.
+
+    Args:
+        kind: the name of its class.
 
     Raises:
         UsageError: with the library's own message, or the value and the type that it should have.
     """
     if not options:
         return
-    from trl import DPOConfig
+    import trl
 
-    key = f"{section}.trainer_args"
+    config, key = getattr(trl, kind), f"{section}.trainer_args"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            DPOConfig(output_dir=folder, use_cpu=True, report_to="none", **options)
+            config(output_dir=folder, use_cpu=True, report_to="none", **options)
     except Exception as error:  # each check of the libraries has errors of its own
-        raise refused_by(
-            "TRL's DPOConfig", key, error, [field.name for field in dataclasses.fields(DPOConfig)]
-        ) from None
+        raise refused_by(f"TRL's {kind}", key, error, [field.name for field in dataclasses.fields(config)]) from None
     # A dataclass takes a value of any type: training would meet it after hours.
-    hints = get_type_hints(DPOConfig)
+    hints = get_type_hints(config)
     for name, value in options.items():
         try:
             TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dice_py.config.training import TrainConfig
 from dice_py.errors import DataError
@@ -69,7 +69,7 @@ class Step0(NamedTuple):
 
     def difference_limit(self) -> float:
         """Nats: the largest `rms_difference` that rounding explains. The fewer responses, the less is known of it."""
-        return _FLOAT32_TOLERANCE + _SPREADS * self.spread * (1 + 2 / math.sqrt(2 * self.pairs))
+        return rounding_limit(self.spread, 2 * self.pairs)
 
     def loss_limit(self) -> float:
         """The largest |loss − ln 2| that rounding explains.
@@ -79,6 +79,15 @@ class Step0(NamedTuple):
         """
         deviation = self.beta * math.sqrt(2) * self.spread * _SPREADS / 2
         return _LOSS_TOLERANCE + _DEVIATIONS * deviation / (2 * math.sqrt(self.pairs)) + deviation**2 / 4
+
+
+def rounding_limit(spread: float, responses: int) -> float:
+    """Nats: the largest root mean square of differences of log-probabilities that rounding explains.
+
+    Args:
+        spread: as in `Step0`, of so many responses; the fewer there are, the less is known of it.
+    """
+    return _FLOAT32_TOLERANCE + _SPREADS * spread * (1 + 2 / math.sqrt(responses))
 
 
 @contextlib.contextmanager
@@ -114,7 +123,8 @@ def rounded_otherwise(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[No
             hook.remove()
 
 
-def _computing_dtype(trainer: PairTrainer) -> torch.dtype:
+def computing_dtype(trainer: Any) -> torch.dtype:
+    """The dtype that a trainer of TRL's computes in."""
     import torch
 
     return torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else torch.float32
@@ -129,7 +139,7 @@ def measure_step0(trainer: PairTrainer, pairs: int) -> Step0:
     """
     import torch
 
-    accelerator, dtype = trainer.accelerator, _computing_dtype(trainer)
+    accelerator, dtype = trainer.accelerator, computing_dtype(trainer)
     count = min(pairs, len(trainer.train_dataset))
     own = [trainer.train_dataset[row] for row in range(accelerator.process_index, count, accelerator.num_processes)]
     forwards = trainer.split(own)

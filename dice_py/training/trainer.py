@@ -38,73 +38,25 @@ import polars as pl
 from dice_py.config.loss import loss_terms
 from dice_py.config.shared import ModelConfig
 from dice_py.config.training import TrainConfig
-from dice_py.errors import StoppedTrainingError, UsageError
+from dice_py.errors import UsageError
 from dice_py.events import Report, no_report
 from dice_py.models.loading import load_model, placement
 from dice_py.models.tokenization import load_tokenizer
-from dice_py.storage.files import read_json, read_sealed, write_json, write_sealed
-from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model, stamp_checkpoint
-from dice_py.training.log import TrainingLog
+from dice_py.storage.files import read_json, read_sealed, write_sealed
+from dice_py.training.callback import StageFiles, check_complete, stage_callback
+from dice_py.training.checkpoints import PACKING_FILE, STEP0_FILE, checkpoint_stamp, save_model
 from dice_py.training.lora import hold_in_float32, peft_config
 from dice_py.training.pair_terms import TRAINER_COLUMNS, load_pairs
 from dice_py.training.parallelism import SHARDED, ProcessLayout
 from dice_py.training.schedule import training_steps, warmup_steps
 from dice_py.training.step0 import Step0, check_step0, measure_step0
-from dice_py.training.stopping import StopVote
 from dice_py.training.update_timer import update_timer
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
-
     from dice_py.training.pair_trainer import PairTrainer
 
 _FINAL = {"loss": "loss", "chosen_logps": "logps/chosen", "chosen_change": "logps/chosen_change"}
 """Measures of the end of a training, by their names in the trainer's log."""
-
-
-def _callback(trainer: PairTrainer, config: TrainConfig, out: Path, stamp: dict[str, Any], report: Report) -> Any:
-    from transformers import TrainerCallback
-
-    class StageCallback(TrainerCallback):  # type: ignore[misc]
-        """Checks step 0, reports progress, keeps the log, stamps complete checkpoints, and stops when asked to."""
-
-        step0: Step0 | None = None
-        is_asked_to_stop = StopVote()
-        log = TrainingLog(out, stamp["key"], report)
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                self.log.begin(state.log_history)
-            trainer.count_tokens_on(state.log_history)
-            if self.is_asked_to_stop():
-                raise StoppedTrainingError(f"interrupted before step {state.global_step + 1} of the training")
-            if state.global_step:
-                return
-            self.step0 = measure_step0(trainer, config.step0_pairs)
-            if state.is_world_process_zero:
-                write_sealed(Path(args.output_dir) / STEP0_FILE, self.step0._asdict(), stamp["key"])
-            check_step0(self.step0, config, float32=not (args.bf16 or args.fp16))
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            report("progress", stage="train", done=state.global_step, total=state.max_steps, unit="steps")
-            if state.global_step < state.max_steps and self.is_asked_to_stop():
-                control.should_save = control.should_training_stop = True
-            # The loss is logged as the mean since the last entry. With one at each checkpoint and at the end, a resumed
-            # training logs the same means as one that was not stopped, and every training has a final loss.
-            control.should_log |= control.should_save or state.global_step >= state.max_steps
-
-        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                self.log.add(state.log_history[-1])
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            trainer.accelerator.wait_for_everyone()  # Every rank has written its shard.
-            if state.is_world_process_zero:
-                checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_json(checkpoint / PACKING_FILE, trainer.packing)
-                stamp_checkpoint(checkpoint, stamp)
-
-    return StageCallback()
 
 
 def final_mean(log: list[dict[str, Any]], name: str, steps: int) -> float | None:
@@ -167,55 +119,77 @@ def trainer_arguments(
     """
     from trl import DPOConfig
 
+    arguments = DPOConfig(
+        **common_arguments(config, models, folder, seed, steps=training_steps(config, pairs, world_size())),
+        **loss_arguments(config, beta),
+        precompute_ref_log_probs=True,
+        max_length=None,  # load_pairs leaves longer pairs out; nothing is truncated.
+        max_steps=config.max_steps or -1,
+        num_train_epochs=config.num_train_epochs,
+        **{"dataloader_pin_memory": placement(models).device != "cpu"} | config.trainer_args,
+    )
+    return on_one_gpu(arguments)
+
+
+def on_one_gpu(arguments: Any) -> Any:
+    """Arguments with which a single process trains on the first of several GPUs.
+
+    Trainer would wrap the model in nn.DataParallel, which TRL rejects.
+    """
+    if world_size() == 1 and arguments.n_gpu > 1:  # `n_gpu` is read first, so that the value below is kept
+        arguments._n_gpu = 1
+    return arguments
+
+
+def common_arguments(
+    config: TrainConfig, models: ModelConfig, folder: Path, seed: int, *, steps: int
+) -> dict[str, Any]:
+    """The arguments that all trainers of TRL's have, for this process of a training.
+
+    Args:
+        folder: of the checkpoints.
+        steps: optimizer steps of the training.
+
+    Raises:
+        UsageError: as of `trainer_arguments`.
+    """
     where = placement(models)
     if where.device not in ("cpu", "cuda", "cuda:0"):
         raise UsageError(
             f"model.device is {where.device!r}, but training uses the first visible GPU; set model.device=auto and "
             "choose the GPU with CUDA_VISIBLE_DEVICES"
         )
-    processes = world_size()
-    arguments = DPOConfig(
-        output_dir=str(folder),
-        **loss_arguments(config, beta),
-        precompute_ref_log_probs=True,
-        max_length=None,  # load_pairs leaves longer pairs out; nothing is truncated.
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=_accumulation_steps(config, processes),
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=warmup_steps(config, training_steps(config, pairs, processes)),
-        max_steps=config.max_steps or -1,
-        num_train_epochs=config.num_train_epochs,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=config.optim,
-        adam_beta2=config.adam_beta2,
-        bf16=where.dtype == "bfloat16",
-        fp16=where.dtype == "float16",
-        use_cpu=where.device == "cpu",
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": _accumulation_steps(config, world_size()),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": warmup_steps(config, steps),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "adam_beta2": config.adam_beta2,
+        "bf16": where.dtype == "bfloat16",
+        "fp16": where.dtype == "float16",
+        "use_cpu": where.device == "cpu",
         # FSDP checkpoints the activations of what it shards (training/parallelism.py), and rejects a second setting.
-        gradient_checkpointing=config.gradient_checkpointing
+        "gradient_checkpointing": config.gradient_checkpointing
         and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() != "true",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        seed=seed % 2**32,
-        data_seed=seed % 2**32,
-        save_strategy="no" if config.save_steps is None else "steps",
-        save_steps=config.save_steps or 500,
-        save_total_limit=2,
-        logging_steps=config.logging_steps,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "seed": seed % 2**32,
+        "data_seed": seed % 2**32,
+        "save_strategy": "no" if config.save_steps is None else "steps",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": 2,
+        "logging_steps": config.logging_steps,
         # It would read every step's loss on the host, to leave NaN out of the logged means. Here NaN is logged, and
         # weights that are not finite are not saved.
-        logging_nan_inf_filter=False,
-        report_to=config.report_to or "none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # Every weight is used, and a search takes time at each step.
-        **{"dataloader_pin_memory": where.device != "cpu"} | config.trainer_args,
-    )
-    if processes == 1 and arguments.n_gpu > 1:
-        # A single process trains on the first of several GPUs. Trainer would wrap the model in nn.DataParallel, which
-        # TRL rejects. `n_gpu` was read above, so that the value below is not overwritten.
-        arguments._n_gpu = 1
-    return arguments
+        "logging_nan_inf_filter": False,
+        "report_to": config.report_to or "none",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,  # Every weight is used, and a search takes time at each step.
+    }
 
 
 def build_trainer(
@@ -284,7 +258,7 @@ def build_trainer(
     return trainer
 
 
-def _check_strategy(trainer: DPOTrainer, strategy: str, config: TrainConfig) -> None:
+def check_strategy(trainer: Any, strategy: str, config: TrainConfig) -> None:
     """Checks that accelerate uses the strategy of its config, since it silently falls back to another one.
 
     Raises:
@@ -306,12 +280,26 @@ def _check_strategy(trainer: DPOTrainer, strategy: str, config: TrainConfig) -> 
         )
 
 
-def _check_complete(trainer: PairTrainer) -> None:
-    """Raises StoppedTrainingError, on every rank, after a training that was asked to stop."""
-    done, steps = trainer.state.global_step, trainer.state.max_steps
-    if done < steps:
-        trainer.accelerator.wait_for_everyone()  # The first rank that ends ends the others: the stamp is written now.
-        raise StoppedTrainingError(f"interrupted; the training has written its checkpoint of step {done} of {steps}")
+def _checked_step0(trainer: PairTrainer, config: TrainConfig, file: Path, key: str) -> Step0:
+    """Measures and checks step 0; what was measured is kept in `file`, for a training that resumes."""
+    step0 = measure_step0(trainer, config.step0_pairs)
+    if trainer.is_world_process_zero():
+        write_sealed(file, step0._asdict(), key)
+    check_step0(step0, config, float32=not (trainer.args.bf16 or trainer.args.fp16))
+    return step0
+
+
+def _counts(trainer: PairTrainer, pairs: pl.DataFrame, step0: Step0 | None, config: TrainConfig) -> dict[str, Any]:
+    log, steps = trainer.state.log_history, config.logging_steps
+    in_a_pass = sum(int(pairs[f"{side}_ids"].list.len().sum()) for side in ("chosen", "rejected"))
+    return {
+        "steps": trainer.state.global_step,
+        "response_tokens": round(trainer.state.epoch * in_a_pass),
+        "forwards": sum(len(step["pairs"]) for step in trainer.packing) or None,
+        "step0_loss": step0.loss if step0 else None,
+        "step0_max_abs_difference": step0.max_abs_difference if step0 else None,
+        **{f"final_{name}": final_mean(log, logged, steps) for name, logged in _FINAL.items()},
+    }
 
 
 def train_rank(
@@ -342,10 +330,11 @@ def train_rank(
         time_updates: reports the seconds of each update (training/update_timer.py).
 
     Returns:
-        Counts, the same on every rank but for `forwards`: `pairs`, `pairs_too_long`, `steps`, `forwards` (packed rows;
-        None if rows are padded), `step0_loss`, `step0_max_abs_difference`; and means over the last train.logging_steps
-        steps: `final_loss`, `final_chosen_logps` (nats a response) and `final_chosen_change` (their difference from
-        those of the policy at the start; None with another reference and train.ld_alpha).
+        Counts, the same on every rank but for `forwards`: `pairs`, `pairs_too_long`, `steps`, `response_tokens` (that
+        were trained on, each as often as it was), `forwards` (packed rows; None if rows are padded), `step0_loss`,
+        `step0_max_abs_difference`; and means over the last train.logging_steps steps: `final_loss`,
+        `final_chosen_logps` (nats a response) and `final_chosen_change` (their difference from those of the policy at
+        the start; None with another reference and train.ld_alpha).
 
     Raises:
         DataError: on every rank, for a loss at step 0 that is not ln 2, or weights that are not finite.
@@ -361,31 +350,27 @@ def train_rank(
     trainer = build_trainer(
         config, models, policy=policy, pairs=pairs, folder=folder, beta=beta, seed=seed, report=report
     )
-    _check_strategy(trainer, layout.strategy, config)
-    callback = _callback(trainer, config, out, checkpoint_stamp(key, layout), report)
-    trainer.add_callback(callback)
+    check_strategy(trainer, layout.strategy, config)
+    measured: list[Step0] = []
+
+    def at_start() -> None:
+        trainer.count_tokens_on(trainer.state.log_history)
+        if trainer.state.global_step == 0:
+            measured.append(_checked_step0(trainer, config, folder / STEP0_FILE, key))
+
+    stage = StageFiles(out, checkpoint_stamp(key, layout), "train", packing=lambda: trainer.packing)
+    trainer.add_callback(stage_callback(trainer, stage, report, at_start=at_start))
     if time_updates:
         trainer.add_callback(update_timer(trainer, report))
     if checkpoint is not None:
         trainer.packing = read_json(checkpoint / PACKING_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _check_complete(trainer)
-    step0: Step0 | None = callback.step0
+    check_complete(trainer)
+    step0 = measured[0] if measured else None
     if step0 is None:  # A resumed training did not measure again.
         stored = read_sealed(folder / STEP0_FILE, key)
         step0 = None if stored is None else Step0(**stored)
-    counts = {
-        "pairs": pairs.height,
-        "pairs_too_long": too_long,
-        "steps": trainer.state.global_step,
-        "forwards": sum(len(step["pairs"]) for step in trainer.packing) or None,
-        "step0_loss": step0.loss if step0 else None,
-        "step0_max_abs_difference": step0.max_abs_difference if step0 else None,
-        **{
-            f"final_{name}": final_mean(trainer.state.log_history, logged, config.logging_steps)
-            for name, logged in _FINAL.items()
-        },
-    }
+    counts = {"pairs": pairs.height, "pairs_too_long": too_long, **_counts(trainer, pairs, step0, config)}
     save_model(
         trainer,
         config=config,

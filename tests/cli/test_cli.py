@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 
 COMMANDS = (
     "run", "resume", "status", "clean", "report", "samples", "plan", "demo", "ablate", "evidence", "generate", "score",
-    "mine", "replay", "train", "evaluate", "extrapolate", "audit", "inspect", "winrate", "world", "doctor", "judge",
+    "mine", "replay", "train", "reinforce", "evaluate", "extrapolate", "audit", "inspect", "winrate", "world", "doctor",
+    "judge",
 )  # fmt: skip
 GROUPS = {"judge": ("oracle", "reward-model", "implicit", "openai", "function")}
 """Commands that only have further commands."""

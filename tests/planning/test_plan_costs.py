@@ -278,3 +278,38 @@ def test_judges_and_a_benchmark_are_not_estimated() -> None:
 def test_labels_of_mining_are_named() -> None:
     named = {method: mining_labels(small(f"train.method={method}")[0]) for method in ("dpo", "sppo", "cream", "spa")}
     assert named == {"dpo": [], "sppo": ["win rates"], "cream": ["consistency"], "spa": ["difficulty"]}
+
+
+MPO = (
+    "train.method=mpo",
+    "train.mpo.batch_size=4",
+    "train.mpo.num_generations=2",
+    "train.mpo.per_device_train_batch_size=2",
+)
+
+
+def test_both_stages_of_mpo() -> None:
+    config, run_data = small(*MPO)
+    found = estimated(config, run_data)
+    assert list(found)[-3:] == ["round-01/train", "round-01/reinforce", "round-01/evaluate"]
+    train, reinforce = found["round-01/train"], found["round-01/reinforce"]
+    # Half of the 4 mined pairs are hard.
+    assert (train["pairs"], train["steps"]) == (6, 2)
+    assert (reinforce["hard_prompts"], reinforce["steps"], reinforce["responses"]) == (2, 1, 4)
+    # One step of 4 responses of 5 tokens to 2 prompts of 10: sampled; scored by both models, with each prompt once;
+    # then by the reference of the KL, and trained on, with the prompts of all.
+    sampling, rewards, kl, update = 0.5 + 0.2 + 0.004, 2 * 0.04, 0.06, 0.18 + 0.14
+    assert reinforce["work_seconds"] == pytest.approx(2.0 + 0.5 + 0.25 + sampling + rewards + kl + update + 0.25)
+    assert reinforce["tokens"] == 40 + 60
+    assert reinforce["startup_seconds"] == 1.0 + 1.0 + 2 * 1.0
+    assert (reinforce["disk_bytes"], reinforce["transient_disk_bytes"]) == (4200, 700)
+
+
+@pytest.mark.parametrize(("share", "pairs", "hard"), [(0, 8, 0), (1, 0, 4)])
+def test_mpo_without_hard_or_easy_prompts(share: int, pairs: int, hard: int) -> None:
+    config, run_data = small(*MPO, f"mine.difficulty_quantile={share}")
+    found = estimated(config, run_data)
+    assert found["round-01/train"]["pairs"] == pairs
+    assert (found["round-01/train"]["steps"] > 0) == (pairs > 0)
+    assert found["round-01/reinforce"]["hard_prompts"] == hard
+    assert (found["round-01/reinforce"]["steps"] > 0) == (hard > 0)

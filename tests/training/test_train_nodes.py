@@ -21,7 +21,7 @@ from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import LoraConfig, TrainConfig
 from dice_py.errors import DataError, UsageError
 from dice_py.stages import train as stage
-from dice_py.training import launcher, parallelism, ray_launcher
+from dice_py.training import launcher, parallelism, ranks, ray_launcher
 from dice_py.training.parallelism import ProcessLayout, lay_out
 from dice_py.training.slurm import start_by_srun
 
@@ -85,7 +85,7 @@ def test_two_nodes_of_slurm_train_the_same_model(run: Stage, alone: Stage, alloc
 @pytest.mark.usefixtures("allocation")
 def test_two_nodes_of_slurm_shard_by_fsdp2(run: Stage, alone: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "lay_out", lambda *_: ProcessLayout(2, "fsdp2", nodes=2, by="slurm"))
-    monkeypatch.setattr(stage, "start_by_srun", lambda *rest, module: start_by_srun(*rest, module="sharded_on_cpu"))
+    monkeypatch.setattr(ranks, "start_by_srun", lambda *rest, module: start_by_srun(*rest, module="sharded_on_cpu"))
     run(nodes=2)
     assert max_abs_diff(run, alone) < NEAR
 

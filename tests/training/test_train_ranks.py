@@ -1,6 +1,6 @@
 """Training in two processes: the same model as in one, the same checks, checkpoints, and failures of a rank.
 
-One test uses `accelerate launch`. In the others, support/fork_ranks.py replaces it, to save the time of the imports.
+One test uses `accelerate launch`. In the others, the fixture `forked` replaces it, to save the time of the imports.
 support/sharded_on_cpu.py shards on the CPU.
 """
 
@@ -11,10 +11,6 @@ import importlib.util
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ import polars as pl
 import pytest
 import sharded_on_cpu
 import torch
-from places import SUPPORT, child_environment
+from places import child_environment
 from safetensors.torch import load_file
 from tiny_models import make_qwen2
 from tiny_sets import scored_pairs, token_pairs
@@ -36,7 +32,7 @@ from dice_py.errors import DataError, OutOfMemoryError, StoppedTrainingError
 from dice_py.scoring.pairs import score_pairs
 from dice_py.stages import train as stage
 from dice_py.storage.files import read_json
-from dice_py.training import launcher
+from dice_py.training import launcher, ranks
 from dice_py.training.checkpoints import is_trained
 from dice_py.training.parallelism import ProcessLayout
 
@@ -91,41 +87,10 @@ def test_two_processes_train_the_same_model(run: Stage, alone: Stage) -> None:
 # --- by forked ranks ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """The process that forks ranks: its socket, and its id."""
-    socket = tmp_path_factory.mktemp("f") / "s"
-    process = subprocess.Popen(
-        [sys.executable, str(SUPPORT / "fork_ranks.py"), str(socket)],
-        env=child_environment(OMP_NUM_THREADS="1"),
-    )
-    try:
-        while not Path(f"{socket}.ready").exists():
-            assert process.poll() is None, "the process that forks ranks has ended"
-            time.sleep(0.05)
-        yield str(socket), process.pid
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture
-def forked(forker: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Makes ranks forks. Returns the process id of their parent."""
-    launch = stage.launch
-
-    def from_fork(command: list[str], *rest: Any, **named: Any) -> Any:
-        assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-        return launch([sys.executable, str(SUPPORT / "fork_ranks.py"), forker[0], *command[3:]], *rest, **named)
-
-    monkeypatch.setattr(stage, "launch", from_fork)
-    return forker[1]
-
-
 @pytest.fixture
 def sharded(forked: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes several processes use FSDP2."""
-    launch = stage.launch
+    launch = ranks.launch
 
     def with_shards(command: list[str], *rest: Any, **named: Any) -> Any:
         return launch([*command[:-1], "sharded_on_cpu"], *rest, **named)
@@ -133,7 +98,7 @@ def sharded(forked: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def lay_out(config: TrainConfig, *_: Any) -> ProcessLayout:
         return ProcessLayout(config.processes, "fsdp2") if config.processes != "auto" else ProcessLayout()
 
-    monkeypatch.setattr(stage, "launch", with_shards)
+    monkeypatch.setattr(ranks, "launch", with_shards)
     monkeypatch.setattr(stage, "lay_out", lay_out)
 
 
@@ -245,7 +210,7 @@ def test_fsdp2_in_bfloat16_saves_the_stored_type(llama: Path, tmp_path: Path) ->
 def test_fsdp2_has_no_reference_model_and_sums_in_float32(
     run: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    launch = stage.launch
+    launch = ranks.launch
     setup: dict[str, Any] = {}
 
     def launch_inspection(command: list[str], ranks: int, work: functools.partial[Any], **named: Any) -> Any:
@@ -253,7 +218,7 @@ def test_fsdp2_has_no_reference_model_and_sums_in_float32(
         setup.update(launch(command, ranks, inspection, **named))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "launch", launch_inspection)
+    monkeypatch.setattr(ranks, "launch", launch_inspection)
     run.models = ModelConfig(device="cpu", dtype="bfloat16")
     with pytest.raises(KeyboardInterrupt):
         run(step0_tolerance=1.0, **TWO)
@@ -361,12 +326,12 @@ def test_rank_that_is_killed_is_a_failure(run: Stage, forked: int) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)")
 def test_zero3(run: Stage, alone: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = stage.launch
+    launch = ranks.launch
 
     def with_zero(command: list[str], *rest: Any, **named: Any) -> Any:
         return launch([*command[:-1], "sharded_on_cpu"], *rest, **named)
 
-    monkeypatch.setattr(stage, "launch", with_zero)
+    monkeypatch.setattr(ranks, "launch", with_zero)
     monkeypatch.setattr(stage, "lay_out", lambda config, *_: ProcessLayout(2, "zero3"))
     monkeypatch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
     run(**TWO)

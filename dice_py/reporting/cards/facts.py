@@ -16,6 +16,7 @@ from dice_py.models.identity import model_identity
 from dice_py.reporting.foreign_text import markdown_text, visible
 from dice_py.reporting.formatting import evaluation_notes, evaluation_rows, number
 from dice_py.runs.folder import round_name
+from dice_py.runs.round_models import model_stages, models_of_round
 from dice_py.stages.benchmark import benchmark_metrics
 from dice_py.storage.digests import file_state
 from dice_py.storage.files import read_json
@@ -67,9 +68,8 @@ def rounds_of(run: RunFacts) -> list[str]:
 
 
 def models_of(run: RunFacts, name: str) -> list[Path]:
-    """The model folders that a round has made: the trained one, and one that was extrapolated from it."""
-    made = [run.folder / file["file"] for file in run.stage(name, "extrapolate").get("files", [])]
-    folders = [run.folder / name / "train" / "model", *(path for path in made if path.suffix != ".json")]
+    """The model folders that a round has made, in order of work; the last is its new policy."""
+    folders = [run.folder / model for model in models_of_round(run.manifest["stages"], name, model_stages(run.config))]
     return [folder for folder in folders if read_stamp(folder) is not None]
 
 
@@ -148,6 +148,10 @@ def settings_of(run: RunFacts, name: str) -> list[dict[str, str]]:
     values: dict[str, Any] = {"method": train.method, "beta": run.config.beta}
     values |= {key: getattr(train, key) for key in _SETTINGS}
     counts = run.counts(name, "train")
+    if train.method == "mpo" and name != round_name(0):
+        mpo, reinforced = train.mpo, run.counts(name, "reinforce")
+        values |= {"stage 2": mpo.trainer, "stage 2 steps": reinforced.get("steps"), "stage 2 KL weight": mpo.kl_beta}
+        values |= {"stage 2 reward": mpo.reward, "hard prompts": reinforced.get("hard_prompts")}
     values |= {"pairs": counts.get("pairs"), "steps": counts.get("steps"), "seed of the run": run.config.seed}
     if train.lora is not None:
         values |= {"lora.r": train.lora.r, "lora.alpha": train.lora.alpha}

@@ -30,7 +30,7 @@ _TEMPLATES = Path(__file__).parent
 _OURS = (
     "`dice` wrote this file, and writes it anew when what it says changes. Edit it, and it is yours: it stays as it is."
 )
-_METHODS = {"dpo": "DPO (Direct Preference Optimization)"}
+_METHODS = {"dpo": "DPO (Direct Preference Optimization)", "mpo": "DPO on the easy pairs (MPO)"}
 _LABEL = "a label of mining; null for replayed pairs"
 _WHAT = {
     "prompt": "the messages that were asked",
@@ -94,7 +94,9 @@ def model_card(run: RunFacts, name: str, model: Path) -> str:
     )
     rows, notes = facts.metrics_of(run, name) if _is_kept(run, name, model) else ([], [])
     method = _METHODS.get(run.config.train.method, f"the method {run.config.train.method}")
-    if model != run.folder / name / "train" / "model":
+    if model.is_relative_to(run.folder / name / "reinforce"):
+        method += f", and by reinforcement learning on the hard prompts ({run.config.train.mpo.trainer.upper()})"
+    if model.is_relative_to(run.folder / name / "extrapolate"):
         method += f", and by carrying its change on (ExPO, α = {run.counts(name, 'extrapolate').get('alpha')})"
     return _rendered(
         ModelCard,

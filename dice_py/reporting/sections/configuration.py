@@ -76,7 +76,7 @@ def _models(run: StoredRun) -> Table:
                 str(entry["key"])
                 for each in run.rounds
                 for stage, entry in each.stages.items()
-                if stage == "train" and run.outcome.policy.parts[:1] == (each.name,) and entry.get("key")
+                if run.outcome.policy.parts[:2] == (each.name, stage) and entry.get("key")
             ),
             "–",
         )

@@ -10,7 +10,7 @@ from dice_py.reporting.views import Table
 from dice_py.runs.best import comparison_text
 
 _TO_DO = "to do"
-_COUNTED = ("generate", "score", "inspect", "replay", "train")
+_COUNTED = ("generate", "score", "inspect", "replay", "train", "reinforce")
 """Stages whose counts are a table; those of the others are shown in sections of their own."""
 
 
@@ -109,12 +109,15 @@ def _headline(stage: str, counts: dict[str, Any]) -> str:
         "mine": ("pairs", "pairs"),
         "inspect": ("pairs", "pairs to read"),
         "train": ("steps", "steps"),
+        "reinforce": ("steps", "steps"),
         "evaluate": ("eval_prompts", "prompts"),
     }.get(stage)
     if stage == "replay" and {"mined", "replay"} <= counts.keys():
         return f"{number(counts['mined'])} mined, {number(counts['replay'])} replayed"
     if stage == "score" and "mean_reward" in counts:
         return f"mean reward {number(counts['mean_reward'])}"
+    if "skipped" in counts:
+        return "skipped"
     if found is None or not isinstance(counts.get(found[0]), int | float):
         return ""
     return f"{number(counts[found[0]])} {found[1]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dice_py.reporting import charts
@@ -11,7 +11,12 @@ from dice_py.reporting.formatting import number
 from dice_py.reporting.stored_run import StoredRun
 from dice_py.reporting.views import Figure, Table
 
-_PLOTS = (
+Plots = Sequence[tuple[str, tuple[str, ...]]]
+"""Titles, each with its metrics of the log."""
+Logs = list[tuple[str, int, list[dict[str, Any]]]]
+"""Of each run and round, the entries of a log."""
+
+_PLOTS: Plots = (
     ("Loss", ("loss",)),
     ("Reward margin", ("rewards/margins",)),
     ("Accuracy: pairs whose chosen has the higher reward", ("rewards/accuracies",)),
@@ -20,6 +25,13 @@ _PLOTS = (
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
 )
+_REINFORCEMENT_PLOTS: Plots = (
+    ("Stage 2: reward of the sampled responses", ("reward",)),
+    ("Stage 2: KL divergence from the policy of stage 1, nats a token", ("kl",)),
+    ("Stage 2: mean length of the sampled responses, tokens", ("completions/mean_length",)),
+    ("Stage 2: entropy, nats a token", ("entropy",)),
+)
+"""Of the hard prompts, with train.method=mpo."""
 _FROM_ZERO = ("grad_norm", "learning_rate")
 """Metrics whose axis begins at zero."""
 _FEW = 12
@@ -30,12 +42,24 @@ _MOST_POINTS = 1000
 
 def training(runs: list[StoredRun], *, draws: bool) -> dict[str, Any]:
     """`figures` and `tables` of all rounds, `note` on what is drawn."""
-    logs = [(run.name, each.number, each.log) for run in runs for each in run.rounds if each.log]
+    rounds = [(run.name, each) for run in runs for each in run.rounds]
+    first = _of_stage(runs, [(name, each.number, each.log) for name, each in rounds if each.log], _PLOTS, draws)
+    further = [(name, each.number, each.reinforcement_log) for name, each in rounds if each.reinforcement_log]
+    second = _of_stage(runs, further, _REINFORCEMENT_PLOTS, draws)
+    return {
+        "figures": first["figures"] + second["figures"],
+        "tables": first["tables"] + second["tables"],
+        "note": first["note"] or second["note"],
+    }
+
+
+def _of_stage(runs: list[StoredRun], logs: Logs, plots: Plots, draws: bool) -> dict[str, Any]:
+    """`training`, of one of its stages."""
     if not logs:
         return {"figures": [], "tables": [], "note": ""}
     is_one_round = len({round_number for _, round_number, _ in logs}) == 1
     figures: list[Figure] = []
-    for title, metrics in _PLOTS if draws else ():
+    for title, metrics in plots if draws else ():
         # Of several runs, the runs are the series; of one run chosen and rejected are.
         groups = [metrics] if len(runs) == 1 else [(metric,) for metric in metrics]
         for group in groups:
@@ -46,16 +70,14 @@ def training(runs: list[StoredRun], *, draws: bool) -> dict[str, Any]:
     every = max(-(-len(log) // most) for _, _, log in logs)
     if every > 1:
         notes.append(f"Of long logs every k-th entry is drawn (k up to {every}), and the last.")
-    return {"figures": figures, "tables": [_last_values(logs, len(runs) > 1)], "note": " ".join(notes)}
+    return {"figures": figures, "tables": [_last_values(logs, plots, len(runs) > 1)], "note": " ".join(notes)}
 
 
 def _most(lines: int) -> int:
     return max(20, _MOST_POINTS // lines)
 
 
-def _figure(
-    title: str, metrics: tuple[str, ...], logs: list[tuple[str, int, list[dict[str, Any]]]], is_one_round: bool
-) -> list[Figure]:
+def _figure(title: str, metrics: tuple[str, ...], logs: Logs, is_one_round: bool) -> list[Figure]:
     rows: list[Row] = []
     told = []
     names: dict[str, None] = {}
@@ -102,12 +124,13 @@ def _line_chart(names: list[str], x_title: str, from_zero: bool) -> charts.Chart
     return alt.layer(line, dots)
 
 
-def _last_values(logs: list[tuple[str, int, list[dict[str, Any]]]], several: bool) -> Table:
+def _last_values(logs: Logs, plots: Plots, several: bool) -> Table:
     """The last value of each metric, a row for each round."""
-    metrics = [metric for _, group in _PLOTS for metric in group if any(metric in e for _, _, log in logs for e in log)]
+    metrics = [metric for _, group in plots for metric in group if any(metric in e for _, _, log in logs for e in log)]
     rows = []
     for run, round_number, log in logs:
         name = f"{run}, round {round_number}" if several else f"round {round_number}"
         values = [next((entry[metric] for entry in reversed(log) if metric in entry), None) for metric in metrics]
         rows.append([name, number(log[-1]["step"]), *(number(value) for value in values)])
-    return Table("last values of the trainer's log", ["", "step", *metrics], rows)
+    what = "last values of the trainer's log" if plots is _PLOTS else "last values of the log of stage 2"
+    return Table(what, ["", "step", *metrics], rows)

@@ -18,6 +18,7 @@ from polars.exceptions import PolarsError
 from dice_py.errors import DataError
 from dice_py.reporting.foreign_text import markdown_text, visible
 from dice_py.runs.event_log import Event, EventTail
+from dice_py.runs.round_models import TRAINING_STAGES
 from dice_py.storage.files import Manifest
 from dice_py.storage.parquet import read_parquet
 from dice_py.training.log import read_training_log
@@ -35,7 +36,6 @@ _SAMPLE_TEXT = 100
 _MOST_METRICS = 300  # of one stage
 _NAME = 120  # characters of a metric's name
 
-_TRAIN = "train"
 
 Row = dict[str, Any]
 Identity = tuple[str, str, int, tuple[str, ...]]
@@ -73,7 +73,7 @@ class Follower:
         self._training: str | None = None
         self._taken: set[Identity] = set()
         self._steps: dict[str, int] = {}
-        """Steps of each round's training, by the name of the round."""
+        """Steps of each training, by the name of its stage."""
 
     def poll(self) -> list[Record]:
         """The records that have come since the last call."""
@@ -96,38 +96,48 @@ class Follower:
         name, counts = event.get("stage"), event.get("counts")
         if not isinstance(name, str) or name.count("/") != 1:
             return []
-        round_name, stage = name.split("/")
+        stage = name.split("/")[1]
         if event.get("status") == "running":
-            self._training = name if stage == _TRAIN else None
+            self._training = name if stage in TRAINING_STAGES else None
             return []
         found: list[Record] = []
-        if stage == _TRAIN:
+        if stage in TRAINING_STAGES:
             self._training = None
             found += self._of_training(name)
         if not isinstance(counts, dict):
             return found
-        if stage == _TRAIN and isinstance(counts.get("steps"), int):
-            self._steps[round_name] = counts["steps"]
+        if stage in TRAINING_STAGES and isinstance(counts.get("steps"), int):
+            self._steps[name] = counts["steps"]
         metrics = flat_numbers(stage, {"seconds": event.get("seconds"), **counts})
-        step = self._step_before(round_name)
-        if stage == _TRAIN or stage in AFTER_TRAINING:
-            step += self._steps.get(round_name, 0)
+        step = self._step_before(name)
+        if stage in TRAINING_STAGES:
+            step += self._steps.get(name, 0)
         table = sample_table(self._folder / name / "pairs.parquet") if stage == "inspect" else []
         return [*found, Record(name, self._key(name), step, metrics, table)]
 
     def _of_training(self, name: str) -> list[Record]:
-        """The trainer's log of a round, under the names that transformers gives its entries."""
-        key, before = self._key(name), self._step_before(name.split("/")[0])
+        """The log of a trainer, under the names that transformers gives its entries."""
+        key, before, prefix = self._key(name), self._step_before(name), name.split("/")[1]
         return [
-            Record(name, key, before + entry["step"], {f"{_TRAIN}/{key}": entry[key] for key in entry if key != "step"})
+            Record(name, key, before + entry["step"], {f"{prefix}/{of}": entry[of] for of in entry if of != "step"})
             for entry in read_training_log(self._folder / name, key)
         ]
 
-    def _step_before(self, round_name: str) -> int:
-        return sum(steps for name, steps in self._steps.items() if (len(name), name) < (len(round_name), round_name))
+    def _step_before(self, name: str) -> int:
+        """Steps of all trainings before a stage."""
+        place = _place(name)
+        return sum(steps for training, steps in self._steps.items() if _place(training) < place)
 
     def _key(self, name: str) -> str:
         return str((Manifest(self._folder / "manifest.json").stage(name) or {}).get("key"))
+
+
+def _place(name: str) -> tuple[int, str, int]:
+    """The place of a stage among all others: its round, and whether it comes before, in, or after the trainings."""
+    round_name, stage = name.split("/")
+    if stage in TRAINING_STAGES:
+        return len(round_name), round_name, 1 + TRAINING_STAGES.index(stage)
+    return len(round_name), round_name, 1 + len(TRAINING_STAGES) if stage in AFTER_TRAINING else 0
 
 
 def flat_numbers(prefix: str, value: Any) -> dict[str, float]:

@@ -4,8 +4,8 @@ The loss of a pair (x, y_w, y_l) is, with L the sum of TRL's loss types (config 
 
     w · [p · L(y_w, y_l) + (1 − p) · L(y_l, y_w)],      log-ratio of y = log π(y|x) − (log π_ref(y|x) + shift of y)
 
-A method gives the shifts, the label p and nothing else; `train.weight_column` gives the weight w
-(training/pair_terms.py). So the loss is TRL's own code for every method.
+A method gives the shifts and the label p, and says which pairs are trained on; `train.weight_column` gives the weight
+w (training/pair_terms.py). So the loss is TRL's own code for every method.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Method:
     """From the training set, with the columns `labels`. Replayed pairs of files have null labels."""
     labels: tuple[str, ...] = ()
     """Columns of the training set that it reads, which mining adds."""
+    keeps: pl.Expr | None = None
+    """Which pairs are trained on, from the columns `labels`; None: all."""
 
 
 def response_tokens(pairs: pl.DataFrame, side: str) -> pl.Series:
