@@ -27,7 +27,7 @@ from dice_py.errors import UsageError
 _ARMS = "neither,length,replay,both"
 _SEEDS = "3,4,5,6,7"
 
-Arms = Annotated[str, typer.Option(help="Arms: neither, length (penalty), replay, both.")]
+Arms = Annotated[str, typer.Option(help="Arms: neither, length (penalty), replay, both, mpo, mpo-stage1.")]
 Debias = Annotated[str | None, typer.Option(help="Ways of taking the length out: linear, per_token, bucket, matched.")]
 Methods = Annotated[str | None, typer.Option(help="Training methods to cross the arms with (train.method).")]
 Losses = Annotated[str | None, typer.Option(help="TRL's loss types to cross the arms with (train.loss).")]

@@ -6,6 +6,9 @@
     replay    no                yes
     both      yes               yes
 
+Two more are `both` with another training: mpo, whose second stage is reinforcement learning on the hard prompts, and
+mpo-stage1, which leaves it out. With train.mpo.steps=auto, mpo trains on as many tokens as both.
+
 Arms can be crossed with ways of taking the length out (`mine.debias`), with training methods (`train.method`) and with
 TRL's loss types (`train.loss`).
 """
@@ -28,8 +31,16 @@ ARMS: dict[str, tuple[bool, bool]] = {
     "length": (True, False),
     "replay": (False, True),
     "both": (True, True),
+    "mpo": (True, True),
+    "mpo-stage1": (True, True),
 }
-"""By name: whether the arm takes the length out, and whether it replays offline pairs."""
+"""By name: whether the arm takes the length out, and whether it replays offline pairs (as the base config does)."""
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "mpo": {"train.method": "mpo"},
+    "mpo-stage1": {"train.method": "mpo", "train.mpo.steps": 0},
+}
+"""Arms with a training of their own, and its settings."""
 
 DEBIASES = ("linear", "per_token", "bucket", "matched")
 MATCHED_RATIO = 0.1
@@ -60,6 +71,8 @@ class Arm:
             "length": "length penalty",
             "replay": "replay",
             "both": "length penalty and replay",
+            "mpo": "MPO",
+            "mpo-stage1": "MPO, stage 1 alone",
         }
         detail = ", ".join(self.options.values())
         return f"{text[self.kind]} ({detail})" if detail else text[self.kind]
@@ -105,7 +118,10 @@ def make_arms(
         _check(what, given, tuple(known))
     if not names:
         raise UsageError(f"no arm is given; there are {', '.join(ARMS)}")
-    replaying = [name for name in names if ARMS[name][1]]
+    own_training = [name for name in names if name in TRAININGS]
+    if own_training and methods:
+        raise UsageError(f"the arm {own_training[0]} has a training method of its own: leave it or --methods out")
+    replaying = [name for name in names if ARMS[name][1] and name not in TRAININGS]
     if replaying and base.replay.gamma == 0:
         raise UsageError(
             f"replay.gamma is 0, so the arm {replaying[0]} would replay nothing and be a copy of the one without: give "
@@ -124,7 +140,7 @@ def make_arms(
                 "loss": loss if len(losses) > 1 else None,
             }
             shown = {name: value for name, value in options.items() if value is not None}
-            settings = _settings(base, debias, has_replay, method, loss)
+            settings = _settings(base, debias, has_replay, method, loss) | TRAININGS.get(kind, {})
             arms.append(Arm("-".join([kind, *shown.values()]), kind, shown, settings))
     return tuple(arms)
 

@@ -3,6 +3,7 @@
 rounds    a round against the one before it, in each arm (round 1: against π_1)
 length    an arm that takes the length out against the same arm without it
 replay    an arm that replays offline pairs against the same arm without them
+mpo       MPO against DPO on all pairs, and against its own first stage alone
 debias, method, loss    one way against the first that was asked for, in arms that are otherwise the same
 """
 
@@ -19,8 +20,13 @@ LENGTH = "mean_response_tokens"
 _PAIRS = {
     "length": (("length", "neither", "no replay in both"), ("both", "replay", "replay in both")),
     "replay": (("replay", "neither", "no length penalty in both"), ("both", "length", "length penalty in both")),
+    "mpo": (("mpo", "both", "DPO on all pairs"), ("mpo", "mpo-stage1", "stage 1 alone")),
 }
-_WITH = {"length": "with the length penalty − without it", "replay": "with replay − without it"}
+_WITH = {
+    "length": "with the length penalty − without it",
+    "replay": "with replay − without it",
+    "mpo": "MPO − another training",
+}
 
 Difference = Callable[[str, int, str, int, str], Value | None]
 """Called as (arm, round, against_arm, against_round, metric): the paired difference; None where one has no value.

@@ -19,6 +19,7 @@ from dice_py.config.judges import JudgesConfig
 from dice_py.config.run import RunConfig
 from dice_py.evaluation.values import change
 from dice_py.runs.folder import round_name
+from dice_py.runs.round_models import TRAINING_STAGES
 from dice_py.storage.files import Manifest
 from dice_py.storage.parquet import read_parquet
 
@@ -37,6 +38,7 @@ class _Evaluated:
     metrics: list[dict[str, Any]]
     """By round, from 1."""
     mined: list[dict[str, Any]]
+    trained: list[dict[str, Any]]
 
 
 def quality_metric(config: RunConfig) -> str:
@@ -131,7 +133,14 @@ def _read(folder: Path, rounds: int) -> _Evaluated | None:
     if any(entry.get("status") != "done" for part in entries.values() for entry in part):
         return None
     metrics, mined = ([entry["counts"] for entry in entries[stage]] for stage in ("evaluate", "mine"))
-    return _Evaluated(folder, metrics, mined)
+    return _Evaluated(folder, metrics, mined, [_trained(manifest, number) for number in range(1, rounds + 1)])
+
+
+def _trained(manifest: Manifest, number: int) -> dict[str, int]:
+    """`response_tokens` of a round: those that all of its trainings trained on."""
+    counts = [(manifest.stage(f"{round_name(number)}/{stage}") or {}).get("counts", {}) for stage in TRAINING_STAGES]
+    trained = [each["response_tokens"] for each in counts if "response_tokens" in each]
+    return {"response_tokens": sum(trained)} if trained else {}
 
 
 def _arm_values(runs: Sequence[_Evaluated], rounds: int, quality: str) -> dict[str, Any]:
@@ -150,7 +159,8 @@ def _arm_values(runs: Sequence[_Evaluated], rounds: int, quality: str) -> dict[s
         metrics = _values([run.metrics[number] for run in runs])
         kept = {name: value for name, value in metrics.items() if not name.startswith("start_")}
         mining = _values([{name: run.mined[number].get(name) for name in _MINED} for run in runs])
-        by_round.append({"round": number + 1, "metrics": kept, "mining": mining})
+        training = _values([run.trained[number] for run in runs])
+        by_round.append({"round": number + 1, "metrics": kept, "mining": mining, "training": training})
     return {"start": start, "rounds": by_round}
 
 

@@ -102,6 +102,8 @@ def test_the_results_are_those_of_the_runs(made: Path) -> None:
             assert found["by_seed"] == values
             assert found["mean"] == pytest.approx(sum(values) / 2)
         assert arm["start"]["oracle_win_rate"]["by_seed"] == [0.5, 0.5]
+        trained = [_stages(folder)["round-01/train"]["counts"]["response_tokens"] for folder in folders]
+        assert arm["rounds"][0]["training"]["response_tokens"]["by_seed"] == trained
     replay = next(one for one in results["contrasts"] if one["claim"] == "replay")
     ends = {arm["arm"]: arm["rounds"][0]["metrics"][replay["metric"]]["by_seed"] for arm in results["arms"]}
     assert replay["difference"]["by_seed"] == [b - a for a, b in zip(ends["length"], ends["both"], strict=True)]

@@ -121,15 +121,15 @@ def rows_by_round(results: Mapping[str, Any], metrics: list[str]) -> tuple[list[
 
 
 def arm_tables(arm: Mapping[str, Any]) -> list[Table]:
-    """All that is known of one arm: every metric, and what mining found, a column for each round."""
+    """All that is known of one arm: every metric, what mining found and training saw, a column for each round."""
     heads = ["", *(place_text(each["round"]) for each in arm["rounds"])]
     found = []
-    for caption, part in (("metrics", "metrics"), ("mining", "mining")):
+    for part in ("metrics", "mining", "training"):
         columns = [each.get(part, {}) for each in arm["rounds"]]
         names = list(dict.fromkeys(name for column in columns for name in column))
         rows = [[name.replace("_", " "), *(_text(measured(column.get(name))) for column in columns)] for name in names]
         if rows:
-            found.append(Table(f"{caption} of {arm['arm']}", heads, rows))
+            found.append(Table(f"{part} of {arm['arm']}", heads, rows))
     return found
 
 
