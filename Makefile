@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(abspath $(BIN))/python
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo ablation evidence-real test test-fast test-slow test-rust test-python test-kills test-vllm test-oldest test-newest \
 	lint format docs bench bench-quick bench-peers bench-stream bench-scoring bench-generation bench-training bench-plan bench-real \
-	bench-winrate bench-audit bench-report bench-methods bench-cluster bench-encodings bench-stream-run gpu-kit lock clean
+	bench-winrate bench-audit bench-report bench-methods bench-reinforcement bench-cluster bench-encodings bench-stream-run gpu-kit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -143,6 +143,9 @@ bench-training: setup ## one epoch of DPO against a stock DPOTrainer: time and p
 
 bench-real: setup $(VENV)/.demo ## the demo's model: both engines, TRL, the plan (a quarter of an hour; BENCH_ARGS="--model FOLDER")
 	$(BIN)/python benches/real.py $(BENCH_ARGS)
+
+bench-reinforcement: setup ## a step of stage 2 of MPO against its parts measured alone (minutes)
+	$(BIN)/python benches/reinforcement.py $(BENCH_ARGS)
 
 bench-audit: setup ## an audit of 200 pairs against rewardbench's way for DPO models (some minutes)
 	$(BIN)/python benches/audit.py $(BENCH_ARGS)

@@ -37,6 +37,7 @@ PARTS = {
     "generation": Part("sampling", 80),
     "lora": Part("training", 150),
     "draw": Part("sampling", 30),
+    "reinforcement": Part("reinforcement", 120),
     "fsdp": Part("commands", 60),
 }
 

@@ -22,8 +22,8 @@ from gpu.context import Check, PartError
 from gpu.criteria import evaluate, is_met, lines
 from places import ROOT, child_environment
 
-CHEAP = ("machine", "attention", "scoring", "draw", "generation", "fsdp")
-"""Parts of a few seconds on one core in tiny shapes, that neither train nor start `dice run`."""
+CHEAP = ("machine", "attention", "scoring", "draw", "generation", "fsdp", "reinforcement")
+"""Parts of a few seconds on one core in tiny shapes, that do not start `dice run`."""
 
 
 @pytest.mark.parametrize("name", parts.PARTS)

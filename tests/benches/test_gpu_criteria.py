@@ -27,6 +27,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "fsdp": {"exit_code": 0},
     "gpu_tests": {"exit_code": 0, "passed": 10},
     "generation": {"speedup_over_generate": 0.9},
+    "reinforcement": {"ratio": 1.1, "first_rms_difference": 0.02},
     "draw": {"64 rows, temperature 1.0": {"step_ms": 1.4}},
 }
 """By part: figures that reach everything."""
@@ -49,6 +50,7 @@ MISSED: list[tuple[str, tuple[str, ...], Any]] = [
     ("fsdp", ("exit_code",), 1),
     ("gpu_tests", ("exit_code",), 1),
     ("gpu_tests", ("passed",), 0),
+    ("reinforcement", ("ratio",), 1.21),
 ]
 NEEDS_GPU = {
     ("machine", "bfloat16_tflops"),
@@ -58,6 +60,7 @@ NEEDS_GPU = {
     ("scoring", "speedup_over"),
     ("fsdp", "exit_code"),
     ("gpu_tests", "passed"),
+    ("reinforcement", "ratio"),
 }
 """Part and figure: not counted in a dry run on a CPU."""
 
