@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from own_config import OWN
 
-from dice_py.ablation.arms import ARMS, MATCHED_RATIO, make_arms
+from dice_py.ablation.arms import ARMS, MATCHED_RATIO, TRAININGS, make_arms
 from dice_py.ablation.run import Ablation, shared_settings
 from dice_py.config.loading import resolve
 from dice_py.errors import UsageError
@@ -14,7 +14,7 @@ BASE = resolve()
 
 
 def test_the_four_arms_differ_in_the_penalty_and_the_replay_alone() -> None:
-    arms = make_arms(BASE, list(ARMS))
+    arms = make_arms(BASE, [name for name in ARMS if name not in TRAININGS])
     configs = {arm.name: arm.config(BASE, 5) for arm in arms}
     parts = {name: (config.mine.debias, config.replay.gamma) for name, config in configs.items()}
     assert parts == {
@@ -27,6 +27,24 @@ def test_the_four_arms_differ_in_the_penalty_and_the_replay_alone() -> None:
         assert (config.seed, config.world.seed) == (5, 5)
         same = {"mine": BASE.mine, "replay": BASE.replay, "seed": 0, "world": BASE.world}
         assert config.model_copy(update=same) == BASE
+
+
+def test_the_arms_of_mpo_differ_from_both_in_the_training_alone() -> None:
+    arms = make_arms(BASE, ["both", *TRAININGS])
+    assert [arm.name for arm in arms] == ["both", "mpo", "mpo-stage1"]
+    assert [arm.label for arm in arms[1:]] == ["MPO", "MPO, stage 1 alone"]
+    both, mpo, first = (arm.config(BASE, 5) for arm in arms)
+    assert (mpo.train.method, mpo.train.mpo.steps, first.train.method, first.train.mpo.steps) == (
+        "mpo",
+        "auto",
+        "mpo",
+        0,
+    )
+    assert mpo.mine.difficulty_quantile == 0.5
+    assert mpo.model_copy(update={"train": both.train, "mine": both.mine}) == both
+    assert first.train.model_copy(update={"mpo": mpo.train.mpo}) == mpo.train
+    with pytest.raises(UsageError, match="the arm mpo has a training method of its own: leave it or --methods out"):
+        make_arms(BASE, ["both", "mpo"], methods=["dpo"])
 
 
 def test_arms_without_a_penalty_are_not_crossed_with_ways_of_taking_it_out() -> None:

@@ -69,6 +69,15 @@ def test_every_claim_has_its_comparisons() -> None:
     assert {one["verdict"] for one in found} == {"shown"}
 
 
+def test_mpo_is_compared_with_dpo_and_with_its_first_stage() -> None:
+    arms = make_arms(BASE, ["both", "mpo", "mpo-stage1"])
+    found = [one for one in contrasts(arms, 1, ["oracle_win_rate"], lambda *_: _always(0.1)) if one["claim"] == "mpo"]
+    assert [(one["arm"], one["against_arm"]) for one in found] == [("mpo", "both"), ("mpo", "mpo-stage1")]
+    assert [one["text"] for one in found] == [
+        "MPO − another training (DPO on all pairs)", "MPO − another training (stage 1 alone)"
+    ]  # fmt: skip
+
+
 def test_the_penalty_claims_fewer_tokens_and_a_round_claims_nothing_of_them() -> None:
     arms = make_arms(BASE, ["neither", "length"])
     found = contrasts(arms, 1, [LENGTH], lambda *_: _always(-0.5))
