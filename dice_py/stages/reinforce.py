@@ -10,7 +10,6 @@ were sampled with.
 from __future__ import annotations
 
 import functools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from dice_py.config.extras import TRAINING, require
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.stages import GenerateConfig
 from dice_py.config.training import TrainConfig
-from dice_py.errors import DamagedError, DataError, UsageError
+from dice_py.errors import DataError, UsageError
 from dice_py.events import Report, no_report
 from dice_py.generation.engines.factory import choose_engine
 from dice_py.generation.limits import check_fits
@@ -32,9 +31,9 @@ from dice_py.reinforcement.rank import ReinforceSettings, reinforce_rank
 from dice_py.reinforcement.rewards import RewardSource
 from dice_py.reinforcement.sampler import on_policy
 from dice_py.stages.job import Job, StageResult, model_key_fields, skip
-from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
+from dice_py.stages.trained import trained_model
 from dice_py.storage.keys import versions
-from dice_py.training.checkpoints import checkpoint_stamp, is_trained, keep_model, last_checkpoint
+from dice_py.training.checkpoints import is_trained, resume_from
 from dice_py.training.parallelism import lay_out
 from dice_py.training.ranks import run_ranks
 from dice_py.training.schedule import setting_notes
@@ -96,14 +95,8 @@ class ReinforceJob(Job):
             return skip(self.out, key, "train.mpo.steps is 0", report)
         if self.may_skip and not hard_prompts(self.training_set)[1].hard:
             return skip(self.out, key, "no prompt is hard: the policy is that of stage 1", report)
-        if not keep_model(self.target, key, report):
-            check_intact([self.training_set, self.policy])
-            self._train(key, report)
-        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-        stamp = read_stamp(self.target)
-        if stamp is None:
-            raise DamagedError(f"{self.target / MODEL_STAMP} is damaged: it is not as it was written")
-        return StageResult([(self.target, key)], dict(stamp["counts"]))
+        inputs = [self.training_set, self.policy]
+        return trained_model(self.target, key, inputs, lambda: self._train(key, report), report)
 
     def _train(self, key: str, report: Report) -> None:
         require(*TRAINING, extra="train")
@@ -132,11 +125,7 @@ class ReinforceJob(Job):
         for note in setting_notes(config, steps):
             report("note", text=note)
         uses_vllm = self._uses_vllm(report)
-        checkpoints, checkpoint = self.out / "checkpoints", None
-        if checkpoints.exists():
-            checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout), report)
-        if checkpoint is not None:
-            report("note", text=f"training resumes from {checkpoint.name}")
+        checkpoint = resume_from(self.out, key, layout, report)
         settings = ReinforceSettings(
             config=config,
             models=self.models if self.devices is None else device_in_group(self.models),

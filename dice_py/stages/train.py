@@ -13,7 +13,6 @@ there is one, else ranks that it starts (training/ranks.py), as training/paralle
 from __future__ import annotations
 
 import functools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from dice_py.compute.devices import device_in_group
 from dice_py.config.extras import TRAINING, require
 from dice_py.config.shared import DevicesConfig, ModelConfig
 from dice_py.config.training import TrainConfig
-from dice_py.errors import DamagedError
 from dice_py.events import Report, no_report
 from dice_py.models.checkpoint import check_checkpoint
 from dice_py.models.identity import model_identity
@@ -32,9 +30,9 @@ from dice_py.models.limits import check_positions, model_positions
 from dice_py.models.sizes import model_size
 from dice_py.reinforcement.prompts import hard_prompts
 from dice_py.stages.job import Job, StageResult, model_key_fields, skip
-from dice_py.storage.integrity import MODEL_STAMP, check_intact, read_stamp
+from dice_py.stages.trained import trained_model
 from dice_py.storage.keys import versions
-from dice_py.training.checkpoints import ADAPTER, checkpoint_stamp, is_trained, keep_model, last_checkpoint
+from dice_py.training.checkpoints import ADAPTER, is_trained, resume_from
 from dice_py.training.pair_terms import label_note, load_pairs
 from dice_py.training.parallelism import lay_out
 from dice_py.training.ranks import run_ranks
@@ -114,15 +112,8 @@ class TrainJob(Job):
         key = self.key()
         if self.may_skip and not hard_prompts(self.training_set)[1].easy:
             return skip(self.out, key, "every prompt is hard: stage 2 begins with the policy of the round", report)
-        if not keep_model(self.target, key, report):
-            check_intact([self.training_set, self.policy])
-            self._train(key, report)
-        # Also of a training by other settings that was stopped, where this model was there already.
-        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-        stamp = read_stamp(self.target)
-        if stamp is None:
-            raise DamagedError(f"{self.target / MODEL_STAMP} is damaged: it is not as it was written")
-        return StageResult([(self.target, key)], dict(stamp["counts"]))
+        inputs = [self.training_set, self.policy]
+        return trained_model(self.target, key, inputs, lambda: self._train(key, report), report)
 
     def _train(self, key: str, report: Report) -> None:
         require(*TRAINING, extra="train")
@@ -147,12 +138,6 @@ class TrainJob(Job):
         steps = training_steps(self.config, pairs.height, layout.processes)
         for note in setting_notes(self.config, steps):
             report("note", text=note)
-        checkpoints = self.out / "checkpoints"
-        checkpoint = None
-        if checkpoints.exists():
-            checkpoint = last_checkpoint(checkpoints, checkpoint_stamp(key, layout), report)
-        if checkpoint is not None:
-            report("note", text=f"training resumes from {checkpoint.name}")
         work = functools.partial(
             train_rank,
             self.config,
@@ -164,7 +149,7 @@ class TrainJob(Job):
             seed=self.seed,
             key=key,
             layout=layout,
-            checkpoint=checkpoint,
+            checkpoint=resume_from(self.out, key, layout, report),
             time_updates=self.time_updates,
         )
         run_ranks(layout, work, self.config, out=self.out, devices=self.devices, needs=[self.policy], report=report)

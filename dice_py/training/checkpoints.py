@@ -93,6 +93,15 @@ def last_checkpoint(folder: Path, stamp: dict[str, Any], report: Report) -> Path
     return max(complete)[1] if complete else None
 
 
+def resume_from(out: Path, key: str, layout: ProcessLayout, report: Report) -> Path | None:
+    """The checkpoint in a stage's folder that its training resumes from, with a note; None: it begins anew."""
+    folder = out / "checkpoints"
+    checkpoint = last_checkpoint(folder, checkpoint_stamp(key, layout), report) if folder.exists() else None
+    if checkpoint is not None:
+        report("note", text=f"training resumes from {checkpoint.name}")
+    return checkpoint
+
+
 def stamp_checkpoint(checkpoint: Path, stamp: dict[str, Any]) -> None:
     """Marks a checkpoint as complete, after all of its files have reached the disk."""
     write_stamp(checkpoint, stamp)
