@@ -10,7 +10,7 @@ The weights do not move (a learning rate of 1e-30), so that every part does the 
 the same is checked, and ends the bench with status 1 where they are not. The parts take turns with the trainings, and
 figures are medians over the repeats. The target is a step of at most 1.2 times the sum of its parts. Models have a
 named shape and random weights; a share of the vocabulary stops a response, so that lengths have a tail. Results: a
-table, and reinforcement.json in `--out`.
+table, and reinforcement.json (with a KL divergence reinforcement-kl.json) in `--out`.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
         "options": {name: value for name, value in vars(args).items() if name != "out"},
         "machine": machine(),
     }
-    write_json(Path(args.out) / "reinforcement.json", results)
+    write_json(Path(args.out) / ("reinforcement-kl.json" if args.kl_beta else "reinforcement.json"), results)
     table = Table("part", "seconds a step", "share of the sum")
     total = sum(medians[name] for name in parts)
     for name in (*parts, "step"):

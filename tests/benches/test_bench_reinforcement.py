@@ -17,7 +17,7 @@ SMALL = [
 @pytest.mark.slow
 def test_results_are_complete(tmp_path: Path) -> None:
     assert bench.main([*SMALL, f"--out={tmp_path}"]) == 0
-    results = json.loads((tmp_path / "reinforcement.json").read_text())
+    results = json.loads((tmp_path / "reinforcement-kl.json").read_text())
     seconds = results["seconds"]
     assert bench.parts_of(seconds) == ["sampling", "rewards", "update", "kl"]
     assert all(seconds[part] > 0 for part in bench.parts_of(seconds))
@@ -42,4 +42,4 @@ def test_other_responses_end_the_bench(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(bench, "ends_of_steps", with_other_seeds)
     with pytest.raises(SystemExit, match="the responses are others when they are sampled again"):
         bench.main([*SMALL, f"--out={tmp_path}"])
-    assert not (tmp_path / "reinforcement.json").exists()
+    assert list(tmp_path.iterdir()) == []
