@@ -209,7 +209,7 @@ def _check_first(ratio: FirstRatio, settings: ReinforceSettings, trainer: OnPoli
         raise DataError(
             f"before the first step the log-probabilities of the responses differ by {ratio.rms_difference:.4g} nats "
             f"(root mean square) between the trainer and the sampler, more than rounding explains (allowed: {limit:.4g}"
-            "). They would not be the policy's own: set generate.engine=transformers, or model.dtype=float32"
+            "). They would not be the policy's own: set model.dtype=float32"
         )
 
 

@@ -66,6 +66,10 @@ class RewardSource(Protocol):
         """All that decides the rewards, by name (JSON values)."""
         ...
 
+    def folders(self) -> list[Path]:
+        """The model folders of the run that it reads."""
+        ...
+
     def load(self, report: Report = no_report) -> Rewards:
         """Loads models, where there are any."""
         ...
@@ -155,6 +159,10 @@ class ImplicitRewards:
             "length penalty": self.penalty.key_fields(),
         }
 
+    def folders(self) -> list[Path]:
+        """Its policy and its reference."""
+        return [self.policy, self.reference]
+
     def load(self, report: Report = no_report) -> LoadedImplicitRewards:
         """Loads both models onto their device."""
         with timed("import"):
@@ -196,6 +204,10 @@ class JudgeRewards:
     def key_fields(self) -> dict[str, Any]:
         """The judge and what decides its verdicts."""
         return {"judge": self.judge.name, **self.judge.key_fields()}
+
+    def folders(self) -> list[Path]:
+        """None: a judge's model is none of the run's."""
+        return []
 
     def load(self, report: Report = no_report) -> JudgeRewards:
         """A judge loads what it needs on its first call."""

@@ -95,7 +95,7 @@ class ReinforceJob(Job):
             return skip(self.out, key, "train.mpo.steps is 0", report)
         if self.may_skip and not hard_prompts(self.training_set)[1].hard:
             return skip(self.out, key, "no prompt is hard: the policy is that of stage 1", report)
-        inputs = [self.training_set, self.policy]
+        inputs = [self.training_set, self.policy, *self.rewards.folders()]
         return trained_model(self.target, key, inputs, lambda: self._train(key, report), report)
 
     def _train(self, key: str, report: Report) -> None:
@@ -139,7 +139,8 @@ class ReinforceJob(Job):
             key=key,
         )
         work = functools.partial(reinforce_rank, settings, layout=layout, checkpoint=checkpoint)
-        run_ranks(layout, work, config, out=self.out, devices=self.devices, needs=[self.policy], report=report)
+        needs = [self.policy, *self.rewards.folders()]
+        run_ranks(layout, work, config, out=self.out, devices=self.devices, needs=needs, report=report)
         if layout.strategy != "none" and not is_trained(self.target, key):
             raise RuntimeError(f"every process of the training succeeded, but {self.target} is not complete")
 

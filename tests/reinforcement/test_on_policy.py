@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_reinforcement import CONFIG, GENERATE, Stage, training_set
+from tiny_reinforcement import CONFIG, GENERATE, Stage, implicit, training_set
 from tiny_sets import CPU
 
 from dice_py.config.stages import ScoreConfig
 from dice_py.config.training import LoraConfig
-from dice_py.errors import DataError, UsageError
+from dice_py.errors import DamagedError, DataError, UsageError
 from dice_py.models.loading import load_model
 from dice_py.reinforcement.rank import ReinforceSettings, build_trainer
 from dice_py.reinforcement.rewards import Responses
 from dice_py.scoring.scorer import Scorer
 from dice_py.storage.files import read_json
+from dice_py.storage.integrity import write_stamp
 
 TRAINERS = ("grpo", "rloo")
 
@@ -158,6 +160,19 @@ def test_a_set_without_hard_prompts_is_refused(stage: Stage) -> None:
     stage.frame = training_set(["easy"])
     with pytest.raises(DataError, match=r"has no hard prompt \(1 are easy\); raise mine.difficulty_quantile"):
         stage()
+
+
+def test_a_damaged_model_of_the_reward_is_refused(stage: Stage, other: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    shutil.copytree(other, reference)
+    write_stamp(reference, {"key": "k"})
+    with (reference / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(DamagedError, match=r"reference/model\.safetensors is damaged"):
+        stage(rewards=implicit(stage.policy, reference))
 
 
 def test_nothing_to_do_is_a_note(stage: Stage) -> None:
